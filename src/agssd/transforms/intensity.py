@@ -1,0 +1,122 @@
+"""Intensities: into the model's range, and appearance augmentation batched on the device.
+
+Every augmentation draws per sample and view from a :class:`~agssd.transforms.keyed_random.KeyedRandom`, works on the
+whole batch at once and needs no host synchronisation. Source of the list: 3DINO's augmentations [R: 3DINO], strengths
+ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agssd.transforms.keyed_random import KeyedRandom
+from agssd.transforms.separable import smooth
+
+
+def to_model_range(image: Tensor, low: Tensor, high: Tensor, is_ct: Tensor) -> Tensor:
+    """Return intensities in the model's range, clipped: CT in [0, 1] (air 0), MRI in [-1, 1] (background -1).
+
+    Source: CT [R: S2DC, SPECTRE], MRI [R: 3DINO].
+
+    Args:
+        image: (B, C, D, H, W) float32, HU for CT, source units for MRI.
+        low: (B, C) float32, the intensity that maps to the low end (CT: -1000 HU).
+        high: (B, C) float32, the intensity that maps to the high end (CT: 1000 HU).
+        is_ct: (B,) bool.
+    """
+    low, high = low[:, :, None, None, None], high[:, :, None, None, None]
+    unit = ((image - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+    return torch.where(is_ct[:, None, None, None, None], unit, unit * 2 - 1)
+
+
+def _per_view(values: Tensor) -> Tensor:
+    return values[:, None, None, None, None]
+
+
+class Appearance:
+    """Random appearance of a view: gamma, histogram shift, blur or sharpening, noise, Gibbs ringing (MRI only).
+
+    Args:
+        prob_gamma: share of views whose intensities are raised to a power in (1/``gamma``, ``gamma``).
+        gamma: largest power.
+        prob_histogram: share of views with a smooth monotone change of the intensity histogram.
+        prob_blur: share of views that are blurred (half of them) or sharpened (the other half).
+        blur_vox: largest standard deviation of the blur in voxels.
+        prob_noise: share of views with Gaussian noise.
+        noise: largest standard deviation of the noise, in units of the model's range.
+        prob_gibbs: share of MRI views whose highest spatial frequencies are cut.
+    """
+
+    def __init__(
+        self,
+        prob_gamma: float = 0.5,
+        gamma: float = 1.5,
+        prob_histogram: float = 0.3,
+        prob_blur: float = 0.3,
+        blur_vox: float = 1.0,
+        prob_noise: float = 0.3,
+        noise: float = 0.05,
+        prob_gibbs: float = 0.1,
+    ) -> None:
+        self.prob_gamma = prob_gamma
+        self.gamma = gamma
+        self.prob_histogram = prob_histogram
+        self.prob_blur = prob_blur
+        self.blur_vox = blur_vox
+        self.prob_noise = prob_noise
+        self.noise = noise
+        self.prob_gibbs = prob_gibbs
+
+    def __call__(self, image: Tensor, is_ct: Tensor, random: KeyedRandom, views: int) -> Tensor:
+        """Return the views with a new appearance.
+
+        Args:
+            image: (B*V, C, D, H, W) float32 in the model's range, views of a sample next to each other.
+            is_ct: (B*V,) bool.
+            random: keyed by the B samples.
+            views: V.
+        """
+
+        def draw(low: float = 0.0, high: float = 1.0) -> Tensor:
+            return random.between(low, high, views).flatten()
+
+        floor = torch.where(is_ct, 0.0, -1.0)
+        span = torch.where(is_ct, 1.0, 2.0)
+        unit = (image - _per_view(floor)) / _per_view(span)
+
+        power = torch.where(draw() < self.prob_gamma, self.gamma ** draw(-1.0, 1.0), torch.ones_like(span))
+        # A smooth monotone change: x + a sin(pi x) + b sin(2 pi x), with a and b too small to turn its slope.
+        chosen = (draw() < self.prob_histogram).float()
+        first, second = chosen * draw(-0.1, 0.1), chosen * draw(-0.05, 0.05)
+        unit = unit.clamp(1e-4, 1) ** _per_view(power)
+        unit = unit + _per_view(first) * (torch.pi * unit).sin() + _per_view(second) * (2 * torch.pi * unit).sin()
+
+        chosen = draw() < self.prob_blur
+        sharpen = draw() < 0.5
+        blurred = smooth(unit, (draw(0.3, 1.0) * self.blur_vox)[:, None].expand(-1, 3))
+        amount = torch.where(chosen, torch.where(sharpen, -0.5, 1.0), torch.zeros_like(span))
+        unit = unit + _per_view(amount) * (blurred - unit)
+
+        chosen = (draw() < self.prob_gibbs) & ~is_ct
+        keep = torch.where(chosen, draw(0.5, 0.9), torch.full_like(span, 2.0))
+        unit = _cut_frequencies(unit, keep)
+
+        level = torch.where(draw() < self.prob_noise, draw(0.0, self.noise), torch.zeros_like(span))
+        shape = (views, *image.shape[1:])
+        unit = unit + _per_view(level) * random.normal(*shape).reshape(image.shape)
+        return unit.clamp(0, 1) * _per_view(span) + _per_view(floor)
+
+
+def _cut_frequencies(image: Tensor, keep: Tensor) -> Tensor:
+    """Return the images (B, C, D, H, W) without frequencies above ``keep`` (B,) of Nyquist; 2 keeps all."""
+    spectrum = torch.fft.rfftn(image, dim=(-3, -2, -1))
+    depth, height, width = image.shape[-3:]
+    device = image.device
+    radius = (
+        (torch.fft.fftfreq(depth, device=device)[:, None, None] * 2) ** 2
+        + (torch.fft.fftfreq(height, device=device)[None, :, None] * 2) ** 2
+        + (torch.fft.rfftfreq(width, device=device)[None, None, :] * 2) ** 2
+    ).sqrt()
+    passed = radius[None, None] <= _per_view(keep)
+    return torch.fft.irfftn(spectrum * passed, s=(depth, height, width), dim=(-3, -2, -1))

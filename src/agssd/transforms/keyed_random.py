@@ -1,0 +1,72 @@
+"""Random numbers as a function of (seed, sample, purpose), drawn for a whole batch on the device.
+
+A sample gets the same numbers whichever worker, rank, micro-batch or device it is met on, so no random choice depends
+on how the batch is cut (methods §1.5, ours). Counter-based: a hash of a key and a counter, no state.
+
+Source: the mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), written for int64
+tensors, whose products wrap.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift int64 right without copying the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+class KeyedRandom:
+    """A stream of numbers per sample, for one purpose.
+
+    Two streams with different ``purpose`` are independent; drawing twice from one object continues its stream.
+
+    Args:
+        seed: seed of the run.
+        sample: (B,) int64, the samples' positions in the endless stream.
+        purpose: name of what is drawn, for example ``"mask"``.
+    """
+
+    def __init__(self, seed: int, sample: Tensor, purpose: str) -> None:
+        key = _mix(sample.new_full((), seed, dtype=torch.int64) * _GOLDEN + zlib.crc32(purpose.encode()))
+        self._key = _mix(_mix(sample.to(torch.int64) * _GOLDEN + key) + key)  # (B,)
+        self._drawn = 0
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return (B, *shape) float32, uniform in the open interval (0, 1)."""
+        count = math.prod(shape)
+        counter = torch.arange(self._drawn + 1, self._drawn + count + 1, device=self._key.device)
+        self._drawn += count
+        bits = _shift_right(_mix(self._key[:, None] + counter * _GOLDEN), 41)  # (B, count), 23 bits
+        return ((bits.to(torch.float32) + 0.5) * 2.0**-23).reshape(-1, *shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return (B, *shape) float32, standard normal (Box-Muller)."""
+        radius = (-2.0 * self.uniform(*shape).log()).sqrt()
+        return radius * (2.0 * math.pi * self.uniform(*shape)).cos()
+
+    def gumbel(self, *shape: int) -> Tensor:
+        """Return (B, *shape) float32, standard Gumbel.
+
+        Added to log-weights, its top k are a draw of k without replacement.
+        """
+        return -(-self.uniform(*shape).log()).log()
+
+    def between(self, low: float, high: float, *shape: int) -> Tensor:
+        """Return (B, *shape) float32, uniform in (low, high)."""
+        return low + (high - low) * self.uniform(*shape)
