@@ -1,0 +1,261 @@
+"""Writing a cache: under a temporary name, whole cases one after another, renamed when finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agssd.data_modules.cache import CHUNK, FORMAT, SPLITS, VERSION, Affine, CaseInfo
+from agssd.scans.case import PreparedCase
+
+FILTERS = ("blosc2-lz4", "blosc-lz4", "bitshuffle-lz4", "lz4", "none")
+
+
+def filter_arguments(name: str) -> dict[str, Any]:
+    """Return the h5py arguments of a compression filter by its name in ``FILTERS``."""
+    import hdf5plugin
+
+    if name == "blosc2-lz4":
+        return dict(hdf5plugin.Blosc2(cname="lz4", clevel=5, filters=hdf5plugin.Blosc2.SHUFFLE))
+    if name == "blosc-lz4":
+        return dict(hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=hdf5plugin.Blosc.SHUFFLE))
+    if name == "bitshuffle-lz4":
+        return dict(hdf5plugin.Bitshuffle(cname="lz4"))
+    if name == "lz4":
+        return dict(hdf5plugin.LZ4())
+    if name == "none":
+        return {}
+    raise ValueError(f"filter is {name!r}; use one of {', '.join(FILTERS)}")
+
+
+def assign_splits(subjects: Sequence[str]) -> dict[str, str]:
+    """Return a split for every subject, a function of the subject keys alone.
+
+    Subjects are ordered by their key, which is a hash. About a tenth each goes to "val" and "test"; "val" needs at
+    least 3 subjects and "test" at least 5, and "train" is never empty.
+
+    Args:
+        subjects: subject keys, repeats allowed.
+    """
+    ordered = sorted(set(subjects))
+    count = len(ordered)
+    num_val = max(1, round(0.1 * count)) if count >= 3 else 0
+    num_test = max(1, round(0.1 * count)) if count >= 5 else 0
+    names = ["val"] * num_val + ["test"] * num_test
+    return {subject: names[row] if row < len(names) else "train" for row, subject in enumerate(ordered)}
+
+
+class CacheWriter:
+    """Write a cache; use as a context manager and call ``finish`` inside it.
+
+    Nothing appears at ``path`` before ``finish``; leaving the block without it removes what was written.
+
+    Args:
+        path: where the cache is to be; its folder must exist.
+        class_names: names of the classes, in the order of their indices.
+        compression: a name in ``FILTERS``.
+        overwrite: replace an existing file instead of refusing.
+
+    Raises:
+        ValueError: ``path`` exists and ``overwrite`` is off, or its folder is missing or not writable.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        class_names: Sequence[str] = (),
+        compression: str = "blosc2-lz4",
+        overwrite: bool = False,
+    ) -> None:
+        """Check the place and open a temporary file beside it."""
+        self.path = Path(path)
+        check_place(self.path, overwrite)
+        self.class_names = tuple(class_names)
+        self._filter = filter_arguments(compression)
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._infos: list[CaseInfo] = []
+        self._file: Any = None
+
+    def __enter__(self) -> CacheWriter:
+        """Open the temporary file."""
+        import h5py
+
+        try:
+            self._file = h5py.File(self._temporary, "w", libver=("v110", "v110"), locking=False)
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path}: {error}") from error
+        self._file.attrs["format"] = FORMAT
+        self._file.attrs["version"] = VERSION
+        self._file.attrs["complete"] = False
+        self._file.create_group("cases")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove what is unfinished."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._temporary.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        """Return the number of cases written so far."""
+        return len(self._infos)
+
+    def add(
+        self, case: PreparedCase, key: str, subject: str, split: str | None = None, class_name: str | None = None
+    ) -> CaseInfo:
+        """Write one case and return what the index will say of it.
+
+        Args:
+            case: arrays and constants.
+            key: name of the case, unique in the cache.
+            subject: subject key.
+            split: "train", "val" or "test", or None to let ``finish`` decide.
+            class_name: one of ``class_names``, or None.
+
+        Raises:
+            ValueError: arrays that do not fit each other, a repeated key, an unknown split or class, or a full disk.
+        """
+        shape = case.foreground.shape
+        if case.image.shape[1:] != shape or (case.label is not None and case.label.shape != shape):
+            raise ValueError(f"case {key}: image, foreground and label differ in shape")
+        if split is not None and split not in SPLITS:
+            raise ValueError(f"case {key}: split is {split!r}; use one of {', '.join(SPLITS)}")
+        if key in self._file["cases"]:
+            raise ValueError(f"case {key} is in the cache already")
+        try:
+            self._write_arrays(key, case)
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path}: {error}") from error
+        info = CaseInfo(
+            key=key,
+            subject=subject,
+            split=split or "",
+            modality=case.modality,
+            shape=(int(shape[0]), int(shape[1]), int(shape[2])),
+            channels=int(case.image.shape[0]),
+            spacing_mm=case.spacing_mm,
+            affine=_nested(case.affine),
+            source_shape=case.source_shape,
+            source_affine=_nested(case.source_affine),
+            source_sha256=case.source_sha256,
+            scale=case.scale,
+            offset=case.offset,
+            low=case.low,
+            high=case.high,
+            fill=tuple(int(channel.min()) for channel in case.image),
+            edge_q99=case.edge_q99,
+            foreground_fraction=float(np.count_nonzero(case.foreground) / case.foreground.size),
+            foreground_box=bounding_box(case.foreground),
+            label_values=None if case.label is None else tuple(int(value) for value in np.unique(case.label)),
+            class_index=None if class_name is None else self.class_names.index(class_name),
+        )
+        self._infos.append(info)
+        return info
+
+    def _write_arrays(self, key: str, case: PreparedCase) -> None:
+        group = self._file.create_group(f"cases/{key}")
+        chunk = tuple(min(CHUNK, n) for n in case.foreground.shape)
+        group.create_dataset("image", data=case.image, chunks=(1, *chunk), **self._filter)
+        group.create_dataset("foreground", data=case.foreground, chunks=chunk, **self._filter)
+        if case.label is not None:
+            group.create_dataset("label", data=case.label, chunks=chunk, **self._filter)
+        group.create_dataset("foreground_chunks", data=chunk_fractions(case.foreground))
+        self._file.flush()
+
+    def finish(self, splits: Mapping[str, str] | None = None) -> tuple[CaseInfo, ...]:
+        """Write the index, force the bytes to disk and give the file its name.
+
+        Args:
+            splits: split of each subject whose cases were added without one; by default ``assign_splits``.
+
+        Returns:
+            The cases of the cache, ordered by key.
+
+        Raises:
+            ValueError: no case was added, a subject is in two splits, "train" is empty, or the disk is full.
+        """
+        infos = resolve_splits(self._infos, splits)
+        index = {"version": VERSION, "class_names": self.class_names, "cases": [info.to_json() for info in infos]}
+        text = json.dumps(index, separators=(",", ":"), allow_nan=False).encode()
+        try:
+            self._file.create_dataset("index", data=np.frombuffer(text, dtype=np.uint8))
+            self._file.attrs["complete"] = True
+            self._file.close()
+            self._file = None
+            _sync(self._temporary)
+            os.replace(self._temporary, self.path)
+            _sync(self.path.parent)
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path}: {error}") from error
+        return infos
+
+
+def resolve_splits(infos: Sequence[CaseInfo], splits: Mapping[str, str] | None = None) -> tuple[CaseInfo, ...]:
+    """Return the cases ordered by key, each with its split; checks that splits are by subject and train not empty."""
+    if not infos:
+        raise ValueError("no case could be cached")
+    given: dict[str, str] = {}
+    for info in infos:
+        if info.split and given.setdefault(info.subject, info.split) != info.split:
+            raise ValueError(f"subject {info.subject} is in two splits: {given[info.subject]} and {info.split}")
+    free = [info.subject for info in infos if info.subject not in given]
+    chosen = {**(assign_splits(free) if splits is None else splits), **given}
+    done = tuple(sorted((replace(info, split=chosen[info.subject]) for info in infos), key=lambda info: info.key))
+    if not any(info.split == "train" for info in done):
+        raise ValueError("every case is in split val or test; at least one subject must be in train")
+    return done
+
+
+def chunk_fractions(foreground: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the share of foreground in each chunk of 32³ voxels (of what exists of it), (cD, cH, cW) float32."""
+    counts = (foreground != 0).astype(np.float32)
+    sizes = np.ones((), dtype=np.float32)
+    for axis, length in enumerate(foreground.shape):
+        starts = np.arange(0, length, CHUNK)
+        counts = np.add.reduceat(counts, starts, axis=axis)
+        sizes = np.multiply.outer(sizes, np.diff(np.append(starts, length)).astype(np.float32))
+    return np.asarray(counts / sizes, dtype=np.float32)
+
+
+def bounding_box(mask: NDArray[np.uint8]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Return [start, end) per axis of the non-zero voxels; the whole array where there are none."""
+    box = []
+    for axis, length in enumerate(mask.shape):
+        used = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        box.append((int(used[0]), int(used[-1]) + 1) if used.size else (0, int(length)))
+    return box[0], box[1], box[2]
+
+
+def check_place(path: Path, overwrite: bool) -> None:
+    """Raise ValueError unless a cache can be written at ``path``."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; --out names the cache file itself, for example {path / 'scans.h5'}")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; choose another name or pass --overwrite")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"no permission to write into {path.parent}")
+
+
+def _nested(affine: NDArray[np.float64]) -> Affine:
+    return tuple((float(row[0]), float(row[1]), float(row[2]), float(row[3])) for row in affine)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

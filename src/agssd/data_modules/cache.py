@@ -1,0 +1,263 @@
+"""The cache of volumes: one HDF5 file, read by crops, opened lazily in each process.
+
+Layout of the file: ``/cases/<key>`` holds ``image`` (C, D, H, W) int16, ``foreground`` (D, H, W) uint8, optionally
+``label`` (D, H, W) uint8 or int16, all in compressed chunks of 32 voxels a side, and ``foreground_chunks``
+(cD, cH, cW) float32, the share of foreground in each chunk. ``/index`` is one JSON text with every ``CaseInfo``, so
+that opening costs one read however many cases there are. ``agssd.data_modules.build`` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agssd.types import Triple
+
+FORMAT = "agssd-cache"
+VERSION = 1
+CHUNK = 32
+Kind = Literal["image", "foreground", "label"]
+Affine = tuple[tuple[float, float, float, float], ...]
+SPLITS = ("train", "val", "test")
+_MAX_OPEN_CASES = 128
+
+
+@dataclass(frozen=True)
+class CaseInfo:
+    """What the cache knows of one volume besides its voxels. Triples follow tensor order (D, H, W).
+
+    Attributes:
+        key: name of the case, a salted hash.
+        subject: salted hash of the person; all volumes of a person share it.
+        split: "train", "val" or "test", the same for all volumes of a subject.
+        modality: "ct" or "mri".
+        shape: stored shape in voxels.
+        channels: number of channels of ``image``.
+        spacing_mm: stored spacing.
+        affine: 4x4, stored voxel (d, h, w, 1) to world (x, y, z, 1) in mm, RAS+.
+        source_shape: shape of the source array in the order of its file (i, j, k).
+        source_affine: 4x4, source voxel (i, j, k, 1) to the same world.
+        source_sha256: of the bytes of the source file.
+        scale: per channel; ``stored * scale + offset`` is HU for CT, the source's units for MRI.
+        offset: per channel.
+        low: per channel, intensity at the low end of the model's range (CT: -1000 HU).
+        high: per channel, intensity at the high end (CT: 1000 HU).
+        fill: per channel, lowest stored value; what lies outside the volume reads as this.
+        edge_q99: per channel, 99th percentile of the edge magnitude in the foreground; 0 for a flat volume.
+        foreground_fraction: share of stored voxels that are foreground.
+        foreground_box: smallest box around the foreground, [start, end) per axis.
+        label_values: sorted values in the label map, or None without one.
+        class_index: row in ``VolumeCache.class_names``, or None without a class.
+    """
+
+    key: str
+    subject: str
+    split: str
+    modality: str
+    shape: Triple
+    channels: int
+    spacing_mm: tuple[float, float, float]
+    affine: Affine
+    source_shape: Triple
+    source_affine: Affine
+    source_sha256: str
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    fill: tuple[int, ...]
+    edge_q99: tuple[float, ...]
+    foreground_fraction: float
+    foreground_box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    label_values: tuple[int, ...] | None = None
+    class_index: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain lists, numbers and strings."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> CaseInfo:
+        """Return the case of ``to_json``; fields of later versions are ignored."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: _tuples(value) for name, value in data.items() if name in names})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+class VolumeCache:
+    """Volumes of one cache file, read crop by crop.
+
+    No handle is open after construction: the file opens on the first read of each process and opens again after a
+    fork, so one object may be handed to any number of loader workers, by fork or by pickle.
+
+    Raises:
+        ValueError: the file is missing, truncated, unfinished, of another format or of a later version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the index of the cache at ``path``."""
+        self.path = Path(path)
+        index = _read_index(self.path)
+        self.class_names: tuple[str, ...] = tuple(index["class_names"])
+        self.cases: tuple[CaseInfo, ...] = tuple(CaseInfo.from_json(case) for case in index["cases"])
+        self._reset()
+
+    def _reset(self) -> None:
+        self._file: Any = None
+        self._pid = -1
+        self._open: OrderedDict[tuple[int, str], Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return the number of cases."""
+        return len(self.cases)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the handles behind when pickled."""
+        return {"path": self.path, "class_names": self.class_names, "cases": self.cases}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore without handles; the file opens on the first read."""
+        self.__dict__.update(state)
+        self._reset()
+
+    def select(
+        self,
+        split: str | None = None,
+        modality: str | None = None,
+        labelled: bool | None = None,
+        with_class: bool | None = None,
+    ) -> list[int]:
+        """Return the indices of the cases that fulfil every condition given (None: no condition)."""
+        if split is not None and split not in SPLITS:
+            raise ValueError(f"split is {split!r}; use one of {', '.join(SPLITS)}")
+        return [
+            index
+            for index, case in enumerate(self.cases)
+            if split in (None, case.split)
+            and modality in (None, case.modality)
+            and labelled in (None, case.label_values is not None)
+            and with_class in (None, case.class_index is not None)
+        ]
+
+    def read(self, case: int, start: Triple, size: Triple, what: Kind = "image") -> NDArray[Any]:
+        """Return the box [start, start + size) of a case, touching only the chunks it meets.
+
+        Args:
+            case: row in ``cases``.
+            start: first voxel (d, h, w); may be negative or beyond the volume.
+            size: (d, h, w) voxels, each at least 1.
+            what: "image", "foreground" or "label".
+
+        Returns:
+            (C, d, h, w) int16 for the image, (d, h, w) uint8 for the foreground, (d, h, w) uint8 or int16 for the
+            label. Outside the volume the image holds its lowest stored value per channel, the others 0.
+
+        Raises:
+            ValueError: no such case, no such array, a size below 1, or the file can no longer be read.
+        """
+        data = self._dataset(case, what)
+        info = self.cases[case]
+        if min(size) < 1:
+            raise ValueError(f"size is {tuple(size)}; every axis needs at least one voxel")
+        low = tuple(max(s, 0) for s in start)
+        high = tuple(min(s + n, whole) for s, n, whole in zip(start, size, info.shape, strict=True))
+        lead = (slice(None),) if what == "image" else ()
+        if all(h - lo == n for lo, h, n in zip(low, high, size, strict=True)):
+            return self._slice(data, case, what, (*lead, *(slice(lo, h) for lo, h in zip(low, high, strict=True))))
+        lead_shape = (info.channels,) if what == "image" else ()
+        out = np.zeros((*lead_shape, *size), dtype=data.dtype)
+        if what == "image":
+            out[:] = np.asarray(info.fill, dtype=data.dtype)[:, None, None, None]
+        if all(h > lo for lo, h in zip(low, high, strict=True)):
+            inner = tuple(slice(lo - s, h - s) for lo, h, s in zip(low, high, start, strict=True))
+            part = self._slice(data, case, what, (*lead, *(slice(lo, h) for lo, h in zip(low, high, strict=True))))
+            out[(*lead, *inner)] = part
+        return out
+
+    def read_whole(self, case: int, what: Kind = "image") -> NDArray[Any]:
+        """Return the whole array of a case; shapes and types as in ``read``."""
+        return self._slice(self._dataset(case, what), case, what, (Ellipsis,))
+
+    def foreground_chunks(self, case: int) -> NDArray[np.float32]:
+        """Return the share of foreground per chunk of 32³ voxels, (cD, cH, cW) float32, without decoding voxels."""
+        data = self._dataset(case, "foreground_chunks")
+        return cast("NDArray[np.float32]", self._slice(data, case, "foreground_chunks", (Ellipsis,)))
+
+    def close(self) -> None:
+        """Close what this process has open; the next read opens it again."""
+        if self._file is not None:
+            self._file.close()
+        self._reset()
+
+    def _slice(self, data: Any, case: int, what: str, box: tuple[Any, ...]) -> NDArray[Any]:
+        try:
+            return cast("NDArray[Any]", data[box])
+        except OSError as error:
+            key = self.cases[case].key
+            raise ValueError(f"{self.path}: cannot read {what} of case {key}: {error}; rebuild the cache") from error
+
+    def _dataset(self, case: int, what: str) -> Any:
+        if self._pid != os.getpid():
+            self._open_here()
+        handle = self._open.get((case, what))
+        if handle is not None:
+            return handle
+        if not 0 <= case < len(self.cases):
+            raise ValueError(f"case is {case}; {self.path} has cases 0 to {len(self.cases) - 1}")
+        name = f"cases/{self.cases[case].key}/{what}"
+        try:
+            handle = self._file[name]
+        except KeyError as error:
+            raise ValueError(f"{self.path}: case {self.cases[case].key} has no {what!r}") from error
+        self._open[case, what] = handle
+        while len(self._open) > _MAX_OPEN_CASES:
+            self._open.popitem(last=False)
+        return handle
+
+    def _open_here(self) -> None:
+        import h5py
+        import hdf5plugin  # noqa: F401  (registers the filters)
+
+        if self._file is not None:
+            self._file.close()  # inherited over a fork: closes this process's copy of the handle only
+        self._reset()
+        try:
+            self._file = h5py.File(self.path, "r", locking=False, rdcc_nbytes=8 * CHUNK**3, rdcc_nslots=37, rdcc_w0=1.0)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be opened as a cache: {error}") from error
+        self._pid = os.getpid()
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    import h5py
+
+    if not path.is_file():
+        raise ValueError(f"cache {path} does not exist; build it with: agssd prepare SOURCE --out {path}")
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{path} is no agssd cache (not an HDF5 file); build one with: agssd prepare")
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            if file.attrs.get("format") != FORMAT:
+                raise ValueError(f"{path} is an HDF5 file but no agssd cache; build one with: agssd prepare")
+            version = int(file.attrs.get("version", 0))
+            if version != VERSION:
+                raise ValueError(
+                    f"{path} is a cache of version {version}; this agssd reads version {VERSION}: rebuild it"
+                )
+            if not bool(file.attrs.get("complete", False)):
+                raise ValueError(f"{path} is an unfinished cache; build it again with: agssd prepare")
+            return cast("dict[str, Any]", json.loads(bytes(file["index"][()])))
+    except OSError as error:
+        raise ValueError(f"{path} is a truncated or damaged cache ({error}); rebuild it") from error
+    except (KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is a damaged cache: its index cannot be read ({error}); rebuild it") from error

@@ -1,0 +1,123 @@
+"""Fixtures of all tests: small synthetic caches and the shared real scans."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agssd.data_modules.build import CacheWriter
+from agssd.scans.case import PreparedCase
+
+Triple = tuple[int, int, int]
+
+
+def make_case(
+    shape: Triple = (40, 56, 40),
+    seed: int = 0,
+    modality: str = "mri",
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    channels: int = 1,
+    labelled: bool = True,
+    class_index: int = 0,
+) -> PreparedCase:
+    """Return a head-like ellipsoid with two labelled blobs; class 1 has a third, brighter blob."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    centre = rng.uniform(-0.08, 0.08, 3)[:, None, None, None]
+    foreground = (((grid - centre) / rng.uniform(0.82, 0.95, 3)[:, None, None, None]) ** 2).sum(0) < 1
+    label = np.zeros(shape, dtype=np.uint8)
+    for value in (1, 2):
+        middle = np.array([0.0, 0.35 if value == 1 else -0.35, 0.0]) + rng.uniform(-0.15, 0.15, 3)
+        label[((grid - middle[:, None, None, None]) ** 2).sum(0) < rng.uniform(0.24, 0.32) ** 2] = value
+    tissue = 300 + 120 * np.sin(4 * grid[0] + rng.uniform(0, 6)) * np.cos(5 * grid[2] + rng.uniform(0, 6))
+    tissue = tissue + 350 * (label == 1) + 600 * (label == 2)
+    if class_index == 1:
+        tissue = tissue + 900 * (((grid - np.array([0.5, 0, 0.3])[:, None, None, None]) ** 2).sum(0) < 0.2**2)
+    values = np.where(foreground, tissue + rng.normal(0, 15, shape), 0.0)
+    if modality == "ct":
+        values = np.where(foreground, values * 0.3 - 50, -1000.0)
+    image = np.stack([np.round(values * (1 + 0.2 * c)) for c in range(channels)]).astype(np.int16)
+    affine = np.zeros((4, 4))
+    affine[3, 3] = 1.0
+    for axis, world in enumerate((2, 1, 0)):
+        affine[world, axis] = spacing_mm[axis]
+    inside = image[:, foreground].astype(np.float64)
+    slopes = [np.sqrt(sum(g**2 for g in np.gradient(c.astype(np.float64), *spacing_mm))) for c in image]
+    ct = modality == "ct"
+    return PreparedCase(
+        image=image,
+        foreground=foreground.astype(np.uint8),
+        label=label if labelled else None,
+        modality=modality,
+        spacing_mm=spacing_mm,
+        affine=affine,
+        source_shape=(shape[2], shape[1], shape[0]),
+        source_affine=affine[:, [2, 1, 0, 3]],
+        source_sha256=f"{seed:064x}",
+        scale=(1.0,) * channels,
+        offset=(0.0,) * channels,
+        low=(-1000.0,) * channels if ct else tuple(float(np.percentile(c, 0.05)) for c in inside),
+        high=(1000.0,) * channels if ct else tuple(float(np.percentile(c, 99.95)) for c in inside),
+        edge_q99=tuple(float(np.percentile(s[foreground], 99)) for s in slopes),
+    )
+
+
+def build_cache(
+    path: Path,
+    num_cases: int = 8,
+    shape: Triple | list[Triple] = (40, 56, 40),
+    modality: str = "mri",
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    channels: int = 1,
+    labelled: bool = True,
+    num_classes: int = 2,
+    splits: list[str] | None = None,
+    cases_per_subject: int = 1,
+    seed: int = 0,
+) -> Path:
+    """Write a cache of synthetic cases and return its path.
+
+    ``shape`` is one for all or one per case; ``splits`` one per subject, by default 60 % train, then val and test in
+    turn; ``num_classes`` 0 leaves the classes out.
+    """
+    num_subjects = -(-num_cases // cases_per_subject)
+    if splits is None:
+        num_train = max(1, round(0.6 * num_subjects))
+        splits = ["train"] * num_train + [("val", "test")[row % 2] for row in range(num_subjects - num_train)]
+    shapes = shape if isinstance(shape, list) else [shape] * num_cases
+    names = [f"class{row}" for row in range(num_classes)]
+    with CacheWriter(path, class_names=names) as writer:
+        for row in range(num_cases):
+            subject = row // cases_per_subject
+            kind = row % num_classes if num_classes else 0
+            case = make_case(shapes[row], seed + row, modality, spacing_mm, channels, labelled, kind)
+            name = names[kind] if num_classes else None
+            writer.add(case, f"case{row:03d}", f"subject{subject:03d}", splits[subject], name)
+        writer.finish()
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_cache() -> Callable[..., Path]:
+    """Return ``build_cache``: make_cache(path, num_cases=8, shape=(40, 56, 40), ...) -> path."""
+    return build_cache
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache of 8 synthetic MRI subjects, 40x56x40 at 1 mm, labels 0 to 2, 2 classes, 5 train, 2 val, 1 test."""
+    return build_cache(tmp_path_factory.mktemp("cache") / "tiny.h5")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder of shared real scans, or skip where there is none."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("AGSSD_SHARED_DATA", default))
+    if not folder.is_dir():
+        pytest.skip("no shared scans: set AGSSD_SHARED_DATA to their folder")
+    return folder
