@@ -1,0 +1,119 @@
+"""The contract of every encoder: volumes or groups of masked views in, ``Features`` out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from agssd.types import Features, Triple
+
+
+class Backbone(nn.Module, ABC):
+    """An encoder with a regular token grid of stride ``patch_size``.
+
+    Nothing outside an implementation may rely on transformer blocks or on a [CLS] token; what it may rely on is listed
+    here. A hierarchical encoder (Swin) gives its token stride as ``patch_size`` and its own ``level_*``.
+
+    Attributes:
+        in_channels: C of the input.
+        patch_size: voxels per token and axis, tensor order.
+        embed_dim: E of ``Features.cls`` and ``Features.tokens``.
+        depth: number of skippable blocks: columns of ``drop_noise``.
+        level_channels: E_i of each of ``Features.levels``, shallow to deep.
+        level_strides: voxels per cell and axis of each of ``Features.levels``.
+        config: ``{"class_path": ..., "init_args": {...}}`` of plain types; rebuilds an equal module (without weights).
+        contract: how volumes must be prepared, set by ``agssd.load_backbone``; None otherwise.
+        record_cls_attention: when True, each ``forward_views`` leaves ``last_cls_attention``.
+        last_cls_attention: per group (B_i, heads, D', H', W') float32, detached, of the last ``forward_views``.
+    """
+
+    in_channels: int
+    patch_size: Triple
+    embed_dim: int
+    depth: int
+    level_channels: tuple[int, ...]
+    level_strides: tuple[Triple, ...]
+    config: dict[str, Any]
+    contract: dict[str, Any] | None = None
+    record_cls_attention: bool = False
+    last_cls_attention: list[Tensor] | None = None
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Features:
+        """Return features of unmasked volumes with ``levels`` filled.
+
+        Args:
+            x: (B, C, D, H, W) in the model's intensity range; D, H, W divisible by ``patch_size``.
+
+        Raises:
+            ValueError: if the channels or the shape do not fit.
+        """
+
+    @abstractmethod
+    def forward_views(
+        self,
+        views: list[Tensor],
+        masks: list[Tensor | None] | None = None,
+        drop_noise: list[Tensor | None] | None = None,
+    ) -> list[Features]:
+        """Return features of groups of views; ``levels`` stay empty.
+
+        Args:
+            views: groups (B_i, C, D_i, H_i, W_i), each group of one shape.
+            masks: per group (B_i, D', H', W') bool, True = hidden from the encoder, or None.
+            drop_noise: per group (B_i, depth) uniforms in [0, 1) for stochastic depth, or None for no drop.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+
+    def cls_attention(self, x: Tensor) -> Tensor:
+        """Return the attention of [CLS] to each token in the last block, (B, heads, D', H', W').
+
+        Raises:
+            ValueError: if this encoder has no [CLS] token.
+        """
+        raise ValueError(f"{type(self).__name__} has no [CLS] token, hence no attention of [CLS]; use a ViT for it")
+
+    def no_weight_decay(self) -> set[str]:
+        """Return names of parameters that must not decay beyond biases and norms (tokens)."""
+        return set()
+
+    def layer_index(self, name: str) -> int:
+        """Return the layer that parameter ``name`` belongs to, for layer-wise learning rates.
+
+        0 is the embedding, ``1 .. depth`` are the blocks, ``depth + 1`` is what follows them.
+        """
+        return self.depth + 1
+
+    def token_grid(self, shape: tuple[int, ...]) -> Triple:
+        """Return the token grid (D', H', W') of an input of ``shape`` (..., D, H, W).
+
+        Raises:
+            ValueError: if a size is zero or not divisible by the patch.
+        """
+        size = tuple(shape[-3:])
+        if any(s == 0 or s % p for s, p in zip(size, self.patch_size, strict=True)):
+            fit = tuple(max(1, s // p) * p for s, p in zip(size, self.patch_size, strict=True))
+            raise ValueError(
+                f"input of {size} voxels is not divisible by patch_size {self.patch_size}; crop or pad it, e.g. to {fit}"
+            )
+        d, h, w = (s // p for s, p in zip(size, self.patch_size, strict=True))
+        return d, h, w
+
+    def check_input(self, x: Tensor) -> Triple:
+        """Return the token grid of ``x`` (B, C, D, H, W).
+
+        Raises:
+            ValueError: if ``x`` is not 5D, has other channels than ``in_channels``, or does not divide by the patch.
+        """
+        if x.ndim != 5:
+            raise ValueError(f"input has shape {tuple(x.shape)}; expected (B, C, D, H, W)")
+        if x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"input has {x.shape[1]} channels, the backbone takes in_channels={self.in_channels}; "
+                f"pass in_channels={x.shape[1]} when building or loading it"
+            )
+        return self.token_grid(tuple(x.shape))

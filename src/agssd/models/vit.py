@@ -1,0 +1,519 @@
+"""A 3D vision transformer whose groups of views share one pass over the linear layers."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from agssd.models.backbone import Backbone
+from agssd.types import Features, Triple
+
+SIZES: dict[str, Triple] = {  # embed_dim, depth, num_heads
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+LAYER_NORM_EPS = 1e-6
+SINCOS_EXTENT = 16.0  # radians of the fastest wave across the view: 2.5 periods
+SINCOS_TEMPERATURE = 100.0  # fastest over slowest wave
+ROTARY_TEMPERATURE = 100.0
+
+Rotation = tuple[Tensor, Tensor]  # cos, sin, each (L, head_dim) float32
+
+
+def axis_coordinates(grid: Triple, device: torch.device | None = None) -> Tensor:
+    """Return token centres (N, 3) in raster order, float64, each axis of the view spanning [0, 1].
+
+    Token ``i`` of ``n`` sits at ``(i + 0.5) / n``, so equal places in a view get equal coordinates on every grid.
+    """
+    axes = [(torch.arange(n, device=device, dtype=torch.float64) + 0.5) / n for n in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+
+
+def sincos_position(grid: Triple, embed_dim: int, device: torch.device | None = None) -> Tensor:
+    """Return the fixed position code (N, E) float32 of a token grid, entries in [-1, 1].
+
+    A third of the channels per axis, half sines and half cosines; channels beyond a multiple of 6 are zero. The waves
+    are functions of the normalised coordinate, so the code of a small crop is the code of the large grid resampled.
+
+    Source: [P] fixed 3D sin-cos; extent and temperature are ours, chosen for grids of 2 to 16 tokens (temperature
+    10000 leaves most channels constant there).
+    """
+    waves = embed_dim // 6
+    if waves == 0:
+        raise ValueError(f"embed_dim {embed_dim} is below 6, too few channels for a 3D position; use at least 6")
+    steps = torch.arange(waves, device=device, dtype=torch.float64) / max(waves - 1, 1)
+    omega = SINCOS_EXTENT * SINCOS_TEMPERATURE**-steps
+    angle = axis_coordinates(grid, device)[:, :, None] * omega  # (N, 3, waves)
+    code = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # (N, 3 * 2 * waves)
+    return F.pad(code, (0, embed_dim - code.shape[1])).float()
+
+
+def rotary_angles(grid: Triple, head_dim: int, device: torch.device | None = None) -> Tensor:
+    """Return rotation angles (N, head_dim / 2) float32: a third of the pairs per axis, remaining pairs unrotated.
+
+    Source: [R: DINOv3] rotary positions of coordinates in [-1, 1] with geometric periods; in 3D ours.
+    """
+    waves = head_dim // 6
+    steps = torch.arange(waves, device=device, dtype=torch.float64) / max(waves, 1)
+    omega = 2 * math.pi * ROTARY_TEMPERATURE**-steps
+    angle = ((2 * axis_coordinates(grid, device) - 1)[:, :, None] * omega).flatten(1)  # (N, 3 * waves)
+    return F.pad(angle, (0, head_dim // 2 - angle.shape[1])).float()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Return ``x`` (B, heads, L, d) with each channel pair (i, i + d/2) rotated, computed in float32."""
+    cos, sin = rotation
+    first, second = x.float().chunk(2, dim=-1)
+    return (torch.cat([first, second], -1) * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+class Group(NamedTuple):
+    """How one group of views lies in the flat token list: B samples of L tokens, prefix included."""
+
+    samples: int
+    length: int
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over flat tokens; each sample attends to itself."""
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        """Build the projections; channels of ``qkv`` are ordered (3, heads, head_dim)."""
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def split(self, qkv: Tensor, group: Group, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k, v (B, heads, L, d), rotated, as views of the flat ``qkv`` (B*L, 3E) of one group."""
+        q, k, v = qkv.view(group.samples, group.length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return q, k, v
+
+    def forward(self, x: Tensor, groups: tuple[Group, ...], rotations: list[Rotation] | None) -> Tensor:
+        """Return attended tokens (T, E) for flat tokens (T, E), T = sum of B_i * L_i."""
+        qkv = self.qkv(x)
+        parts = qkv.split([g.samples * g.length for g in groups]) if len(groups) > 1 else (qkv,)
+        mixed = []
+        for i, (part, group) in enumerate(zip(parts, groups, strict=True)):
+            q, k, v = self.split(part, group, rotations[i] if rotations else None)
+            mixed.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(part.shape[0], -1))
+        out: Tensor = self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0])
+        return out
+
+
+class Block(nn.Module):
+    """A pre-LN transformer block on flat tokens, optionally with LayerScale."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        layer_scale: float | None,
+    ) -> None:
+        """Build attention and MLP; ``layer_scale`` is the initial gain of both branches, None = no gain."""
+        super().__init__()
+        hidden = int(embed_dim * mlp_ratio)
+        self.norm1 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(embed_dim, num_heads)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.fc1 = nn.Linear(embed_dim, hidden)
+        self.fc2 = nn.Linear(hidden, embed_dim)
+        self.scale1 = nn.Parameter(torch.full((embed_dim,), layer_scale)) if layer_scale is not None else None
+        self.scale2 = nn.Parameter(torch.full((embed_dim,), layer_scale)) if layer_scale is not None else None
+
+    def forward(
+        self,
+        x: Tensor,
+        groups: tuple[Group, ...],
+        rotations: list[Rotation] | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Return tokens (T, E) after both branches.
+
+        Args:
+            x: (T, E) residual stream.
+            groups: how T splits into samples.
+            rotations: per group, or None.
+            keep: (T, 1) factor of both branches: 0 = the sample skips this block, else 1 / (1 - drop_prob).
+        """
+        branch = self.attn(self.norm1(x), groups, rotations)
+        if self.scale1 is not None:
+            branch = branch * self.scale1
+        x = x + (branch if keep is None else branch * keep)
+        branch = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        if self.scale2 is not None:
+            branch = branch * self.scale2
+        out: Tensor = x + (branch if keep is None else branch * keep)
+        return out
+
+
+class ViT(Backbone):
+    """A plain 3D ViT: patches as tokens, [CLS], learned mask token, fixed positions, pre-LN blocks, final LayerNorm.
+
+    All groups of views are concatenated for LayerNorm and linear layers; attention runs per group with SDPA. The
+    residual stream stays float32 under autocast; linear layers and attention run in the autocast dtype, each weight
+    cast once per pass (Lightning's autocast keeps no cast weights between calls, so one pass for all groups also casts
+    once instead of once per group). Positions are those within the view, not within the body.
+
+    Initialisation is Xavier-uniform for every matrix, the patch embedding included, and positions are scaled by
+    ``position_scale`` so that content is not drowned.
+
+    Source: [P] plain ViT with fixed 3D sin-cos positions; [R: DINOv3] grouped forward; [R: MAE] initialisation;
+    position scale ours.
+
+    Args:
+        in_channels: C.
+        patch_size: voxels per token, one number or (D, H, W).
+        size: preset of ``embed_dim``, ``depth`` and ``num_heads``; each may be overridden.
+        depth: number of blocks.
+        embed_dim: E.
+        num_heads: heads; must divide E.
+        mlp_ratio: hidden width of the MLP over E.
+        num_registers: extra learned tokens that are dropped at the end.
+        layer_scale: initial LayerScale gain, None = without.
+        drop_path: drop probability of the last block; rises linearly from 0 at the first. Acts only on views whose
+            ``drop_noise`` is given, in train and eval mode alike.
+        rotary: rotate queries and keys of patch tokens by 3D position. The additive position stays; switch it off
+            with ``position_scale=0``.
+        position_scale: factor of the additive position code.
+        position_grid: None computes the code for each grid. A triple stores a table for that grid instead (a buffer,
+            sin-cos at first, meant for weights trained elsewhere) and resamples it trilinearly for other grids.
+        class_token: False leaves out [CLS]; ``Features.cls`` is then the mean token.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        patch_size: int | Triple = 16,
+        size: Literal["tiny", "small", "base", "large"] = "small",
+        depth: int | None = None,
+        embed_dim: int | None = None,
+        num_heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        num_registers: int = 0,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        rotary: bool = False,
+        position_scale: float = 0.25,
+        position_grid: Triple | None = None,
+        class_token: bool = True,
+    ) -> None:
+        """Build the encoder; see the class for the arguments.
+
+        Raises:
+            ValueError: if a size is unknown or sizes do not fit each other.
+        """
+        super().__init__()
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} is unknown; use one of {', '.join(SIZES)}")
+        self.embed_dim = SIZES[size][0] if embed_dim is None else embed_dim
+        self.depth = SIZES[size][1] if depth is None else depth
+        self.num_heads = SIZES[size][2] if num_heads is None else num_heads
+        self.in_channels = in_channels
+        d, h, w = (patch_size,) * 3 if isinstance(patch_size, int) else patch_size
+        self.patch_size = (d, h, w)
+        if (
+            min(
+                self.embed_dim,
+                self.depth,
+                self.num_heads,
+                in_channels,
+                *self.patch_size,
+            )
+            < 1
+        ):
+            raise ValueError("embed_dim, depth, num_heads, in_channels and patch_size must be at least 1")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        if rotary and (self.embed_dim // self.num_heads) % 2:
+            raise ValueError(f"rotary needs an even head size, got {self.embed_dim // self.num_heads}")
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path is {drop_path}; use a probability in [0, 1)")
+        self.rotary = rotary
+        self.position_scale = position_scale
+        self.drop_probs = tuple(drop_path * i / max(self.depth - 1, 1) for i in range(self.depth))
+        self.level_blocks = tuple(i * self.depth // 4 for i in (1, 2, 3))
+        self.level_channels = (self.embed_dim,) * 4
+        self.level_strides = (self.patch_size,) * 4
+        self.config = {
+            "class_path": "agssd.models.vit.ViT",
+            "init_args": {
+                "in_channels": in_channels,
+                "patch_size": list(self.patch_size),
+                "size": size,
+                "depth": self.depth,
+                "embed_dim": self.embed_dim,
+                "num_heads": self.num_heads,
+                "mlp_ratio": mlp_ratio,
+                "num_registers": num_registers,
+                "layer_scale": layer_scale,
+                "drop_path": drop_path,
+                "rotary": rotary,
+                "position_scale": position_scale,
+                "position_grid": None if position_grid is None else list(position_grid),
+                "class_token": class_token,
+            },
+        }
+
+        self.patch_weight = nn.Parameter(torch.empty(self.embed_dim, in_channels, *self.patch_size))
+        self.patch_bias = nn.Parameter(torch.zeros(self.embed_dim))
+        self.cls_token = nn.Parameter(torch.empty(1, self.embed_dim)) if class_token else None
+        self.registers = nn.Parameter(torch.empty(num_registers, self.embed_dim)) if num_registers else None
+        self.mask_token = nn.Parameter(torch.empty(self.embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(self.embed_dim, self.num_heads, mlp_ratio, layer_scale) for _ in range(self.depth)
+        )
+        self.norm = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS)
+        self.num_prefix = int(class_token) + num_registers
+        self.position_grid: Triple | None = None
+        self.position_table: Tensor | None
+        if position_grid is None:
+            self.register_buffer("position_table", None)
+        else:
+            d, h, w = position_grid
+            self.position_grid = (d, h, w)
+            table = sincos_position(self.position_grid, self.embed_dim) * position_scale
+            self.register_buffer(
+                "position_table",
+                rearrange(table, "(d h w) e -> e d h w", d=d, h=h, w=w).clone(),
+            )
+        self._positions: dict[tuple[Triple, torch.device], Tensor] = {}
+        self._rotations: dict[tuple[Triple, torch.device], Rotation] = {}
+        self._initialise()
+
+    def _initialise(self) -> None:
+        nn.init.xavier_uniform_(self.patch_weight.data.view(self.embed_dim, -1))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for token in (self.cls_token, self.registers, self.mask_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return names of the learned tokens and gains."""
+        names = {"cls_token", "registers", "mask_token", "patch_bias"}
+        return {n for n, _ in self.named_parameters() if n in names or n.endswith((".scale1", ".scale2"))}
+
+    def layer_index(self, name: str) -> int:
+        """Return 0 for embedding and tokens, 1 .. depth for blocks, depth + 1 for the final norm."""
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        return self.depth + 1 if name.startswith("norm.") else 0
+
+    def compile_blocks(self) -> None:
+        """Compile each block in place with static shapes; parameter names and the state dict stay as they are."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def position(self, grid: Triple) -> Tensor:
+        """Return the additive position code (N, E) float32 of a token grid, scaled, on the device of the weights."""
+        device = self.mask_token.device
+        if self.position_table is not None:
+            table = self.position_table
+            if grid != self.position_grid:
+                table = F.interpolate(
+                    table[None].float(),
+                    size=grid,
+                    mode="trilinear",
+                    align_corners=False,
+                )[0]
+            return rearrange(table, "e d h w -> (d h w) e")
+        if (grid, device) not in self._positions:
+            with torch.inference_mode(False):  # the cache outlives the context it was filled in
+                self._positions[grid, device] = sincos_position(grid, self.embed_dim, device) * self.position_scale
+        return self._positions[grid, device]
+
+    def _rotation(self, grid: Triple) -> Rotation:
+        key = (grid, self.mask_token.device)
+        if key not in self._rotations:
+            with torch.inference_mode(False):
+                angle = rotary_angles(grid, self.embed_dim // self.num_heads, key[1])
+                angle = F.pad(angle, (0, 0, self.num_prefix, 0)).repeat(1, 2)  # prefix tokens have no place
+                self._rotations[key] = (angle.cos(), angle.sin())
+        return self._rotations[key]
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        p, q, r = self.patch_size
+        return rearrange(x, "b c (d p) (h q) (w r) -> (b d h w) (c p q r)", p=p, q=q, r=r)
+
+    def _embed(self, views: list[Tensor], masks: list[Tensor | None]) -> tuple[Tensor, tuple[Group, ...], list[Triple]]:
+        """Return flat tokens (T, E), their groups and their grids, after masking and positions."""
+        grids = [self.check_input(view) for view in views]
+        for view, mask, grid in zip(views, masks, grids, strict=True):
+            if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (view.shape[0], *grid)):
+                raise ValueError(
+                    f"mask is {mask.dtype} of {tuple(mask.shape)}; expected bool of {(view.shape[0], *grid)}, True = hidden"
+                )
+        patches = [self._patchify(view) for view in views]
+        flat = torch.cat(patches) if len(patches) > 1 else patches[0]
+        embedded = F.linear(flat, self.patch_weight.flatten(1), self.patch_bias)
+        prefix = [token for token in (self.cls_token, self.registers) if token is not None]
+        parts, groups = [], []
+        pieces = torch.split(embedded, [len(p) for p in patches])
+        for view, piece, mask, grid in zip(views, pieces, masks, grids, strict=True):
+            count, position = view.shape[0], self.position(grid)
+            tokens = piece.view(count, -1, self.embed_dim)
+            if mask is None:
+                position = position + 0 * self.mask_token  # keeps every parameter in the graph, as DDP needs
+            else:
+                tokens = torch.where(
+                    mask.flatten(1)[:, :, None],
+                    self.mask_token.to(tokens.dtype),
+                    tokens,
+                )
+            tokens = torch.cat([*(p.expand(count, -1, -1) for p in prefix), tokens + position], dim=1)
+            groups.append(Group(count, tokens.shape[1]))
+            parts.append(tokens.flatten(0, 1))
+        return torch.cat(parts) if len(parts) > 1 else parts[0], tuple(groups), grids
+
+    def _keep_factors(self, noise: list[Tensor | None], groups: tuple[Group, ...], like: Tensor) -> Tensor | None:
+        """Return (depth, T, 1) branch factors, or None if nothing can drop."""
+        if self.drop_probs[-1] == 0.0 or all(n is None for n in noise):
+            return None
+        prob = torch.tensor(self.drop_probs, device=like.device)
+        factors = []
+        for uniform, group in zip(noise, groups, strict=True):
+            if uniform is None:
+                factors.append(like.new_ones(group.samples * group.length, self.depth, dtype=torch.float32))
+                continue
+            if tuple(uniform.shape) != (group.samples, self.depth):
+                raise ValueError(
+                    f"drop_noise has shape {tuple(uniform.shape)}; expected (B, depth) = {(group.samples, self.depth)}"
+                )
+            factor = (uniform >= prob).float() / (1 - prob)
+            factors.append(factor.repeat_interleave(group.length, dim=0))
+        return torch.cat(factors).t().unsqueeze(-1).contiguous()
+
+    def _cls_rows(
+        self,
+        x: Tensor,
+        groups: tuple[Group, ...],
+        grids: list[Triple],
+        rotations: list[Rotation] | None,
+    ) -> list[Tensor]:
+        """Return per group the [CLS] row of the last block's attention for its input ``x`` (T, E)."""
+        block = self.blocks[-1]
+        assert isinstance(block, Block)
+        qkv = block.attn.qkv(block.norm1(x))
+        rows = []
+        for i, part in enumerate(torch.split(qkv, [g.samples * g.length for g in groups])):
+            q, k, _ = block.attn.split(part, groups[i], rotations[i] if rotations else None)
+            logits = (q[:, :, :1].float() @ k.float().transpose(-1, -2)).squeeze(2) * q.shape[-1] ** -0.5
+            row = logits.softmax(-1)[..., self.num_prefix :]
+            rows.append(row.unflatten(-1, grids[i]))
+        return rows
+
+    def _blocks(
+        self,
+        views: list[Tensor],
+        masks: list[Tensor | None] | None,
+        noise: list[Tensor | None] | None,
+        keep_states: tuple[int, ...] = (),
+    ) -> tuple[list[Tensor], list[list[Tensor]], list[Triple]]:
+        """Return per group the normed tokens (B, L, E), the wanted hidden states (B, L, E), and the grids."""
+        empty: list[Tensor | None] = [None] * len(views)
+        x, groups, grids = self._embed(views, empty if masks is None else masks)
+        rotations = [self._rotation(grid) for grid in grids] if self.rotary else None
+        keep = self._keep_factors(empty if noise is None else noise, groups, x)
+        states = []
+        for i, block in enumerate(self.blocks):
+            if self.record_cls_attention and i == self.depth - 1 and self.cls_token is not None:
+                with torch.no_grad():
+                    self.last_cls_attention = self._cls_rows(x, groups, grids, rotations)
+            x = block(x, groups, rotations, None if keep is None else keep[i])
+            if i in keep_states:
+                states.append(x)
+
+        def per_group(flat: Tensor) -> list[Tensor]:
+            parts = torch.split(flat, [g.samples * g.length for g in groups])
+            return [part.view(g.samples, g.length, -1) for part, g in zip(parts, groups, strict=True)]
+
+        return per_group(self.norm(x)), [per_group(state) for state in states], grids
+
+    def _features(self, tokens: Tensor, grid: Triple, levels: list[Tensor]) -> Features:
+        patches = tokens[:, self.num_prefix :]
+        return Features(
+            patches.mean(1) if self.cls_token is None else tokens[:, 0],
+            patches,
+            grid,
+            levels,
+        )
+
+    def forward(self, x: Tensor) -> Features:
+        """Return features of unmasked volumes.
+
+        ``levels`` are four maps (B, E, D', H', W'): the residual stream after blocks ``i * depth // 4`` (counted from
+        0) for i = 1, 2, 3, not normed, and the normed output. At depth 12 these are the blocks 3, 6 and 9 that MONAI's
+        UNETR decodes.
+
+        Args:
+            x: (B, C, D, H, W) in the model's intensity range.
+
+        Raises:
+            ValueError: if channels or shape do not fit.
+        """
+        normed, states, grids = self._blocks([x], None, None, tuple(set(self.level_blocks)))
+        by_block = dict(zip(sorted(set(self.level_blocks)), states, strict=True))
+        maps = [by_block[i][0] for i in self.level_blocks] + normed
+        d, h, w = grids[0]
+        levels = [rearrange(m[:, self.num_prefix :], "b (d h w) e -> b e d h w", d=d, h=h, w=w) for m in maps]
+        return self._features(normed[0], grids[0], levels)
+
+    def forward_views(
+        self,
+        views: list[Tensor],
+        masks: list[Tensor | None] | None = None,
+        drop_noise: list[Tensor | None] | None = None,
+    ) -> list[Features]:
+        """Return features of groups of views in one pass over the linear layers; ``levels`` stay empty.
+
+        Sample b skips block l iff ``drop_noise[i][b, l] < drop_probs[l]``; kept samples are scaled by
+        ``1 / (1 - drop_probs[l])``. Nothing is drawn here, so results do not depend on how a batch is cut.
+
+        Args:
+            views: groups (B_i, C, D_i, H_i, W_i).
+            masks: per group (B_i, D', H', W') bool, True = embedding replaced by the mask token; or None.
+            drop_noise: per group (B_i, depth) uniforms in [0, 1), or None.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        for name, given in (("masks", masks), ("drop_noise", drop_noise)):
+            if given is not None and len(given) != len(views):
+                raise ValueError(
+                    f"{name} has {len(given)} entries for {len(views)} groups of views; give one per group"
+                )
+        if not views:
+            return []
+        normed, _, grids = self._blocks(views, masks, drop_noise)
+        return [self._features(tokens, grid, []) for tokens, grid in zip(normed, grids, strict=True)]
+
+    def cls_attention(self, x: Tensor) -> Tensor:
+        """Return attention of [CLS] to each patch in the last block, (B, heads, D', H', W') float32.
+
+        Only that row is computed, from the block's own queries and keys; SDPA stays on everywhere. Rows sum to less
+        than 1: the rest goes to [CLS] itself and to registers. For the views of a step already being computed, set
+        ``record_cls_attention`` and read ``last_cls_attention`` instead of calling this.
+
+        Raises:
+            ValueError: if the encoder has no [CLS] or ``x`` does not fit.
+        """
+        if self.cls_token is None:
+            raise ValueError("this ViT was built with class_token=False and has no attention of [CLS]")
+        tokens, groups, grids = self._embed([x], [None])
+        rotations = [self._rotation(grids[0])] if self.rotary else None
+        for block in self.blocks[:-1]:
+            tokens = block(tokens, groups, rotations)
+        return self._cls_rows(tokens, groups, grids, rotations)[0]
