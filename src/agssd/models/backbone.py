@@ -98,7 +98,7 @@ class Backbone(nn.Module, ABC):
         if any(s == 0 or s % p for s, p in zip(size, self.patch_size, strict=True)):
             fit = tuple(max(1, s // p) * p for s, p in zip(size, self.patch_size, strict=True))
             raise ValueError(
-                f"input of {size} voxels is not divisible by patch_size {self.patch_size}; crop or pad it, e.g. to {fit}"
+                f"input of {size} voxels is not divisible by patch_size {self.patch_size}; crop or pad it to {fit}, say"
             )
         d, h, w = (s // p for s, p in zip(size, self.patch_size, strict=True))
         return d, h, w

@@ -113,13 +113,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-LN transformer block on flat tokens, optionally with LayerScale."""
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        layer_scale: float | None,
-    ) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, layer_scale: float | None) -> None:
         """Build attention and MLP; ``layer_scale`` is the initial gain of both branches, None = no gain."""
         super().__init__()
         hidden = int(embed_dim * mlp_ratio)
@@ -132,11 +126,7 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.full((embed_dim,), layer_scale)) if layer_scale is not None else None
 
     def forward(
-        self,
-        x: Tensor,
-        groups: tuple[Group, ...],
-        rotations: list[Rotation] | None = None,
-        keep: Tensor | None = None,
+        self, x: Tensor, groups: tuple[Group, ...], rotations: list[Rotation] | None = None, keep: Tensor | None = None
     ) -> Tensor:
         """Return tokens (T, E) after both branches.
 
@@ -222,16 +212,7 @@ class ViT(Backbone):
         self.in_channels = in_channels
         d, h, w = (patch_size,) * 3 if isinstance(patch_size, int) else patch_size
         self.patch_size = (d, h, w)
-        if (
-            min(
-                self.embed_dim,
-                self.depth,
-                self.num_heads,
-                in_channels,
-                *self.patch_size,
-            )
-            < 1
-        ):
+        if min(self.embed_dim, self.depth, self.num_heads, in_channels, *self.patch_size) < 1:
             raise ValueError("embed_dim, depth, num_heads, in_channels and patch_size must be at least 1")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
@@ -283,10 +264,7 @@ class ViT(Backbone):
             d, h, w = position_grid
             self.position_grid = (d, h, w)
             table = sincos_position(self.position_grid, self.embed_dim) * position_scale
-            self.register_buffer(
-                "position_table",
-                rearrange(table, "(d h w) e -> e d h w", d=d, h=h, w=w).clone(),
-            )
+            self.register_buffer("position_table", rearrange(table, "(d h w) e -> e d h w", d=d, h=h, w=w).clone())
         self._positions: dict[tuple[Triple, torch.device], Tensor] = {}
         self._rotations: dict[tuple[Triple, torch.device], Rotation] = {}
         self._initialise()
@@ -323,12 +301,7 @@ class ViT(Backbone):
         if self.position_table is not None:
             table = self.position_table
             if grid != self.position_grid:
-                table = F.interpolate(
-                    table[None].float(),
-                    size=grid,
-                    mode="trilinear",
-                    align_corners=False,
-                )[0]
+                table = F.interpolate(table[None].float(), size=grid, mode="trilinear", align_corners=False)[0]
             return rearrange(table, "e d h w -> (d h w) e")
         if (grid, device) not in self._positions:
             with torch.inference_mode(False):  # the cache outlives the context it was filled in
@@ -354,7 +327,7 @@ class ViT(Backbone):
         for view, mask, grid in zip(views, masks, grids, strict=True):
             if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (view.shape[0], *grid)):
                 raise ValueError(
-                    f"mask is {mask.dtype} of {tuple(mask.shape)}; expected bool of {(view.shape[0], *grid)}, True = hidden"
+                    f"mask is {mask.dtype} {tuple(mask.shape)}; expected bool {(view.shape[0], *grid)}, True = hidden"
                 )
         patches = [self._patchify(view) for view in views]
         flat = torch.cat(patches) if len(patches) > 1 else patches[0]
@@ -368,11 +341,7 @@ class ViT(Backbone):
             if mask is None:
                 position = position + 0 * self.mask_token  # keeps every parameter in the graph, as DDP needs
             else:
-                tokens = torch.where(
-                    mask.flatten(1)[:, :, None],
-                    self.mask_token.to(tokens.dtype),
-                    tokens,
-                )
+                tokens = torch.where(mask.flatten(1)[:, :, None], self.mask_token.to(tokens.dtype), tokens)
             tokens = torch.cat([*(p.expand(count, -1, -1) for p in prefix), tokens + position], dim=1)
             groups.append(Group(count, tokens.shape[1]))
             parts.append(tokens.flatten(0, 1))
@@ -397,11 +366,7 @@ class ViT(Backbone):
         return torch.cat(factors).t().unsqueeze(-1).contiguous()
 
     def _cls_rows(
-        self,
-        x: Tensor,
-        groups: tuple[Group, ...],
-        grids: list[Triple],
-        rotations: list[Rotation] | None,
+        self, x: Tensor, groups: tuple[Group, ...], grids: list[Triple], rotations: list[Rotation] | None
     ) -> list[Tensor]:
         """Return per group the [CLS] row of the last block's attention for its input ``x`` (T, E)."""
         block = self.blocks[-1]
@@ -444,12 +409,7 @@ class ViT(Backbone):
 
     def _features(self, tokens: Tensor, grid: Triple, levels: list[Tensor]) -> Features:
         patches = tokens[:, self.num_prefix :]
-        return Features(
-            patches.mean(1) if self.cls_token is None else tokens[:, 0],
-            patches,
-            grid,
-            levels,
-        )
+        return Features(patches.mean(1) if self.cls_token is None else tokens[:, 0], patches, grid, levels)
 
     def forward(self, x: Tensor) -> Features:
         """Return features of unmasked volumes.
