@@ -1,0 +1,64 @@
+# The only interface to the project. Every target works as the first command on a machine with Python 3.11 or newer.
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13,$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+DEMO_OUT ?= demo
+BENCH_OUT ?= runs/bench
+TEST_WORKERS ?= auto
+DEMO_FLAGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow fmt lint types smoke conf bench bench-gpu wheel
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Create .venv and install the package, the demo's and the developers' tools
+
+$(STAMP): pyproject.toml $(wildcard constraints.txt)
+	@test -n "$(PYTHON)" || { echo "agssd needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[demo,dev]'
+	@touch $@
+
+demo: $(STAMP) ## Simulate a cohort, pretrain, fine-tune, and print the table (at most 8 minutes on 2 cores)
+	$(BIN)/agssd demo --out $(DEMO_OUT) $(DEMO_FLAGS)
+
+test: $(STAMP) ## Run the tests except the slow ones
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: $(STAMP) ## Run every test, the slow ones too
+	$(PYTEST)
+
+fmt: $(STAMP) ## Format the code and fix what can be fixed
+	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests
+
+lint: $(STAMP) ## Check format, style and the dependency order
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/lint-imports
+
+types: $(STAMP) ## Check the types strictly
+	$(BIN)/mypy
+
+smoke: $(STAMP) ## Run the demo in its short form (under 90 seconds)
+	$(BIN)/agssd demo --quick --out runs/smoke
+
+conf: $(STAMP) ## Check every file of conf/: it parses, instantiates and survives a step
+	$(PYTEST) tests/conf
+
+bench: $(STAMP) ## Time the hot paths against their alternatives, side by side, on the CPU
+	$(BIN)/agssd bench --device cpu --out $(BENCH_OUT)
+
+bench-gpu: $(STAMP) ## The same on a CUDA device
+	$(BIN)/agssd bench --device cuda --out $(BENCH_OUT)
+
+wheel: $(STAMP) ## Build the wheel into dist/
+	$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .
+	@ls -1 dist/*.whl
