@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from agssd.models.backbone import Backbone
+from agssd.models.position import Rotation, rotary_angles, rotate, sincos_position
 from agssd.types import Features, Triple
 
 SIZES: dict[str, Triple] = {  # embed_dim, depth, num_heads
@@ -20,58 +20,6 @@ SIZES: dict[str, Triple] = {  # embed_dim, depth, num_heads
     "large": (1024, 24, 16),
 }
 LAYER_NORM_EPS = 1e-6
-SINCOS_EXTENT = 16.0  # radians of the fastest wave across the view: 2.5 periods
-SINCOS_TEMPERATURE = 100.0  # fastest over slowest wave
-ROTARY_TEMPERATURE = 100.0
-
-Rotation = tuple[Tensor, Tensor]  # cos, sin, each (L, head_dim) float32
-
-
-def axis_coordinates(grid: Triple, device: torch.device | None = None) -> Tensor:
-    """Return token centres (N, 3) in raster order, float64, each axis of the view spanning [0, 1].
-
-    Token ``i`` of ``n`` sits at ``(i + 0.5) / n``, so equal places in a view get equal coordinates on every grid.
-    """
-    axes = [(torch.arange(n, device=device, dtype=torch.float64) + 0.5) / n for n in grid]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
-
-
-def sincos_position(grid: Triple, embed_dim: int, device: torch.device | None = None) -> Tensor:
-    """Return the fixed position code (N, E) float32 of a token grid, entries in [-1, 1].
-
-    A third of the channels per axis, half sines and half cosines; channels beyond a multiple of 6 are zero. The waves
-    are functions of the normalised coordinate, so the code of a small crop is the code of the large grid resampled.
-
-    Source: [P] fixed 3D sin-cos; extent and temperature are ours, chosen for grids of 2 to 16 tokens (temperature
-    10000 leaves most channels constant there).
-    """
-    waves = embed_dim // 6
-    if waves == 0:
-        raise ValueError(f"embed_dim {embed_dim} is below 6, too few channels for a 3D position; use at least 6")
-    steps = torch.arange(waves, device=device, dtype=torch.float64) / max(waves - 1, 1)
-    omega = SINCOS_EXTENT * SINCOS_TEMPERATURE**-steps
-    angle = axis_coordinates(grid, device)[:, :, None] * omega  # (N, 3, waves)
-    code = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # (N, 3 * 2 * waves)
-    return F.pad(code, (0, embed_dim - code.shape[1])).float()
-
-
-def rotary_angles(grid: Triple, head_dim: int, device: torch.device | None = None) -> Tensor:
-    """Return rotation angles (N, head_dim / 2) float32: a third of the pairs per axis, remaining pairs unrotated.
-
-    Source: [R: DINOv3] rotary positions of coordinates in [-1, 1] with geometric periods; in 3D ours.
-    """
-    waves = head_dim // 6
-    steps = torch.arange(waves, device=device, dtype=torch.float64) / max(waves, 1)
-    omega = 2 * math.pi * ROTARY_TEMPERATURE**-steps
-    angle = ((2 * axis_coordinates(grid, device) - 1)[:, :, None] * omega).flatten(1)  # (N, 3 * waves)
-    return F.pad(angle, (0, head_dim // 2 - angle.shape[1])).float()
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Return ``x`` (B, heads, L, d) with each channel pair (i, i + d/2) rotated, computed in float32."""
-    cos, sin = rotation
-    first, second = x.float().chunk(2, dim=-1)
-    return (torch.cat([first, second], -1) * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
 
 class Group(NamedTuple):
@@ -336,12 +284,12 @@ class ViT(Backbone):
         parts, groups = [], []
         pieces = torch.split(embedded, [len(p) for p in patches])
         for view, piece, mask, grid in zip(views, pieces, masks, grids, strict=True):
-            count, position = view.shape[0], self.position(grid)
+            count, position = view.shape[0], self.position(grid).to(self.mask_token.dtype)
             tokens = piece.view(count, -1, self.embed_dim)
             if mask is None:
                 position = position + 0 * self.mask_token  # keeps every parameter in the graph, as DDP needs
             else:
-                tokens = torch.where(mask.flatten(1)[:, :, None], self.mask_token.to(tokens.dtype), tokens)
+                tokens = torch.where(mask.flatten(1)[:, :, None], self.mask_token, tokens)
             tokens = torch.cat([*(p.expand(count, -1, -1) for p in prefix), tokens + position], dim=1)
             groups.append(Group(count, tokens.shape[1]))
             parts.append(tokens.flatten(0, 1))
