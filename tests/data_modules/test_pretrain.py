@@ -1,0 +1,226 @@
+"""The pretraining data module: batches, cuts over ranks, resume, and every refusal."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from agssd.data_modules.cache import VolumeCache
+from agssd.data_modules.pretrain import PretrainDataModule
+
+PARENT = (32, 40, 32)
+
+
+def module(cache: Path | list[str], trainer: Any = None, **changes: Any) -> PretrainDataModule:
+    settings: dict[str, Any] = {"parent_vox": PARENT, "global_batch_size": 4, "num_workers": 0} | changes
+    paths = cache if isinstance(cache, list) else str(cache)
+    data = PretrainDataModule(paths, **settings)
+    data.trainer = trainer
+    return data
+
+
+def fake_trainer(rank: int = 0, world: int = 1, accumulate: int = 1, step: int = 0, max_steps: int = 10) -> Any:
+    return SimpleNamespace(
+        global_rank=rank, world_size=world, accumulate_grad_batches=accumulate, global_step=step, max_steps=max_steps
+    )
+
+
+def batches(data: PretrainDataModule, count: int) -> list[dict[str, torch.Tensor]]:
+    data.setup("fit")
+    return list(islice(iter(data.train_dataloader()), count))  # type: ignore[arg-type]
+
+
+def test_train_dataloader__delivers_parent_batches_as_stored(tiny_cache: Path) -> None:
+    (batch,) = batches(module(tiny_cache), 1)
+    assert batch["image"].shape == (4, 1, *PARENT) and batch["image"].dtype == torch.int16
+    assert batch["foreground"].shape == (4, 1, *PARENT) and batch["foreground"].dtype == torch.uint8
+    for name in ("scale", "offset", "low", "high", "edge_q99"):
+        assert batch[name].shape == (4, 1) and batch[name].dtype == torch.float32
+    assert batch["is_ct"].dtype == torch.bool and not batch["is_ct"].any()
+    assert batch["spacing_mm"].tolist() == [[1.0, 1.0, 1.0]] * 4
+    assert batch["sample"].tolist() == [0, 1, 2, 3]
+
+
+def test_train_dataloader__voxels_are_those_of_the_cache(tiny_cache: Path) -> None:
+    data = module(tiny_cache, prob_foreground=0.5)
+    (batch,) = batches(data, 1)
+    cache = VolumeCache(tiny_cache)
+    for i in range(4):
+        case = cache.select(split="train")[int(batch["case"][i])]
+        whole, crop = cache.read_whole(case), batch["image"][i].numpy()
+        places = np.lib.stride_tricks.sliding_window_view(whole, PARENT, axis=(1, 2, 3))
+        assert (places == crop[:, None, None, None]).all(axis=(-3, -2, -1)).any()
+
+
+def test_train_dataloader__only_the_train_split_with_equal_weight(tiny_cache: Path) -> None:
+    data = module(tiny_cache)
+    drawn = torch.cat([b["case"] for b in batches(data, 5)])  # 20 samples = 4 passes over 5 cases
+    assert torch.bincount(drawn).tolist() == [4] * 5
+    assert data.train_crops is not None
+    assert {data.train_crops.info(int(row)).split for row in drawn} == {"train"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_train_dataloader__ranks_and_accumulation_join_to_one_process(tiny_cache: Path, workers: int) -> None:
+    whole = batches(module(tiny_cache, fake_trainer()), 2)
+    for step in range(2):
+        parts = [
+            batches(module(tiny_cache, fake_trainer(rank, 2, 2), num_workers=workers), 4)[2 * step + micro]
+            for micro in range(2)
+            for rank in range(2)
+        ]
+        for name in whole[step]:
+            assert torch.equal(torch.cat([part[name] for part in parts]), whole[step][name]), name
+
+
+def test_train_dataloader__continues_after_the_steps_done(tiny_cache: Path) -> None:
+    whole = batches(module(tiny_cache, fake_trainer()), 4)
+    rest = batches(module(tiny_cache, fake_trainer(step=2)), 2)
+    for there, here in zip(whole[2:], rest, strict=True):
+        assert all(torch.equal(there[name], here[name]) for name in there)
+
+
+def test_train_dataloader__pads_with_the_lowest_value_and_no_foreground(
+    make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_cache(tmp_path / "small.h5", shape=(30, 40, 32))
+    (batch,) = batches(module(path), 1)
+    assert (batch["foreground"][:, :, [0, -1]] == 0).all()
+    lowest = batch["image"].flatten(1).min(1).values
+    assert (batch["image"][:, 0, 0] == lowest[:, None, None]).all()
+
+
+def test_setup__two_caches_are_concatenated(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    a = make_cache(tmp_path / "a.h5", num_cases=2, splits=["train", "train"])
+    b = make_cache(tmp_path / "b.h5", num_cases=3, splits=["train"] * 3, modality="ct", seed=50)
+    data = module([str(a), str(b)], global_batch_size=5)
+    (batch,) = batches(data, 1)
+    assert sorted(batch["case"].tolist()) == [0, 1, 2, 3, 4]
+    assert torch.equal(batch["is_ct"], batch["case"] >= 2)
+    assert data.contract["modality"] == "mixed"
+    assert set(data.contract["intensity"]) == {"ct", "mri"}
+
+
+def test_val_dataloader__is_one_fixed_pass_that_no_cut_changes(tiny_cache: Path) -> None:
+    def draw(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+        data = module(tiny_cache, fake_trainer(rank, world))
+        data.setup("fit")
+        return list(data.val_dataloader())  # type: ignore[arg-type]
+
+    first, again = draw(0, 1), draw(0, 1)
+    assert len(first) == 1  # 2 cases, global batch 4
+    assert torch.equal(first[0]["image"], again[0]["image"])
+    assert set(first[0]["case"].tolist()) == {0, 1}
+    joined = torch.cat([draw(rank, 2)[0]["image"] for rank in range(2)])
+    assert torch.equal(joined, first[0]["image"])
+
+
+def test_val_dataloader__none_without_a_val_split(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    data = module(make_cache(tmp_path / "a.h5", num_cases=2, splits=["train", "train"]))
+    data.setup("fit")
+    assert data.val_dataloader() == []
+
+
+def test_dataset__survives_pickling(tiny_cache: Path) -> None:
+    data = module(tiny_cache)
+    data.setup("fit")
+    assert data.train_crops is not None
+    copy = pickle.loads(pickle.dumps(data.train_crops))
+    assert torch.equal(copy[3]["image"], data.train_crops[3]["image"])
+
+
+def test_contract__is_plain_and_complete(tiny_cache: Path) -> None:
+    data = module(tiny_cache)
+    data.setup("fit")
+    assert data.contract == {
+        "spacing_mm": [1.0, 1.0, 1.0],
+        "orientation": "SAR",
+        "modality": "mri",
+        "intensity": {"mri": {"rule": "foreground_percentiles", "percentiles": [0.05, 99.95], "range": [-1.0, 1.0]}},
+        "channels": 1,
+    }
+
+
+def test_state_dict__is_plain_and_knows_the_samples_seen(tiny_cache: Path, tmp_path: Path) -> None:
+    data = module(tiny_cache, fake_trainer(step=7))
+    data.setup("fit")
+    torch.save(data.state_dict(), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["samples_seen"] == 28
+
+
+def test_load_state_dict__refuses_another_stream(tiny_cache: Path) -> None:
+    data = module(tiny_cache, fake_trainer(step=1))
+    data.setup("fit")
+    state = data.state_dict()
+    data.load_state_dict(state)
+    other = module(tiny_cache, fake_trainer(step=1), seed=5, global_batch_size=2)
+    other.setup("fit")
+    with pytest.raises(ValueError, match="seed was 0, is 5; global_batch_size was 4, is 2"):
+        other.load_state_dict(state)
+
+
+def test_setup__refuses_caches_of_other_spacing_naming_both(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    a = make_cache(tmp_path / "a.h5", num_cases=2)
+    b = make_cache(tmp_path / "b.h5", num_cases=2, spacing_mm=(1.5, 1.5, 1.5))
+    with pytest.raises(ValueError, match=r"spacing: .*a\.h5.*b\.h5.*--spacing-mm"):
+        module([str(a), str(b)]).setup("fit")
+
+
+def test_setup__refuses_caches_of_other_channels_naming_both(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    a = make_cache(tmp_path / "a.h5", num_cases=2)
+    b = make_cache(tmp_path / "b.h5", num_cases=2, channels=2)
+    with pytest.raises(ValueError, match=r"channels: .*a\.h5.* has 1, .*b\.h5.* has 2"):
+        module([str(a), str(b)]).setup("fit")
+
+
+def test_setup__refuses_missing_and_truncated_caches(tiny_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone\.h5"):
+        module(tmp_path / "gone.h5").setup("fit")
+    torn = tmp_path / "torn.h5"
+    torn.write_bytes(tiny_cache.read_bytes()[: os.path.getsize(tiny_cache) // 2])
+    with pytest.raises(ValueError, match=r"torn\.h5"):
+        module(torn).setup("fit")
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file["x"] = 1
+    with pytest.raises(ValueError, match=r"foreign\.h5"):
+        module(tmp_path / "foreign.h5").setup("fit")
+
+
+def test_setup__refuses_a_parent_that_is_mostly_padding(tiny_cache: Path) -> None:
+    with pytest.raises(ValueError, match=r"parent_vox \[160, 160, 160\] is too large"):
+        module(tiny_cache, parent_vox=(160, 160, 160)).setup("fit")
+
+
+def test_setup__refuses_a_cache_without_training_cases(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "a.h5", num_cases=2, splits=["train", "train"])
+    with h5py.File(path, "r+") as file:
+        text = file["index"][()].tobytes().replace(b'"train"', b'"valid"')
+        file["index"][...] = np.frombuffer(text, dtype=file["index"].dtype)
+    with pytest.raises(ValueError, match="no case of the split 'train'"):
+        module(path).setup("fit")
+
+
+def test_setup__refuses_an_endless_run_and_a_remainder(tiny_cache: Path) -> None:
+    with pytest.raises(ValueError, match="max_steps"):
+        module(tiny_cache, fake_trainer(max_steps=-1)).setup("fit")
+    with pytest.raises(ValueError, match="global_batch_size 4 cannot be divided by 3 device"):
+        module(tiny_cache, fake_trainer(world=3)).setup("fit")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"parent_vox": (0, 8, 8)}, {"seed": -1}, {"prob_foreground": 1.5}, {"num_workers": -1}, {"prefetch": 0}],
+)
+def test_init__refuses_impossible_settings(tiny_cache: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"data.{next(iter(changes))}"):
+        module(tiny_cache, **changes)
