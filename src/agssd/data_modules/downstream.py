@@ -1,0 +1,533 @@
+"""Labelled crops and whole volumes for downstream tasks, over the same caches as pretraining.
+
+Training crops are a pure function of (seed, number of the sample), as in pretraining: neither workers, devices nor
+accumulation change them. Validation, test and prediction deliver whole volumes one by one. The worker hands over what
+is stored; intensities come into the model's range, and augmentation happens, batched on the device.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from agssd.data_modules.cache import CaseInfo, VolumeCache
+from agssd.data_modules.pretrain import _check_agreement as check_agreement
+from agssd.data_modules.pretrain import _contract as cache_contract
+from agssd.data_modules.sampling import MicroBatches, case_of_sample, micro_batch_size
+from agssd.data_modules.subsets import fold_subjects, nested_subset
+from agssd.transforms.intensity import Appearance, to_model_range
+from agssd.transforms.keyed_random import KeyedRandom
+from agssd.types import LabelledBatch, Triple
+
+Row = tuple[int, int]  # cache, case
+Item = dict[str, Tensor]
+_LABEL_CROP_STREAM, _VIEW_CROP_STREAM = 2, 3
+_MAX_VOXELS_PER_CLASS = 2048
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
+def _inside(wanted: Sequence[int], shape: Triple, crop_vox: Triple) -> Triple:
+    """Return ``wanted`` moved so that the crop lies in the volume, centred on axes where it is larger."""
+    start = [
+        min(max(first, 0), volume - crop) if volume >= crop else -((crop - volume) // 2)
+        for first, volume, crop in zip(wanted, shape, crop_vox, strict=True)
+    ]
+    return (start[0], start[1], start[2])
+
+
+def label_voxels(label: NDArray[np.integer[Any]]) -> dict[int, NDArray[np.int32]]:
+    """Return up to 2048 voxels (n, 3) of each class above 0, evenly spread over the class in raster order."""
+    found: dict[int, NDArray[np.int32]] = {}
+    for value in np.unique(label):
+        if value > 0:
+            flat = np.flatnonzero(label == value)
+            if flat.size > _MAX_VOXELS_PER_CLASS:
+                flat = flat[np.linspace(0, flat.size - 1, _MAX_VOXELS_PER_CLASS).astype(np.int64)]
+            found[int(value)] = np.stack(np.unravel_index(flat, label.shape), 1).astype(np.int32)
+    return found
+
+
+def label_crop_start(
+    seed: int,
+    sample: int,
+    shape: Triple,
+    crop_vox: Triple,
+    voxels: Mapping[int, NDArray[np.int32]],
+    foreground_box: Sequence[Sequence[int]],
+    prob_label: float,
+) -> Triple:
+    """Return the first voxel of a training crop for segmentation.
+
+    With ``prob_label`` a class of the case is drawn uniformly, then one of its voxels, and the crop is laid around it
+    so that the voxel falls anywhere in the crop's middle half. Otherwise the crop is laid uniformly over the
+    foreground box. Crops leave the volume only where it is smaller than the crop.
+    """
+    rng = _generator(seed, _LABEL_CROP_STREAM, sample)
+    if voxels and rng.random() < prob_label:
+        places = voxels[sorted(voxels)[int(rng.integers(len(voxels)))]]
+        voxel = places[int(rng.integers(len(places)))]
+        wanted = [int(v) - crop // 4 - int(rng.integers(crop // 2 + 1)) for v, crop in zip(voxel, crop_vox, strict=True)]
+        return _inside(wanted, shape, crop_vox)
+    return view_crop_start(rng, shape, crop_vox, foreground_box)
+
+
+def view_crop_start(
+    rng: np.random.Generator, shape: Triple, crop_vox: Triple, foreground_box: Sequence[Sequence[int]]
+) -> Triple:
+    """Return the first voxel of a crop laid uniformly inside the foreground box, or around it where it is smaller."""
+    wanted = []
+    for (first, last), crop in zip(foreground_box, crop_vox, strict=True):
+        low, high = sorted((first, last - crop))
+        wanted.append(int(rng.integers(low, high + 1)))
+    return _inside(wanted, shape, crop_vox)
+
+
+class LabelledVolumes(Dataset[Item]):
+    """Training crops by sample number, or whole volumes by position.
+
+    Args:
+        caches: open caches.
+        rows: (cache, case) of every case known to the data module.
+        members: rows that this dataset draws from.
+        crop_vox: training crop in voxels, or None for whole volumes.
+        seed: of the order of cases and of the places of crops.
+        prob_label: share of crops laid around a labelled voxel.
+        kind: "segmentation" adds label maps, "classification" adds targets.
+        table: class of each stored label value, or None to take values as they are.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[VolumeCache],
+        rows: Sequence[Row],
+        members: Sequence[int],
+        crop_vox: Triple | None,
+        seed: int,
+        prob_label: float,
+        kind: Literal["segmentation", "classification"],
+        table: NDArray[np.int64] | None,
+    ) -> None:
+        self.caches, self.rows, self.members = tuple(caches), tuple(rows), tuple(members)
+        self.crop_vox = crop_vox
+        self.seed = seed
+        self.prob_label = prob_label
+        self.kind = kind
+        self.table = table
+        self._voxels: dict[int, dict[int, NDArray[np.int32]]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of cases."""
+        return len(self.members)
+
+    def __getitem__(self, sample: int) -> Item:
+        """Return one case without its batch axis; intensities as stored."""
+        position = sample if self.crop_vox is None else case_of_sample(self.seed, sample, len(self.members))
+        row = self.members[position]
+        cache, case = self.caches[self.rows[row][0]], self.rows[row][1]
+        info = cache.cases[case]
+        if self.crop_vox is None:
+            start, size = (0, 0, 0), info.shape
+        else:
+            start, size = self._start(row, cache, case, info, sample), self.crop_vox
+        item = {
+            "image": torch.from_numpy(cache.read(case, start, size, "image")),
+            "foreground": torch.from_numpy(cache.read(case, start, size, "foreground"))[None],
+            "scale": torch.tensor(info.scale, dtype=torch.float32),
+            "offset": torch.tensor(info.offset, dtype=torch.float32),
+            "low": torch.tensor(info.low, dtype=torch.float32),
+            "high": torch.tensor(info.high, dtype=torch.float32),
+            "is_ct": torch.tensor(info.modality == "ct"),
+            "spacing_mm": torch.tensor(info.spacing_mm, dtype=torch.float32),
+            "sample": torch.tensor(sample, dtype=torch.int64),
+            "case": torch.tensor(row, dtype=torch.int64),
+        }
+        if self.kind == "segmentation" and info.label_values is not None:
+            item["label"] = torch.from_numpy(self._classes(cache.read(case, start, size, "label")))[None]
+        if self.kind == "classification" and info.class_index is not None:
+            item["target"] = torch.tensor(info.class_index, dtype=torch.int64)
+        return item
+
+    def _classes(self, label: NDArray[Any]) -> NDArray[np.int16]:
+        return (label if self.table is None else self.table[label]).astype(np.int16)
+
+    def _start(self, row: int, cache: VolumeCache, case: int, info: CaseInfo, sample: int) -> Triple:
+        assert self.crop_vox is not None
+        if self.kind == "classification":
+            rng = _generator(self.seed, _VIEW_CROP_STREAM, sample)
+            return view_crop_start(rng, info.shape, self.crop_vox, info.foreground_box)
+        if row not in self._voxels:
+            self._voxels[row] = label_voxels(self._classes(cache.read_whole(case, "label")))
+        return label_crop_start(
+            self.seed, sample, info.shape, self.crop_vox, self._voxels[row], info.foreground_box, self.prob_label
+        )
+
+
+class DownstreamDataModule(L.LightningDataModule):
+    """What segmentation and classification share: splits by subject, subsets, folds, loaders, intensities.
+
+    Training is an endless stream (``trainer.max_steps`` ends the run, ``trainer.val_check_interval`` counts steps);
+    the other loaders give whole volumes in batches of 1.
+
+    Args:
+        cache: one path or several, written by ``agssd prepare``.
+        global_batch_size: crops per optimiser step over all devices and accumulated batches.
+        crop_vox: training crop (D, H, W) in voxels; None takes the task's ``crop_vox``, so that it is stated once.
+        num_classes: classes of the task; None takes the task's ``num_classes``.
+        modality: keep only "ct" or "mri".
+        num_subjects: labelled training subjects to use; subsets of one ``subset_seed`` are nested.
+        label_fraction: the same as a share of the training subjects.
+        subset_seed: which draw of labelled subjects.
+        num_folds: cut the ``train`` split by subject into this many folds, independent of every seed.
+        fold: the fold that becomes the validation set; the stored ``val`` split is then left alone.
+        flip_axes: axes (0 = D, 1 = H, 2 = W) along which training crops are mirrored half of the time. Mirroring W
+            exchanges left and right: leave it out where classes have a side.
+        appearance: random intensities (gamma, histogram, blur, noise, Gibbs) in training.
+        seed: of the order of training crops and of augmentation.
+        predict_split: split that ``agssd predict`` runs on; "all" for every case. Labels are not needed.
+        num_workers: reading processes per device.
+        pin_memory: page-locked batches where there is a GPU.
+
+    Raises:
+        ValueError: in ``setup``, for caches, subsets, folds or labels that cannot serve.
+    """
+
+    kind: Literal["segmentation", "classification"]
+
+    def __init__(
+        self,
+        cache: str | list[str],
+        global_batch_size: int = 8,
+        crop_vox: Triple | None = None,
+        num_classes: int | None = None,
+        modality: Literal["ct", "mri"] | None = None,
+        num_subjects: int | None = None,
+        label_fraction: float | None = None,
+        subset_seed: int = 0,
+        num_folds: int | None = None,
+        fold: int | None = None,
+        flip_axes: list[int] | None = None,
+        appearance: bool = True,
+        seed: int = 0,
+        predict_split: Literal["train", "val", "test", "all"] = "test",
+        num_workers: int = 2,
+        pin_memory: bool = True,
+    ) -> None:
+        super().__init__()
+        self.cache = [cache] if isinstance(cache, str) else [str(path) for path in cache]
+        self.global_batch_size = global_batch_size
+        self.crop_vox = crop_vox
+        self.num_classes = num_classes
+        self.modality = modality
+        self.num_subjects, self.label_fraction, self.subset_seed = num_subjects, label_fraction, subset_seed
+        self.num_folds, self.fold = num_folds, fold
+        self.flip_axes = tuple(flip_axes or ())
+        self.appearance = Appearance() if appearance else None
+        self.seed = seed
+        self.predict_split = predict_split
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.caches: list[VolumeCache] = []
+        self.rows: list[Row] = []
+        self.members: dict[str, list[int]] = {}
+        self._table: NDArray[np.int64] | None = None
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        if not self.cache:
+            raise ValueError("data.cache is empty; name a cache written by `agssd prepare`")
+        if (self.num_folds is None) != (self.fold is None):
+            raise ValueError(f"data.num_folds is {self.num_folds} and data.fold {self.fold}; give both or neither")
+        if self.num_folds is not None and self.fold is not None and not 0 <= self.fold < self.num_folds:
+            raise ValueError(f"data.fold is {self.fold}; with num_folds {self.num_folds} it is 0 to {self.num_folds - 1}")
+        if any(axis not in (0, 1, 2) for axis in self.flip_axes):
+            raise ValueError(f"data.flip_axes is {list(self.flip_axes)}; axes are 0 (D), 1 (H) and 2 (W)")
+        if self.seed < 0:
+            raise ValueError(f"data.seed is {self.seed}; give 0 or a positive number")
+
+    # ------------------------------------------------------------------ setup
+
+    def setup(self, stage: str) -> None:
+        """Open the caches, choose the cases and refuse what cannot work before the first step."""
+        if not self.caches:
+            caches = [VolumeCache(path) for path in self.cache]
+            check_agreement(caches)
+            self.caches = caches
+            self.rows = [(i, case) for i, cache in enumerate(caches) for case in range(len(cache))]
+            self._take_from_task()
+            self.members = self._choose()
+            self._check_cases()
+        self._check_stage(stage)
+
+    def _take_from_task(self) -> None:
+        """Fill what was left to the task: its number of classes and its window."""
+        task = getattr(self.trainer, "lightning_module", None)
+        if self.crop_vox is None:
+            self.crop_vox = getattr(task, "crop_vox", None)
+        if self.num_classes is None:
+            self.num_classes = getattr(task, "num_classes", None)
+        for name in ("crop_vox", "num_classes"):
+            if getattr(self, name) is None:
+                raise ValueError(f"data.{name} is not given and the model has no {name}; set --data.{name}")
+
+    def case_info(self, case: int) -> CaseInfo:
+        """Return what the cache knows about the case number of a batch."""
+        cache, index = self.rows[case]
+        return self.caches[cache].cases[index]
+
+    def _choose(self) -> dict[str, list[int]]:
+        infos = [self.case_info(row) for row in range(len(self.rows))]
+        usable = [row for row, info in enumerate(infos) if self.modality in (None, info.modality)]
+        labelled = [row for row in usable if self._is_labelled(infos[row])]
+        by_split = {name: [row for row in labelled if infos[row].split == name] for name in ("train", "val", "test")}
+        train, val = by_split["train"], by_split["val"]
+        if not train:
+            raise ValueError(
+                f"no case of the split 'train' in data.cache {self.cache} has {self._needs()}; see `agssd inspect CACHE`"
+            )
+        if self.num_folds is not None and self.fold is not None:
+            held_out = set(fold_subjects((infos[row].subject for row in train), self.num_folds)[self.fold])
+            val = [row for row in train if infos[row].subject in held_out]
+            train = [row for row in train if infos[row].subject not in held_out]
+        kept = set(
+            nested_subset(
+                (infos[row].subject for row in train), self.num_subjects, self.label_fraction, self.subset_seed
+            )
+        )
+        train = [row for row in train if infos[row].subject in kept]
+        predict = [row for row in usable if self.predict_split in ("all", infos[row].split)]
+        return {"train": train, "val": val, "test": by_split["test"], "predict": predict}
+
+    def _check_stage(self, stage: str) -> None:
+        wanted = {"validate": "val", "test": "test", "predict": "predict"}.get(stage)
+        if wanted is not None and not self.members[wanted]:
+            raise ValueError(
+                f"`agssd {stage}` has no case: data.cache {self.cache} holds no suitable one; see `agssd inspect CACHE`"
+            )
+        if stage == "fit":
+            if self.trainer is not None and self.trainer.max_steps < 1:
+                raise ValueError(
+                    f"trainer.max_steps is {self.trainer.max_steps}; the training stream is endless, so give a "
+                    "positive number, for example --trainer.max_steps 600"
+                )
+            self._micro_batch_size()
+
+    @abstractmethod
+    def _is_labelled(self, info: CaseInfo) -> bool:
+        """Return whether the case has what the task learns from."""
+
+    @abstractmethod
+    def _needs(self) -> str:
+        """Return what ``_is_labelled`` looks for, in words."""
+
+    @abstractmethod
+    def _check_cases(self) -> None:
+        """Refuse labels that are no classes of the task."""
+
+    @property
+    def contract(self) -> dict[str, Any]:
+        """Return the preprocessing of the caches, to be compared with what an encoder expects."""
+        return cache_contract([self.case_info(row) for row in range(len(self.rows))])
+
+    # ---------------------------------------------------------------- loaders
+
+    def _cut(self) -> tuple[int, int, int]:
+        if self.trainer is None:
+            return 0, 1, 1
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
+
+    def _micro_batch_size(self) -> int:
+        _, world_size, accumulate = self._cut()
+        return micro_batch_size(self.global_batch_size, world_size, accumulate)
+
+    def train_dataloader(self) -> DataLoader[Item]:
+        """Return the endless stream of crops from the first sample that no optimiser step has seen."""
+        rank, world_size, _ = self._cut()
+        first = (self.trainer.global_step if self.trainer is not None else 0) * self.global_batch_size
+        batches = MicroBatches(self._micro_batch_size(), rank, world_size, first)
+        return self._loader(self._volumes("train", crops=True), batch_sampler=cast(Any, batches))
+
+    def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
+        """Return the validation volumes; an empty list without any."""
+        return self._whole("val") if self.members["val"] else []
+
+    def test_dataloader(self) -> DataLoader[Item]:
+        """Return the labelled test volumes."""
+        return self._whole("test")
+
+    def predict_dataloader(self) -> DataLoader[Item]:
+        """Return the volumes of ``predict_split``."""
+        return self._whole("predict")
+
+    def _volumes(self, part: str, crops: bool) -> LabelledVolumes:
+        return LabelledVolumes(
+            self.caches,
+            self.rows,
+            self.members[part],
+            self.crop_vox if crops else None,
+            self.seed,
+            getattr(self, "prob_label", 0.0),
+            self.kind,
+            self._table,
+        )
+
+    def _whole(self, part: str) -> DataLoader[Item]:
+        """Return this rank's share of whole volumes, one by one; no volume is met twice, as a score needs."""
+        rank, world_size, _ = self._cut()
+        volumes = self._volumes(part, crops=False)
+        return self._loader(Subset(volumes, range(rank, len(volumes), world_size)))
+
+    def _loader(self, volumes: Dataset[Item], batch_sampler: Any = None) -> DataLoader[Item]:
+        return DataLoader(
+            volumes,
+            batch_sampler=batch_sampler,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory and torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    # -------------------------------------------------------------- on device
+
+    def on_after_batch_transfer(self, batch: Item, dataloader_idx: int) -> LabelledBatch:
+        """Return intensities in the model's range, augmented while training."""
+        image = batch["image"].float()
+        scale, offset = (batch[name][:, :, None, None, None] for name in ("scale", "offset"))
+        image = to_model_range(image * scale + offset, batch["low"], batch["high"], batch["is_ct"])
+        foreground = batch["foreground"].bool()
+        label = batch["label"].long() if "label" in batch else None
+        if self.trainer is not None and self.trainer.training:
+            random = KeyedRandom(self.seed, batch["sample"], f"{self.kind} augmentation")
+            if self.appearance is not None:
+                image = self.appearance(image, batch["is_ct"], random, 1)
+            flips = random.uniform(3) < 0.5
+            image, foreground = self._flip(image, flips), self._flip(foreground, flips)
+            label = None if label is None else self._flip(label, flips)
+        ready: LabelledBatch = {
+            "image": image,
+            "foreground": foreground,
+            "spacing_mm": batch["spacing_mm"],
+            "case": batch["case"],
+        }
+        if label is not None:
+            ready["label"] = label
+        if "target" in batch:
+            ready["target"] = batch["target"]
+        return ready
+
+    def _flip(self, volume: Tensor, flips: Tensor) -> Tensor:
+        """Mirror samples (B, C, D, H, W) along the permitted axes where ``flips`` (B, 3) says so."""
+        for axis in self.flip_axes:
+            volume = torch.where(flips[:, axis, None, None, None, None], volume.flip(axis + 2), volume)
+        return volume
+
+
+class SegmentationDataModule(DownstreamDataModule):
+    """Labelled crops for training, whole labelled volumes for validation and test.
+
+    Args:
+        cache: see :class:`DownstreamDataModule`, as all arguments not listed here.
+        prob_label: share of training crops laid around a voxel of a uniformly drawn class of the case.
+        label_groups: stored values that make up class 1, class 2, ...; values in no group become background. None
+            takes stored values as classes.
+        **kwargs: arguments of :class:`DownstreamDataModule`.
+    """
+
+    kind = "segmentation"
+
+    def __init__(
+        self,
+        cache: str | list[str],
+        prob_label: float = 0.67,
+        label_groups: list[list[int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(cache, **kwargs)
+        if not 0 <= prob_label <= 1:
+            raise ValueError(f"data.prob_label is {prob_label}; give a share between 0 and 1")
+        self.prob_label = prob_label
+        self.label_groups = label_groups
+        self.save_hyperparameters(logger=False)
+
+    def _is_labelled(self, info: CaseInfo) -> bool:
+        return info.label_values is not None
+
+    def _needs(self) -> str:
+        return "a label map"
+
+    def _check_cases(self) -> None:
+        assert self.num_classes is not None
+        used = sorted({row for part in ("train", "val", "test") for row in self.members[part]})
+        values = [(info, info.label_values or ()) for info in map(self.case_info, used)]
+        if self.label_groups is not None:
+            if len(self.label_groups) != self.num_classes - 1:
+                raise ValueError(
+                    f"data.label_groups has {len(self.label_groups)} groups and num_classes is {self.num_classes}; "
+                    f"give one group per class above background"
+                )
+            top = max(max((v for _, found in values for v in found), default=0), *(max(g) for g in self.label_groups))
+            self._table = np.zeros(top + 1, np.int64)
+            for index, group in enumerate(self.label_groups):
+                self._table[group] = index + 1
+            return
+        for info, found in values:
+            wrong = [value for value in found if not 0 <= value < self.num_classes]
+            if wrong:
+                raise ValueError(
+                    f"case {info.key} holds the label value {wrong[0]}, but num_classes is {self.num_classes} (0 to "
+                    f"{self.num_classes - 1}); raise num_classes or map values with data.label_groups"
+                )
+
+
+class ClassificationDataModule(DownstreamDataModule):
+    """Crops of the foreground with the case's class for training, whole volumes for validation and test.
+
+    Args:
+        cache: see :class:`DownstreamDataModule`, as all arguments.
+        **kwargs: arguments of :class:`DownstreamDataModule`.
+    """
+
+    kind = "classification"
+
+    def __init__(self, cache: str | list[str], **kwargs: Any) -> None:
+        super().__init__(cache, **kwargs)
+        self.save_hyperparameters(logger=False)
+
+    def _is_labelled(self, info: CaseInfo) -> bool:
+        return info.class_index is not None
+
+    def _needs(self) -> str:
+        return "a class"
+
+    def _check_cases(self) -> None:
+        assert self.num_classes is not None
+        names = self.caches[0].class_names
+        for cache in self.caches[1:]:
+            if cache.class_names != names:
+                raise ValueError(
+                    f"caches disagree in classes: {self.caches[0].path} has {list(names)}, {cache.path} has "
+                    f"{list(cache.class_names)}; prepare them together"
+                )
+        if len(names) != self.num_classes:
+            raise ValueError(
+                f"the cache has the classes {list(names)}, but num_classes is {self.num_classes}; "
+                f"set --model.num_classes {len(names)}"
+            )
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Return the number of training cases of each class."""
+        assert self.num_classes is not None
+        counts = [0] * self.num_classes
+        for row in self.members["train"]:
+            counts[cast(int, self.case_info(row).class_index)] += 1
+        return counts

@@ -1,0 +1,65 @@
+"""Folds and nested subsets of subjects, as functions of a seed and the subjects' own names.
+
+A subject's place depends on its name and the seed alone, never on the order or the number of the others, so growing a
+label budget only adds subjects, and two caches of the same people agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+
+def _ordered(subjects: Iterable[str], seed: int, purpose: str) -> list[str]:
+    """Return the distinct subjects in an order that depends on (seed, purpose) and the names."""
+    key = f"{seed}/{purpose}/"
+    return sorted(set(subjects), key=lambda name: (hashlib.sha256((key + name).encode()).digest(), name))
+
+
+def fold_subjects(subjects: Iterable[str], num_folds: int, seed: int = 0) -> list[list[str]]:
+    """Return ``num_folds`` disjoint lists that hold every subject once; sizes differ by at most 1.
+
+    Raises:
+        ValueError: if there are fewer subjects than folds, or fewer than 2 folds.
+    """
+    ordered = _ordered(subjects, seed, "fold")
+    if num_folds < 2 or len(ordered) < num_folds:
+        raise ValueError(
+            f"num_folds is {num_folds} for {len(ordered)} subjects; use at least 2 folds and at most one per subject"
+        )
+    return [sorted(ordered[fold::num_folds]) for fold in range(num_folds)]
+
+
+def nested_subset(
+    subjects: Iterable[str], num_subjects: int | None = None, label_fraction: float | None = None, seed: int = 0
+) -> list[str]:
+    """Return the first subjects of a fixed random order: a smaller subset lies inside every larger one.
+
+    Args:
+        subjects: names, repetitions allowed.
+        num_subjects: how many to keep, or None.
+        label_fraction: share to keep in (0, 1], rounded to the nearest count and at least 1, or None. At most one of
+            both; with neither all are kept.
+        seed: of the order; another seed is another draw of labels.
+
+    Returns:
+        Sorted names.
+
+    Raises:
+        ValueError: if both are given, or one is out of range.
+    """
+    ordered = _ordered(subjects, seed, "subset")
+    if num_subjects is not None and label_fraction is not None:
+        raise ValueError(
+            f"num_subjects={num_subjects} and label_fraction={label_fraction} are both given; set one of them to null"
+        )
+    if label_fraction is not None:
+        if not 0 < label_fraction <= 1:
+            raise ValueError(f"label_fraction is {label_fraction}; give a share above 0 and at most 1")
+        num_subjects = max(1, math.floor(label_fraction * len(ordered) + 0.5))
+    if num_subjects is None:
+        return sorted(ordered)
+    if not 1 <= num_subjects <= len(ordered):
+        raise ValueError(f"num_subjects is {num_subjects}, but there are {len(ordered)} labelled training subjects")
+    return sorted(ordered[:num_subjects])

@@ -1,0 +1,186 @@
+"""Decoders from the features of a backbone to class scores per voxel.
+
+Source: UNETR (Hatamizadeh et al. 2022) built from MONAI's blocks; the linear decoder is ours (SimMIM's reconstruction
+head with classes in place of intensities).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from monai.networks.blocks.dynunet_block import UnetOutBlock
+from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
+from torch import Tensor, nn
+
+from agssd.types import Features, Triple
+
+
+def place_patches(values: Tensor, grid: Triple, patch_size: Triple) -> Tensor:
+    """Return the volume whose patches are given token by token.
+
+    Args:
+        values: (B, N, p_D * p_H * p_W * K), tokens in raster order of ``grid``; within a token the voxels of its patch
+            in raster order, the K scores of a voxel last.
+        grid: (D', H', W') with D' * H' * W' = N.
+        patch_size: voxels of a patch per axis.
+
+    Returns:
+        (B, K, D' * p_D, H' * p_H, W' * p_W).
+    """
+    batch = values.shape[0]
+    depth, height, width = grid
+    p_d, p_h, p_w = patch_size
+    blocks = values.reshape(batch, depth, height, width, p_d, p_h, p_w, -1)
+    blocks = blocks.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, K, D', p_D, H', p_H, W', p_W)
+    return blocks.reshape(batch, -1, depth * p_d, height * p_h, width * p_w)
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value >= 1 and value & (value - 1) == 0
+
+
+def up_strides(patch_size: Triple) -> list[Triple]:
+    """Return the strides by which the decoder grows from tokens to voxels, coarse to fine.
+
+    Each is 2 or 1 per axis and their product is ``patch_size``. An axis with a smaller patch (thick slices) keeps its
+    resolution in the finest steps, as anisotropic U-Nets do.
+
+    Raises:
+        ValueError: if a side of the patch is no power of two, or none exceeds 1.
+    """
+    if not all(_is_power_of_two(p) for p in patch_size) or max(patch_size) == 1:
+        raise ValueError(
+            f"the UNETR decoder doubles its resolution step by step and needs a patch size of powers of two, not "
+            f"{tuple(patch_size)}; use decoder: linear, or an encoder with patch 4, 8 or 16"
+        )
+    halvings = [p.bit_length() - 1 for p in patch_size]
+    steps: list[Triple] = []
+    for done in range(max(halvings)):
+        stride = [2 if done < count else 1 for count in halvings]
+        steps.append((stride[0], stride[1], stride[2]))
+    return steps
+
+
+class UNETRDecoder(nn.Module):
+    """UNETR's decoder for any patch size of powers of two, with or without the full-resolution stem.
+
+    The token map of the last level grows by transposed convolutions of stride 2; at each resolution between tokens and
+    voxels an earlier level joins as a skip, grown to that resolution. Levels are spread evenly over these resolutions,
+    shallow levels to the fine ones.
+
+    Args:
+        in_channels: image channels.
+        level_channels: channels of each level that the backbone returns, shallow to deep; at least one.
+        patch_size: voxels of a token per axis; powers of two.
+        num_classes: classes with background.
+        feature_size: channels at full resolution; doubled at each coarser one.
+        stem: join a convolution of the input image itself at full resolution, as UNETR does. Without it every voxel's
+            score comes from tokens alone, so that the result measures the encoder (with it a frozen random encoder
+            comes within a point of Dice of full training).
+        norm_name: MONAI's name of the normalisation.
+
+    Raises:
+        ValueError: if the patch size has a side that is no power of two.
+
+    Source: UNETR. Deviates: number of steps, strides and skips follow the patch size (UNETR: 16 only); the stem can
+    be left out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        level_channels: Sequence[int],
+        patch_size: Triple,
+        num_classes: int,
+        feature_size: int = 16,
+        stem: bool = True,
+        norm_name: str = "instance",
+    ) -> None:
+        super().__init__()
+        strides = up_strides(patch_size)
+        steps = len(strides)
+        widths = [feature_size * 2**scale for scale in range(steps)]  # fine to coarse
+        self.skip_levels = _spread(len(level_channels) - 1, steps - 1)  # for scales 1 .. steps - 1
+        self.skips = nn.ModuleList()
+        for scale, level in enumerate(self.skip_levels, 1):
+            # a skip at scale s has 2^s-fold coarser voxels than the image: it needs all steps but the last s
+            layers: list[nn.Module] = []
+            for done, stride in enumerate(strides[: steps - scale]):
+                first = level_channels[level] if done == 0 else widths[scale]
+                layers.append(UnetrPrUpBlock(3, first, widths[scale], 0, 3, 1, stride, norm_name))
+                if done > 0:
+                    layers.append(UnetrBasicBlock(3, widths[scale], widths[scale], 3, 1, norm_name, res_block=True))
+            self.skips.append(nn.Sequential(*layers))
+        self.ups = nn.ModuleList()  # coarse to fine, down to scale 1
+        channels = level_channels[-1]
+        for done, stride in enumerate(strides[:-1]):
+            width = widths[steps - 1 - done]
+            self.ups.append(UnetrUpBlock(3, channels, width, 3, stride, norm_name, res_block=True))
+            channels = width
+        self.stem: nn.Module | None = None
+        self.last: nn.Module
+        if stem:
+            self.stem = UnetrBasicBlock(3, in_channels, feature_size, 3, 1, norm_name, res_block=True)
+            self.last = UnetrUpBlock(3, channels, feature_size, 3, strides[-1], norm_name, res_block=True)
+        else:
+            self.last = nn.Sequential(
+                UnetrPrUpBlock(3, channels, feature_size, 0, 3, 1, strides[-1], norm_name),
+                UnetrBasicBlock(3, feature_size, feature_size, 3, 1, norm_name, res_block=True),
+            )
+        self.out = UnetOutBlock(3, feature_size, num_classes)
+
+    def forward(self, image: Tensor, features: Features) -> Tensor:
+        """Return scores (B, num_classes, D, H, W) for an image (B, C, D, H, W) and its features.
+
+        Raises:
+            ValueError: if the levels do not share the token grid.
+        """
+        levels = features.levels
+        if any(tuple(level.shape[2:]) != tuple(features.grid) for level in levels):
+            raise ValueError(
+                f"the UNETR decoder needs levels on the token grid {features.grid}, got "
+                f"{[tuple(level.shape[2:]) for level in levels]}; use decoder: linear for this backbone"
+            )
+        skips = [block(levels[index]) for block, index in zip(self.skips, self.skip_levels, strict=True)]
+        x = levels[-1]
+        for up, skip in zip(self.ups, reversed(skips), strict=True):
+            x = up(x, skip)
+        x = self.last(x) if self.stem is None else self.last(x, self.stem(image))
+        scores: Tensor = self.out(x)
+        return scores
+
+
+class LinearDecoder(nn.Module):
+    """One linear layer from a token to the classes of each voxel of its patch.
+
+    No interpolation and no neighbour takes part, so the result shows what single tokens know, at full resolution. The
+    layer has p_D * p_H * p_W * K outputs: with large patches and many classes it grows big (patch 16 and 100 classes:
+    410,000 outputs).
+
+    Args:
+        embed_dim: size of a token.
+        patch_size: voxels of a patch per axis; any size.
+        num_classes: classes with background, K.
+    """
+
+    def __init__(self, embed_dim: int, patch_size: Triple, num_classes: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        voxels = patch_size[0] * patch_size[1] * patch_size[2]
+        self.norm = nn.LayerNorm(embed_dim)
+        self.proj = nn.Linear(embed_dim, voxels * num_classes)
+        nn.init.trunc_normal_(self.proj.weight, std=0.01)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, image: Tensor, features: Features) -> Tensor:
+        """Return scores (B, num_classes, D, H, W); the image is not looked at."""
+        return place_patches(self.proj(self.norm(features.tokens)), features.grid, self.patch_size)
+
+
+def _spread(available: int, wanted: int) -> list[int]:
+    """Return ``wanted`` indices of the ``available`` first levels, evenly spread and ascending; level 0 if none."""
+    if available <= 0:
+        return [0] * wanted
+    if wanted == 1:
+        return [(available - 1) // 2]
+    return [int(step * (available - 1) / (wanted - 1) + 0.5) for step in range(wanted)]
