@@ -170,7 +170,11 @@ class ViT(Backbone):
             raise ValueError(f"drop_path is {drop_path}; use a probability in [0, 1)")
         self.rotary = rotary
         self.position_scale = position_scale
-        self.drop_probs = tuple(drop_path * i / max(self.depth - 1, 1) for i in range(self.depth))
+        self.drop_probs = tuple(
+            drop_path * (i / (self.depth - 1) if self.depth > 1 else 1.0) for i in range(self.depth)
+        )
+        self.drop_prob_row: Tensor
+        self.register_buffer("drop_prob_row", torch.tensor(self.drop_probs), persistent=False)
         self.level_blocks = tuple(i * self.depth // 4 for i in (1, 2, 3))
         self.level_channels = (self.embed_dim,) * 4
         self.level_strides = (self.patch_size,) * 4
@@ -299,7 +303,7 @@ class ViT(Backbone):
         """Return (depth, T, 1) branch factors, or None if nothing can drop."""
         if self.drop_probs[-1] == 0.0 or all(n is None for n in noise):
             return None
-        prob = torch.tensor(self.drop_probs, device=like.device)
+        prob = self.drop_prob_row.float()
         factors = []
         for uniform, group in zip(noise, groups, strict=True):
             if uniform is None:
@@ -323,7 +327,7 @@ class ViT(Backbone):
         rows = []
         for i, part in enumerate(torch.split(qkv, [g.samples * g.length for g in groups])):
             q, k, _ = block.attn.split(part, groups[i], rotations[i] if rotations else None)
-            logits = (q[:, :, :1].float() @ k.float().transpose(-1, -2)).squeeze(2) * q.shape[-1] ** -0.5
+            logits = (q[:, :, :1].float() * k.float()).sum(-1) * q.shape[-1] ** -0.5  # no matmul: autocast would round
             row = logits.softmax(-1)[..., self.num_prefix :]
             rows.append(row.unflatten(-1, grids[i]))
         return rows
@@ -378,6 +382,11 @@ class ViT(Backbone):
         d, h, w = grids[0]
         levels = [rearrange(m[:, self.num_prefix :], "b (d h w) e -> b e d h w", d=d, h=h, w=w) for m in maps]
         return self._features(normed[0], grids[0], levels)
+
+    def hidden_states(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return normed patch tokens (B, N, E) and the residual stream (B, N, E) after every block, not normed."""
+        normed, states, _ = self._blocks([x], None, None, tuple(range(self.depth)))
+        return normed[0][:, self.num_prefix :], [state[0][:, self.num_prefix :] for state in states]
 
     def forward_views(
         self,
