@@ -6,6 +6,7 @@ import math
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 
 
@@ -58,4 +59,4 @@ def log_figures(trainer: pl.Trainer, figures: dict[str, float]) -> None:
     """
     for logger in trainer.loggers:
         logger.log_metrics(figures, step=max(trainer.global_step - 1, 0))
-    trainer.callback_metrics.update(figures)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})

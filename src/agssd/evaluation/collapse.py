@@ -27,7 +27,8 @@ def normalised_entropy(probabilities: Tensor) -> Tensor:
         (...) fp32 in [0, 1]: 0 for a single prototype, 1 for the uniform distribution.
     """
     probabilities = probabilities.detach().float()
-    return torch.special.entr(probabilities).sum(-1) / math.log(probabilities.shape[-1])
+    entropy: Tensor = torch.special.entr(probabilities).sum(-1)
+    return entropy / math.log(probabilities.shape[-1])
 
 
 @torch.no_grad()
@@ -76,15 +77,15 @@ def distribution_figures(sums: Tensor) -> dict[str, Tensor]:
     """Return the figures of one distillation term from its summed :func:`distribution_sums`.
 
     Args:
-        sums: (3 + 2K,) over at least one sample.
+        sums: (3 + 2K,); over no sample every figure but ``samples`` is NaN or 0.
 
     Returns:
-        Scalars, fp32. ``entropy_sample`` and ``entropy_batch``: entropy of a sample, and of the mean over samples, as
-        a share of ln K (with Q samples the latter cannot exceed ln Q / ln K once samples are one-hot).
-        ``information``: their difference, the mutual information of sample and prototype. ``kl``: KL(teacher ||
-        student) in nats. ``cross_entropy``: kl plus the teacher's entropy, in nats; ln K when both are uniform.
-        ``max_share``: share of samples whose largest prototype is the commonest one. ``active``: number of prototypes
-        that are the largest of any sample.
+        Scalars, fp32. ``samples``: Q. ``entropy_sample`` and ``entropy_batch``: entropy of a sample, and of the mean
+        over samples, as a share of ln K (with Q samples the latter cannot exceed ln Q / ln K once samples are
+        one-hot). ``information``: their difference, the mutual information of sample and prototype. ``kl``:
+        KL(teacher || student) in nats. ``cross_entropy``: kl plus the teacher's entropy, in nats; ln K when both are
+        uniform. ``max_share``: share of samples whose largest prototype is the commonest one. ``active``: number of
+        prototypes that are the largest of any sample.
     """
     num_prototypes = (sums.numel() - 3) // 2
     mean = sums / sums[0]
@@ -92,6 +93,7 @@ def distribution_figures(sums: Tensor) -> dict[str, Tensor]:
     sample = mean[1] / math.log(num_prototypes)
     largest = sums[3 + num_prototypes :]
     return {
+        "samples": sums[0],
         "entropy_sample": sample,
         "entropy_batch": batch,
         "information": batch - sample,
@@ -126,15 +128,17 @@ def effective_rank(features: Tensor) -> Tensor:
         features: (Q, E).
 
     Returns:
-        () fp32 in [1, min(Q - 1, E)]; 1 when the rows are equal up to rounding.
+        () fp32 in [1, min(Q - 1, E)]; 1 when the rows are equal up to rounding, NaN when one is not finite.
     """
     features = features.detach().float()
+    finite = features.isfinite().all()
+    features = torch.where(finite, features, torch.zeros_like(features))  # svdvals raises at NaN
     centred = features - features.mean(0)
     values = torch.linalg.svdvals(centred)
     share = values / values.sum().clamp_min(torch.finfo(torch.float32).tiny)
     rank = torch.special.entr(share).sum().exp()
-    flat = centred.norm() <= _NO_SPREAD * features.norm()
-    return torch.where(flat, torch.ones_like(rank), rank)
+    flat = torch.linalg.vector_norm(centred) <= _NO_SPREAD * torch.linalg.vector_norm(features)
+    return torch.where(finite, torch.where(flat, torch.ones_like(rank), rank), torch.full_like(rank, torch.nan))
 
 
 @torch.no_grad()
@@ -147,8 +151,15 @@ def off_diagonal_cosine(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def norm_outlier(features: Tensor) -> Tensor:
-    """Return the largest row norm of ``features`` (Q, E) divided by the median one; () fp32, high for register-like tokens."""
-    norms = features.detach().float().norm(dim=-1)
+    """Return the largest row norm divided by the median one: high when a few tokens act as registers.
+
+    Args:
+        features: (Q, E).
+
+    Returns:
+        () fp32, at least 1.
+    """
+    norms: Tensor = torch.linalg.vector_norm(features.detach().float(), dim=-1)
     return norms.max() / norms.median().clamp_min(1e-6)
 
 

@@ -1,0 +1,254 @@
+"""The collapse dashboard: what the teacher's outputs look like, and a sentence when they are going wrong."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, ClassVar, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from agssd.callbacks.collapse_alarms import TERMS, CollapseAlarms
+from agssd.callbacks.standing import StandingCallback, log_figures, total_steps
+from agssd.evaluation.collapse import (
+    attention_figures,
+    distribution_figures,
+    distribution_sums,
+    effective_rank,
+    feature_std,
+    norm_outlier,
+    off_diagonal_cosine,
+)
+from agssd.types import Observable, Observations
+
+_LOG = logging.getLogger(__name__)
+
+
+class CollapseMonitor(StandingCallback):
+    """Logs the collapse dashboard every ``every_n_steps`` optimiser steps and raises alarms.
+
+    Samples are collected from ``module.observations`` over the last micro-batches before a report, as many as it takes
+    to have ``min_samples`` over all ranks; while there are fewer, the report waits for the next turn, but for one turn
+    only. Collecting launches work on the device and waits for nothing; the host waits once per report.
+
+    Keys are ``collapse/<term>_<figure>`` for the terms cls and patch (figures of
+    :func:`agssd.evaluation.collapse.distribution_figures`, and ``centre_norm``, ``feature_std``, ``effective_rank``,
+    ``cosine``, ``norm_outlier``), ``collapse/attention_*`` of one sample, ``collapse/alarms`` (how many stand), and
+    ``collapse/<name>`` for each of the module's own scalars, averaged over the window and the ranks.
+
+    An alarm speaks when it begins, not while it lasts. During the first ``grace`` of the run only figures that are not
+    finite alarm, because a fresh network looks collapsed.
+
+    Source: methods.md (b)1, (b)2 and (c); thresholds from CVA's ``cw_std`` and DINOv2-3D-Med where it names them, else
+    ours. Deviates: ``uniform_steps`` is at most a tenth of the run, so that short runs can alarm at all; and a term
+    whose batch entropy equals its sample entropy warns, which neither the uniform nor the peaked alarm sees.
+
+    Args:
+        every_n_steps: optimiser steps between reports.
+        min_samples: rows over all ranks that each figure is computed from.
+        policy: ``warn`` writes the sentence; ``stop`` also ends the run at a hard alarm.
+        grace: share of the run without alarms.
+        uniform_margin: nats; a cross-entropy this close to ln K counts as uniform.
+        uniform_steps: optimiser steps it must stay so.
+        min_entropy_batch: lowest entropy of the mean teacher output, as a share of ln K.
+        max_share: highest share of samples on one prototype.
+        min_information: lowest difference of batch and sample entropy, as a share of ln K.
+        min_feature_std: lowest spread of L2-normalised features (1 is isotropic).
+        soft_rank: effective rank below which to warn.
+        hard_rank: effective rank below which the features are lost.
+        max_cosine: mean cosine of different samples above which the features are lost.
+    """
+
+    needs: ClassVar[type[Any]] = Observable
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        min_samples: int = 512,
+        policy: Literal["warn", "stop"] = "warn",
+        grace: float = 0.1,
+        uniform_margin: float = 0.01,
+        uniform_steps: int = 500,
+        min_entropy_batch: float = 0.3,
+        max_share: float = 0.5,
+        min_information: float = 0.01,
+        min_feature_std: float = 0.3,
+        soft_rank: float = 10.0,
+        hard_rank: float = 2.0,
+        max_cosine: float = 0.995,
+    ) -> None:
+        super().__init__()
+        if every_n_steps < 1:
+            raise ValueError(f"collapse_monitor.every_n_steps is {every_n_steps}; it must be at least 1")
+        if min_samples < 2:
+            raise ValueError(f"collapse_monitor.min_samples is {min_samples}; figures need at least 2 samples")
+        if policy not in ("warn", "stop"):
+            raise ValueError(f"collapse_monitor.policy is {policy!r}; choose warn or stop")
+        self.every_n_steps = every_n_steps
+        self.min_samples = min_samples
+        self.policy = policy
+        self.alarms = CollapseAlarms(
+            grace=grace,
+            uniform_margin=uniform_margin,
+            uniform_steps=uniform_steps,
+            min_entropy_batch=min_entropy_batch,
+            max_share=max_share,
+            min_information=min_information,
+            min_feature_std=min_feature_std,
+            soft_rank=soft_rank,
+            hard_rank=hard_rank,
+            max_cosine=max_cosine,
+        )
+        self._standing: set[str] = set()
+        self._step = 0
+        self._total = 0
+        self._waited = False
+        self._window = _Window(min_samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return since when each term has been uniform, and which alarms stand."""
+        return {"uniform_since": dict(self.alarms.uniform_since), "standing": sorted(self._standing)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the alarms of an interrupted run."""
+        self.alarms.uniform_since = dict(state_dict["uniform_since"])
+        self._standing = set(state_dict["standing"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start with an empty window; every rank collects its part of ``min_samples``."""
+        if self.active:
+            self._step = trainer.global_step
+            self._total = total_steps(trainer)
+            self._window = _Window(math.ceil(self.min_samples / trainer.world_size))
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Collect from this micro-batch if a report is near; report if it is due."""
+        if not self.active:
+            return
+        stepped = trainer.global_step != self._step
+        self._step = trainer.global_step
+        observations = cast(Observable, pl_module).observations
+        if observations is not None:
+            steps_to_go = -(self._step if stepped else self._step + 1) % self.every_n_steps
+            self._window.collect(observations, steps_to_go * trainer.accumulate_grad_batches)
+        if not stepped or self._step % self.every_n_steps != 0:
+            return
+        ready = bool(self._window.counts) and (self._window.full or self._waited)
+        self._waited = True
+        if trainer.strategy.reduce_boolean_decision(ready, all=True):
+            self._report(trainer, pl_module)
+            self._waited = False
+            self._window = _Window(self._window.quota)
+
+    def _report(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        on_device = self._window.figures(trainer, module)
+        attention = cast(Observable, module).view_panel(0).get("attention")
+        if attention is not None:
+            on_device |= attention_figures(attention[0])
+        stacked = torch.stack([value.to(module.device, torch.float32) for value in on_device.values()])
+        figures = _without_empty(dict(zip(on_device, stacked.tolist(), strict=True)), self._window.scalars)
+        alarms = self.alarms.diagnose(figures, self._window.num_prototypes, self._step, self._total)
+        figures["alarms"] = float(len(alarms))
+        log_figures(trainer, {f"collapse/{name}": value for name, value in figures.items()})
+        for alarm in alarms:
+            if alarm.name not in self._standing and trainer.is_global_zero:
+                _LOG.log(logging.ERROR if alarm.hard else logging.WARNING, "step %d: %s", self._step, alarm.sentence)
+        self._standing = {alarm.name for alarm in alarms}
+        lost = self.policy == "stop" and any(alarm.hard for alarm in alarms)
+        if trainer.strategy.reduce_boolean_decision(lost, all=False):
+            trainer.should_stop = True
+
+
+def _without_empty(figures: dict[str, float], scalars: set[str]) -> dict[str, float]:
+    """Return ``figures`` without terms that had no sample (all tokens background) and scalars that had no value."""
+    empty = tuple(f"{term}_" for term in TERMS if figures.get(f"{term}_samples") == 0.0)
+    return {
+        name: value
+        for name, value in figures.items()
+        if not (empty and name.startswith(empty)) and not (name in scalars and math.isnan(value))
+    }
+
+
+class _Window:
+    """The samples of one report: sums of distributions, rows of features, sums of scalars; on the device, per rank."""
+
+    def __init__(self, quota: int) -> None:
+        self.quota = quota
+        self.counts: dict[str, int] = {}
+        self.num_prototypes: dict[str, int] = {}
+        self.scalars: set[str] = set()
+        self._sums: dict[str, Tensor] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+        self._last: dict[str, Tensor] = {}
+
+    @property
+    def full(self) -> bool:
+        return all(count >= self.quota for count in self.counts.values())
+
+    def collect(self, observations: Observations, micro_batches_to_go: int) -> None:
+        """Add one micro-batch, unless the ones still to come before the report suffice."""
+        tensors = {key: value.detach() for key, value in observations.items() if isinstance(value, Tensor)}
+        leader = next(
+            (tensors[key] for key in ("teacher_cls", "cls_features", "patch_features") if key in tensors), None
+        )
+        rows = 1 if leader is None else max(len(leader), 1)
+        if not self.counts and micro_batches_to_go * rows >= self.quota:
+            return
+        for term in TERMS:
+            if f"teacher_{term}" in tensors and f"student_{term}" in tensors:
+                teacher, student = tensors[f"teacher_{term}"], tensors[f"student_{term}"]
+                self.num_prototypes[term] = teacher.shape[-1]
+                picked = self._pick(f"{term}_outputs", teacher)
+                self._add(term, distribution_sums(teacher[picked], student[picked]))
+            if f"{term}_features" in tensors:
+                features = tensors[f"{term}_features"]
+                self._rows.setdefault(term, []).append(features[self._pick(f"{term}_features", features)].float())
+            if f"centre_norm_{term}" in tensors:
+                self._last[f"{term}_centre_norm"] = tensors[f"centre_norm_{term}"]
+        for name, value in observations.get("scalars", {}).items():
+            value = value.detach().float()
+            self.scalars.add(name)
+            self._add(f"scalar {name}", torch.stack([value.nan_to_num(0.0, 0.0, 0.0), value.isfinite().float()]))
+
+    def _add(self, name: str, sums: Tensor) -> None:
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    def _pick(self, kind: str, values: Tensor) -> Tensor:
+        """Return the rows to take: all, or as many as are still missing, spread evenly over the batch."""
+        have = self.counts.get(kind, 0)
+        take = min(len(values), self.quota - have)
+        self.counts[kind] = have + take
+        return torch.arange(take, device=values.device) * len(values) // max(take, 1)
+
+    def figures(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
+        """Return every figure over all ranks, on the device; every rank must observe the same kinds of tensors."""
+        figures: dict[str, Tensor] = {}
+        for name in sorted(self._sums):
+            sums = trainer.strategy.reduce(self._sums[name], reduce_op="sum")
+            assert isinstance(sums, Tensor)
+            if name in TERMS:
+                figures |= {f"{name}_{key}": value for key, value in distribution_figures(sums).items()}
+            else:
+                figures[name.removeprefix("scalar ")] = sums[0] / sums[1]
+        for term in sorted(self._rows):
+            features = self._gathered(trainer, module, torch.cat(self._rows[term]))
+            if len(features) >= 2:
+                figures[f"{term}_feature_std"] = feature_std(features)
+                figures[f"{term}_effective_rank"] = effective_rank(features)
+                figures[f"{term}_cosine"] = off_diagonal_cosine(features)
+                figures[f"{term}_norm_outlier"] = norm_outlier(features)
+        return figures | self._last
+
+    def _gathered(self, trainer: pl.Trainer, module: pl.LightningModule, rows: Tensor) -> Tensor:
+        if trainer.world_size == 1:
+            return rows
+        padded = torch.cat([rows, rows.new_zeros(self.quota - len(rows), rows.shape[1])])
+        counts = module.all_gather(torch.tensor([len(rows)], device=rows.device))
+        gathered = module.all_gather(padded)
+        assert isinstance(counts, Tensor) and isinstance(gathered, Tensor)
+        return torch.cat([part[:size] for part, size in zip(gathered, counts.flatten().tolist(), strict=True)])

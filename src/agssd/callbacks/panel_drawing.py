@@ -1,0 +1,200 @@
+"""Drawing of :class:`agssd.types.ViewPanel`: one array of pixels, one integer number of pixels per voxel, and labels.
+
+Slices go through the middle of the overlap box. Up is superior (coronal, sagittal) or anterior (axial); axes follow the
+view's own frame, which its random orientation may have turned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from agssd.types import ViewPanel
+
+_Floats = NDArray[np.float32]
+_TILE = 160  # pixels, at least
+_GAP = 6
+_MARGIN = 74  # left, for the names of rows
+_HEAD = 22  # above each block of rows, for the names of columns
+_DPI = 100
+BOX_COLOUR = np.array([0.20, 0.85, 1.00], np.float32)
+_MASK_COLOUR = np.array([1.00, 0.55, 0.10], np.float32)
+_PLANES = ("axial", "coronal", "sagittal")
+
+
+@dataclass
+class _Tile:
+    """One picture cell: pixels (h, w, 3) in [0, 1], row 0 at the top, and what stands above it."""
+
+    pixels: _Floats
+    heading: str
+
+
+def save_panels(panels: list[ViewPanel], path: Path, title: str) -> None:
+    """Write one PNG with every sample's views below each other.
+
+    Args:
+        panels: at least one; columns without data are left out.
+        path: of the PNG; its folder is made.
+        title: short text at the top.
+    """
+    blocks = [(name, rows) for index, panel in enumerate(panels) for name, rows in _blocks(panel, index)]
+    tile = max(_TILE, max(max(cell.pixels.shape[:2]) for _, rows in blocks for row in rows for cell in row))
+    columns = max(len(row) for _, rows in blocks for row in rows)
+    width = _MARGIN + columns * (tile + _GAP) + _GAP
+    heights = [sum(_HEAD + tile + _GAP for _ in rows) for _, rows in blocks]
+    height = 34 + sum(heights) + _GAP
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+
+    def text(x: float, y: float, words: str, **style: object) -> None:
+        figure.text(x / width, 1 - y / height, words, va="center", **style)  # type: ignore[arg-type]
+
+    text(_GAP, 17, title, fontsize=12, fontweight="bold")
+    text(
+        _MARGIN + 120,
+        17,
+        "blue box: region both global views share · orange: hidden from the student · slices through the box's middle",
+        fontsize=9,
+        color="0.35",
+    )
+    top = 34
+    for name, rows in blocks:
+        for number, row in enumerate(rows):
+            if number == 0:
+                text(_GAP, top + _HEAD + tile / 2, name, fontsize=10, linespacing=1.5)
+            for column, cell in enumerate(row):
+                left = _MARGIN + column * (tile + _GAP)
+                text(left + tile / 2, top + _HEAD / 2, cell.heading, fontsize=9, ha="center", color="0.15")
+                canvas_tile = np.full((tile, tile, 3), 0.04, np.float32)
+                h, w = cell.pixels.shape[:2]
+                y, x = (tile - h) // 2, (tile - w) // 2
+                canvas_tile[y : y + h, x : x + w] = cell.pixels
+                figure.figimage(canvas_tile, left, height - (top + _HEAD) - tile, origin="upper")
+            top += _HEAD + tile + _GAP
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.print_png(str(path))
+
+
+def _blocks(panel: ViewPanel, index: int) -> list[tuple[str, list[list[_Tile]]]]:
+    """Return the rows of one sample: view A, view B, and the local crops."""
+    arrays = {key: _array(value) for key, value in panel.items() if isinstance(value, Tensor)}
+    base = arrays.get("clean", arrays.get("globals"))
+    if base is None:
+        raise ValueError("a ViewPanel needs 'clean' or 'globals' to be drawn")
+    window = _window(base)
+    blocks = [
+        (f"sample {index + 1}\nview {'AB'[view]}", [_view_row(arrays, base[view], view, window)])
+        for view in range(len(base))
+    ]
+    crops = arrays.get("locals")
+    if crops is not None and len(crops):
+        row = [
+            _Tile(_upscaled(_grey(_slice(crop, 0, crop.shape[0] // 2), window)), f"local {number + 1}")
+            for number, crop in enumerate(crops[:8])
+        ]
+        blocks.append((f"sample {index + 1}\nlocals", [row]))
+    return blocks
+
+
+def _view_row(arrays: dict[str, _Floats], clean: _Floats, view: int, window: tuple[float, float]) -> list[_Tile]:
+    box = arrays["overlap_box"][view] if "overlap_box" in arrays else None
+    centre = [int(np.clip(np.floor(box[axis].mean()), 0, size - 1)) if box is not None else size // 2
+              for axis, size in enumerate(clean.shape)]  # fmt: skip
+    tiles = []
+    for axis, plane in enumerate(_PLANES):
+        pixels = _upscaled(_grey(_slice(clean, axis, centre[axis]), window))
+        if box is not None:
+            draw_box(pixels, np.delete(box, axis, 0), np.delete(clean.shape, axis))
+        tiles.append(_Tile(pixels, f"{plane} {centre[axis]}"))
+    depth = centre[0]
+
+    def axial(volume: _Floats) -> _Floats:
+        return _slice(volume, 0, depth)
+
+    def spread(tokens: _Floats) -> _Floats:
+        return axial(_per_voxel(tokens, clean.shape))
+
+    inputs = arrays["globals"][view] if "globals" in arrays else clean
+    if "globals" in arrays:
+        tiles.append(_Tile(_upscaled(_grey(axial(inputs), window)), "input"))
+    if "mask" in arrays:
+        mask = arrays["mask"][view]
+        share = float(mask.mean())
+        hidden = spread(mask)[..., None]
+        tinted = _grey(axial(inputs), window) * (1 - 0.55 * hidden) + 0.55 * hidden * _MASK_COLOUR
+        tiles.append(_Tile(_upscaled(tinted), f"mask, {share:.0%} hidden" if share else "mask, none hidden"))
+    if "edges" in arrays:
+        tiles.append(_Tile(_upscaled(_coloured(axial(arrays["edges"][view]), "magma")), "edges"))
+    if "reconstruction" in arrays:
+        tiles.append(_Tile(_upscaled(_grey(axial(arrays["reconstruction"][view]), window)), "reconstruction"))
+    if "attention" in arrays:
+        heat = spread(arrays["attention"][view].mean(0))
+        heat = (heat - heat.min()) / max(float(heat.max() - heat.min()), 1e-12)
+        blended = 0.45 * _grey(axial(clean), window) + 0.55 * _coloured(heat, "inferno")
+        tiles.append(_Tile(_upscaled(blended), "[CLS] attention"))
+    return tiles
+
+
+def draw_box(pixels: _Floats, box: _Floats, shape: NDArray[np.int64]) -> None:
+    """Draw the outline of ``box`` onto ``pixels``, in place; the line is the outermost ring of pixels inside the box.
+
+    Args:
+        pixels: (h * f, w * f, 3), a slice with ``f`` pixels per voxel and its first axis pointing up.
+        box: (2, 2) start and end in voxels along the slice's axes; clipped to the slice.
+        shape: (h, w) of the slice in voxels.
+    """
+    factor = pixels.shape[0] // int(shape[0])
+    edges = np.clip(np.round(box * factor), 0, np.array(shape)[:, None] * factor).astype(int)
+    (low, high), (left, right) = edges
+    top, bottom = pixels.shape[0] - high, pixels.shape[0] - low
+    if bottom <= top or right <= left:
+        return
+    line = min(2, bottom - top, right - left)
+    pixels[top : top + line, left:right] = BOX_COLOUR
+    pixels[bottom - line : bottom, left:right] = BOX_COLOUR
+    pixels[top:bottom, left : left + line] = BOX_COLOUR
+    pixels[top:bottom, right - line : right] = BOX_COLOUR
+
+
+def _array(tensor: Tensor) -> _Floats:
+    return np.nan_to_num(tensor.detach().float().cpu().numpy())
+
+
+def _window(volumes: _Floats) -> tuple[float, float]:
+    """Return the intensities shown as black and white: all but the outermost half per cent."""
+    low, high = np.percentile(volumes, (0.5, 99.5))
+    return float(low), float(max(high, low + 1e-6))
+
+
+def _slice(volume: _Floats, axis: int, index: int) -> _Floats:
+    """Return a slice with row 0 at the top: both remaining first axes, H and D, point up in pictures."""
+    return np.flip(np.take(volume, index, axis), 0)
+
+
+def _per_voxel(tokens: _Floats, shape: tuple[int, ...]) -> _Floats:
+    """Return the value of each voxel's token (D', H', W') -> (D, H, W)."""
+    for axis, size in enumerate(shape):
+        tokens = np.take(tokens, np.arange(size) * tokens.shape[axis] // size, axis)
+    return tokens
+
+
+def _grey(image: _Floats, window: tuple[float, float]) -> _Floats:
+    scaled = np.clip((image - window[0]) / (window[1] - window[0]), 0, 1)
+    return np.repeat(scaled[..., None], 3, -1).astype(np.float32)
+
+
+def _coloured(image: _Floats, name: str) -> _Floats:
+    return np.asarray(matplotlib.colormaps[name](np.clip(image, 0, 1))[..., :3], np.float32)
+
+
+def _upscaled(pixels: _Floats) -> _Floats:
+    factor = max(1, _TILE // max(pixels.shape[:2]))
+    return pixels.repeat(factor, 0).repeat(factor, 1)

@@ -1,0 +1,186 @@
+"""How fast the run is, and whether it waits for data."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.profilers import Profiler
+from torch import Tensor
+
+from agssd.callbacks.standing import StandingCallback, log_figures
+
+_LOG = logging.getLogger(__name__)
+
+
+class Throughput(StandingCallback):
+    """Logs speed, data wait and memory every ``every_n_steps`` optimiser steps.
+
+    Keys: ``throughput/samples_per_s`` over all ranks; ``throughput/s_per_step``; ``throughput/data_wait``, the share of
+    the time that the slowest rank's training loop spent waiting for its data loader; ``throughput/peak_memory_gib`` of
+    rank 0, device memory on CUDA and resident memory on a CPU. Validation does not count, nor does
+    the first step of a run, which compiles and fills caches.
+
+    The device is waited for once per interval, so the figures are exact and the steps between stay asynchronous. Data
+    wait is host time: on a GPU that still has work queued it is an upper bound of what was lost.
+
+    Lightning's own ``ThroughputMonitor`` waits for the device in every step and does not see data wait.
+
+    Args:
+        every_n_steps: optimiser steps between figures.
+        max_data_wait: share of the time above which one sentence says what to do about it.
+    """
+
+    needs: ClassVar[type[Any]] = pl.LightningModule
+
+    def __init__(self, every_n_steps: int = 50, max_data_wait: float = 0.03) -> None:
+        super().__init__()
+        if every_n_steps < 1:
+            raise ValueError(f"throughput.every_n_steps is {every_n_steps}; it must be at least 1")
+        self.every_n_steps = every_n_steps
+        self.max_data_wait = max_data_wait
+        self._clock: _FetchClock | None = None
+        self._step = 0
+        self._began: float | None = None
+        self._began_step = 0
+        self._paused = 0.0
+        self._pause_began = 0.0
+        self._warned = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to the time that Lightning's loop spends in the data loader."""
+        owner = cast(Any, trainer)  # Lightning declares the attribute nowhere
+        self._clock = owner.profiler = _FetchClock(owner.profiler)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the trainer its own profiler back."""
+        owner = cast(Any, trainer)
+        if self._clock is not None and owner.profiler is self._clock:
+            owner.profiler = self._clock.inner
+        self._clock = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget an earlier fit."""
+        self._step = trainer.global_step
+        self._began = None
+        self._warned = False
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self._pause_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock again."""
+        self._paused += time.perf_counter() - self._pause_began
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the interval that ends with this batch, if one does."""
+        if not self.active or trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if self._began is None:
+            self._restart(pl_module.device)
+        elif self._step % self.every_n_steps == 0:
+            self._report(trainer, pl_module, batch)
+            self._restart(pl_module.device)
+
+    def _restart(self, device: torch.device) -> None:
+        _wait_for(device)
+        self._began, self._began_step, self._paused = time.perf_counter(), self._step, 0.0
+        if self._clock is not None:
+            self._clock.waited = 0.0
+
+    def _report(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        _wait_for(module.device)
+        assert self._began is not None and self._clock is not None
+        seconds = time.perf_counter() - self._began - self._paused
+        steps = self._step - self._began_step
+        shares = module.all_gather(torch.tensor(self._clock.waited / seconds, device=module.device))
+        assert isinstance(shares, Tensor)
+        wait = float(shares.max())
+        figures = {"s_per_step": seconds / steps, "data_wait": wait, "peak_memory_gib": _peak_memory_gib(module.device)}
+        if samples := _samples_per_step(trainer, batch):
+            figures["samples_per_s"] = samples * steps / seconds
+        log_figures(trainer, {f"throughput/{name}": value for name, value in figures.items()})
+        if wait > self.max_data_wait and not self._warned and trainer.is_global_zero:
+            self._warned = True
+            _LOG.warning(
+                "step %d: %.0f %% of the last %d steps (%.2f of %.2f s each) went by waiting for data, more than "
+                "%.0f %%; raise the number of workers of the data module, or put the cache on a local disk",
+                *(self._step, 100 * wait, steps, wait * seconds / steps, seconds / steps, 100 * self.max_data_wait),
+            )
+
+
+class _FetchClock(Profiler):
+    """Passes everything on to the trainer's profiler and sums up the time in ``train_dataloader_next``.
+
+    That is the one place where Lightning tells how long the loop was blocked by the loader: ``on_train_batch_start``
+    comes after the transfer to the device, and so after the views were made.
+    """
+
+    def __init__(self, inner: Profiler) -> None:
+        super().__init__()
+        self.inner = inner
+        self.waited = 0.0
+        self._began = 0.0
+
+    def start(self, action_name: str) -> None:
+        self.inner.start(action_name)
+        if action_name.endswith("train_dataloader_next"):
+            self._began = time.perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next"):
+            self.waited += time.perf_counter() - self._began
+        self.inner.stop(action_name)
+
+    def summary(self) -> str:
+        return self.inner.summary()
+
+    def describe(self) -> None:
+        self.inner.describe()
+
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | Path | None = None) -> None:
+        self.inner.setup(stage, local_rank, None if log_dir is None else str(log_dir))
+
+    def teardown(self, stage: str | None) -> None:
+        self.inner.teardown(stage)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def _samples_per_step(trainer: pl.Trainer, batch: Any) -> int:
+    """Return samples per optimiser step over all ranks: what the data module states, else counted in the batch."""
+    stated = getattr(getattr(trainer, "datamodule", None), "global_batch_size", None)
+    if isinstance(stated, int):
+        return stated
+    return _batch_size(batch) * trainer.accumulate_grad_batches * trainer.world_size
+
+
+def _batch_size(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 0
+    if isinstance(batch, Mapping):
+        return _batch_size(batch["sample"]) if "sample" in batch else max(map(_batch_size, batch.values()), default=0)
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return _batch_size(batch[0]) if batch else 0
+    return 0
