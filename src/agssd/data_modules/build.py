@@ -36,7 +36,7 @@ def filter_arguments(name: str) -> dict[str, Any]:
     raise ValueError(f"filter is {name!r}; use one of {', '.join(FILTERS)}")
 
 
-def assign_splits(subjects: Sequence[str]) -> dict[str, str]:
+def assign_splits(subjects: Sequence[str], held: Sequence[str] = ()) -> dict[str, str]:
     """Return a split for every subject, a function of the subject keys alone.
 
     Subjects are ordered by their key, which is a hash. About a tenth each goes to "val" and "test"; "val" needs at
@@ -44,12 +44,14 @@ def assign_splits(subjects: Sequence[str]) -> dict[str, str]:
 
     Args:
         subjects: subject keys, repeats allowed.
+        held: splits that have their subjects already and get no more, for example a "test" given by the source.
     """
     ordered = sorted(set(subjects))
     count = len(ordered)
-    num_val = max(1, round(0.1 * count)) if count >= 3 else 0
-    num_test = max(1, round(0.1 * count)) if count >= 5 else 0
-    names = ["val"] * num_val + ["test"] * num_test
+    names: list[str] = []
+    for name, least in (("val", 3), ("test", 5)):
+        if name not in held and count >= least:
+            names += [name] * max(1, round(0.1 * count))
     return {subject: names[row] if row < len(names) else "train" for row, subject in enumerate(ordered)}
 
 
@@ -210,7 +212,7 @@ def resolve_splits(infos: Sequence[CaseInfo], splits: Mapping[str, str] | None =
         if info.split and given.setdefault(info.subject, info.split) != info.split:
             raise ValueError(f"subject {info.subject} is in two splits: {given[info.subject]} and {info.split}")
     free = [info.subject for info in infos if info.subject not in given]
-    chosen = {**(assign_splits(free) if splits is None else splits), **given}
+    chosen = {**(assign_splits(free, tuple(given.values())) if splits is None else splits), **given}
     done = tuple(sorted((replace(info, split=chosen[info.subject]) for info in infos), key=lambda info: info.key))
     if not any(info.split == "train" for info in done):
         raise ValueError("every case is in split val or test; at least one subject must be in train")

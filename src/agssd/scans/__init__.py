@@ -1,1 +1,1 @@
-
+"""Source scans: finding, reading, refusing and preparing them for the cache."""

@@ -1,0 +1,225 @@
+"""Build a cache from files, folders and manifests of scans."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from agssd.data_modules.build import CacheWriter
+    from agssd.data_modules.cache import CaseInfo
+    from agssd.scans.case import PreparedCase
+    from agssd.scans.prepare import Recipe
+    from agssd.scans.sources import Job, Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``agssd prepare``."""
+    parser.add_argument("source", nargs="+", type=Path, help="file, folder (searched recursively) or CSV manifest")
+    parser.add_argument("--out", type=Path, required=True, metavar="CACHE", help="cache file to write, used as given")
+    parser.add_argument("--modality", choices=("ct", "mri", "auto"), default="auto", help="default: decide per file")
+    parser.add_argument(
+        "--spacing-mm",
+        type=float,
+        nargs="+",
+        metavar="S",
+        help="voxel size, one number or three in the order superior, anterior, right; default 1.5 for CT, 1.0 for MRI",
+    )
+    parser.add_argument(
+        "--labels",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="files whose name (with a slash: relative path) matches are label maps; may be repeated",
+    )
+    parser.add_argument(
+        "--subject",
+        metavar="REGEX",
+        help="searched in the relative path; its first group, or the match, is the subject",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes; the result does not depend on it"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing cache")
+    parser.add_argument(
+        "--salt", type=Path, metavar="FILE", help="salt of the subject keys; default .agssd-salt beside the source"
+    )
+    parser.add_argument(
+        "--key-map", type=Path, metavar="FILE", help="write a CSV of case key, subject and path; keep it private"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the cache; return 0 when all was cached, 3 when some was refused, 1 when no cache was written."""
+    try:
+        return _prepare(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; no cache was written", file=sys.stderr)
+        return 1
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from agssd.data_modules.build import CacheWriter, check_place
+    from agssd.scans.keys import find_salt
+    from agssd.scans.prepare import Recipe
+    from agssd.scans.sources import plan_sources
+
+    out: Path = args.out
+    recipe = Recipe(spacing_mm=_spacing(args.spacing_mm))
+    if args.workers < 1:
+        raise ValueError(f"--workers is {args.workers}; it must be at least 1")
+    check_place(out, args.overwrite)
+    plan = plan_sources(args.source, args.labels, args.subject, None if args.modality == "auto" else args.modality)
+    for note in plan.notes:
+        print(f"note: {note}")
+    for path, reason in plan.refused:
+        print(f"refused: {path}: {reason}")
+    if not plan.jobs:
+        raise ValueError("no scan to prepare; no cache was written")
+    salt, salt_path, created = find_salt(args.source[0], out, args.salt)
+    print(f"salt: {salt_path} ({'created' if created else 'as found'}; keep it, and keep it private)")
+
+    with CacheWriter(out, _class_names(plan), overwrite=args.overwrite) as writer:
+        report = _write_cases(writer, plan, recipe, salt, args.workers)
+        refused = len(plan.refused) + report.refused
+        if not len(writer):
+            raise ValueError(f"all {refused} scans were refused; no cache was written")
+        infos = writer.finish()
+    if args.key_map is not None:
+        _write_key_map(args.key_map, report.rows)
+    _print_summary(out, infos, report, refused, plan.ignored)
+    return 3 if refused else 0
+
+
+class _Report(NamedTuple):
+    refused: int
+    rows: list[tuple[str, str, str]]  # case key, subject, path
+    guesses: dict[str, list[Path]]  # what was decided and why -> files
+
+
+def _write_cases(writer: CacheWriter, plan: Plan, recipe: Recipe, salt: bytes, workers: int) -> _Report:
+    from tqdm import tqdm
+
+    from agssd.scans.keys import case_key, subject_key
+
+    refused = 0
+    rows: list[tuple[str, str, str]] = []
+    guesses: dict[str, list[Path]] = defaultdict(list)
+    known: dict[str, Path] = {}
+    bar = tqdm(total=len(plan.jobs), unit="scan", file=sys.stderr, dynamic_ncols=True)
+    for job, result in _results(plan.jobs, recipe, workers):
+        bar.update()
+        if isinstance(result, str):
+            bar.write(f"refused: {job.paths[0]}: {result}", file=sys.stdout)
+            refused += 1
+            continue
+        case = result
+        key = case_key(salt, job.subject, case.source_sha256)
+        if key in known:
+            bar.write(f"refused: {job.paths[0]}: same bytes as {known[key]}", file=sys.stdout)
+            refused += 1
+            continue
+        known[key] = job.paths[0]
+        for note in case.notes:
+            bar.write(f"note: {job.paths[0]}: {note}", file=sys.stdout)
+        if case.modality_reason:
+            guesses[f"{case.modality}, because {case.modality_reason}"].append(job.paths[0])
+        writer.add(case, key, subject_key(salt, job.subject), job.split, job.class_name)
+        rows.append((key, job.subject, ";".join(str(path) for path in job.paths)))
+    bar.close()
+    return _Report(refused, rows, guesses)
+
+
+def _results(jobs: Sequence[Job], recipe: Recipe, workers: int) -> Iterator[tuple[Job, PreparedCase | str]]:
+    """Yield every job with its case, or with the reason why it was refused, in the order of the jobs."""
+    if workers == 1:
+        for job in jobs:
+            yield job, _work(job, recipe)
+        return
+    from collections import deque
+    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_limit_threads) as pool:
+        waiting: deque[tuple[Job, Future[Any]]] = deque()
+        remaining = iter(jobs)
+        try:
+            for job in remaining:
+                waiting.append((job, pool.submit(_work, job, recipe)))
+                if len(waiting) >= 2 * workers:  # so that finished volumes do not pile up in memory
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        except BrokenProcessPool as error:
+            raise ValueError("a worker died, most likely for want of memory; use fewer --workers") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _limit_threads() -> None:
+    """Give each worker one thread: the processes are the parallelism."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _work(job: Job, recipe: Recipe) -> PreparedCase | str:
+    """Return the case, or the reason for refusing it."""
+    from agssd.scans.case import RefusedError
+    from agssd.scans.prepare import prepare_case
+
+    try:
+        return prepare_case(job.paths, job.label, job.modality, recipe)
+    except RefusedError as error:
+        return str(error)
+    except MemoryError:
+        return "not enough memory"
+
+
+def _spacing(values: list[float] | None) -> tuple[float, float, float] | None:
+    if values is None:
+        return None
+    if len(values) not in (1, 3) or min(values) <= 0:
+        raise ValueError(f"--spacing-mm is {' '.join(map(str, values))}; give one positive number or three")
+    return (values[0], values[0], values[0]) if len(values) == 1 else (values[0], values[1], values[2])
+
+
+def _class_names(plan: Plan) -> list[str]:
+    """Return the classes of the plan, by number where all are numbers, else by name."""
+    names = {job.class_name for job in plan.jobs if job.class_name is not None}
+    return sorted(names, key=lambda name: (int(name), name)) if all(n.isdigit() for n in names) else sorted(names)
+
+
+def _write_key_map(path: Path, rows: list[tuple[str, str, str]]) -> None:
+    import csv
+
+    try:
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("key", "subject", "path"), *sorted(rows)])
+    except OSError as error:
+        raise ValueError(f"the cache is written, but not the key map {path}: {error.strerror}") from error
+
+
+def _print_summary(out: Path, infos: Sequence[CaseInfo], report: _Report, refused: int, ignored: int) -> None:
+    for reason, paths in sorted(report.guesses.items()):
+        names = ", ".join(path.name for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
+        print(f"modality: {len(paths)} scans are {reason}: {names}")
+    parts = []
+    for split in ("train", "val", "test"):
+        cases = [info for info in infos if info.split == split]
+        parts.append(f"{len(cases)} {split} ({len({info.subject for info in cases})} subjects)")
+    voxels = sum(info.shape[0] * info.shape[1] * info.shape[2] * info.channels for info in infos)
+    labelled = sum(info.label_values is not None for info in infos)
+    size = out.stat().st_size
+    print(f"{out}: {len(infos)} cases, {', '.join(parts)}; {labelled} with labels")
+    print(f"{size / 2**20:.1f} MiB, {voxels / 1e6:.1f} million voxels; {refused} refused, {ignored} files ignored")

@@ -1,0 +1,74 @@
+"""Salted keys: names of subjects and cases that cannot be read back without the salt."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+from pathlib import Path
+
+SALT_NAME = ".agssd-salt"
+
+
+def find_salt(source: Path, out: Path, given: Path | None = None) -> tuple[bytes, Path, bool]:
+    """Return the salt, where it lies and whether it was created now.
+
+    The salt lies beside the source, never in the cache: in the folder itself, or in the folder of a file. Where that
+    folder is read-only it lies in the folder of the cache; keep it out of what you share. The same salt and the same
+    names give the same keys, so give one ``--salt`` to caches whose subjects must be comparable.
+
+    Args:
+        source: the first source, a file or a folder.
+        out: the cache.
+        given: a salt file chosen by the user, or None.
+
+    Raises:
+        ValueError: the file is empty or cannot be read or written.
+    """
+    beside = source if source.is_dir() else source.parent
+    for path in [given] if given is not None else [beside / SALT_NAME, out.parent / SALT_NAME]:
+        if path.is_file():
+            return _read(path), path, False
+    target = given or ((beside if _writable(beside) else out.parent) / SALT_NAME)
+    try:
+        handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+    except FileExistsError:  # another build was faster
+        return _read(target), target, False
+    except OSError as error:
+        raise ValueError(f"cannot write the salt file {target}: {error.strerror}; name another with --salt") from error
+    return _read(target), target, True
+
+
+def subject_key(salt: bytes, subject: str) -> str:
+    """Return the key of a subject, 16 hexadecimal digits."""
+    return _digest(salt, "subject", subject)
+
+
+def case_key(salt: bytes, subject: str, source_sha256: str) -> str:
+    """Return the key of a case, 16 hexadecimal digits; it follows the content, not the name, of the file."""
+    return _digest(salt, "case", subject, source_sha256)
+
+
+def _digest(salt: bytes, *parts: str) -> str:
+    return hmac.new(salt, "\0".join(parts).encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        salt = path.read_bytes().strip()
+    except OSError as error:
+        raise ValueError(f"cannot read the salt file {path}: {error.strerror}") from error
+    if not salt:
+        raise ValueError(f"the salt file {path} is empty; delete it or name another with --salt")
+    return salt
+
+
+def _writable(folder: Path) -> bool:
+    """A folder without any write bit was made read-only on purpose; the superuser respects that too."""
+    return os.access(folder, os.W_OK | os.X_OK) and bool(
+        folder.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
+    )

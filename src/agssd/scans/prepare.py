@@ -1,0 +1,290 @@
+"""From a source file to a case: orientation, spacing, intensity, foreground, constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agssd.scans.case import PreparedCase, RefusedError
+from agssd.scans.foreground import constant_background, ct_foreground, mri_foreground, stripped_foreground
+from agssd.scans.read import Scan, looks_like_labels, read_scan
+from agssd.types import Triple
+
+DEFAULT_SPACING_MM = {"ct": 1.5, "mri": 1.0}
+CT_CLIP_HU = (-1024.0, 3071.0)
+CT_RANGE_HU = (-1000.0, 1000.0)
+MRI_PERCENTILES = (0.05, 99.95)
+MRI_STEPS = 4095  # grey values of an MRI that is not stored exactly: 12 bits, as scanners deliver
+SAME_SPACING = 1e-3  # relative difference below which a grid is kept as it is
+MAX_VOXELS = 2**31
+
+Spacing = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How scans are prepared.
+
+    Attributes:
+        spacing_mm: of the stored voxels (D, H, W), or None for ``DEFAULT_SPACING_MM`` of the modality.
+    """
+
+    spacing_mm: Spacing | None = None
+
+
+@dataclass
+class Volume:
+    """An array (I, J, K) with its affine, in canonical orientation (R, A, S increasing)."""
+
+    array: NDArray[Any]
+    affine: NDArray[np.float64]
+
+
+def prepare_case(
+    paths: Sequence[Path], label: Path | None = None, modality: str | None = None, recipe: Recipe | None = None
+) -> PreparedCase:
+    """Return a scan made ready for the cache.
+
+    Args:
+        paths: the file, or one file per channel, all on one grid.
+        label: file of the label map on the same grid, or None.
+        modality: "ct", "mri", or None to decide by header and intensity range.
+        recipe: how to prepare it.
+
+    Raises:
+        RefusedError: a file cannot be used; the message is the reason.
+    """
+    recipe = recipe or Recipe()
+    scans = [_read_image(path) for path in paths]
+    first = canonical(scans[0])
+    volumes = [first] + [
+        _on_same_grid(canonical(scan), first, path) for scan, path in zip(scans[1:], paths[1:], strict=True)
+    ]
+    reason = None
+    if modality is None:
+        modality, reason = guess_modality(scans[0])
+    if modality == "ct":
+        _check_hounsfield(first.array)
+    labels = None if label is None else _read_label(label, first)
+
+    target = recipe.spacing_mm or (DEFAULT_SPACING_MM[modality],) * 3
+    grid = target_grid(first, (target[2], target[1], target[0]))
+    moved = [resample(volume, grid) for volume in volumes]
+    arrays = [_tensor_order(volume.array) for volume in moved]
+    spacing = _spacing(moved[0].affine)
+    if modality == "ct":
+        clipped = [np.clip(array, *CT_CLIP_HU) for array in arrays]
+        foreground = ct_foreground(clipped[0])
+        if not foreground.any():
+            raise RefusedError("no body found: no voxel is above -500 HU")
+        image = np.stack([np.round(array) for array in clipped]).astype(np.int16)
+        count = len(arrays)
+        scale, offset = (1.0,) * count, (0.0,) * count
+        low, high = (CT_RANGE_HU[0],) * count, (CT_RANGE_HU[1],) * count
+    else:
+        foreground = _foreground_of_mri(volumes[0], moved[0], grid, spacing)
+        stored = [_store_mri(array, foreground) for array in arrays]
+        image = np.stack([channel for channel, *_ in stored])
+        scale, offset = tuple(item[1] for item in stored), tuple(item[2] for item in stored)
+        low, high = tuple(item[3] for item in stored), tuple(item[4] for item in stored)
+    label_array = None if labels is None else _tensor_order(resample(labels, grid, nearest=True).array)
+    return PreparedCase(
+        image=image,
+        foreground=foreground,
+        label=label_array,
+        modality=modality,
+        spacing_mm=spacing,
+        affine=moved[0].affine[:, [2, 1, 0, 3]],
+        source_shape=cast("Triple", tuple(int(n) for n in scans[0].array.shape)),
+        source_affine=scans[0].affine,
+        source_sha256=scans[0].sha256,
+        scale=scale,
+        offset=offset,
+        low=low,
+        high=high,
+        edge_q99=edge_constants(image, scale, offset, foreground, spacing, modality == "ct"),
+        modality_reason=reason,
+        notes=tuple(note for scan in scans for note in scan.notes),
+    )
+
+
+def guess_modality(scan: Scan) -> tuple[str, str]:
+    """Return "ct" or "mri" and why: the header where it says so, else air near -1000 HU.
+
+    A CT without air (a crop of soft tissue) is taken for MRI; say ``--modality ct`` for such.
+    """
+    if scan.modality is not None:
+        return scan.modality, "its header says so"
+    array = scan.array
+    air = np.count_nonzero(array <= -900) / array.size
+    above = np.count_nonzero(array > 8000) / array.size
+    if air >= 0.005 and above < 0.001:
+        return "ct", "it has air near -1000 HU"
+    return "mri", "it has no air near -1000 HU"
+
+
+def canonical(scan: Scan) -> Volume:
+    """Return the scan with its axes flipped and exchanged so that they run most nearly to R, A and S."""
+    import torch
+
+    torchio: Any = import_module("torchio")
+    array = np.ascontiguousarray(scan.array, dtype=np.float32)
+    image = torchio.ToCanonical()(torchio.ScalarImage(tensor=torch.from_numpy(array)[None], affine=scan.affine))
+    return Volume(image.data[0].numpy(), np.asarray(image.affine, dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Shape (I, J, K) and affine of the stored voxels in canonical orientation; ``keep`` where nothing moves."""
+
+    shape: Triple
+    affine: NDArray[np.float64]
+    keep: bool
+
+
+def target_grid(volume: Volume, spacing_mm: Spacing) -> Grid:
+    """Return the grid of a spacing that has the volume's centre and directions and does not reach beyond it.
+
+    Args:
+        volume: in canonical orientation.
+        spacing_mm: wanted spacing along the volume's axes (I, J, K). An axis that has it within 0.1 % keeps its own.
+    """
+    old = np.sqrt((volume.affine[:3, :3] ** 2).sum(axis=0))
+    new = np.where(np.abs(old / np.asarray(spacing_mm) - 1) < SAME_SPACING, old, spacing_mm)
+    size = np.asarray(volume.array.shape)
+    shape = np.maximum(np.floor(size * old / new + 1e-3), 1).astype(int)
+    if shape.astype(float).prod() > MAX_VOXELS:
+        raise RefusedError(
+            f"{'x'.join(map(str, shape))} voxels at this spacing are too many; choose a larger --spacing-mm"
+        )
+    affine = volume.affine.copy()
+    affine[:3, :3] = volume.affine[:3, :3] / old * new
+    centre = volume.affine @ np.append((size - 1) / 2, 1.0)
+    affine[:3, 3] = centre[:3] - affine[:3, :3] @ ((shape - 1) / 2)
+    return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine, keep=bool(np.array_equal(old, new)))
+
+
+def resample(volume: Volume, grid: Grid, nearest: bool = False) -> Volume:
+    """Return the volume on another grid: linear after a Gaussian where voxels grow, or nearest neighbour.
+
+    Source: torchio's ``Resample`` with its anti-aliasing (Cardoso et al., MICCAI 2015).
+    """
+    import torch
+
+    torchio: Any = import_module("torchio")
+    if grid.keep:
+        return volume
+    kind = torchio.LabelMap if nearest else torchio.ScalarImage
+    array = np.ascontiguousarray(volume.array)
+    # The Gaussian is recursive and needs four voxels along an axis; shorter axes go without.
+    antialias = not nearest and min(array.shape) >= 4
+    image = kind(tensor=torch.from_numpy(array)[None], affine=volume.affine)
+    moved = torchio.Resample((grid.shape, grid.affine), antialias=antialias)(image)
+    return Volume(moved.data[0].numpy(), grid.affine)
+
+
+def edge_constants(
+    image: NDArray[np.int16],
+    scale: tuple[float, ...],
+    offset: tuple[float, ...],
+    foreground: NDArray[np.uint8],
+    spacing_mm: Spacing,
+    is_ct: bool,
+) -> tuple[float, ...]:
+    """Return per channel the 99th percentile over the foreground of the edge map with the body's border suppressed."""
+    import torch
+
+    from agssd.transforms.edges import edge_magnitude, suppress_border
+
+    inside = torch.from_numpy(foreground != 0)[None, None]
+    spacing = torch.tensor([spacing_mm], dtype=torch.float32)
+    constants = []
+    for channel, factor, shift in zip(image, scale, offset, strict=True):
+        values = torch.from_numpy(channel.astype(np.float32) * np.float32(factor) + np.float32(shift))[None, None]
+        edges = suppress_border(edge_magnitude(values, spacing, torch.tensor([is_ct])), inside)
+        body = edges[inside].numpy()
+        constants.append(float(np.percentile(body, 99)) if body.size else 0.0)
+    return tuple(constants)
+
+
+def _read_image(path: Path) -> Scan:
+    scan = read_scan(path)
+    if looks_like_labels(scan.array):
+        raise RefusedError("looks like a label map; name label files with --labels or in a manifest")
+    return scan
+
+
+def _read_label(path: Path, image: Volume) -> Volume:
+    try:
+        scan = read_scan(path)
+    except RefusedError as error:
+        raise RefusedError(f"its label {path}: {error}") from error
+    array = scan.array
+    if array.dtype.kind == "f" and not np.array_equal(array, np.round(array)):
+        raise RefusedError(f"its label {path} holds values that are no integers")
+    if array.min() < 0 or array.max() > np.iinfo(np.int16).max:
+        raise RefusedError(f"its label {path} holds values outside 0 to 32767")
+    volume = canonical(scan)
+    volume.array = volume.array.astype(np.uint8 if array.max() < 256 else np.int16)
+    return _on_same_grid(volume, image, path, "its label")
+
+
+def _on_same_grid(volume: Volume, reference: Volume, path: Path, what: str = "its channel") -> Volume:
+    """Return the volume if it lies on the reference's grid within half a voxel at every corner."""
+    if volume.array.shape != reference.array.shape:
+        ours, theirs = ("x".join(map(str, item.array.shape)) for item in (volume, reference))
+        raise RefusedError(f"{what} {path} has shape {ours}, the image has {theirs}")
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], dtype=np.float64)
+    corners[:, :3] *= np.asarray(reference.array.shape) - 1
+    gap = corners @ (np.linalg.inv(reference.affine) @ volume.affine).T - corners
+    if np.abs(gap).max() > 0.5:
+        raise RefusedError(f"{what} {path} lies up to {np.abs(gap).max():.1f} voxels off the image in space")
+    return Volume(volume.array, reference.affine)
+
+
+def _check_hounsfield(array: NDArray[Any]) -> None:
+    if array.min() >= 0:
+        raise RefusedError(f"values {array.min():g} to {array.max():g} are not HU: a CT has negative values")
+
+
+def _foreground_of_mri(source: Volume, moved: Volume, grid: Grid, spacing_mm: Spacing) -> NDArray[np.uint8]:
+    background = constant_background(source.array)
+    if background is not None:
+        mask = stripped_foreground(_tensor_order(source.array), background)
+        foreground = _tensor_order(resample(Volume(mask.transpose(2, 1, 0), source.affine), grid, nearest=True).array)
+    else:
+        foreground = mri_foreground(_tensor_order(moved.array), spacing_mm)
+    return foreground if foreground.any() else np.ones_like(foreground)
+
+
+def _store_mri(
+    array: NDArray[np.float32], foreground: NDArray[np.uint8]
+) -> tuple[NDArray[np.int16], float, float, float, float]:
+    """Return stored values, scale, offset, low and high of one channel, clipped to percentiles of the foreground."""
+    low, high = (float(value) for value in np.percentile(array[foreground != 0], MRI_PERCENTILES))
+    if high <= low:
+        low, high = float(array.min()), float(array.max())
+    if high <= low:
+        raise RefusedError("constant at this spacing")
+    if abs(low) < 32000 and abs(high) < 32000 and np.array_equal(array, np.round(array)):
+        low, high = float(np.floor(low)), float(np.ceil(high))
+        return np.clip(array, low, high).astype(np.int16), 1.0, 0.0, low, high
+    scale = (high - low) / MRI_STEPS
+    stored = np.round((np.clip(array, low, high).astype(np.float64) - low) / scale)
+    return stored.astype(np.int16), scale, low, low, high
+
+
+def _tensor_order(array: NDArray[Any]) -> NDArray[Any]:
+    """Return (I, J, K) = (R, A, S) as (D, H, W) = (S, A, R)."""
+    return np.ascontiguousarray(array.transpose(2, 1, 0))
+
+
+def _spacing(affine: NDArray[np.float64]) -> Spacing:
+    size = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    return float(size[2]), float(size[1]), float(size[0])

@@ -1,0 +1,291 @@
+"""Reading one scan: its voxels, its place in the world, and a reason where it cannot be used.
+
+NIfTI is read by nibabel, NRRD and MetaImage by SimpleITK.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agssd.scans.case import RefusedError
+from agssd.scans.files import DICOM_REASON, READABLE, REFUSED, data_files, is_dicom, suffix_of
+
+MIN_SPACING_MM = 0.01
+MAX_SPACING_MM = 100.0
+MAX_SHEAR = 1e-3  # largest |cosine| between two axes of a grid that still counts as right-angled
+
+
+@dataclass
+class Scan:
+    """A 3D image as its file orders it.
+
+    Attributes:
+        array: (I, J, K), float32, or the integer type of the file where no scaling applies.
+        affine: (4, 4) float64, voxel (i, j, k, 1) to world mm, RAS+.
+        sha256: of the bytes of the file (header and data one after another where they are two).
+        modality: what the header says, "ct" or "mri", or None.
+        notes: what the user should know.
+    """
+
+    array: NDArray[Any]
+    affine: NDArray[np.float64]
+    sha256: str
+    modality: str | None
+    notes: tuple[str, ...]
+
+
+def read_scan(path: Path) -> Scan:
+    """Return the 3D image of a file.
+
+    Raises:
+        RefusedError: the file is missing, empty, truncated, damaged, not 3D, coloured, complex, has no usable
+            geometry, or holds NaN, infinite or only equal values.
+    """
+    digest = hashlib.sha256()
+    try:
+        if path.is_dir():
+            raise RefusedError(f"a folder; {DICOM_REASON}")
+        files = data_files(path)
+        for file in files:
+            if file.stat().st_size == 0:
+                raise RefusedError("empty file")
+            digest.update(file.read_bytes())
+    except OSError as error:
+        raise RefusedError(f"cannot be opened: {error.strerror}") from error
+    suffix = suffix_of(path)
+    if suffix in (".nii", ".nii.gz", ".img", ".img.gz"):
+        array, affine, modality, notes = _read_nifti(path, files)
+    elif suffix in READABLE:
+        array, affine, modality, notes = _read_itk(path)
+    elif is_dicom(path):
+        raise RefusedError(f"DICOM file: {DICOM_REASON}")
+    else:
+        raise RefusedError(REFUSED.get(suffix, f"files of type {suffix or 'without extension'} are not read"))
+    _check_affine(affine)
+    _check_values(array)
+    return Scan(array, affine, digest.hexdigest(), modality, tuple(notes))
+
+
+def _read_nifti(path: Path, files: list[Path]) -> tuple[NDArray[Any], NDArray[np.float64], str | None, list[str]]:
+    nib: Any = import_module("nibabel")
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
+
+    try:
+        image: Any
+        if len(files) == 1 and suffix_of(path) in (".img", ".img.gz"):
+            raise RefusedError("an .img without its .hdr")
+        if len(files) == 2:
+            image = nib.load(path, mmap=False)
+        else:
+            data = path.read_bytes()
+            if data[:2] == b"\x1f\x8b":
+                data = gzip.decompress(data)  # to the end, so that its checksum is verified
+            image = (nib.Nifti2Image if _is_nifti2(data) else nib.Nifti1Image).from_bytes(data)
+        if not isinstance(image, nib.Nifti1Pair):
+            raise RefusedError("Analyze 7.5 has no orientation, so left and right are unknown; convert it to NIfTI")
+        shape = _check_shape(image.shape)
+        kind = image.get_data_dtype()
+        if kind.names is not None:
+            raise RefusedError("a colour image")
+        if kind.kind not in "iuf":
+            raise RefusedError(f"voxels of type {kind} are not read")
+        array = image.dataobj.get_unscaled() if _unscaled(image) else np.asarray(image.dataobj, dtype=np.float64)
+        return array.reshape(shape), _nifti_affine(image), None, _nifti_notes(image)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise RefusedError(f"truncated or damaged: {error}") from error
+    except (ImageFileError, HeaderDataError, WrapStructError) as error:
+        raise RefusedError("no valid NIfTI header: the file is truncated, damaged or of another type") from error
+    except RefusedError:
+        raise
+    except (OSError, ValueError, TypeError, MemoryError) as error:
+        raise RefusedError(f"truncated or damaged: {_first_line(error)}") from error
+
+
+def read_geometry(path: Path) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+    """Return shape (I, J, K) and affine of a file from its header alone; raises RefusedError as ``read_scan``."""
+    try:
+        if suffix_of(path) in (".nii", ".nii.gz", ".img", ".img.gz"):
+            nib: Any = import_module("nibabel")
+            image = nib.load(path)
+            return _check_shape(image.shape), _nifti_affine(image)
+        sitk: Any = import_module("SimpleITK")
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        return _check_shape(reader.GetSize()), _itk_affine(reader)
+    except RefusedError:
+        raise
+    except Exception as error:
+        raise RefusedError(f"its header cannot be read: {_first_line(error)}") from error
+
+
+def _itk_affine(image: Any) -> NDArray[np.float64]:
+    """Return the affine of a SimpleITK image or reader of 3 dimensions or more, turned from LPS to RAS."""
+    direction = np.asarray(image.GetDirection()).reshape(image.GetDimension(), -1)[:3, :3]
+    affine = np.eye(4)
+    affine[:3, :3] = direction * np.asarray(image.GetSpacing()[:3])
+    affine[:3, 3] = image.GetOrigin()[:3]
+    affine[:2] *= -1
+    return affine
+
+
+def _is_nifti2(data: bytes) -> bool:
+    return data[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
+
+
+def _unscaled(image: Any) -> bool:
+    slope, intercept = image.dataobj.slope, image.dataobj.inter
+    return bool(slope == 1.0 and intercept == 0.0)
+
+
+def _nifti_affine(image: Any) -> NDArray[np.float64]:
+    """Return the sform where its code is set, else the qform, in mm whatever the header's unit of length."""
+    factor = {"meter": 1000.0, "micron": 0.001}.get(image.header.get_xyzt_units()[0], 1.0)
+    scale = np.diag([factor, factor, factor, 1.0])
+    return np.asarray(scale @ image.affine, dtype=np.float64)
+
+
+def _nifti_notes(image: Any) -> list[str]:
+    header = image.header
+    notes = []
+    if header.get_xyzt_units()[0] in ("meter", "micron"):
+        notes.append(f"lengths in the header are in {header.get_xyzt_units()[0]}; converted to mm")
+    sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    if sform == 0 and qform == 0:
+        notes.append("the header gives no orientation (sform and qform codes 0); NIfTI's default is used")
+    elif sform > 0 and qform > 0:
+        corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], dtype=np.float64)
+        corners[:, :3] *= np.array(image.shape[:3]) - 1
+        try:
+            gap = np.abs(corners @ (header.get_sform() - header.get_qform()).T).max()
+        except ValueError:
+            return [*notes, "the qform is invalid; the sform is used"]
+        if gap > 0.5 * min(header.get_zooms()[:3]):
+            notes.append(f"sform and qform disagree by up to {gap:.1f} mm; the sform is used")
+    return notes
+
+
+def _read_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], str | None, list[str]]:
+    sitk: Any = import_module("SimpleITK")
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise RefusedError(f"truncated or damaged: {_itk_reason(error)}") from error
+    meta = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
+    if reader.GetNumberOfComponents() > 1:
+        raise RefusedError(f"{reader.GetNumberOfComponents()} values per voxel (colour or vectors)")
+    if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelID()):
+        raise RefusedError("complex voxels are not read")
+    if any(key.startswith("Seq_Frame") for key in meta) and reader.GetDimension() > 2:
+        raise RefusedError("a sequence of tracked 2D frames: its third axis is time, not space")
+    shape = _check_shape(reader.GetSize())
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise RefusedError(f"truncated or damaged: {_itk_reason(error)}") from error
+    array = sitk.GetArrayFromImage(image).transpose().reshape(shape)
+    affine = _itk_affine(image)
+    stated = (meta.get("Modality", "") + meta.get("modality", "")).upper()
+    modality = "ct" if stated in ("MET_MOD_CT", "CT") else "mri" if stated in ("MET_MOD_MR", "MR", "MRI") else None
+    notes = []
+    if suffix_of(path) in (".nrrd", ".nhdr") and "NRRD_space" not in meta:
+        notes.append("the header names no space; ITK's (left, posterior, superior) is assumed")
+    return array, affine, modality, notes
+
+
+def _itk_reason(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    useful = [line for line in lines if "trouble" not in line and "SimpleITK" not in line and "reading" not in line]
+    text = useful[-1] if useful else lines[-1] if lines else "unknown"
+    return "its data end too early" if "No such file" in text else text.split("] ")[-1][:200]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _check_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return the three axes of a shape whose further axes have length 1."""
+    size = tuple(int(n) for n in shape)
+    if any(n < 1 for n in size):
+        raise RefusedError(f"an empty image of shape {_times(size)}")
+    while len(size) > 3 and size[-1] == 1:
+        size = size[:-1]
+    if len(size) > 3:
+        raise RefusedError(f"{len(size)}D image ({_times(size)}); save one 3D volume of it")
+    if len(size) < 3:
+        raise RefusedError(f"2D image ({_times(size)})")
+    if min(size) == 1:
+        raise RefusedError(f"single slice ({_times(size)})")
+    return size[0], size[1], size[2]
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in shape)
+
+
+def _check_affine(affine: NDArray[np.float64]) -> None:
+    axes = affine[:3, :3]
+    if not np.isfinite(affine).all():
+        raise RefusedError("its affine has NaN or infinite entries")
+    spacing = np.sqrt((axes**2).sum(axis=0))
+    if spacing.min() == 0 or abs(np.linalg.det(axes / np.maximum(spacing, 1e-30))) < 1e-3:
+        raise RefusedError("its affine is degenerate: the axes do not span space")
+    if spacing.min() < MIN_SPACING_MM or spacing.max() > MAX_SPACING_MM:
+        text = " x ".join(f"{value:.3g}" for value in spacing)
+        raise RefusedError(f"its spacing of {text} mm is outside {MIN_SPACING_MM} to {MAX_SPACING_MM} mm")
+    cosines = np.abs((axes / spacing).T @ (axes / spacing) - np.eye(3)).max()
+    if cosines > MAX_SHEAR:
+        degrees = float(np.degrees(np.arcsin(min(cosines, 1.0))))
+        raise RefusedError(f"sheared affine: two axes are {degrees:.1f} degrees off a right angle (gantry tilt?)")
+
+
+def _check_values(array: NDArray[Any]) -> None:
+    if array.dtype.kind == "f":
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        if bad:
+            raise RefusedError(f"{bad} voxels are NaN or infinite")
+    low, high = array.min(), array.max()
+    if low == high:
+        raise RefusedError("all voxels are 0" if low == 0 else f"constant: all voxels are {float(low):g}")
+    if max(abs(float(low)), abs(float(high))) > 1e30:
+        raise RefusedError(f"values from {float(low):g} to {float(high):g} are no intensities")
+
+
+def looks_like_labels(array: NDArray[Any]) -> bool:
+    """Return whether an image is a label map by its values.
+
+    Integer values, and either at most 8 of them, or at most 4096 in pieces: of the neighbouring voxels that are not
+    both background, at least half are equal. In the shared scans label maps have 0.42 to 0.98 and images, 8-bit
+    ones included, at most 0.24 (``tests/scans/test_read.py``).
+    """
+    if array.dtype.kind == "f" and not np.array_equal(array, np.round(array)):
+        return False
+    values, counts = np.unique(array, return_counts=True)
+    if len(values) <= 8:
+        return True
+    if len(values) > 4096 or values[0] < 0:
+        return False
+    background = values[counts.argmax()]
+    equal = pairs = 0
+    for axis in range(3):
+        one = array.take(np.arange(array.shape[axis] - 1), axis=axis)
+        two = array.take(np.arange(1, array.shape[axis]), axis=axis)
+        inside = (one != background) | (two != background)
+        pairs += int(np.count_nonzero(inside))
+        equal += int(np.count_nonzero(inside & (one == two)))
+    return equal >= 0.5 * max(pairs, 1)
