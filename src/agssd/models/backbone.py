@@ -24,6 +24,8 @@ class Backbone(nn.Module, ABC):
         level_channels: E_i of each of ``Features.levels``, shallow to deep.
         level_strides: voxels per cell and axis of each of ``Features.levels``.
         config: ``{"class_path": ..., "init_args": {...}}`` of plain types; rebuilds an equal module (without weights).
+        input_weight: name of the patch embedding's parameter (E, C, *patch), by which ``agssd.load_backbone`` adapts
+            the encoder to other channels or patches; "" if it cannot be adapted.
         contract: how volumes must be prepared, set by ``agssd.load_backbone``; None otherwise.
         record_cls_attention: when True, each ``forward_views`` leaves ``last_cls_attention``.
         last_cls_attention: per group (B_i, heads, D', H', W') float32, detached, of the last ``forward_views``.
@@ -36,6 +38,7 @@ class Backbone(nn.Module, ABC):
     level_channels: tuple[int, ...]
     level_strides: tuple[Triple, ...]
     config: dict[str, Any]
+    input_weight: str = ""
     contract: dict[str, Any] | None = None
     record_cls_attention: bool = False
     last_cls_attention: list[Tensor] | None = None

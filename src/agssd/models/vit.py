@@ -129,6 +129,8 @@ class ViT(Backbone):
         class_token: False leaves out [CLS]; ``Features.cls`` is then the mean token.
     """
 
+    input_weight = "patch_weight"
+
     def __init__(
         self,
         in_channels: int = 1,
