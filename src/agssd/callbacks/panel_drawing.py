@@ -6,6 +6,7 @@ view's own frame, which its random orientation may have turned.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def save_panels(panels: list[ViewPanel], path: Path, title: str) -> None:
     heights = [sum(_HEAD + tile + _GAP for _ in rows) for _, rows in blocks]
     height = 34 + sum(heights) + _GAP
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
 
     def text(x: float, y: float, words: str, **style: object) -> None:
         figure.text(x / width, 1 - y / height, words, va="center", **style)  # type: ignore[arg-type]
@@ -80,7 +81,7 @@ def save_panels(panels: list[ViewPanel], path: Path, title: str) -> None:
                 figure.figimage(canvas_tile, left, height - (top + _HEAD) - tile, origin="upper")
             top += _HEAD + tile + _GAP
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_png(str(path))
+    figure.savefig(path, dpi=_DPI)
 
 
 def _blocks(panel: ViewPanel, index: int) -> list[tuple[str, list[list[_Tile]]]]:
@@ -165,7 +166,8 @@ def draw_box(pixels: _Floats, box: _Floats, shape: NDArray[np.int64]) -> None:
 
 
 def _array(tensor: Tensor) -> _Floats:
-    return np.nan_to_num(tensor.detach().float().cpu().numpy())
+    values: _Floats = tensor.detach().float().cpu().numpy()
+    return np.nan_to_num(values)
 
 
 def _window(volumes: _Floats) -> tuple[float, float]:
@@ -176,7 +178,8 @@ def _window(volumes: _Floats) -> tuple[float, float]:
 
 def _slice(volume: _Floats, axis: int, index: int) -> _Floats:
     """Return a slice with row 0 at the top: both remaining first axes, H and D, point up in pictures."""
-    return np.flip(np.take(volume, index, axis), 0)
+    plane: _Floats = np.take(volume, index, axis)
+    return plane[::-1]
 
 
 def _per_voxel(tokens: _Floats, shape: tuple[int, ...]) -> _Floats:
@@ -196,5 +199,5 @@ def _coloured(image: _Floats, name: str) -> _Floats:
 
 
 def _upscaled(pixels: _Floats) -> _Floats:
-    factor = max(1, _TILE // max(pixels.shape[:2]))
+    factor = math.ceil(_TILE / max(pixels.shape[:2]))
     return pixels.repeat(factor, 0).repeat(factor, 1)

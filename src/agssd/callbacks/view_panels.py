@@ -14,7 +14,7 @@ from agssd.types import Observable, ViewPanel
 
 
 class ViewPanels(StandingCallback):
-    """Draws ``<default_root_dir>/panels/step_XXXXXX.png`` after the first step, every ``every_n_steps``, and at the end.
+    """Draws ``<default_root_dir>/panels/step_XXXXXX.png`` after the first step, at intervals, and at the end.
 
     One picture shows ``num_samples`` samples of the last batch; it holds no case name and no path. Rank 0 draws, and
     sends the picture to W&B where a ``WandbLogger`` is used. ``module.view_panel`` must not communicate over ranks.
