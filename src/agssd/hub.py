@@ -131,7 +131,7 @@ def weights_digest(weights: dict[str, Tensor]) -> str:
     for name in sorted(weights):
         value = weights[name].contiguous()
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -244,10 +244,14 @@ class ViT(Backbone):
             return int(name.split(".")[1]) + 1
         return self.depth + 1 if name.startswith("norm.") else 0
 
-    def compile_blocks(self) -> None:
-        """Compile each block in place with static shapes; parameter names and the state dict stay as they are."""
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile each block in place with static shapes; parameter names and the state dict stay as they are.
+
+        Args:
+            backend: of ``torch.compile``; all blocks share one compiled graph per set of group shapes.
+        """
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, fullgraph=True, backend=backend)
 
     def position(self, grid: Triple) -> Tensor:
         """Return the additive position code (N, E) float32 of a token grid, scaled, on the device of the weights."""
