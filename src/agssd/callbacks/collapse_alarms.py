@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 TERMS = ("cls", "patch")
+# Sample entropy, as a share of ln K, above which it is chance which prototype is the largest.
+_NEARLY_UNIFORM = 0.9
 _PEAKED_REMEDY = "make the views differ more, enlarge the batch or use Sinkhorn instead of centring"
 
 
@@ -56,17 +58,24 @@ class CollapseAlarms:
         alarms: list[Alarm] = []
         for term in TERMS:
             own = {key.removeprefix(f"{term}_"): value for key, value in figures.items() if key.startswith(f"{term}_")}
-            if "cross_entropy" in own:
-                alarms += self._uniform(term, own, num_prototypes[term], step, total) + self._outputs(term, own)
+            if "cross_entropy" in own and self._is_uniform(term, own, num_prototypes[term], step):
+                alarms += self._uniform(term, num_prototypes[term], step, total)
+            elif "cross_entropy" in own:
+                alarms += self._outputs(term, own)
             if "effective_rank" in own:
                 alarms += self._features(term, own)
         return alarms if step >= self.grace * total else []
 
-    def _uniform(self, term: str, figures: dict[str, float], prototypes: int, step: int, total: int) -> list[Alarm]:
-        if abs(figures["cross_entropy"] - math.log(prototypes)) >= self.uniform_margin:
+    def _is_uniform(self, term: str, figures: dict[str, float], prototypes: int, step: int) -> bool:
+        uniform = abs(figures["cross_entropy"] - math.log(prototypes)) < self.uniform_margin
+        if uniform:
+            self.uniform_since.setdefault(term, step)
+        else:
             self.uniform_since.pop(term, None)
-            return []
-        steps = step - self.uniform_since.setdefault(term, step)
+        return uniform
+
+    def _uniform(self, term: str, prototypes: int, step: int, total: int) -> list[Alarm]:
+        steps = step - self.uniform_since[term]
         limit = min(self.uniform_steps, total // 10)
         if steps < limit:
             return []
@@ -84,7 +93,7 @@ class CollapseAlarms:
                 f"{self.min_entropy_batch}), so samples share a few prototypes; {_PEAKED_REMEDY}"
             )
             return [Alarm(f"{term}_peaked", True, sentence)]
-        if figures["max_share"] > self.max_share:
+        if figures["max_share"] > self.max_share and figures["entropy_sample"] < _NEARLY_UNIFORM:
             sentence = (
                 f"{term} has {figures['max_share']:.0%} of the samples on one prototype (limit {self.max_share:.0%}); "
                 f"{_PEAKED_REMEDY}"

@@ -53,7 +53,7 @@ class CollapseMonitor(StandingCallback):
         uniform_margin: nats; a cross-entropy this close to ln K counts as uniform.
         uniform_steps: optimiser steps it must stay so.
         min_entropy_batch: lowest entropy of the mean teacher output, as a share of ln K.
-        max_share: highest share of samples on one prototype.
+        max_share: highest share of samples on one prototype; not judged while samples are nearly uniform.
         min_information: lowest difference of batch and sample entropy, as a share of ln K.
         min_feature_std: lowest spread of L2-normalised features (1 is isotropic).
         soft_rank: effective rank below which to warn.
@@ -193,10 +193,10 @@ class _Window:
     def collect(self, observations: Observations, micro_batches_to_go: int) -> None:
         """Add one micro-batch, unless the ones still to come before the report suffice."""
         tensors = {key: value.detach() for key, value in observations.items() if isinstance(value, Tensor)}
-        leader = next(
-            (tensors[key] for key in ("teacher_cls", "cls_features", "patch_features") if key in tensors), None
-        )
-        rows = 1 if leader is None else max(len(leader), 1)
+        sizes = [
+            len(tensors[key]) for term in TERMS for key in (f"teacher_{term}", f"{term}_features") if key in tensors
+        ]
+        rows = min(filter(None, sizes), default=1)
         if not self.counts and micro_batches_to_go * rows >= self.quota:
             return
         for term in TERMS:
