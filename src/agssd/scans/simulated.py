@@ -130,10 +130,11 @@ def simulate_subject(template: Template, parameters: Mapping[str, Any]) -> tuple
             )
         )
     steps.append(tio.Noise(0.0, parameters["noise"], parameters["noise_seed"], include=["t1"]))
-    for step in steps:
-        if isinstance(step, tio.BiasField):  # contrast belongs to the tissue, the bias field to the coil
-            subject["t1"].set_data(subject["t1"].data.clamp(min=0) ** parameters["gamma"])
-        subject = step(subject)
+    with torch.random.fork_rng(devices=[]):  # torchio draws a number to decide whether to apply a transform
+        for step in steps:
+            if isinstance(step, tio.BiasField):  # contrast belongs to the tissue, the bias field to the coil
+                subject["t1"].set_data(subject["t1"].data.clamp(min=0) ** parameters["gamma"])
+            subject = step(subject)
     found = {name: subject[name].numpy()[0] for name in maps}
     image = np.clip(found["t1"], 0.0, None) * (found["brain"] > 0.5) * parameters["gain"]
     label = np.zeros(template.t1.shape, np.uint8)
