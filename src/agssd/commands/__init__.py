@@ -1,1 +1,58 @@
+"""Subcommands beside fit, validate, test and predict: one module each, found by name.
 
+A command is a module (or package) ``agssd.commands.NAME`` with a one-line docstring for ``agssd --help`` and
+
+- ``add_arguments(parser: argparse.ArgumentParser) -> None``,
+- ``run(args: argparse.Namespace) -> int``, returning the exit code.
+
+Adding a command is adding a file. This module imports none of them: help texts are read from the source, so that
+``agssd --help`` stays fast whatever the commands need.
+"""
+
+from __future__ import annotations
+
+import ast
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+if TYPE_CHECKING:
+    import argparse
+
+
+class Command(Protocol):
+    """What a module in this package offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work and return the exit code."""
+        ...
+
+
+def _sources() -> dict[str, Path]:
+    here = Path(__file__).parent
+    modules = {path.stem: path for path in here.glob("*.py")}
+    packages = {path.parent.name: path for path in here.glob("*/__init__.py")}
+    found = {**modules, **packages}
+    return {name.replace("_", "-"): found[name] for name in sorted(found) if not name.startswith("_")}
+
+
+def summaries() -> dict[str, str]:
+    """Return the first line of the docstring of every command, by the name to type."""
+    lines = {}
+    for name, path in _sources().items():
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        lines[name] = text.partition("\n")[0]
+    return lines
+
+
+def exists(name: str) -> bool:
+    """Return whether ``agssd NAME`` is a command of this package."""
+    return name in _sources()
+
+
+def load(name: str) -> Command:
+    """Import a command and only that one."""
+    return cast(Command, import_module(f"{__name__}.{name.replace('-', '_')}"))

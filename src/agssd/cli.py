@@ -1,0 +1,112 @@
+"""The ``agssd`` entry point: finds the subcommand, imports only what it needs, and turns refusals into one line.
+
+``fit``, ``validate``, ``test`` and ``predict`` go to :class:`agssd.lightning_cli.AgssdCLI`; every other subcommand is a
+module of :mod:`agssd.commands`. Importing this module is cheap on purpose: ``agssd --version`` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from agssd import __version__
+
+TRAINING = {
+    "fit": "train a method or a task: agssd fit --config conf/experiment/NAME.yaml --data.cache PATH",
+    "validate": "measure a checkpoint on the validation split",
+    "test": "measure a checkpoint on the test split",
+    "predict": "write the predictions of a task, in the space of the source scans",
+}
+EXIT_REFUSED = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``agssd ARGV`` and return the exit code: 0 done, 2 refused (bad argument, data or file).
+
+    A refusal is one message on stderr. ``--traceback`` anywhere, or AGSSD_TRACEBACK=1, shows where it came from; real
+    bugs always keep their traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in arguments or os.environ.get("AGSSD_TRACEBACK", "") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    if arguments[:1] in (["--version"], ["-V"]):
+        print(f"agssd {__version__}")
+        return 0
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(_help())
+        return 0
+    try:
+        return _dispatch(arguments[0], arguments[1:])
+    except Exception as error:
+        message = None if show_traceback else refusal(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return EXIT_REFUSED
+
+
+def _dispatch(name: str, arguments: list[str]) -> int:
+    if name in TRAINING:
+        from agssd.lightning_cli import AgssdCLI
+
+        AgssdCLI([name, *arguments])
+        return 0
+    from agssd import commands
+
+    if not commands.exists(name):
+        known = ", ".join([*TRAINING, *commands.summaries()])
+        raise ValueError(f"there is no subcommand {name!r}; choose from {known}")
+    import argparse
+
+    parser = argparse.ArgumentParser(prog=f"agssd {name}", description=commands.summaries()[name])
+    command = commands.load(name)
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
+
+
+def _help() -> str:
+    from agssd import commands
+
+    lines = {**TRAINING, **commands.summaries()}
+    width = max(len(name) for name in lines)
+    body = "\n".join(f"  {name:<{width}}  {line}" for name, line in lines.items())
+    return (
+        "usage: agssd [--version] [--help] SUBCOMMAND ... [--traceback]\n\n"
+        "Anatomy-guided self-supervised distillation for 3D medical images.\n\n"
+        f"subcommands (agssd SUBCOMMAND --help for each):\n{body}"
+    )
+
+
+def refusal(error: Exception) -> str | None:
+    """Return the message for the user if ``error`` is about what the user gave, None if it is a bug.
+
+    A refusal is a failing file operation, a rejected command line or configuration, or a ValueError that agssd itself
+    raised; a ValueError from inside a library is a bug until agssd says otherwise.
+    """
+    import argparse
+
+    if isinstance(error, (argparse.ArgumentError, OSError)):
+        return str(error)
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's; not imported here for its weight
+        return str(error)
+    if not isinstance(error, ValueError):
+        return None
+    if "in DataLoader worker process" in str(error):
+        return str(error).rstrip().rpartition("\n")[2].removeprefix("ValueError: ")
+    return str(error) if _raised_by_agssd(error.__traceback__) else None
+
+
+def _raised_by_agssd(traceback: TracebackType | None) -> bool:
+    innermost = None
+    while traceback is not None:
+        innermost, traceback = traceback, traceback.tb_next
+    if innermost is None:
+        return False
+    return Path(__file__).parent in Path(innermost.tb_frame.f_code.co_filename).parents
+
+
+if __name__ == "__main__":
+    sys.exit(main())

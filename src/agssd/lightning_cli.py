@@ -1,0 +1,352 @@
+"""``agssd fit|validate|test|predict``: LightningCLI with the house's groups, links, standing callbacks and guards.
+
+The groups of a configuration are ``trainer``, ``model``, ``data``, ``backbone`` and ``views`` (the last two are handed
+to the model, so that a method's YAML does not repeat them), the standing callbacks by name, ``checkpoint`` and
+``wandb``. Every group may be a reference to another YAML, relative to the file that holds it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+
+from agssd.callbacks.collapse_monitor import CollapseMonitor
+from agssd.callbacks.ema_teacher import EMATeacher
+from agssd.callbacks.mask_ratio import MaskRatioSchedule
+from agssd.callbacks.standing import StandingCallback
+from agssd.callbacks.throughput import Throughput
+from agssd.callbacks.view_panels import ViewPanels
+from agssd.models.backbone import Backbone
+from agssd.run_directory import (
+    CHECKPOINTS,
+    RunCheckpoint,
+    RunCSVLogger,
+    SaveRunConfig,
+    WandbRun,
+    claim,
+    default_run_directory,
+    run_of_checkpoint,
+)
+from agssd.transforms.crops import OverlapCrops
+
+STANDING: dict[str, type[Callback]] = {
+    "ema_teacher": EMATeacher,
+    "mask_ratio": MaskRatioSchedule,
+    "collapse_monitor": CollapseMonitor,
+    "view_panels": ViewPanels,
+    "throughput": Throughput,
+}
+_KEYWORD_CHECKPOINTS = ("last", "best", "hpc", "registry")
+
+
+class AgssdCLI(LightningCLI):
+    """Parses a configuration, builds trainer, model and data, checks them, and runs one of Lightning's entry points.
+
+    Args:
+        args: the command line after ``agssd``, starting with the subcommand.
+
+    Raises:
+        ValueError: for settings that contradict each other, the checkpoint or the run directory, before anything is
+            written.
+        argparse.ArgumentError: for settings that do not exist or have the wrong type.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        """Parse, build, check and run."""
+        self.run_directory = Path()
+        self._asked = args[0] if args else ""
+        quiet = {"exit_on_error": False}
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            save_config_callback=SaveRunConfig,
+            seed_everything_default=0,  # a fixed default: a run without a stated seed can still be repeated
+            # The data modules cut their stream themselves; a sampler put in by Lightning would change the order.
+            trainer_defaults={"use_distributed_sampler": False},
+            parser_kwargs={**quiet, self._asked: dict(quiet)},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # a module's own configure_optimizers is the only one
+            args=list(args),
+        )
+
+    # ---------------------------------------------------------------- parsing
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's is static
+        """Return the subcommand that was asked for only: building a parser for each would cost most of ``--help``."""
+        known = LightningCLI.subcommands()
+        return {name: skip for name, skip in known.items() if name == self._asked} or known
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for subparser in self._subcommand_parsers.values():
+            if any(action.dest == "weights_only" for action in subparser._actions):
+                subparser.set_defaults({"weights_only": True})  # a checkpoint is data, never code
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the house's groups; ``backbone`` and ``views`` reach the model only if its constructor names them."""
+        for name, base in (("backbone", Backbone), ("views", OverlapCrops)):
+            parser.add_subclass_arguments(base, name, required=False, instantiate=False)
+            # on parse, not on instantiation: the hyper-parameters in checkpoints stay plain
+            parser.link_arguments(name, f"model.init_args.{name}")
+        for name, callback in STANDING.items():
+            parser.add_lightning_class_args(callback, name)
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_class_arguments(WandbRun, "wandb")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, after refusing what the parser would silently resolve in favour of the last value."""
+        assert isinstance(args, list)
+        refuse_repeated_cache(args)
+        refuse_two_models(args)
+        self.config = parser.parse_args(args)
+        chosen = self.config[self.config.subcommand]
+        if chosen.get("model") is None or chosen.get("data") is None:
+            missing = "model" if chosen.get("model") is None else "data"
+            raise ValueError(
+                f"no {missing} is configured; start from an experiment: --config conf/experiment/NAME.yaml"
+            )
+        refuse_missing_parts(chosen)
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a checkpoint whose model settings differ, where LightningCLI would silently prefer the checkpoint's.
+
+        ``--ckpt_path`` of ``fit`` means: continue this run, unchanged. The other subcommands take the configuration as
+        it is given; weights that do not fit it fail on loading.
+        """
+        subcommand = str(self.config.subcommand)
+        ckpt_path = self.config[subcommand].get("ckpt_path")
+        if not ckpt_path:
+            return
+        path = self._checkpoint_file(str(ckpt_path), self.config[subcommand].trainer.default_root_dir)
+        if path is None or subcommand != "fit":
+            return
+        saved = dict(read_checkpoint(path).get("hyper_parameters", {}))
+        self._dump_config()
+        model = self.config_dump["model"]
+        del self.config_dump  # the run directory is still to be filled in
+        given = {"_class_path": model["class_path"], **model.get("init_args", {}), **model.get("dict_kwargs", {})}
+        differing = list(differences(saved, given))
+        if differing:
+            raise ValueError(
+                f"{path} was trained with other model settings, and a run is continued unchanged:\n  "
+                + "\n  ".join(differing)
+                + "\nGive the settings of the run (its config.yaml), or start a new run from an exported encoder"
+            )
+
+    @staticmethod
+    def _checkpoint_file(ckpt_path: str, run_directory: Any) -> Path | None:
+        """Return the local file that ``--ckpt_path`` means, or None where only Lightning can tell."""
+        if ckpt_path == "last" and run_directory:
+            last = Path(run_directory) / CHECKPOINTS / "last.ckpt"
+            if not last.is_file():
+                raise ValueError(f"--ckpt_path last: there is no {last}")
+            return last
+        if ckpt_path.partition(":")[0] in _KEYWORD_CHECKPOINTS or "://" in ckpt_path:
+            return None
+        path = Path(ckpt_path)
+        if not path.exists():
+            raise ValueError(f"--ckpt_path {ckpt_path} does not exist")
+        return path if path.is_file() else None  # a directory is a sharded checkpoint
+
+    # ---------------------------------------------------------- instantiation
+
+    def before_instantiate_classes(self) -> None:
+        """Decide the run directory, and write it into the configuration that is saved."""
+        config = self.config[self.subcommand]
+        given = config.trainer.default_root_dir
+        of_checkpoint = run_of_checkpoint(config.get("ckpt_path") or "")
+        if given:
+            self.run_directory = Path(given)
+        elif of_checkpoint is not None:
+            self.run_directory = of_checkpoint
+        else:
+            self.run_directory = default_run_directory(config.model.class_path.rpartition(".")[2].lower())
+        config.trainer.default_root_dir = str(self.run_directory)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Return the trainer with the standing callbacks and, unless ``trainer.logger`` says otherwise, the loggers."""
+        parser = self._parser(self.subcommand)
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        defaults, given = parser.get_defaults(), self.config[self.subcommand]
+        callbacks: list[Callback] = []
+        for name in parser.callback_keys:
+            callback = self._get(self.config_init, name)
+            if isinstance(callback, StandingCallback):
+                callback.explicit = given[name] != defaults[name]
+            if isinstance(callback, RunCheckpoint):
+                if config["enable_checkpointing"] is False:
+                    continue
+                callback.dirpath = callback.dirpath or str(self.run_directory / CHECKPOINTS)
+            callbacks.append(callback)
+        if config["logger"] in (None, True):
+            config["logger"] = self._loggers()
+        return self._instantiate_trainer(config, callbacks)
+
+    def _loggers(self) -> list[Logger]:
+        filename = "metrics.csv" if self.subcommand == "fit" else f"{self.subcommand}_metrics.csv"
+        loggers: list[Logger] = [RunCSVLogger(self.run_directory, filename)]
+        wandb = self._get(self.config_init, "wandb").logger(self.run_directory) if self.subcommand == "fit" else None
+        return [*loggers, wandb] if wandb is not None else loggers
+
+    # --------------------------------------------------------------- checking
+
+    def before_fit(self) -> None:
+        """Check everything that can be checked, then claim the run directory."""
+        self._preflight()
+        resuming = bool(self.config[self.subcommand].get("ckpt_path"))
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            claim(self.run_directory, resuming)
+
+    def before_validate(self) -> None:
+        """Check the data, then the run directory."""
+        self._preflight()
+        claim(self.run_directory, resuming=True)
+
+    before_test = before_validate
+    before_predict = before_validate
+
+    def _preflight(self) -> None:
+        """Let data and callbacks refuse before loggers, checkpoints or processes exist; Lightning's order is later."""
+        self.trainer.strategy.connect(self.model)
+        stage = str(self.subcommand)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StandingCallback):
+                StandingCallback.setup(callback, self.trainer, self.model, stage)
+        self.datamodule.trainer = self.trainer
+        self.datamodule.setup(stage)
+
+
+# -------------------------------------------------------------------- guards
+
+
+def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield (name without dashes, value) of every option; the value of a flag without one is empty."""
+    for position, argument in enumerate(args):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            follows = args[position + 1] if position + 1 < len(args) else ""
+            yield name, value if equals else ("" if follows.startswith("--") else follows)
+
+
+def refuse_repeated_cache(args: Sequence[str]) -> None:
+    """Refuse ``--data.cache A --data.cache B``, of which the parser would keep only B.
+
+    Raises:
+        ValueError: with the form that keeps both.
+    """
+    caches = [value for name, value in _options(args) if name in ("data.cache", "data.init_args.cache")]
+    if len(caches) > 1:
+        raise ValueError(
+            f"--data.cache is given {len(caches)} times and only the last would count; "
+            f"name several caches at once: --data.cache [{','.join(caches)}]"
+        )
+
+
+def refuse_two_models(args: Sequence[str]) -> None:
+    """Refuse two different model classes in one command: settings of the first would leak into the second.
+
+    Where the class changes, the parser keeps the arguments that both classes have by name, so a mask ratio of one
+    recipe would quietly become another's.
+
+    Raises:
+        ValueError: naming both classes and the remedy.
+    """
+    named: dict[str, str] = {}
+    for option, value in _options(args):
+        if option in ("config", "c") and Path(value).is_file():
+            text = _load_yaml(Path(value))
+            part = text.get("model") if isinstance(text, dict) else None
+            chosen, source = _class_of(part, Path(value).parent), value
+        elif option in ("model", "model.class_path"):
+            chosen, source = _class_of(value, Path()), f"--{option} {value}"
+        else:
+            continue
+        if chosen:
+            named.setdefault(chosen, source)
+    if len(named) > 1:
+        (first, first_source), (second, second_source) = list(named.items())[:2]
+        raise ValueError(
+            f"two models are named: {first} ({first_source}) and {second} ({second_source}); settings of the first "
+            "would leak into the second. Name one, for example --config conf/experiment/small.yaml --model "
+            "conf/method/NAME.yaml"
+        )
+
+
+def _class_of(part: Any, folder: Path) -> str | None:
+    """Return the class path that a ``model`` entry names directly or through a reference, or None."""
+    if isinstance(part, str) and (folder / part).is_file():
+        part = _load_yaml(folder / part)
+    elif isinstance(part, str):
+        return part or None
+    return str(part["class_path"]) if isinstance(part, dict) and "class_path" in part else None
+
+
+def _load_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+
+
+def refuse_missing_parts(config: Namespace) -> None:
+    """Refuse a model that needs a backbone or views where the configuration names none at its top level.
+
+    Raises:
+        ValueError: saying where to state it.
+    """
+    module, _, name = config.model.class_path.rpartition(".")
+    signature = inspect.signature(getattr(import_module(module), name))
+    for name in ("backbone", "views"):
+        parameter = signature.parameters.get(name)
+        if parameter is not None and parameter.default is parameter.empty and config.get(name) is None:
+            raise ValueError(
+                f"{config.model.class_path} needs {name}; state it at the top level of the configuration, for example "
+                f"{name}: ../{name}/NAME.yaml (inside model.init_args it would not be read)"
+            )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the checkpoint's dictionary, loaded as data only.
+
+    Raises:
+        ValueError: if the file is torn or is no checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of a run (it has no state_dict)")
+    return checkpoint
+
+
+def differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield ``NAME: SAVED in the checkpoint, GIVEN now`` for every setting of the checkpoint that differs.
+
+    A setting that the checkpoint does not hold is not compared: modules may leave parts out of their hyper-parameters.
+    """
+    for name, old in saved.items():
+        if name == "_instantiator":
+            continue
+        label, new = f"{prefix}{name.removeprefix('_')}", given.get(name)
+        old, new = _plain(old), _plain(new)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new, f"{label}.")
+        elif old != new:
+            yield f"{label}: {old!r} in the checkpoint, {new!r} now"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,279 @@
+"""The directory of a run: where it is, its saved configuration, metrics, checkpoints and W&B run.
+
+A run directory holds ``config.yaml`` (what ran), ``metrics.csv``, ``checkpoints/`` and, by callback, ``panels/``.
+Nothing in it is ever overwritten silently: a new run in a used directory is refused, a resumed run appends.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning.pytorch as L
+from lightning.fabric.loggers.csv_logs import _ExperimentWriter
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+RUNS = "runs"
+CHECKPOINTS = "checkpoints"
+_STAMP = "AGSSD_RUN_STAMP"  # hands the name of the run to the processes that Lightning starts
+
+
+def default_run_directory(label: str) -> Path:
+    """Return ``runs/LABEL/STAMP`` for a run that names no directory; the same on every rank of a job.
+
+    STAMP is the SLURM job, the torchrun job, or the time at which rank 0 started.
+    """
+    stamp = next((os.environ[k] for k in (_STAMP, "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID") if os.environ.get(k)), None)
+    if stamp in (None, "none"):  # torchrun without --rdzv-id calls its job "none"
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+    os.environ[_STAMP] = str(stamp)
+    return Path(RUNS) / label / str(stamp)
+
+
+def run_of_checkpoint(checkpoint: str) -> Path | None:
+    """Return DIR for a checkpoint ``DIR/checkpoints/NAME``, else None."""
+    folder = Path(checkpoint).parent
+    return folder.parent if folder.name == CHECKPOINTS else None
+
+
+def claim(directory: Path, resuming: bool) -> None:
+    """Make the run directory; refuse one that another run has used, unless this run resumes.
+
+    Raises:
+        ValueError: if the directory holds a run.
+        OSError: if it cannot be made or written.
+    """
+    used = [name for name in ("config.yaml", CHECKPOINTS) if (directory / name).exists()]
+    if used and not resuming:
+        raise ValueError(
+            f"{directory} already holds a run ({', '.join(used)}); name another --trainer.default_root_dir, or "
+            f"continue that run with --ckpt_path {directory / CHECKPOINTS / 'last.ckpt'}"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK):
+        raise PermissionError(f"no permission to write in {directory}; name another --trainer.default_root_dir")
+
+
+def unused(path: Path) -> Path:
+    """Return ``path``, or the first of ``path-2``, ``path-3`` and so on that does not exist."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.stem}-{number}{path.suffix}"), number + 1
+    return candidate
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes what runs into the run directory: ``config.yaml`` for fit, ``test.yaml`` and so on for the others.
+
+    A resumed or repeated run adds ``config-2.yaml`` and so on; no file is replaced.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Save once, on rank zero."""
+        if self.already_saved:
+            return
+        self.already_saved = True
+        if trainer.is_global_zero:
+            path = unused(Path(trainer.default_root_dir) / ("config.yaml" if stage == "fit" else f"{stage}.yaml"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(path), skip_none=False, overwrite=False, multifile=False)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Writes checkpoints into ``DIR/checkpoints`` every so many optimiser steps, and the last step always.
+
+    Args:
+        every_n_train_steps: optimiser steps between two checkpoints.
+        save_top_k: how many to keep; without ``monitor`` the newest, -1 keeps all, 0 only ``last.ckpt``.
+        monitor: metric to keep the best by.
+        mode: whether a small (``min``) or large (``max``) metric is good.
+        dirpath: another place for the checkpoints.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int = 1000,
+        save_top_k: int = 1,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        dirpath: str | None = None,
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="step{step:08d}",
+            auto_insert_metric_name=False,
+            monitor=monitor,
+            mode=mode,
+            save_last=True,
+            save_top_k=save_top_k,
+            every_n_train_steps=every_n_train_steps,
+        )
+        self._last_step = -1
+
+    def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        self._last_step = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last step also where it is no multiple of the interval."""
+        if trainer.global_step != self._last_step and not cast(Any, trainer).fast_dev_run:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class _AppendingWriter(_ExperimentWriter):
+    """Keeps the rows of an earlier part of the run, where Lightning's writer would delete the file."""
+
+    def __init__(self, log_dir: str, name: str) -> None:
+        self.NAME_METRICS_FILE = name
+        super().__init__(log_dir)
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.metrics_keys = sorted(next(csv.reader(file), []))
+
+    def _check_log_dir_exists(self) -> None:
+        """Accept a directory that holds the run."""
+
+
+class RunCSVLogger(CSVLogger):
+    """Writes every logged row to ``DIR/metrics.csv`` at once and appends to it after a resume.
+
+    Args:
+        directory: the run directory.
+        filename: name of the file in it.
+    """
+
+    def __init__(self, directory: Path, filename: str = "metrics.csv") -> None:
+        super().__init__(save_dir=str(directory), name="", version="", flush_logs_every_n_steps=1)
+        self._filename = filename
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> _AppendingWriter:
+        """Return the writer, on rank zero."""
+        if self._experiment is None:
+            self._experiment = cast(Any, _AppendingWriter(self.log_dir, self._filename))
+        return cast(_AppendingWriter, self._experiment)
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Do nothing: ``config.yaml`` states what ran."""
+
+
+class WandbRun:
+    """Settings of the W&B run, the ``wandb`` group of a configuration.
+
+    Args:
+        project: project in W&B.
+        entity: user or team; null is the account's own.
+        name: name of the run; null is the name of the run directory.
+        mode: null goes online with an account on this machine (WANDB_API_KEY or netrc) and offline without one.
+    """
+
+    def __init__(
+        self,
+        project: str = "agssd",
+        entity: str | None = None,
+        name: str | None = None,
+        mode: Literal["online", "offline", "disabled"] | None = None,
+    ) -> None:
+        self.project = project
+        self.entity = entity
+        self.name = name
+        self.mode = mode
+
+    def logger(self, directory: Path) -> WandbLogger | None:
+        """Return the logger of the run in ``directory``, or None where W&B is switched off."""
+        mode = self.mode or os.environ.get("WANDB_MODE") or ("online" if has_wandb_account() else "offline")
+        if mode == "disabled":
+            return None
+        online = mode in ("online", "run")
+        return QuietWandbLogger(directory, self.project, self.entity, self.name or directory.name, online)
+
+
+def has_wandb_account() -> bool:
+    """Return whether W&B could log in without asking: a key in the environment or an entry for its host in netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    try:
+        entries = netrc.netrc(os.environ.get("NETRC") or str(Path.home() / ".netrc"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return host in entries.hosts
+
+
+class QuietWandbLogger(WandbLogger):
+    """A W&B logger that never asks, never stops a run, and sends no paths, code, command line or console output.
+
+    The id of the run is kept in ``DIR/wandb_id`` so that a resumed run goes on with the same curves. Without network it
+    falls back to offline; ``wandb sync DIR/wandb/offline-run-*`` sends it later.
+    """
+
+    def __init__(self, directory: Path, project: str, entity: str | None, name: str, online: bool) -> None:
+        super().__init__(name=name, project=project, save_dir=str(directory), log_model=False)
+        self._wandb_init["entity"] = entity
+        self._wandb_init["mode"] = "online" if online else "offline"
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Return the W&B run, started on first use, on rank zero."""
+        if self._experiment is None:
+            self._start()
+        return self._experiment
+
+    def _start(self) -> None:
+        import secrets
+
+        import wandb
+
+        directory = Path(str(self._wandb_init["dir"]))
+        directory.mkdir(parents=True, exist_ok=True)
+        id_file = directory / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        self._wandb_init["id"] = self._id = id_file.read_text().strip()
+        self._wandb_init["settings"] = wandb.Settings(
+            silent=True,
+            console="off",  # console output names the cache
+            disable_code=True,
+            disable_git=True,
+            x_disable_meta=True,  # metadata holds the command line, which names the cache
+            init_timeout=60,
+        )
+        inherited = cast(property, WandbLogger.experiment).fget
+        assert inherited is not None
+        try:
+            inherited(self)
+        except (wandb.errors.CommError, wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            if self._wandb_init["mode"] != "online":
+                raise
+            rank_zero_info(f"W&B cannot be reached ({error}); logging offline")
+            self._wandb_init["mode"] = "offline"
+            inherited(self)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Send the hyper-parameters, with whatever looks like a path taken out."""
+        super().log_hyperparams(without_paths(params))
+
+
+def without_paths(value: Any) -> Any:
+    """Return ``value`` with every string that contains a path separator replaced, since paths may name patients."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(item) for item in value]
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and ("/" in value or os.sep in value)):
+        return "<path>"
+    return value
