@@ -91,27 +91,31 @@ def _blocks(panel: ViewPanel, index: int) -> list[tuple[str, list[list[_Tile]]]]
     if base is None:
         raise ValueError("a ViewPanel needs 'clean' or 'globals' to be drawn")
     window = _window(base)
+    factor = math.ceil(_TILE / max(base.shape[1:]))
     blocks = [
-        (f"sample {index + 1}\nview {'AB'[view]}", [_view_row(arrays, base[view], view, window)])
+        (f"sample {index + 1}\nview {'AB'[view]}", [_view_row(arrays, base[view], view, window, factor)])
         for view in range(len(base))
     ]
     crops = arrays.get("locals")
     if crops is not None and len(crops):
+        factor = max(1, factor * max(base.shape[1:]) // max(crops.shape[1:]))
         row = [
-            _Tile(_upscaled(_grey(_slice(crop, 0, crop.shape[0] // 2), window)), f"local {number + 1}")
+            _Tile(_upscaled(_grey(_slice(crop, 0, crop.shape[0] // 2), window), factor), f"local {number + 1}")
             for number, crop in enumerate(crops[:8])
         ]
         blocks.append((f"sample {index + 1}\nlocals", [row]))
     return blocks
 
 
-def _view_row(arrays: dict[str, _Floats], clean: _Floats, view: int, window: tuple[float, float]) -> list[_Tile]:
+def _view_row(
+    arrays: dict[str, _Floats], clean: _Floats, view: int, window: tuple[float, float], factor: int
+) -> list[_Tile]:
     box = arrays["overlap_box"][view] if "overlap_box" in arrays else None
     centre = [int(np.clip(np.floor(box[axis].mean()), 0, size - 1)) if box is not None else size // 2
               for axis, size in enumerate(clean.shape)]  # fmt: skip
     tiles = []
     for axis, plane in enumerate(_PLANES):
-        pixels = _upscaled(_grey(_slice(clean, axis, centre[axis]), window))
+        pixels = _upscaled(_grey(_slice(clean, axis, centre[axis]), window), factor)
         if box is not None:
             draw_box(pixels, np.delete(box, axis, 0), np.delete(clean.shape, axis))
         tiles.append(_Tile(pixels, f"{plane} {centre[axis]}"))
@@ -125,22 +129,22 @@ def _view_row(arrays: dict[str, _Floats], clean: _Floats, view: int, window: tup
 
     inputs = arrays["globals"][view] if "globals" in arrays else clean
     if "globals" in arrays:
-        tiles.append(_Tile(_upscaled(_grey(axial(inputs), window)), "input"))
+        tiles.append(_Tile(_upscaled(_grey(axial(inputs), window), factor), "input"))
     if "mask" in arrays:
         mask = arrays["mask"][view]
         share = float(mask.mean())
         hidden = spread(mask)[..., None]
         tinted = _grey(axial(inputs), window) * (1 - 0.55 * hidden) + 0.55 * hidden * _MASK_COLOUR
-        tiles.append(_Tile(_upscaled(tinted), f"mask, {share:.0%} hidden" if share else "mask, none hidden"))
+        tiles.append(_Tile(_upscaled(tinted, factor), f"mask, {share:.0%} hidden" if share else "mask, none hidden"))
     if "edges" in arrays:
-        tiles.append(_Tile(_upscaled(_coloured(axial(arrays["edges"][view]), "magma")), "edges"))
+        tiles.append(_Tile(_upscaled(_coloured(axial(arrays["edges"][view]), "magma"), factor), "edges"))
     if "reconstruction" in arrays:
-        tiles.append(_Tile(_upscaled(_grey(axial(arrays["reconstruction"][view]), window)), "reconstruction"))
+        tiles.append(_Tile(_upscaled(_grey(axial(arrays["reconstruction"][view]), window), factor), "reconstruction"))
     if "attention" in arrays:
         heat = spread(arrays["attention"][view].mean(0))
         heat = (heat - heat.min()) / max(float(heat.max() - heat.min()), 1e-12)
         blended = 0.45 * _grey(axial(clean), window) + 0.55 * _coloured(heat, "inferno")
-        tiles.append(_Tile(_upscaled(blended), "[CLS] attention"))
+        tiles.append(_Tile(_upscaled(blended, factor), "[CLS] attention"))
     return tiles
 
 
@@ -198,6 +202,5 @@ def _coloured(image: _Floats, name: str) -> _Floats:
     return np.asarray(matplotlib.colormaps[name](np.clip(image, 0, 1))[..., :3], np.float32)
 
 
-def _upscaled(pixels: _Floats) -> _Floats:
-    factor = math.ceil(_TILE / max(pixels.shape[:2]))
+def _upscaled(pixels: _Floats, factor: int) -> _Floats:
     return pixels.repeat(factor, 0).repeat(factor, 1)

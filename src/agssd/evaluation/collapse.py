@@ -62,7 +62,7 @@ def distribution_sums(teacher: Tensor, student_logits: Tensor) -> Tensor:
     num_samples, num_prototypes = teacher.shape
     heads = torch.stack(
         [
-            teacher.new_tensor(float(num_samples)),
+            teacher.new_full((), float(num_samples)),
             torch.special.entr(teacher).sum(),
             kl_divergence(teacher, student_logits).sum(),
         ]
