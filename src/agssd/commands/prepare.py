@@ -113,7 +113,8 @@ def _write_cases(writer: CacheWriter, plan: Plan, recipe: Recipe, salt: bytes, w
     rows: list[tuple[str, str, str]] = []
     guesses: dict[str, list[Path]] = defaultdict(list)
     known: dict[str, Path] = {}
-    bar = tqdm(total=len(plan.jobs), unit="scan", file=sys.stderr, dynamic_ncols=True)
+    quiet = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line every ten seconds
+    bar = tqdm(total=len(plan.jobs), unit="scan", file=sys.stderr, dynamic_ncols=True, mininterval=quiet)
     for job, result in _results(plan.jobs, recipe, workers):
         bar.update()
         if isinstance(result, str):

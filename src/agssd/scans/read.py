@@ -130,6 +130,15 @@ def read_geometry(path: Path) -> tuple[tuple[int, ...], NDArray[np.float64]]:
         raise RefusedError(f"its header cannot be read: {_first_line(error)}") from error
 
 
+def canonical_geometry(path: Path) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+    """Return shape and affine of a file as they will be in canonical orientation (R, A, S), from its header alone."""
+    orientations: Any = import_module("nibabel.orientations")
+    shape, affine = read_geometry(path)
+    order = orientations.io_orientation(affine)
+    back = orientations.inv_ornt_aff(order, shape)
+    return tuple(shape[int(axis)] for axis in np.argsort(order[:, 0])), np.asarray(affine @ back, dtype=np.float64)
+
+
 def _itk_affine(image: Any) -> NDArray[np.float64]:
     """Return the affine of a SimpleITK image or reader of 3 dimensions or more, turned from LPS to RAS."""
     direction = np.asarray(image.GetDirection()).reshape(image.GetDimension(), -1)[:3, :3]

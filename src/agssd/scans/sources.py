@@ -16,7 +16,7 @@ import numpy as np
 
 from agssd.scans.case import RefusedError
 from agssd.scans.files import list_folder, stem_of
-from agssd.scans.read import read_geometry
+from agssd.scans.read import canonical_geometry
 
 COLUMNS = ("path", "subject", "modality", "label_path", "class", "split")
 SPLITS = ("train", "val", "test")
@@ -143,17 +143,20 @@ def _matches(path: Path, folder: Path, globs: Sequence[str]) -> bool:
 
 
 def _default_subjects(images: list[Path], folder: Path) -> dict[Path, str]:
-    """Return a subject for every image by its name.
+    """Return a subject for every image by its place: the name of its folder, or of its file.
 
-    A person's files usually lie in one folder named by sequence (``patient7/T1.nii.gz``), or all persons' files in one
-    folder named by person. A name that occurs in several folders names a sequence, so the folders that share it are
-    the persons; else the file name is.
+    Either one folder holds the scans of one person (``patient7/T1.nii.gz``), or of all persons (``imagesTr/7.nii.gz``).
+    A subfolder is a person if it holds at most 10 images or shares a file name with another, and is not called
+    imagesTr or the like. In doubt two persons count as one: that costs a little balance, the contrary leaks.
     """
+    inside: dict[Path, list[Path]] = defaultdict(list)
     places: dict[str, set[Path]] = defaultdict(set)
     for path in images:
-        if not _DATASET_FOLDER.match(path.parent.name):
+        if path.parent != folder and not _DATASET_FOLDER.match(path.parent.name):
+            inside[path.parent].append(path)
             places[stem_of(path)].add(path.parent)
-    persons = {place for found in places.values() if len(found) > 1 for place in found}
+    persons = {place for place, found in inside.items() if len(found) <= 10}
+    persons |= {place for found in places.values() if len(found) > 1 for place in found}
     return {
         path: path.parent.relative_to(folder).as_posix() if path.parent in persons else stem_of(path) for path in images
     }
@@ -192,7 +195,7 @@ def _pair(plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, 
 
 def _same_grid(one: Path, two: Path) -> bool:
     try:
-        (shape, affine), (other_shape, other) = read_geometry(one), read_geometry(two)
+        (shape, affine), (other_shape, other) = canonical_geometry(one), canonical_geometry(two)
     except RefusedError:
         return False
     return shape == other_shape and bool(np.allclose(affine, other, atol=1e-2))
@@ -210,7 +213,6 @@ def _read_dataset(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> li
         return []
     stated = str((data.get("modality") or {}).get("0", "")).lower() if isinstance(data.get("modality"), dict) else ""
     modality = "ct" if stated == "ct" else "mri" if stated in ("mri", "mr", "t1", "t2", "flair") else None
-    splits = _suggested_splits(plan, path, data)
     tests = data.get("test") or []
     jobs = []
     for row, entry in enumerate([*entries, *(tests if isinstance(tests, list) else [])]):
@@ -228,26 +230,44 @@ def _read_dataset(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> li
         elif name is None:
             plan.refused.append((image, "its path does not match --subject"))
         else:
-            jobs.append(Job((image,), name, label, modality, split=splits.get(name)))
-    return jobs
+            jobs.append(Job((image,), name, label, modality))
+    return _apply_suggested(plan, path, data, jobs)
 
 
-def _suggested_splits(plan: Plan, path: Path, data: dict[str, Any]) -> dict[str, str]:
-    """Return the subjects that a suggested split keeps apart, all as "test"; the rest is split later."""
+def _apply_suggested(plan: Plan, path: Path, data: dict[str, Any], jobs: list[Job]) -> list[Job]:
+    """Return the jobs with the subjects that a suggested split keeps apart as split "test"; the rest is split later.
+
+    Its entries name subjects if all of them do, else images (by name, or by what follows the last underscore).
+    """
     suggested = data.get("suggested_split")
     if not isinstance(suggested, dict):
-        return {}
-    held = {part: suggested.get(part) or [] for part in ("val", "test")}
-    if held["val"] and held["test"]:
-        splits = {str(subject): part for part, subjects in held.items() for subject in subjects}
-    else:
-        splits = {str(subject): "test" for subjects in held.values() for subject in subjects}
-    if splits:
-        plan.notes.append(
-            f"{path}: its suggested split keeps {len(splits)} subjects apart; they are kept as split test"
-            + (" and val" if held["val"] and held["test"] else "; the others are split into train and val")
-        )
-    return splits
+        return jobs
+    parts = {part: [str(entry) for entry in suggested.get(part) or []] for part in SPLITS}
+    named = {entry: part for part, entries in parts.items() for entry in entries}
+    subjects = {job.subject: {job.subject} for job in jobs}
+    images: dict[str, set[str]] = defaultdict(set)
+    for job in jobs:
+        stem = stem_of(job.paths[0])
+        for name in (stem, stem.rpartition("_")[2]):
+            images[name].add(job.subject)
+    meaning = next((found for found in (subjects, images) if set(named) <= set(found)), None)
+    if meaning is None:
+        plan.notes.append(f"{path}: its suggested split names neither subjects nor images of it throughout; not used")
+        return jobs
+    part_of: dict[str, str] = {}
+    for entry, part in named.items():
+        for subject in meaning[entry]:
+            if part_of.setdefault(subject, part) != part:
+                raise ValueError(
+                    f"{path}: its suggested split has subject {subject!r} in {part_of[subject]} and {part}"
+                )
+    held = {"test": "test", "val": "val" if parts["test"] else "test"}
+    count = sum(part != "train" for part in part_of.values())
+    plan.notes.append(
+        f"{path}: the {count} subjects that its suggested split keeps apart become "
+        + ("val and test as suggested" if parts["test"] else "split test; the others are split into train and val")
+    )
+    return [replace(job, split=held.get(part_of.get(job.subject, "train"))) for job in jobs]
 
 
 def _add_manifest(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> None:
