@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -95,10 +96,13 @@ def test_update_ema__follows_replaced_parameters_and_conversions() -> None:
 def test_update_ema__forgets_dead_teachers() -> None:
     student, teacher = _pair()
     update_ema(student, teacher, 0.9)
-    size = len(ema._PAIRS)
+    assert teacher in ema._PAIRS
+    gone = weakref.ref(teacher)
+    held = {id(pairs.teacher_parameters) for pairs in ema._PAIRS.values()}
     del teacher
     gc.collect()
-    assert len(ema._PAIRS) == size - 1
+    assert gone() is None
+    assert {id(pairs.teacher_parameters) for pairs in ema._PAIRS.values()} < held
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])

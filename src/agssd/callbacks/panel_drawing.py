@@ -171,7 +171,7 @@ def draw_box(pixels: _Floats, box: _Floats, shape: NDArray[np.int64]) -> None:
 
 def _array(tensor: Tensor) -> _Floats:
     values: _Floats = tensor.detach().float().cpu().numpy()
-    return np.nan_to_num(values)
+    return np.nan_to_num(values, posinf=0.0, neginf=0.0)
 
 
 def _window(volumes: _Floats) -> tuple[float, float]:
