@@ -267,6 +267,9 @@ class DownstreamDataModule(L.LightningDataModule):
             self._take_from_task()
             self.members = self._choose()
             self._check_cases()
+        check_data = getattr(getattr(self.trainer, "lightning_module", None), "check_data", None)
+        if check_data is not None:
+            check_data(self.contract)
         self._check_stage(stage)
 
     def _take_from_task(self) -> None:

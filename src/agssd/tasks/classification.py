@@ -141,8 +141,7 @@ class ClassificationTask(DownstreamTask):
         self._rows: list[dict[str, Any]] = []
 
     def setup(self, stage: str) -> None:
-        """Check the data and count classes where the loss is to be balanced."""
-        super().setup(stage)
+        """Count classes where the loss is to be balanced."""
         counts = getattr(getattr(self.trainer, "datamodule", None), "class_counts", None)
         if self.class_weights == "balanced" and stage == "fit":
             if counts is None or min(counts) == 0:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from agssd.evaluation.contract import check_contract
+from agssd.evaluation.encoders import load_encoder
 from agssd.models.backbone import Backbone
 from agssd.schedules import warmup_cosine
 
@@ -33,9 +34,7 @@ def resolve_encoder(backbone: Backbone | None, encoder: str | None) -> Backbone:
                 "example --backbone conf/backbone/vit_small.yaml"
             )
         return backbone
-    from agssd.hub import load_backbone
-
-    loaded = load_backbone(encoder)
+    loaded = load_encoder(encoder)
     if backbone is not None:
         expected, found = _plain(backbone.config), _plain(loaded.config)
         if expected != found:
@@ -103,18 +102,19 @@ class DownstreamTask(L.LightningModule):
             self.backbone.eval()
         return self
 
-    def setup(self, stage: str) -> None:
-        """Compare the data with what the encoder expects, before the first batch."""
-        found = getattr(getattr(self.trainer, "datamodule", None), "contract", None)
-        if found is None:
-            return
-        if found["channels"] != self.backbone.in_channels:
+    def check_data(self, contract: dict[str, Any]) -> None:
+        """Refuse data that do not fit the encoder; the data module calls this before anything is written.
+
+        Raises:
+            ValueError: naming the differences and the remedy.
+        """
+        if contract["channels"] != self.backbone.in_channels:
             raise ValueError(
-                f"the cache has {found['channels']} channel(s), the encoder takes {self.backbone.in_channels}; build "
-                f"the backbone with in_channels {found['channels']} or prepare other channels"
+                f"the cache has {contract['channels']} channel(s), the encoder takes {self.backbone.in_channels}; "
+                f"build the backbone with in_channels {contract['channels']} or prepare other channels"
             )
         if not self.ignore_contract:
-            check_contract(self.backbone.contract, found, self.encoder, "--model.ignore_contract true")
+            check_contract(self.backbone.contract, contract, self.encoder, "--model.ignore_contract true")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return AdamW groups by (rate, decay), each with its ``name``: head first, then encoder layers upwards."""
