@@ -132,7 +132,12 @@ def test_tests__mirror_the_package() -> None:
     assert not stray
 
 
-@pytest.mark.parametrize("command", ["prepare", "inspect", "export", "demo", "bench"])
+COMMANDS = sorted(
+    path.stem for path in (ROOT / "src" / "agssd" / "commands").iterdir() if not path.stem.startswith("_")
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help__every_command_explains_itself(command: str) -> None:
     done = run("-m", "agssd.cli", command, "--help")
     assert done.returncode == 0, done.stderr
@@ -144,8 +149,7 @@ def test_help__every_command_explains_itself(command: str) -> None:
 def test_help__lists_every_command() -> None:
     done = run("-m", "agssd.cli", "--help")
     assert done.returncode == 0, done.stderr
-    commands = {path.stem for path in (ROOT / "src" / "agssd" / "commands").iterdir() if not path.stem.startswith("_")}
-    for command in commands | {"fit", "validate", "test", "predict"}:
+    for command in [*COMMANDS, "fit", "validate", "test", "predict"]:
         assert re.search(rf"\b{command}\b", done.stdout), command
 
 

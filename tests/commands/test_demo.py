@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import pytest
+import yaml
+
+import agssd.commands.demo as demo
+from agssd.commands.demo import report
+
+SIZE = demo.Size({"train": 3, "val": 1, "test": 2}, 4.0, 2, 20, 20)
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_prepare_folder__refuses_what_it_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="--out"):
+        demo._prepare_folder(tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_prepare_folder__empties_its_own(tmp_path: Path) -> None:
+    out = tmp_path / "new"
+    demo._prepare_folder(out)
+    (out / "old.png").touch()
+    demo._prepare_folder(out)
+    assert not (out / "old.png").exists()
+    assert (out / "logs").is_dir()
+
+
+def test_run__failing_command_shows_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "prepare.log"
+    with pytest.raises(ValueError, match="agssd prepare.*failed") as caught:
+        demo._agssd(log, ["prepare", str(tmp_path / "absent"), "--out", str(tmp_path / "x.h5")])
+    assert "absent" in str(caught.value)
+    assert "absent" in log.read_text()
+    assert "$ agssd prepare" in capsys.readouterr().out
+
+
+def test_run__foreign_folder_is_refused_with_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").touch()
+    assert demo.run(arguments("--out", str(tmp_path))) == 1
+    assert "error:" in capsys.readouterr().err
+
+
+def test_table__holds_means_and_paired_differences(tmp_path: Path) -> None:
+    dice = {"random": [(0.5, 0.7), (0.6, 0.6)], "pretrained": [(0.7, 0.9), (0.5, 0.6)]}
+    for name, rows in dice.items():
+        cases = [{"case": f"c{n}", "dice_class1": a, "dice_class2": b} for n, (a, b) in enumerate(rows)]
+        write_csv(tmp_path / name / "test_cases.csv", cases[::-1])
+    steps = [{"step": step, "train/loss": 10.0 - step, "train/loss_cls": 1.0, "lr": 0.1} for step in range(10)]
+    write_csv(tmp_path / "pretrain" / "metrics.csv", steps)
+    results = {name: report.collect(tmp_path / name) for name in dice}
+    assert results["random"] == {"grey matter": [0.5, 0.6], "white matter": [0.7, 0.6], "mean": [0.6, 0.6]}
+    text = report.write_table(tmp_path / "report.md", results, tmp_path / "pretrain", SIZE, demo.NOTICE, quick=True)
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.splitlines() if line.startswith("| ")}
+    assert [float(cell) for cell in rows["from random weights"]] == [0.55, 0.65, 0.6]
+    assert [float(cell) for cell in rows["pretrained by AG-SSD"]] == [0.6, 0.75, 0.675]
+    assert [float(cell) for cell in rows["loss"]] == [10.0, 1.0]
+    assert "lr" not in rows
+    assert "+0.075 on average (-0.050 to +0.200), pretrained better in 1 of 2" in text
+    written = (tmp_path / "report.md").read_text()
+    assert "simulated" in written and "too short to learn" in written
+
+
+def test_configurations__same_encoder_in_both() -> None:
+    folder = Path(demo.__file__).parent
+    first, second = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("pretrain", "segmentation"))
+    assert first["backbone"] == second["backbone"]
+
+
+@pytest.mark.slow
+def test_run__quick_form_shows_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("nilearn", reason="the template is in nilearn's wheel")
+    out = tmp_path / "demo"
+    assert demo.run(arguments("--quick", "--out", str(out))) == 0
+    printed = capsys.readouterr().out
+    assert "simulated" in printed
+    assert "pretrained by AG-SSD" in printed and "from random weights" in printed
+    pictures = [Path(line.removeprefix("picture: ")) for line in printed.splitlines() if line.startswith("picture: ")]
+    assert {path.name for path in pictures} == {"views.png", "segmentation.png"}
+    assert all(path.stat().st_size > 10_000 for path in pictures)
+    assert (out / "encoder" / "backbone.safetensors").exists()
