@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agssd.models.position import axis_coordinates, rotary_angles, sincos_position
-from agssd.models.vit import SIZES, ViT
+from agssd.models.vit import CPU_MATMUL_LENGTH, SIZES, ViT, attend
 
 torch.set_num_threads(1)
 VARIANTS: list[dict[str, Any]] = [
@@ -332,6 +332,19 @@ def test_autocast__bf16_close_and_stream_in_float32() -> None:
     assert low.tokens.dtype == torch.float32 == attention.dtype
     assert F.cosine_similarity(low.tokens, full.tokens, dim=-1).min() > 0.999
     assert vit().bfloat16()(x.bfloat16()).tokens.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("length", [9, 65, CPU_MATMUL_LENGTH + 1])
+def test_attend__half_precision_on_cpu_close_to_float32(length: int) -> None:
+    q, k, v = (noise(2, 3, length, 16, seed=i).bfloat16().requires_grad_() for i in range(3))
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    weight = noise(2, 3, length, 16, seed=4)
+    out, expected = attend(q, k, v), F.scaled_dot_product_attention(*exact)
+    assert out.dtype == torch.bfloat16
+    (out.float() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for a, b in [(out, expected), *((t.grad, e.grad) for t, e in zip((q, k, v), exact, strict=True))]:
+        assert (a.double() - b).norm() < 0.01 * b.norm()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -20,6 +20,18 @@ SIZES: dict[str, Triple] = {  # embed_dim, depth, num_heads
     "large": (1024, 24, 16),
 }
 LAYER_NORM_EPS = 1e-6
+CPU_MATMUL_LENGTH = 1024  # beyond it the attention matrix costs more than it saves
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v for (B, heads, L, d), in the dtype of ``q``.
+
+    SDPA, but for short sequences in half precision on CPU: there its backward pass is slow, and two
+    batched matrix products are 14, 8 and 3 times faster for L = 9, 65 and 513 (forward and backward, torch 2.13).
+    """
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-2] <= CPU_MATMUL_LENGTH:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Group(NamedTuple):
@@ -53,7 +65,7 @@ class Attention(nn.Module):
         mixed = []
         for i, (part, group) in enumerate(zip(parts, groups, strict=True)):
             q, k, v = self.split(part, group, rotations[i] if rotations else None)
-            mixed.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(part.shape[0], -1))
+            mixed.append(attend(q, k, v).transpose(1, 2).reshape(part.shape[0], -1))
         out: Tensor = self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0])
         return out
 
