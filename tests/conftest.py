@@ -109,7 +109,7 @@ def make_cache() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a cache of 8 synthetic MRI subjects, 40x56x40 at 1 mm, labels 0 to 2, 2 classes, 5 train, 2 val, 1 test."""
+    """Return a cache of 8 subjects, MRI 40x56x40 at 1 mm, labels 0 to 2, 2 classes, 5 train, 2 val, 1 test."""
     return build_cache(tmp_path_factory.mktemp("cache") / "tiny.h5")
 
 

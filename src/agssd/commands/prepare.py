@@ -122,12 +122,12 @@ def _write_cases(writer: CacheWriter, plan: Plan, recipe: Recipe, salt: bytes, w
             refused += 1
             continue
         case = result
-        key = case_key(salt, job.subject, case.source_sha256)
-        if key in known:
-            bar.write(f"refused: {job.paths[0]}: same bytes as {known[key]}", file=sys.stdout)
+        twin = known.setdefault(case.source_sha256, job.paths[0])
+        if twin != job.paths[0]:
+            bar.write(f"refused: {job.paths[0]}: same bytes as {twin}", file=sys.stdout)
             refused += 1
             continue
-        known[key] = job.paths[0]
+        key = case_key(salt, job.subject, case.source_sha256)
         for note in case.notes:
             bar.write(f"note: {job.paths[0]}: {note}", file=sys.stdout)
         if case.modality_reason:

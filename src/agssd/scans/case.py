@@ -27,7 +27,7 @@ class PreparedCase:
         affine: (4, 4) float64, voxel (d, h, w, 1) to world mm, RAS+.
         source_shape: of the source array as its file orders it (i, j, k).
         source_affine: (4, 4) float64, source voxel to world.
-        source_sha256: of the bytes of the source.
+        source_sha256: of the bytes of the source; with several channels, of their hashes one after another.
         scale: per channel.
         offset: per channel.
         low: per channel, low end of the model's range.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -103,7 +104,7 @@ def prepare_case(
         affine=moved[0].affine[:, [2, 1, 0, 3]],
         source_shape=cast("Triple", tuple(int(n) for n in scans[0].array.shape)),
         source_affine=scans[0].affine,
-        source_sha256=scans[0].sha256,
+        source_sha256=_digest([scan.sha256 for scan in scans]),
         scale=scale,
         offset=offset,
         low=low,
@@ -211,6 +212,11 @@ def edge_constants(
         body = edges[inside].numpy()
         constants.append(float(np.percentile(body, 99)) if body.size else 0.0)
     return tuple(constants)
+
+
+def _digest(digests: list[str]) -> str:
+    """Return the hash of one source, or of the hashes of several channels."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _read_image(path: Path) -> Scan:

@@ -161,8 +161,9 @@ def _unscaled(image: Any) -> bool:
 def _nifti_affine(image: Any) -> NDArray[np.float64]:
     """Return the sform where its code is set, else the qform, in mm whatever the header's unit of length."""
     factor = {"meter": 1000.0, "micron": 0.001}.get(image.header.get_xyzt_units()[0], 1.0)
-    scale = np.diag([factor, factor, factor, 1.0])
-    return np.asarray(scale @ image.affine, dtype=np.float64)
+    affine = np.array(image.affine, dtype=np.float64)
+    affine[:3] *= factor
+    return affine
 
 
 def _nifti_notes(image: Any) -> list[str]:

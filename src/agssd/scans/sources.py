@@ -116,14 +116,15 @@ def _add_folder(plan: Plan, folder: Path, globs: Sequence[str], pattern: re.Patt
     plan.refused += refused
     plan.ignored += ignored
     listed: dict[Path, Job] = {}
-    labels: set[Path] = set()
+    spoken_for: set[Path] = set()
     for path in sorted(folder.rglob("dataset.json")):
-        ours = _read_dataset(plan, path, pattern)
+        ours, named_there = _read_dataset(plan, path, pattern)
         listed.update({job.paths[0]: job for job in ours})
-        labels |= {job.label for job in ours if job.label is not None}
+        spoken_for |= named_there
         plan.ignored -= 1
-    named = [path for path in scans if path not in labels and path not in listed and _matches(path, folder, globs)]
-    images = [path for path in scans if path not in labels and path not in named]
+    free = [path for path in scans if path not in spoken_for]
+    named = [path for path in free if _matches(path, folder, globs)]
+    images = [path for path in scans if path in listed or (path not in spoken_for and path not in named)]
     label_of = _pair(plan, named, images, {path: job.label for path, job in listed.items() if job.label})
     defaults = _default_subjects([path for path in images if path not in listed], folder)
     for path in sorted({*images, *listed}):
@@ -201,8 +202,8 @@ def _same_grid(one: Path, two: Path) -> bool:
     return shape == other_shape and bool(np.allclose(affine, other, atol=1e-2))
 
 
-def _read_dataset(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> list[Job]:
-    """Return the jobs of a dataset.json in the form of the Medical Segmentation Decathlon."""
+def _read_dataset(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> tuple[list[Job], set[Path]]:
+    """Return the jobs of a dataset.json in the form of the Medical Segmentation Decathlon, and all files it names."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -210,17 +211,19 @@ def _read_dataset(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> li
     entries = data.get("training") if isinstance(data, dict) else None
     if not isinstance(entries, list):
         plan.notes.append(f"{path} is not in the form of the Medical Segmentation Decathlon; it is not used")
-        return []
+        return [], set()
     stated = str((data.get("modality") or {}).get("0", "")).lower() if isinstance(data.get("modality"), dict) else ""
     modality = "ct" if stated == "ct" else "mri" if stated in ("mri", "mr", "t1", "t2", "flair") else None
     tests = data.get("test") or []
     jobs = []
+    named: set[Path] = set()
     for row, entry in enumerate([*entries, *(tests if isinstance(tests, list) else [])]):
         item: dict[str, Any] = {"image": entry} if isinstance(entry, str) else entry
         if not isinstance(item, dict) or not isinstance(item.get("image"), str):
             raise ValueError(f"{path}: entry {row + 1} of training and test names no image")
         image = path.parent / item["image"]
         label = path.parent / item["label"] if item.get("label") else None
+        named |= {image} | ({label} if label is not None else set())
         subject = item.get("subject")
         name = str(subject) if subject is not None else _subject_of(item["image"], stem_of(image), pattern)
         if not image.is_file():
@@ -231,7 +234,7 @@ def _read_dataset(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> li
             plan.refused.append((image, "its path does not match --subject"))
         else:
             jobs.append(Job((image,), name, label, modality))
-    return _apply_suggested(plan, path, data, jobs)
+    return _apply_suggested(plan, path, data, jobs), named
 
 
 def _apply_suggested(plan: Plan, path: Path, data: dict[str, Any], jobs: list[Job]) -> list[Job]:

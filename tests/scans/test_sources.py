@@ -1,0 +1,228 @@
+"""From folders and manifests to jobs: subjects, labels, splits, and clear errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from agssd.scans.files import DICOM_REASON, list_folder, stem_of, suffix_of
+from agssd.scans.sources import Plan, plan_sources
+
+
+def _touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def _image(path: Path, shape: tuple[int, int, int] = (6, 7, 8), flipped: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(np.zeros(shape, dtype=np.uint8), np.eye(4))
+    nib.save(image.as_reoriented(np.array([[0, -1], [2, 1], [1, 1]])) if flipped else image, path)
+
+
+def _subjects(plan: Plan) -> dict[str, str]:
+    return {job.paths[0].name: job.subject for job in plan.jobs}
+
+
+def test_stem_of__drops_extension_and_channel() -> None:
+    assert [stem_of(Path(name)) for name in ("a.nii.gz", "a.b.nrrd", "case_0001.nii", "scan_2021.nii.gz")] == [
+        "a",
+        "a.b",
+        "case",
+        "scan_2021",
+    ]
+    assert suffix_of(Path("A.NII.GZ")) == ".nii.gz"
+
+
+def test_list_folder__sorts_scans_refusals_and_the_rest(tmp_path: Path) -> None:
+    _touch(tmp_path, "b.nii.gz", "a.mha", "README.md", "other.csv", ".hidden.nii", ".git/x.nii", "pair.img", "pair.hdr")
+    _touch(tmp_path, "alone.hdr", "p.PAR", "series/1.dcm", "series/2.dcm")
+    (tmp_path / "loose").write_bytes(b"\0" * 128 + b"DICM")
+    scans, refused, ignored = list_folder(tmp_path)
+    assert [path.name for path in scans] == ["a.mha", "b.nii.gz", "pair.img"]
+    assert {path.name: reason for path, reason in refused} == {
+        "alone.hdr": "a NIfTI or Analyze header without its .img",
+        "loose": f"DICOM file: {DICOM_REASON}",
+        "p.PAR": "Philips PAR/REC is not read; convert it to NIfTI",
+        "series": f"2 DICOM files: {DICOM_REASON}",
+    }
+    assert ignored == 2
+
+
+def test_plan__subjects_from_files_folders_bids_and_expression(tmp_path: Path) -> None:
+    _touch(tmp_path / "flat", "p1.nii", "p2.nii")
+    assert _subjects(plan_sources([tmp_path / "flat"])) == {"p1.nii": "p1", "p2.nii": "p2"}
+    _touch(tmp_path / "tree", "anna/T1.nii", "anna/T2x.nii", "bert/T1.nii", "imagesTr/q_0000.nii.gz")
+    subjects = {
+        job.paths[0].relative_to(tmp_path / "tree").as_posix(): job.subject
+        for job in plan_sources([tmp_path / "tree"]).jobs
+    }
+    assert subjects == {
+        "anna/T1.nii": "anna",
+        "anna/T2x.nii": "anna",
+        "bert/T1.nii": "bert",
+        "imagesTr/q_0000.nii.gz": "q",
+    }
+    _touch(tmp_path / "bids", "sub-01/ses-1/anat/sub-01_T1w.nii.gz", "sub-01/ses-2/anat/sub-01_T1w.nii.gz")
+    assert {job.subject for job in plan_sources([tmp_path / "bids"]).jobs} == {"01"}
+    plan = plan_sources([tmp_path / "flat"], subject=r"p(1)")
+    assert _subjects(plan) == {"p1.nii": "1"}
+    assert [(path.name, reason) for path, reason in plan.refused] == [
+        ("p2.nii", "its path does not match --subject 'p(1)'")
+    ]
+    with pytest.raises(ValueError, match="no regular expression"):
+        plan_sources([tmp_path / "flat"], subject="(")
+
+
+def test_plan__many_files_of_one_folder_are_many_persons(tmp_path: Path) -> None:
+    _touch(tmp_path, *(f"cohort/p{row}.nii" for row in range(11)))
+    assert len(set(_subjects(plan_sources([tmp_path])).values())) == 11
+
+
+def test_plan__labels_meet_their_images(tmp_path: Path) -> None:
+    for name in (
+        "imagesTr/a_0000.nii.gz",
+        "labelsTr/a.nii.gz",
+        "one/ct.nii.gz",
+        "one/ct_seg.nii.gz",
+        "two/T1.nii",
+        "two/T2.nii",
+    ):
+        _image(tmp_path / name)
+    _image(tmp_path / "two/lesion.nii", flipped=True)
+    _image(tmp_path / "three/T1.nii")
+    _image(tmp_path / "three/lesion.nii", (9, 9, 9))
+    _image(tmp_path / "one/ct_seg2.nii.gz")
+    plan = plan_sources([tmp_path], labels=["labelsTr/*", "*_seg*.nii.gz", "lesion.nii"])
+    found = {job.paths[0].relative_to(tmp_path).as_posix(): job.label and job.label.name for job in plan.jobs}
+    assert found == {
+        "imagesTr/a_0000.nii.gz": "a.nii.gz",
+        "one/ct.nii.gz": "ct_seg.nii.gz",
+        "three/T1.nii": None,
+        "two/T1.nii": "lesion.nii",
+        "two/T2.nii": "lesion.nii",
+    }
+    reasons = {path.relative_to(tmp_path).as_posix(): reason for path, reason in plan.refused}
+    assert reasons.keys() == {"one/ct_seg2.nii.gz", "three/lesion.nii"}
+    assert "has a label already (ct_seg.nii.gz)" in reasons["one/ct_seg2.nii.gz"]
+    assert "no image of its name or on its grid" in reasons["three/lesion.nii"]
+
+
+def _dataset(folder: Path, **more: object) -> None:
+    names = ["hip_001", "hip_002", "hip_003", "hip_004"]
+    entries = [
+        {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz", "subject": f"{1 + row // 2}"}
+        for row, name in enumerate(names)
+    ]
+    for entry in entries:
+        _touch(folder, entry["image"], entry["label"])
+    _touch(folder, "imagesTs/hip_009.nii.gz", "MANIFEST.csv")
+    data = {"modality": {"0": "MRI"}, "training": entries, "test": ["./imagesTs/hip_009.nii.gz"], **more}
+    (folder / "dataset.json").write_text(json.dumps(data))
+
+
+def test_plan__dataset_json_gives_labels_subjects_and_modality(tmp_path: Path) -> None:
+    _dataset(tmp_path)
+    plan = plan_sources([tmp_path])
+    assert _subjects(plan) == {
+        "hip_001.nii.gz": "1",
+        "hip_002.nii.gz": "1",
+        "hip_003.nii.gz": "2",
+        "hip_004.nii.gz": "2",
+        "hip_009.nii.gz": "hip_009",
+    }
+    assert [job.label is not None for job in plan.jobs] == [True] * 4 + [False]
+    assert {job.modality for job in plan.jobs} == {"mri"} and plan.refused == [] and plan.ignored == 1
+    assert {job.split for job in plan.jobs} == {None}
+
+
+def test_plan__suggested_split_by_image_or_subject_becomes_test(tmp_path: Path) -> None:
+    for row, held in enumerate((["003", "004"], ["2"])):
+        given = {"train": ["001", "002"] if row == 0 else ["1"], "val": held}
+        _dataset(tmp_path / str(row), suggested_split=given)
+        plan = plan_sources([tmp_path / str(row)])
+        assert [job.split for job in plan.jobs] == [None, None, "test", "test", None]
+        assert "the 1 subjects" in plan.notes[0] and "split test" in plan.notes[0]
+
+
+def test_plan__suggested_split_through_a_subject_is_an_error(tmp_path: Path) -> None:
+    _dataset(tmp_path, suggested_split={"train": ["001", "003", "004"], "val": ["002"]})
+    with pytest.raises(ValueError, match="has subject '1' in train and val"):
+        plan_sources([tmp_path])
+
+
+def test_plan__dataset_json_of_another_form_is_said(tmp_path: Path) -> None:
+    _touch(tmp_path, "a.nii")
+    (tmp_path / "dataset.json").write_text('{"channel_names": {}}')
+    assert "not in the form" in plan_sources([tmp_path]).notes[0]
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(ValueError, match=r"dataset\.json cannot be read as JSON"):
+        plan_sources([tmp_path])
+
+
+def test_plan__dataset_json_names_what_is_missing(tmp_path: Path) -> None:
+    _dataset(tmp_path)
+    (tmp_path / "imagesTr/hip_001.nii.gz").unlink()
+    (tmp_path / "labelsTr/hip_003.nii.gz").unlink()
+    plan = plan_sources([tmp_path])
+    assert [reason.split(",")[-1] for _, reason in plan.refused] == [" but missing"] * 2
+    assert len(plan.jobs) == 3
+
+
+def test_plan__manifest_rows(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(
+        "path,subject,modality,label_path,class,split,age\n"
+        "a.nii,p1,MR,a_l.nii,sick,train,7\n"
+        "sub/b.nii;sub/c.nii,p2,CT,,,,8\n"
+        "/abs/d.nii,,,,well,test,\n"
+    )
+    plan = plan_sources([tmp_path / "m.csv"], modality="mri")
+    one, two, three = plan.jobs
+    assert one.paths == (tmp_path / "a.nii",) and one.label == tmp_path / "a_l.nii"
+    assert (one.subject, one.modality, one.class_name, one.split) == ("p1", "mri", "sick", "train")
+    assert two.paths == (tmp_path / "sub/b.nii", tmp_path / "sub/c.nii") and (two.modality, two.split) == ("ct", None)
+    assert (three.paths, three.subject, three.modality, three.split) == ((Path("/abs/d.nii"),), "d", "mri", "test")
+    assert "columns not used: age" in plan.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file\na.nii\n", "has no column 'path'; its columns are file"),
+        ("path,modality\na.nii,PET\n", "line 2, column modality: 'pet' is neither ct nor mri"),
+        ("path,split\na.nii,train\nb.nii,dev\n", "line 3, column split: 'dev' is none of train, val, test"),
+        ("path,subject\n,p1\n", "line 2, column path: empty"),
+        ("path,subject,split\na.nii,p1,train\nb.nii,p1,test\n", "subject 'p1' is in two splits, train and test"),
+        ("", "has no column 'path'; its columns are none"),
+    ],
+)
+def test_plan__bad_manifest_is_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        plan_sources([tmp_path / "m.csv"])
+
+
+def test_plan__a_file_named_twice_is_cached_once(tmp_path: Path) -> None:
+    _touch(tmp_path, "a.nii", "b.nii")
+    plan = plan_sources([tmp_path, tmp_path / "a.nii"])
+    assert [job.paths[0].name for job in plan.jobs] == ["a.nii", "b.nii"]
+    assert [(path.name, reason) for path, reason in plan.refused] == [("a.nii", "named twice; it is cached once")]
+
+
+def test_plan__missing_source_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none does not exist"):
+        plan_sources([tmp_path / "none"])
+
+
+def test_plan__shared_hippocampus_keeps_its_split_by_subject(shared_data: Path) -> None:
+    plan = plan_sources([shared_data / "hippocampus"])
+    assert len(plan.jobs) == 194 and all(job.label is not None for job in plan.jobs)
+    test = {job.subject for job in plan.jobs if job.split == "test"}
+    assert len(test) == 25 and sum(job.split == "test" for job in plan.jobs) == 39
+    assert not test & {job.subject for job in plan.jobs if job.split is None}
