@@ -114,7 +114,9 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     learned = None
     if args.num_subjects is not None:
         learned = [
-            nested_subset([s for fold in folds if fold is not held for s in fold], args.num_subjects, None, args.subset_seed)
+            nested_subset(
+                [s for fold in folds if fold is not held for s in fold], args.num_subjects, None, args.subset_seed
+            )
             for held in folds
         ]
     _check_contracts(encoders, cache, rows, args.ignore_contract)
@@ -126,7 +128,9 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
         found = probe_segmentation(cases, folds, num_classes, learned)
         figures.setdefault(name, []).append(np.stack([found[subject] for subject in subjects]))
         mean = float(np.nanmean(figures[name][-1]))
-        print(f"{name} seed {len(figures[name]) - 1}: Dice {mean:.4f} ({time.perf_counter() - started:.0f} s)", flush=True)
+        print(
+            f"{name} seed {len(figures[name]) - 1}: Dice {mean:.4f} ({time.perf_counter() - started:.0f} s)", flush=True
+        )
     # a subject's figure is the mean over the classes that it has
     tables = {name: np.stack([np.nanmean(seed, 1) for seed in seeds]) for name, seeds in figures.items()}
     return {
@@ -161,7 +165,7 @@ def _difference(paired_difference: Any, first: np.ndarray, second: np.ndarray) -
 
 def _encoders(args: argparse.Namespace) -> list[tuple[str, Backbone]]:
     """Return (name, encoder) in the order given, random ones last."""
-    from agssd.evaluation.encoders import load_encoder, random_like
+    from agssd.tasks.encoders import load_encoder, random_like
 
     found: list[tuple[str, Backbone]] = []
     for text in args.encoder:

@@ -8,7 +8,6 @@ is stored; intensities come into the model's range, and augmentation happens, ba
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import lightning.pytorch as L
@@ -19,158 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from agssd.data_modules.cache import CaseInfo, VolumeCache
+from agssd.data_modules.labelled import Item, LabelledVolumes, Row
 from agssd.data_modules.pretrain import _check_agreement as check_agreement
 from agssd.data_modules.pretrain import _contract as cache_contract
-from agssd.data_modules.sampling import MicroBatches, case_of_sample, micro_batch_size
+from agssd.data_modules.sampling import MicroBatches, micro_batch_size
 from agssd.data_modules.subsets import fold_subjects, nested_subset
 from agssd.transforms.intensity import Appearance, to_model_range
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.types import LabelledBatch, Triple
-
-Row = tuple[int, int]  # cache, case
-Item = dict[str, Tensor]
-_LABEL_CROP_STREAM, _VIEW_CROP_STREAM = 2, 3
-_MAX_VOXELS_PER_CLASS = 2048
-
-
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
-
-
-def _inside(wanted: Sequence[int], shape: Triple, crop_vox: Triple) -> Triple:
-    """Return ``wanted`` moved so that the crop lies in the volume, centred on axes where it is larger."""
-    start = [
-        min(max(first, 0), volume - crop) if volume >= crop else -((crop - volume) // 2)
-        for first, volume, crop in zip(wanted, shape, crop_vox, strict=True)
-    ]
-    return (start[0], start[1], start[2])
-
-
-def label_voxels(label: NDArray[np.integer[Any]]) -> dict[int, NDArray[np.int32]]:
-    """Return up to 2048 voxels (n, 3) of each class above 0, evenly spread over the class in raster order."""
-    found: dict[int, NDArray[np.int32]] = {}
-    for value in np.unique(label):
-        if value > 0:
-            flat = np.flatnonzero(label == value)
-            if flat.size > _MAX_VOXELS_PER_CLASS:
-                flat = flat[np.linspace(0, flat.size - 1, _MAX_VOXELS_PER_CLASS).astype(np.int64)]
-            found[int(value)] = np.stack(np.unravel_index(flat, label.shape), 1).astype(np.int32)
-    return found
-
-
-def label_crop_start(
-    seed: int,
-    sample: int,
-    shape: Triple,
-    crop_vox: Triple,
-    voxels: Mapping[int, NDArray[np.int32]],
-    foreground_box: Sequence[Sequence[int]],
-    prob_label: float,
-) -> Triple:
-    """Return the first voxel of a training crop for segmentation.
-
-    With ``prob_label`` a class of the case is drawn uniformly, then one of its voxels, and the crop is laid around it
-    so that the voxel falls anywhere in the crop's middle half. Otherwise the crop is laid uniformly over the
-    foreground box. Crops leave the volume only where it is smaller than the crop.
-    """
-    rng = _generator(seed, _LABEL_CROP_STREAM, sample)
-    if voxels and rng.random() < prob_label:
-        places = voxels[sorted(voxels)[int(rng.integers(len(voxels)))]]
-        voxel = places[int(rng.integers(len(places)))]
-        wanted = [int(v) - crop // 4 - int(rng.integers(crop // 2 + 1)) for v, crop in zip(voxel, crop_vox, strict=True)]
-        return _inside(wanted, shape, crop_vox)
-    return view_crop_start(rng, shape, crop_vox, foreground_box)
-
-
-def view_crop_start(
-    rng: np.random.Generator, shape: Triple, crop_vox: Triple, foreground_box: Sequence[Sequence[int]]
-) -> Triple:
-    """Return the first voxel of a crop laid uniformly inside the foreground box, or around it where it is smaller."""
-    wanted = []
-    for (first, last), crop in zip(foreground_box, crop_vox, strict=True):
-        low, high = sorted((first, last - crop))
-        wanted.append(int(rng.integers(low, high + 1)))
-    return _inside(wanted, shape, crop_vox)
-
-
-class LabelledVolumes(Dataset[Item]):
-    """Training crops by sample number, or whole volumes by position.
-
-    Args:
-        caches: open caches.
-        rows: (cache, case) of every case known to the data module.
-        members: rows that this dataset draws from.
-        crop_vox: training crop in voxels, or None for whole volumes.
-        seed: of the order of cases and of the places of crops.
-        prob_label: share of crops laid around a labelled voxel.
-        kind: "segmentation" adds label maps, "classification" adds targets.
-        table: class of each stored label value, or None to take values as they are.
-    """
-
-    def __init__(
-        self,
-        caches: Sequence[VolumeCache],
-        rows: Sequence[Row],
-        members: Sequence[int],
-        crop_vox: Triple | None,
-        seed: int,
-        prob_label: float,
-        kind: Literal["segmentation", "classification"],
-        table: NDArray[np.int64] | None,
-    ) -> None:
-        self.caches, self.rows, self.members = tuple(caches), tuple(rows), tuple(members)
-        self.crop_vox = crop_vox
-        self.seed = seed
-        self.prob_label = prob_label
-        self.kind = kind
-        self.table = table
-        self._voxels: dict[int, dict[int, NDArray[np.int32]]] = {}
-
-    def __len__(self) -> int:
-        """Return the number of cases."""
-        return len(self.members)
-
-    def __getitem__(self, sample: int) -> Item:
-        """Return one case without its batch axis; intensities as stored."""
-        position = sample if self.crop_vox is None else case_of_sample(self.seed, sample, len(self.members))
-        row = self.members[position]
-        cache, case = self.caches[self.rows[row][0]], self.rows[row][1]
-        info = cache.cases[case]
-        if self.crop_vox is None:
-            start, size = (0, 0, 0), info.shape
-        else:
-            start, size = self._start(row, cache, case, info, sample), self.crop_vox
-        item = {
-            "image": torch.from_numpy(cache.read(case, start, size, "image")),
-            "foreground": torch.from_numpy(cache.read(case, start, size, "foreground"))[None],
-            "scale": torch.tensor(info.scale, dtype=torch.float32),
-            "offset": torch.tensor(info.offset, dtype=torch.float32),
-            "low": torch.tensor(info.low, dtype=torch.float32),
-            "high": torch.tensor(info.high, dtype=torch.float32),
-            "is_ct": torch.tensor(info.modality == "ct"),
-            "spacing_mm": torch.tensor(info.spacing_mm, dtype=torch.float32),
-            "sample": torch.tensor(sample, dtype=torch.int64),
-            "case": torch.tensor(row, dtype=torch.int64),
-        }
-        if self.kind == "segmentation" and info.label_values is not None:
-            item["label"] = torch.from_numpy(self._classes(cache.read(case, start, size, "label")))[None]
-        if self.kind == "classification" and info.class_index is not None:
-            item["target"] = torch.tensor(info.class_index, dtype=torch.int64)
-        return item
-
-    def _classes(self, label: NDArray[Any]) -> NDArray[np.int16]:
-        return (label if self.table is None else self.table[label]).astype(np.int16)
-
-    def _start(self, row: int, cache: VolumeCache, case: int, info: CaseInfo, sample: int) -> Triple:
-        assert self.crop_vox is not None
-        if self.kind == "classification":
-            rng = _generator(self.seed, _VIEW_CROP_STREAM, sample)
-            return view_crop_start(rng, info.shape, self.crop_vox, info.foreground_box)
-        if row not in self._voxels:
-            self._voxels[row] = label_voxels(self._classes(cache.read_whole(case, "label")))
-        return label_crop_start(
-            self.seed, sample, info.shape, self.crop_vox, self._voxels[row], info.foreground_box, self.prob_label
-        )
 
 
 class DownstreamDataModule(L.LightningDataModule):
@@ -203,6 +58,7 @@ class DownstreamDataModule(L.LightningDataModule):
     """
 
     kind: Literal["segmentation", "classification"]
+    prob_label: float = 0.0  # share of training crops laid around a labelled voxel
 
     def __init__(
         self,
@@ -223,6 +79,7 @@ class DownstreamDataModule(L.LightningDataModule):
         num_workers: int = 2,
         pin_memory: bool = True,
     ) -> None:
+        """Check what can be checked without a cache."""
         super().__init__()
         self.cache = [cache] if isinstance(cache, str) else [str(path) for path in cache]
         self.global_batch_size = global_batch_size
@@ -249,7 +106,9 @@ class DownstreamDataModule(L.LightningDataModule):
         if (self.num_folds is None) != (self.fold is None):
             raise ValueError(f"data.num_folds is {self.num_folds} and data.fold {self.fold}; give both or neither")
         if self.num_folds is not None and self.fold is not None and not 0 <= self.fold < self.num_folds:
-            raise ValueError(f"data.fold is {self.fold}; with num_folds {self.num_folds} it is 0 to {self.num_folds - 1}")
+            raise ValueError(
+                f"data.fold is {self.fold}; with num_folds {self.num_folds} it is 0 to {self.num_folds - 1}"
+            )
         if any(axis not in (0, 1, 2) for axis in self.flip_axes):
             raise ValueError(f"data.flip_axes is {list(self.flip_axes)}; axes are 0 (D), 1 (H) and 2 (W)")
         if self.seed < 0:
@@ -294,10 +153,9 @@ class DownstreamDataModule(L.LightningDataModule):
         labelled = [row for row in usable if self._is_labelled(infos[row])]
         by_split = {name: [row for row in labelled if infos[row].split == name] for name in ("train", "val", "test")}
         train, val = by_split["train"], by_split["val"]
+        predict = [row for row in usable if self.predict_split in ("all", infos[row].split)]
         if not train:
-            raise ValueError(
-                f"no case of the split 'train' in data.cache {self.cache} has {self._needs()}; see `agssd inspect CACHE`"
-            )
+            return {"train": train, "val": val, "test": by_split["test"], "predict": predict}
         if self.num_folds is not None and self.fold is not None:
             held_out = set(fold_subjects((infos[row].subject for row in train), self.num_folds)[self.fold])
             val = [row for row in train if infos[row].subject in held_out]
@@ -308,14 +166,18 @@ class DownstreamDataModule(L.LightningDataModule):
             )
         )
         train = [row for row in train if infos[row].subject in kept]
-        predict = [row for row in usable if self.predict_split in ("all", infos[row].split)]
         return {"train": train, "val": val, "test": by_split["test"], "predict": predict}
 
     def _check_stage(self, stage: str) -> None:
-        wanted = {"validate": "val", "test": "test", "predict": "predict"}.get(stage)
-        if wanted is not None and not self.members[wanted]:
+        part = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}[stage]
+        if not self.members[part]:
+            place = "" if self.predict_split == "all" and part == "predict" else f" of the split {part!r}"
+            if part == "predict" and place:
+                place = f" of the split {self.predict_split!r}"
+            has = "" if part == "predict" else f" has {self._needs()}"
             raise ValueError(
-                f"`agssd {stage}` has no case: data.cache {self.cache} holds no suitable one; see `agssd inspect CACHE`"
+                f"`agssd {stage}` has nothing to do: no case{place} in data.cache {self.cache}{has or ' is there'}; "
+                "see `agssd inspect CACHE`"
             )
         if stage == "fit":
             if self.trainer is not None and self.trainer.max_steps < 1:
@@ -379,7 +241,7 @@ class DownstreamDataModule(L.LightningDataModule):
             self.members[part],
             self.crop_vox if crops else None,
             self.seed,
-            getattr(self, "prob_label", 0.0),
+            self.prob_label,
             self.kind,
             self._table,
         )
@@ -454,6 +316,7 @@ class SegmentationDataModule(DownstreamDataModule):
         label_groups: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Check what can be checked without a cache."""
         super().__init__(cache, **kwargs)
         if not 0 <= prob_label <= 1:
             raise ValueError(f"data.prob_label is {prob_label}; give a share between 0 and 1")
@@ -502,6 +365,7 @@ class ClassificationDataModule(DownstreamDataModule):
     kind = "classification"
 
     def __init__(self, cache: str | list[str], **kwargs: Any) -> None:
+        """Check what can be checked without a cache."""
         super().__init__(cache, **kwargs)
         self.save_hyperparameters(logger=False)
 
@@ -520,7 +384,7 @@ class ClassificationDataModule(DownstreamDataModule):
                     f"caches disagree in classes: {self.caches[0].path} has {list(names)}, {cache.path} has "
                     f"{list(cache.class_names)}; prepare them together"
                 )
-        if len(names) != self.num_classes:
+        if names and len(names) != self.num_classes:
             raise ValueError(
                 f"the cache has the classes {list(names)}, but num_classes is {self.num_classes}; "
                 f"set --model.num_classes {len(names)}"

@@ -80,5 +80,5 @@ def logistic_probabilities(
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return F.linear(queries, weight.detach(), bias.detach()).softmax(1).float()

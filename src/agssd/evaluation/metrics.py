@@ -6,6 +6,7 @@ finite values is a mean over the classes present. Everything in mm takes the spa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -93,9 +94,11 @@ def surface_dice_per_class(
             scores[index - 1] = 0.0
             continue
         first, second = (torch.stack([~one, one])[None].float() for one in pair)
-        scores[index - 1] = compute_surface_dice(
-            first, second, class_thresholds=[tolerance_mm], spacing=[float(s) for s in spacing_mm]
-        )[0, 0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 calls its own deprecated argument
+            scores[index - 1] = compute_surface_dice(
+                first, second, class_thresholds=[tolerance_mm], spacing=[float(s) for s in spacing_mm]
+            )[0, 0]
     return scores
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -72,9 +72,9 @@ def to_source_grid(scores: npt.NDArray[np.generic], geometry: Geometry) -> npt.N
     offset = np.where(np.abs(offset - np.round(offset)) < 1e-4, np.round(offset), offset)
     shape = tuple(int(n) for n in geometry.source_shape[:3])
 
-    def resample(values: npt.NDArray[np.generic], order: int, outside: float) -> npt.NDArray[np.generic]:
+    def resample(values: npt.NDArray[Any], order: int, outside: float) -> npt.NDArray[Any]:
         padded = np.pad(values, 1, mode="edge")
-        moved: npt.NDArray[np.generic] = affine_transform(
+        moved: npt.NDArray[Any] = affine_transform(
             padded, matrix, offset, output_shape=shape, order=order, mode="constant", cval=outside
         )
         return moved
@@ -111,10 +111,11 @@ def write_prediction(scores: npt.NDArray[np.generic], geometry: Geometry, folder
     partial = path.with_name(f".{name}.{os.getpid()}.part.nii.gz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(image, partial)
-        partial.replace(path)
+        try:
+            nib.save(image, partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error}; choose another --trainer.default_root_dir") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path

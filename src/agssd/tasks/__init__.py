@@ -1,1 +1,1 @@
-
+"""Downstream tasks: LightningModules that fine-tune or probe an encoder."""

@@ -30,6 +30,7 @@ class AttentivePooling(nn.Module):
     """
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
+        """Build the query and its attention."""
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the encoder's embed_dim {embed_dim}")
@@ -119,6 +120,7 @@ class ClassificationTask(DownstreamTask):
         sw_batch_size: int = 8,
         ignore_contract: bool = False,
     ) -> None:
+        """Take the encoder and build pooling and head."""
         super().__init__(
             backbone, encoder, freeze_encoder, lr, encoder_lr, layer_decay, weight_decay, warmup, ignore_contract
         )
@@ -204,9 +206,7 @@ class ClassificationTask(DownstreamTask):
         """Return the cross-entropy of one crop per case, in float32."""
         scores = self(batch["image"][:, None])
         assert isinstance(self.loss_weights, Tensor)
-        loss = F.cross_entropy(
-            scores, batch["target"], weight=self.loss_weights, label_smoothing=self.label_smoothing
-        )
+        loss = F.cross_entropy(scores, batch["target"], weight=self.loss_weights, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -96,6 +96,7 @@ class UNETRDecoder(nn.Module):
         stem: bool = True,
         norm_name: str = "instance",
     ) -> None:
+        """Build stem, skips and upward steps for the patch size."""
         super().__init__()
         strides = up_strides(patch_size)
         steps = len(strides)
@@ -164,6 +165,7 @@ class LinearDecoder(nn.Module):
     """
 
     def __init__(self, embed_dim: int, patch_size: Triple, num_classes: int) -> None:
+        """Build the layer with small weights, so that scores start near equal."""
         super().__init__()
         self.patch_size = patch_size
         voxels = patch_size[0] * patch_size[1] * patch_size[2]

@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from agssd.evaluation.contract import check_contract
-from agssd.evaluation.encoders import load_encoder
 from agssd.models.backbone import Backbone
 from agssd.schedules import warmup_cosine
+from agssd.tasks.encoders import load_encoder
 
 
 def resolve_encoder(backbone: Backbone | None, encoder: str | None) -> Backbone:
@@ -79,6 +79,7 @@ class DownstreamTask(L.LightningModule):
         warmup: float,
         ignore_contract: bool,
     ) -> None:
+        """Take the encoder, and freeze it if asked."""
         super().__init__()
         if min(lr, encoder_lr) <= 0 or not 0 < layer_decay <= 1 or not 0 <= warmup < 1 or weight_decay < 0:
             raise ValueError(
@@ -88,9 +89,9 @@ class DownstreamTask(L.LightningModule):
         self.backbone = resolve_encoder(backbone, encoder)
         self.encoder = encoder
         self.freeze_encoder = freeze_encoder
+        self.backbone.train(not freeze_encoder)  # a loaded encoder comes in evaluation mode
         if freeze_encoder:
             self.backbone.requires_grad_(False)
-            self.backbone.eval()
         self.lr, self.encoder_lr, self.layer_decay = lr, encoder_lr, layer_decay
         self.weight_decay, self.warmup = weight_decay, warmup
         self.ignore_contract = ignore_contract

@@ -41,8 +41,10 @@ class SegmentationTask(DownstreamTask):
         stem: UNETR's convolution of the image at full resolution.
         feature_size: channels of the UNETR decoder at full resolution.
         freeze_encoder: learn the decoder alone.
-        lr: peak rate of the decoder. The default is meant for short runs (hundreds to thousands of steps): at 1e-3,
-            100 to 200 steps leave the decoder untrained, and pretraining looks useless.
+        lr: peak rate of the decoder. The default is meant for short runs (hundreds to thousands of steps): a decoder
+            that is not trained out makes pretraining look useless. Measured on hippocampus after 200 steps, UNETR
+            without stem from scratch: Dice 0.754 at 1e-3, 0.790 at 3e-3, 0.796 at 1e-2; the linear decoder on a frozen
+            random encoder wants more: 0.335 at 1e-2, 0.494 at 1e-1.
         encoder_lr: peak rate of the encoder's last layer.
         layer_decay: factor on the rate per layer downwards.
         weight_decay: of weights.
@@ -78,6 +80,7 @@ class SegmentationTask(DownstreamTask):
         surface_tolerance_mm: float = 1.0,
         ignore_contract: bool = False,
     ) -> None:
+        """Take the encoder and build the decoder."""
         super().__init__(
             backbone, encoder, freeze_encoder, lr, encoder_lr, layer_decay, weight_decay, warmup, ignore_contract
         )
