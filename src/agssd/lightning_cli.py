@@ -8,6 +8,7 @@ to the model, so that a method's YAML does not repeat them), the standing callba
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -66,6 +67,7 @@ class AgssdCLI(LightningCLI):
         """Parse, build, check and run."""
         self.run_directory = Path()
         self._asked = args[0] if args else ""
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
         quiet = {"exit_on_error": False}
         super().__init__(
             L.LightningModule,
@@ -111,13 +113,7 @@ class AgssdCLI(LightningCLI):
         refuse_repeated_cache(args)
         refuse_two_models(args)
         self.config = parser.parse_args(args)
-        chosen = self.config[self.config.subcommand]
-        if chosen.get("model") is None or chosen.get("data") is None:
-            missing = "model" if chosen.get("model") is None else "data"
-            raise ValueError(
-                f"no {missing} is configured; start from an experiment: --config conf/experiment/NAME.yaml"
-            )
-        refuse_missing_parts(chosen)
+        refuse_missing_parts(self.config[self.config.subcommand])
 
     def _parse_ckpt_path(self) -> None:
         """Refuse a checkpoint whose model settings differ, where LightningCLI would silently prefer the checkpoint's.
@@ -226,6 +222,10 @@ class AgssdCLI(LightningCLI):
                 StandingCallback.setup(callback, self.trainer, self.model, stage)
         self.datamodule.trainer = self.trainer
         self.datamodule.setup(stage)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 # -------------------------------------------------------------------- guards

@@ -84,7 +84,7 @@ class SaveRunConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             path = unused(Path(trainer.default_root_dir) / ("config.yaml" if stage == "fit" else f"{stage}.yaml"))
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(path), skip_none=False, overwrite=False, multifile=False)
+            self.parser.save(self.config, str(path), skip_unset=False, overwrite=False, multifile=False)
 
 
 class RunCheckpoint(ModelCheckpoint):

@@ -1,0 +1,365 @@
+"""The command line: speed, dispatch, composition of YAML, the run directory, refusals."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch  # noqa: F401  (attaches its log handler now, not in a test)
+import pytest
+import torch
+import yaml
+
+from agssd import __version__
+from agssd.cli import TRAINING, main, refusal
+
+TOYS = Path(__file__).parent / "cli_toys"
+
+
+def dump(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def conf(tmp_path: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a configuration folder with experiments of every toy."""
+    monkeypatch.syspath_prepend(str(TOYS))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("AGSSD_RUN_STAMP", raising=False)
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "conf"
+    for name in ("ToyRecipe", "ToyTask", "ToyPlain", "ToyBug"):
+        dump(root / f"method/{name}.yaml", {"class_path": f"toy_recipe.{name}"})
+        dump(
+            root / f"experiment/{name}.yaml",
+            {
+                "trainer": "../trainer/base.yaml",
+                "model": f"../method/{name}.yaml",
+                "backbone": "../backbone/toy.yaml",
+                "views": "../views/toy.yaml",
+                "data": "../data/toy.yaml",
+            },
+        )
+    dump(root / "backbone/toy.yaml", {"class_path": "toy_recipe.ToyBackbone", "init_args": {"embed_dim": 5}})
+    dump(
+        root / "views/toy.yaml",
+        {"class_path": "agssd.transforms.crops.OverlapCrops", "init_args": {"size_vox": [16, 16, 16]}},
+    )
+    dump(
+        root / "data/toy.yaml",
+        {
+            "class_path": "agssd.data_modules.pretrain.PretrainDataModule",
+            "init_args": {
+                "cache": str(tiny_cache),
+                "parent_vox": [16, 16, 16],
+                "global_batch_size": 4,
+                "num_workers": 0,
+            },
+        },
+    )
+    dump(
+        root / "trainer/base.yaml",
+        {
+            "max_steps": 3,
+            "accelerator": "cpu",
+            "devices": 1,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    )
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_quiet() -> Iterator[None]:
+    before, lightning_log = torch.get_num_threads(), logging.getLogger("lightning.pytorch")
+    handlers = lightning_log.handlers[:]
+    lightning_log.handlers.clear()  # its handler keeps the stderr of the test that imported it
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    lightning_log.handlers[:] = handlers
+
+
+def fit(conf: Path, run: Path, *more: str, toy: str = "ToyRecipe") -> int:
+    arguments = ["fit", "--config", str(conf / f"experiment/{toy}.yaml"), "--trainer.default_root_dir", str(run)]
+    return main([*arguments, *more])
+
+
+def checkpoint(run: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    return loaded
+
+
+def losses(run: Path) -> list[float]:
+    with (run / "metrics.csv").open() as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+
+
+# ------------------------------------------------------------------ dispatch
+
+
+def test_version__is_printed_without_importing_torch() -> None:
+    code = "import sys, agssd.cli; agssd.cli.main(['--version']); print('torch' in sys.modules, 'yaml' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["agssd", __version__, "False", "False"]
+
+
+def test_version__costs_little_more_than_python_itself() -> None:
+    def fastest(code: str) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert fastest("import agssd.cli; agssd.cli.main(['--version'])") - fastest("pass") < 0.25
+
+
+def test_help__lists_every_subcommand_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    folder = Path(main.__code__.co_filename).parent / "commands"
+    files = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    commands = {name for name in files if not name.startswith("_")}
+    assert set(lines) == set(TRAINING) | commands
+    assert all(len(line.split()) > 3 for line in lines.values())
+
+
+def test_dispatch__unknown_subcommand_is_refused_with_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fitt"]) == 2
+    error = capsys.readouterr().err
+    assert "'fitt'" in error and "fit" in error and "prepare" in error and "Traceback" not in error
+
+
+def test_fit_help__names_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    groups = ("backbone", "views", "data", "ema_teacher", "mask_ratio", "collapse_monitor", "view_panels", "throughput")
+    assert all(f"--{group}" in text for group in (*groups, "checkpoint", "wandb"))
+
+
+def test_refusal__is_for_what_the_user_gave_and_not_for_bugs() -> None:
+    def caught(call: Any) -> Exception:
+        try:
+            call()
+        except Exception as error:
+            return error
+        raise AssertionError("nothing was raised")
+
+    from agssd.data_modules.sampling import micro_batch_size
+
+    assert "global_batch_size 3" in str(refusal(caught(lambda: micro_batch_size(3, 2, 1))))
+    assert "gone.txt" in str(refusal(caught(lambda: open("gone.txt"))))  # noqa: SIM115
+    assert refusal(caught(lambda: int("x"))) is None
+    assert refusal(caught(lambda: torch.distributions.Categorical(probs=torch.tensor(-1.0)))) is None
+    assert refusal(KeyError("x")) is None
+
+
+# ---------------------------------------------------------------------- fit
+
+
+def test_fit__fills_its_directory_and_the_checkpoint_is_plain(conf: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert fit(conf, run, "--model.lr", "0.07", "--checkpoint.every_n_train_steps", "2") == 0
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["last.ckpt", "step00000002.ckpt"]
+    assert len(losses(run)) == 3
+    saved = checkpoint(run)
+    assert saved["global_step"] == 3  # the last step, though no multiple of 2
+    parameters = saved["hyper_parameters"]
+    assert parameters["lr"] == 0.07  # the command line wins
+    assert parameters["backbone"] == {
+        "class_path": "toy_recipe.ToyBackbone",
+        "init_args": {"embed_dim": 5, "patch_size": [8, 8, 8]},
+    }
+    assert parameters["views"]["init_args"]["size_vox"] == [16, 16, 16]
+    assert saved["state_dict"]["backbone.gain"].shape == (5,)
+    assert saved["PretrainDataModule"]["samples_seen"] == 12
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["trainer"]["default_root_dir"] == str(run)
+    assert config["seed_everything"] == 0
+
+
+def test_fit__saved_config_repeats_the_run(conf: Path, tmp_path: Path) -> None:
+    assert fit(conf, tmp_path / "a", "--backbone.embed_dim", "3") == 0
+    again = ["--config", str(tmp_path / "a/config.yaml"), "--trainer.default_root_dir", str(tmp_path / "b")]
+    assert main(["fit", *again]) == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert checkpoint(tmp_path / "b")["state_dict"]["backbone.gain"].shape == (3,)
+
+
+@pytest.mark.parametrize("toy", ["ToyTask", "ToyPlain"])
+def test_fit__models_without_views_or_backbone_ignore_those_groups(conf: Path, tmp_path: Path, toy: str) -> None:
+    assert fit(conf, tmp_path / "run", toy=toy) == 0
+    parameters = checkpoint(tmp_path / "run")["hyper_parameters"]
+    assert "views" not in parameters
+    assert ("backbone" in parameters) == (toy == "ToyTask")
+
+
+def test_fit__second_config_merges_key_by_key(conf: Path, tmp_path: Path) -> None:
+    overlay = dump(tmp_path / "overlay.yaml", {"trainer": {"max_steps": 1}, "data": {"init_args": {"seed": 9}}})
+    assert fit(conf, tmp_path / "run", "--config", str(overlay)) == 0
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["trainer"]["max_steps"] == 1 and config["trainer"]["log_every_n_steps"] == 1
+    assert config["data"]["init_args"]["seed"] == 9 and config["data"]["init_args"]["global_batch_size"] == 4
+
+
+def test_fit__without_directory_every_run_gets_its_own(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["fit", "--config", str(conf / "experiment/ToyPlain.yaml"), "--trainer.max_steps", "1"]
+    assert main(arguments) == 0
+    (run,) = (tmp_path / "runs/toyplain").iterdir()
+    assert (run / "config.yaml").is_file()
+    assert main(arguments) == 2  # same stamp: a second process of the same job would share it
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_fit__refuses_a_used_directory_and_leaves_it_alone(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    assert fit(conf, run) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert fit(conf, run) == 2
+    error = capsys.readouterr().err
+    assert "already holds a run" in error and "--ckpt_path" in error and "Traceback" not in error
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fit__resumed_run_ends_like_an_undisturbed_one(conf: Path, tmp_path: Path, accumulate: int) -> None:
+    more = ("--trainer.accumulate_grad_batches", str(accumulate))
+    assert fit(conf, tmp_path / "whole", "--trainer.max_steps", "5", *more) == 0
+    assert fit(conf, tmp_path / "cut", "--trainer.max_steps", "2", *more) == 0
+    assert fit(conf, tmp_path / "cut", "--trainer.max_steps", "5", "--ckpt_path", "last", *more) == 0
+    whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
+    assert torch.equal(whole["state_dict"]["backbone.gain"], cut["state_dict"]["backbone.gain"])
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert (tmp_path / "cut/config-2.yaml").is_file()
+
+
+def test_fit__resuming_with_other_model_settings_is_refused_with_the_difference(
+    conf: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    assert fit(conf, run) == 0
+    changes = ("--model.lr", "0.5", "--backbone.embed_dim", "7")
+    assert fit(conf, run, "--ckpt_path", str(run / "checkpoints/last.ckpt"), *changes) == 2
+    error = capsys.readouterr().err
+    assert "lr: 0.01 in the checkpoint, 0.5 now" in error
+    assert "backbone.init_args.embed_dim: 5 in the checkpoint, 7 now" in error
+
+
+def test_fit__torn_and_missing_checkpoints_are_refused(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    torn = tmp_path / "torn.ckpt"
+    torn.write_bytes(b"PK\x03\x04 not a checkpoint")
+    assert fit(conf, tmp_path / "run", "--ckpt_path", str(torn)) == 2
+    assert "torn.ckpt cannot be read as a checkpoint" in capsys.readouterr().err
+    assert fit(conf, tmp_path / "run", "--ckpt_path", str(tmp_path / "gone.ckpt")) == 2
+    assert "gone.ckpt does not exist" in capsys.readouterr().err
+    assert fit(conf, tmp_path / "run", "--ckpt_path", "last") == 2
+    assert "there is no" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------- refusals
+
+
+def refused(conf: Path, tmp_path: Path, capsys: Any, *more: str, toy: str = "ToyRecipe") -> str:
+    """Return the message of a refused fit, after checking that it left nothing behind."""
+    assert fit(conf, tmp_path / "run", *more, toy=toy) == 2
+    assert not (tmp_path / "run").exists()
+    error = str(capsys.readouterr().err)
+    assert "Traceback" not in error and error.count("error:") == 1 and "usage:" not in error
+    return error
+
+
+def test_refusal__repeated_cache_names_the_remedy(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    error = refused(conf, tmp_path, capsys, "--data.cache", "A.h5", "--data.cache=B.h5")
+    assert "--data.cache [A.h5,B.h5]" in error
+
+
+def test_refusal__missing_cache_comes_before_anything_is_written(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    assert "gone.h5" in refused(conf, tmp_path, capsys, "--data.cache", "gone.h5")
+    assert "gone.h5" in refused(conf, tmp_path, capsys, "--data.cache", "[gone.h5,other.h5]")
+
+
+def test_refusal__endless_run_remainder_and_padding(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    assert "max_steps" in refused(conf, tmp_path, capsys, "--trainer.max_steps", "-1")
+    assert "cannot be divided" in refused(conf, tmp_path, capsys, "--trainer.accumulate_grad_batches", "3")
+    assert "too large" in refused(conf, tmp_path, capsys, "--data.parent_vox", "[200,200,200]")
+
+
+def test_refusal__misspelt_keys_are_named(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    assert "learning_rate" in refused(conf, tmp_path, capsys, "--model.learning_rate", "1")
+    wrong = dump(tmp_path / "wrong.yaml", {"trainer": {"max_stepz": 4}})
+    assert "max_stepz" in refused(conf, tmp_path, capsys, "--config", str(wrong))
+
+
+def test_refusal__second_model_would_inherit_settings(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    error = refused(conf, tmp_path, capsys, "--model", str(conf / "method/ToyTask.yaml"))
+    assert "toy_recipe.ToyRecipe" in error and "toy_recipe.ToyTask" in error and "leak" in error
+
+
+def test_refusal__backbone_must_be_stated_at_the_top(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    experiment = yaml.safe_load((conf / "experiment/ToyTask.yaml").read_text())
+    del experiment["backbone"]
+    experiment["model"] = {
+        "class_path": "toy_recipe.ToyTask",
+        "init_args": {"backbone": {"class_path": "toy_recipe.ToyBackbone"}},
+    }
+    dump(conf / "experiment/Inner.yaml", experiment)
+    assert "state it at the top level" in refused(conf, tmp_path, capsys, toy="Inner")
+
+
+def test_refusal__no_model_or_no_data(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    experiment = yaml.safe_load((conf / "experiment/ToyTask.yaml").read_text())
+    for part in ("model", "data"):
+        dump(conf / "experiment/Less.yaml", {key: value for key, value in experiment.items() if key != part})
+        assert f"required: fit.{part}" in refused(conf, tmp_path, capsys, toy="Less")
+
+
+def test_refusal__configured_callback_that_the_model_cannot_use(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    error = refused(conf, tmp_path, capsys, "--ema_teacher.momentum_start", "0.9")
+    assert "EMATeacher" in error and "TeacherStudent" in error
+
+
+def test_bug__keeps_its_traceback(conf: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="probs"):
+        fit(conf, tmp_path / "run", toy="ToyBug")
+
+
+def test_traceback__flag_shows_where_a_refusal_came_from(conf: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone\.h5"):
+        fit(conf, tmp_path / "run", "--data.cache", "gone.h5", "--traceback")
+
+
+# ---------------------------------------------------------------------- DDP
+
+
+@pytest.mark.ddp
+def test_fit__two_processes_reach_the_weights_of_one(conf: Path, tmp_path: Path) -> None:
+    assert fit(conf, tmp_path / "one") == 0
+    command = [sys.executable, "-m", "agssd.cli", "fit", "--config", str(conf / "experiment/ToyRecipe.yaml")]
+    command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command += ["--trainer.default_root_dir", str(tmp_path / "two")]
+    paths = os.pathsep.join([str(TOYS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (checkpoint(tmp_path / name)["state_dict"]["backbone.gain"] for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-7)
+    assert (tmp_path / "two/config.yaml").is_file() and not (tmp_path / "two/config-2.yaml").exists()
