@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -68,6 +69,7 @@ class AgssdCLI(LightningCLI):
         self.run_directory = Path()
         self._asked = args[0] if args else ""
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")  # Lightning on newer torch
         quiet = {"exit_on_error": False}
         super().__init__(
             L.LightningModule,
@@ -180,7 +182,7 @@ class AgssdCLI(LightningCLI):
         for name in parser.callback_keys:
             callback = self._get(self.config_init, name)
             if isinstance(callback, StandingCallback):
-                callback.explicit = given[name] != defaults[name]
+                callback.explicit = _demands(given[name]) != _demands(defaults[name])
             if isinstance(callback, RunCheckpoint):
                 if config["enable_checkpointing"] is False:
                     continue
@@ -226,6 +228,11 @@ class AgssdCLI(LightningCLI):
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage()
+
+
+def _demands(settings: Namespace) -> dict[str, Any]:
+    """Return a callback's settings without its rhythm, which asks nothing of the module."""
+    return {name: value for name, value in settings.as_dict().items() if name != "every_n_steps"}
 
 
 # -------------------------------------------------------------------- guards

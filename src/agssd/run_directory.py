@@ -221,6 +221,7 @@ class QuietWandbLogger(WandbLogger):
 
     def __init__(self, directory: Path, project: str, entity: str | None, name: str, online: bool) -> None:
         super().__init__(name=name, project=project, save_dir=str(directory), log_model=False)
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it on, W&B warns that it means nothing
         self._wandb_init["entity"] = entity
         self._wandb_init["mode"] = "online" if online else "offline"
 

@@ -1,0 +1,175 @@
+"""Every shipped YAML parses, builds what it names, is used by something, and states what the house asks of it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import agssd.lightning_cli
+from agssd.lightning_cli import AgssdCLI
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+FILES = sorted(CONF.rglob("*.yaml"))
+EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
+PRETRAINING = [path for path in EXPERIMENTS if path.stem.startswith("agssd") or path.stem == "small"]
+OVERLAYS = sorted((CONF / "cluster").glob("*.yaml"))
+PLACES = {
+    "trainer": {"accelerator", "devices", "num_nodes", "strategy", "plugins", "accumulate_grad_batches"}
+    | {"default_root_dir"},
+    "data": {"num_workers", "cache", "prefetch", "pin_memory"},
+}
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(CONF).with_suffix("")) for path in paths]
+
+
+def content(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(path.read_text())
+    return loaded
+
+
+class Parsed(Exception):
+    """Stops the CLI where a test has seen enough."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("AGSSD_RUN_STAMP", raising=False)
+    monkeypatch.chdir(tmp_path)  # references resolve relative to their file, from any directory
+    log, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
+    handlers = log.handlers[:]
+    log.handlers.clear()
+    torch.set_num_threads(1)
+    yield
+    log.handlers[:] = handlers
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def only_build(monkeypatch: pytest.MonkeyPatch) -> list[AgssdCLI]:
+    """Let the CLI parse and build, but not run; return the list that receives it."""
+    built: list[AgssdCLI] = []
+
+    def stop(self: AgssdCLI, subcommand: str) -> None:
+        built.append(self)
+
+    monkeypatch.setattr(AgssdCLI, "_run_subcommand", stop)
+    return built
+
+
+def arguments(experiment: Path, *more: str) -> list[str]:
+    model = () if "model" in content(experiment) else ("--model", str(CONF / "method/agssd_small.yaml"))
+    return ["fit", "--config", str(experiment), *model, "--data.cache", "cache.h5", *more]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=names(EXPERIMENTS))
+def test_experiment__parses_and_builds(experiment: Path, only_build: list[AgssdCLI]) -> None:
+    AgssdCLI(arguments(experiment, "--trainer.accelerator", "cpu"))
+    (cli,) = only_build
+    assert cli.model.hparams["_class_path"] == cli.config["fit"].model.class_path
+    if experiment in PRETRAINING:
+        assert type(cli.model).__name__ == "AGSSD"
+        views, parent = cli.config["fit"].views.init_args, cli.config["fit"].data.init_args.parent_vox
+        patch = cli.config["fit"].backbone.init_args.patch_size
+        assert all(size % patch == 0 for size in (*views.size_vox, *views.local_size_vox))
+        assert all(p >= s for p, s in zip(parent, views.size_vox, strict=True))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=names(EXPERIMENTS))
+@pytest.mark.parametrize("group", ["trainer", "model.init_args", "data.init_args", "views.init_args", "checkpoint"])
+def test_experiment__misspelt_key_fails(experiment: Path, group: str, tmp_path: Path) -> None:
+    if group.startswith("views") and "views" not in content(experiment):
+        pytest.skip("a task has no views")
+    nested: Any = {"misspelt_key": 1}
+    for part in reversed(group.split(".")):
+        nested = {part: nested}
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(nested))
+    with pytest.raises(Exception, match="misspelt_key"):
+        AgssdCLI(arguments(experiment, "--config", str(wrong)))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=names(OVERLAYS))
+def test_overlay__says_where_and_never_what(overlay: Path) -> None:
+    given = content(overlay)
+    assert set(given) <= set(PLACES)
+    assert set(given.get("trainer", {})) <= PLACES["trainer"]
+    assert set(given.get("data", {})) <= {"init_args"}
+    assert set(given.get("data", {}).get("init_args", {})) <= PLACES["data"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=names(OVERLAYS))
+@pytest.mark.parametrize("experiment", PRETRAINING, ids=names(PRETRAINING))
+def test_overlay__merges_into_every_experiment(
+    overlay: Path, experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def stop(self: AgssdCLI) -> None:
+        seen.append(self.config["fit"])
+        raise Parsed
+
+    monkeypatch.setattr(agssd.lightning_cli.AgssdCLI, "before_instantiate_classes", stop)
+    with pytest.raises(Parsed):
+        AgssdCLI(arguments(experiment, "--config", str(overlay)))
+    (config,) = seen
+    given = content(overlay)["trainer"]
+    assert config.trainer.devices == given["devices"]
+    trainer = content(CONF / "experiment" / content(experiment)["trainer"])
+    assert config.trainer.max_steps == trainer["max_steps"] and config.trainer.precision == trainer["precision"]
+    ranks = given["devices"] * given.get("num_nodes", 1) * given.get("accumulate_grad_batches", 1)
+    assert config.data.init_args.global_batch_size % ranks == 0
+
+
+def test_conf__no_file_is_orphaned() -> None:
+    texts = {path: path.read_text() for path in FILES}
+    texts[ROOT / "README.md"] = (ROOT / "README.md").read_text()
+    for path in FILES:
+        inside = str(path.relative_to(CONF))
+        others = "\n".join(text for other, text in texts.items() if other != path)
+        assert inside in others or path.parent.name in ("experiment", "cluster"), f"nothing names conf/{inside}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=names(FILES))
+def test_conf__comments_give_a_command_or_a_user_and_lead_to_files_that_exist(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("#")
+    head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    assert "agssd" in head or "Named by" in head
+    for mentioned in re.findall(r"conf/[\w/]+\.yaml", text):
+        assert (ROOT / mentioned).is_file() or "NAME" in mentioned, mentioned
+
+
+def test_backbones__state_the_same_keys_so_that_one_replaces_another() -> None:
+    keys = {path.stem: set(content(path)["init_args"]) for path in (CONF / "backbone").glob("*.yaml")}
+    assert len({frozenset(value) for value in keys.values()}) == 1, keys
+
+
+def test_small__is_agssd_small_without_its_model() -> None:
+    whole = content(CONF / "experiment/agssd_small.yaml")
+    del whole["model"]
+    assert content(CONF / "experiment/small.yaml") == whole
+
+
+def test_agssd_small__trains_and_its_callbacks_act(tiny_cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ["--data.cache", str(tiny_cache), "--trainer.default_root_dir", str(run), "--trainer.max_steps", "3"]
+    more += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.num_workers", "0"]
+    more += ["--data.global_batch_size", "4"]
+    AgssdCLI(["fit", "--config", str(CONF / "experiment/agssd_small.yaml"), *more])
+    saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    assert saved["hyper_parameters"]["backbone"]["class_path"] == "agssd.models.vit.ViT"
+    header = (run / "metrics.csv").read_text().splitlines()[0]
+    assert "train/ema_momentum" in header and "train/mask_ratio_low" in header
+    assert list((run / "panels").glob("*.png"))
