@@ -1,1 +1,1 @@
-
+"""Encoders, heads and the cross-view fuser."""

@@ -1,0 +1,124 @@
+"""Self-distillation: cross-entropy between teacher and student prototypes, centring and Sinkhorn targets.
+
+Everything runs in fp32 with autocast switched off by the caller's head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from agssd.losses.distributed import all_max, all_sum
+
+
+def cross_entropy(targets: Tensor, logits: Tensor) -> Tensor:
+    """Return (...,): ``-sum_k p_k log softmax(logits)_k``.
+
+    Source: DINO, eq. 2 [R: DINO].
+
+    Args:
+        targets: (..., K) float32 teacher probabilities.
+        logits: (..., K) float32 student logits, already divided by the student's temperature.
+    """
+    return logits.logsumexp(-1) - (targets * logits).sum(-1)
+
+
+def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean over samples of each sample's weighted mean; a sample without weight counts as 0.
+
+    Samples, not tokens, are the unit, so the result does not depend on how the batch is cut.
+
+    Args:
+        values: (B, M) float32.
+        weights: (B, M) float32 or bool.
+    """
+    weights = weights.to(values.dtype)
+    return ((values * weights).sum(1) / weights.sum(1).clamp_min(1e-6)).mean()
+
+
+class Centre(nn.Module):
+    """Running mean of the teacher's logits, subtracted before its softmax.
+
+    ``observe`` collects sums; ``update`` moves the centre once per optimiser step from all samples of all micro-batches
+    and ranks, so accumulation 4x1 equals 1x4 and two ranks equal one.
+
+    Source: DINO §3.1 [R: DINO]; moving once per optimiser step is ours (methods §1.5).
+
+    Args:
+        num_prototypes: K.
+        momentum: share of the old centre that is kept per optimiser step.
+    """
+
+    centre: Tensor
+    _sum: Tensor
+    _count: Tensor
+
+    def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("centre", torch.zeros(num_prototypes))
+        self.register_buffer("_sum", torch.zeros(num_prototypes), persistent=False)
+        self.register_buffer("_count", torch.zeros(()), persistent=False)
+
+    @torch.no_grad()
+    def targets(self, logits: Tensor, temperature: float) -> Tensor:
+        """Return teacher probabilities (..., K): ``softmax((logits - centre) / temperature)``."""
+        return ((logits.float() - self.centre) / temperature).softmax(-1)
+
+    @torch.no_grad()
+    def observe(self, logits: Tensor, weights: Tensor | None = None) -> None:
+        """Add teacher logits (..., K) to the sums, weighted by ``weights`` (...)."""
+        flat = logits.float().flatten(0, -2)
+        if weights is None:
+            self._sum += flat.sum(0)
+            self._count += flat.shape[0]
+        else:
+            weight = weights.flatten().float()
+            self._sum += weight @ flat
+            self._count += weight.sum()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the centre towards the mean of all logits observed since the last call, over all ranks."""
+        total = all_sum(torch.cat([self._sum, self._count[None]]))
+        mean = total[:-1] / total[-1].clamp_min(1e-6)
+        moved = torch.lerp(mean, self.centre, self.momentum)
+        self.centre.copy_(torch.where(total[-1] > 0, moved, self.centre))
+        self._sum.zero_()
+        self._count.zero_()
+
+
+@torch.no_grad()
+def sinkhorn(logits: Tensor, temperature: float, weights: Tensor | None = None, iterations: int = 3) -> Tensor:
+    """Return balanced teacher probabilities, in the log domain, over all ranks.
+
+    Columns (prototypes) are brought to equal mass and rows to sum 1 in turn; the last step normalises rows. Rows of
+    weight 0 take no part. Counts are all-reduced sums of weights. Working in logs needs no maximum to be subtracted,
+    so it equals the exact result and does not overflow at small temperatures (methods (b) 3).
+
+    Accumulation changes the result: it balances over one micro-batch of all ranks, not over the optimiser step.
+
+    Source: SwAV, DINOv2 [R: DINOv2]; log domain and weights ours.
+
+    Args:
+        logits: (..., K) float32.
+        temperature: of the teacher.
+        weights: (...) 1 for rows that count, 0 for padding; None counts all.
+        iterations: pairs of normalisations.
+
+    Returns:
+        (..., K) float32; rows of weight 1 sum to 1, others are 0.
+    """
+    shape = logits.shape
+    x = logits.float().flatten(0, -2) / temperature
+    used = torch.ones(x.shape[0], device=x.device) if weights is None else weights.flatten().float()
+    x = x.masked_fill(used[:, None] == 0, -torch.inf)
+    count = all_sum(used.sum()).clamp_min(1)
+    for _ in range(iterations):
+        top = all_max(x.amax(0)) if x.shape[0] else all_max(x.new_full((x.shape[1],), -torch.inf))
+        top = torch.where(top.isfinite(), top, torch.zeros_like(top))
+        column = top + all_sum((x - top).exp().sum(0)).clamp_min(1e-30).log()
+        x = x - column - torch.log(torch.tensor(float(x.shape[1]), device=x.device))
+        row = x.logsumexp(1, keepdim=True)
+        x = x - torch.where(row.isfinite(), row, torch.zeros_like(row)) - count.log()
+    return (x + count.log()).exp().reshape(shape)

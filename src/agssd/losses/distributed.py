@@ -1,0 +1,41 @@
+"""Reductions over ranks that do nothing in a single process, and that gradients pass through."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 outside a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Return the sum of ``x`` over ranks, without gradient."""
+    if world_size() > 1:
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x
+
+
+def all_max(x: Tensor) -> Tensor:
+    """Return the maximum of ``x`` over ranks, without gradient."""
+    if world_size() > 1:
+        x = x.detach().clone()
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Return (ranks * B, ...) from (B, ...) of equal size per rank, rank by rank; gradients flow to the own rows.
+
+    The gradient of a loss that every rank computes on all rows is summed over ranks by the backward pass and averaged
+    by DDP, so it equals that of one process on the joined batch.
+    """
+    if world_size() == 1:
+        return x
+    import torch.distributed.nn.functional as dist_nn
+
+    return torch.cat(dist_nn.all_gather(x.contiguous()))

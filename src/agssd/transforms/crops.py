@@ -1,0 +1,310 @@
+"""CVAC: overlap-aware views of one parent crop, as affine maps, and their extraction on the device.
+
+Source: AG-SSD's abstract names overlap-aware cropping that gives multi-scale, anatomically consistent positives
+[paper]; the target range of the overlap and its split over axes follow CVA / LatentCampus [R: CVA]; shared aspect,
+independent scales, all diagonal directions, retries on foreground and local crops tied to the overlap are ours
+(methods §1.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from agssd.geometry import rotation_matrices, signed_permutations, view_affine
+from agssd.transforms.keyed_random import KeyedRandom
+from agssd.transforms.separable import apply_separable, gaussian_matrix, interpolation_matrix
+from agssd.types import Triple
+
+Orientations = Literal["none", "flips", "all"]
+_TRIES = 10
+
+
+@dataclass(frozen=True)
+class ViewGeometry:
+    """Where the views of a batch lie in their parents. Positions are voxel edges: the parent spans [0, S] per axis."""
+
+    centre: Tensor  # (B, V, 3) float32
+    edge: Tensor  # (B, V, 3) float32, voxels along the parent's axes
+    orientation: Tensor  # (B, V) int64, element of geometry.signed_permutations()
+    affine: Tensor  # (B, V, 4, 4) float32, u to parent voxel coordinates (voxel centres at integers)
+    rotated: bool  # whether any view has a rotation beyond quarter turns
+
+    def spacing_mm(self, parent_mm: Tensor, size_vox: Triple) -> Tensor:
+        """Return (B, V, 3) float32: voxel spacing of the views along their own axes, from (B, 3) of the parents."""
+        linear = self.affine[..., :3, :3] * parent_mm[:, None, :, None]  # mm per unit of u, row = parent axis
+        return linear.norm(dim=-2) * 2 / torch.tensor(size_vox, device=linear.device, dtype=linear.dtype)
+
+
+@dataclass(frozen=True)
+class ViewSet:
+    """Geometry of one draw: two global views and the local ones."""
+
+    globals: ViewGeometry  # V = 2
+    locals: ViewGeometry | None  # V = num_local
+    overlap_box: Tensor  # (B, 3, 2) float32, edges in parent voxels
+    target_overlap: Tensor  # (B,) float32, share of the smaller global view's volume
+    overlap: Tensor  # (B,) float32, the same as realised
+
+
+class OverlapCrops:
+    """Draw two overlapping global views and local views per sample, and cut them from the parent.
+
+    Args:
+        size_vox: output size of a global view in voxels; every axis a multiple of the patch.
+        scale: range of a global view's edge as a share of ``size_vox``, in parent voxels; one draw per view.
+        aspect: range of the edges' ratio before normalising their product to 1; one draw per sample, shared by its
+            views, so that one view is the smaller on every axis and the overlap is a share of its volume.
+        overlap: range of the target overlap as a share of the smaller global view's volume; never undercut.
+        num_local: local views per sample.
+        local_size_vox: output size of a local view in voxels.
+        local_scale: range of a local view's edge as a share of the global ``size_vox``.
+        prob_local_in_overlap: share of local views whose centre is drawn from the overlap; others from the union.
+        orientations: ``"flips"`` (each axis with ``prob_flip``), ``"all"`` 48 flips and quarter turns, or ``"none"``.
+        prob_flip: probability of a flip per axis (D, H, W); set W to 0 where laterality matters.
+        rotation_deg: largest rotation about each axis beyond quarter turns; above 0 views are cut by
+            ``grid_sample`` instead of separable products.
+        min_foreground: redraw, up to 10 times, while the overlap holds less body than this; the best draw is kept.
+
+    Raises:
+        ValueError: if a range is empty or out of bounds, or ``orientations="all"`` meets a view that is not cubic.
+    """
+
+    def __init__(
+        self,
+        size_vox: Triple = (96, 96, 96),
+        scale: tuple[float, float] = (0.75, 1.33),
+        aspect: tuple[float, float] = (0.85, 1.18),
+        overlap: tuple[float, float] = (0.3, 0.8),
+        num_local: int = 6,
+        local_size_vox: Triple = (48, 48, 48),
+        local_scale: tuple[float, float] = (0.35, 0.6),
+        prob_local_in_overlap: float = 0.5,
+        orientations: Orientations = "flips",
+        prob_flip: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        rotation_deg: float = 0.0,
+        min_foreground: float = 0.25,
+    ) -> None:
+        for name, (low, high), top in (
+            ("scale", scale, 4.0),
+            ("aspect", aspect, 4.0),
+            ("overlap", overlap, 1.0),
+            ("local_scale", local_scale, 4.0),
+        ):
+            if not 0 < low <= high <= top:
+                raise ValueError(f"views.{name} is ({low}, {high}); give 0 < low <= high <= {top:g}")
+        for name, size in (("size_vox", size_vox), ("local_size_vox", local_size_vox)):
+            if orientations == "all" and len(set(size)) > 1:
+                raise ValueError(
+                    f"views.{name} is {tuple(size)} with orientations='all'; quarter turns need a cube, "
+                    "or set views.orientations to 'flips'"
+                )
+        self.size_vox: Triple = (size_vox[0], size_vox[1], size_vox[2])
+        self.scale = scale
+        self.aspect = aspect
+        self.overlap = overlap
+        self.num_local = num_local
+        self.local_size_vox: Triple = (local_size_vox[0], local_size_vox[1], local_size_vox[2])
+        self.local_scale = local_scale
+        self.prob_local_in_overlap = prob_local_in_overlap
+        self.orientations = orientations
+        self.prob_flip = prob_flip
+        self.rotation_deg = rotation_deg
+        self.min_foreground = min_foreground
+
+    def sample(self, foreground: Tensor, sample: Tensor, seed: int) -> ViewSet:
+        """Draw the views of every sample; a function of (seed, sample) and the foreground alone.
+
+        Args:
+            foreground: (B, 1, D, H, W) bool or uint8 of the parent crops.
+            sample: (B,) int64.
+            seed: seed of the run.
+        """
+        device = foreground.device
+        parent = torch.tensor(foreground.shape[2:], device=device, dtype=torch.float32)
+        size = torch.tensor(self.size_vox, device=device, dtype=torch.float32)
+        random = KeyedRandom(seed, sample, "views")
+        tries = _TRIES
+
+        aspect = random.between(*self.aspect, tries, 1, 3)
+        aspect = aspect / aspect.prod(-1, keepdim=True) ** (1 / 3)
+        edges = size * random.between(*self.scale, tries, 2, 1) * aspect  # (B, T, 2, 3)
+        edges = torch.minimum(edges, parent)
+        target = random.between(*self.overlap, tries)  # (B, T)
+        split = -random.uniform(tries, 3).log()
+        split = split / split.sum(-1, keepdim=True)  # Dirichlet(1, 1, 1)
+        shared = target[..., None] ** split * edges.amin(2)  # (B, T, 3), overlap in voxels per axis
+
+        edge_a, edge_b = edges[:, :, 0], edges[:, :, 1]
+        centre_a = edge_a / 2 + random.uniform(tries, 3) * (parent - edge_a)
+        step = (edge_a + edge_b) / 2 - shared
+        sign = torch.where(random.uniform(tries, 3) < 0.5, -1.0, 1.0)
+        wanted = torch.stack([centre_a + sign * step, centre_a - sign * step])
+        clamped = wanted.clamp(edge_b / 2, parent - edge_b / 2)
+        moved = (wanted - clamped).abs()
+        # Clamping only moves B towards A, so the overlap can only grow; the sign that needs less of it is taken.
+        centre_b = torch.where(moved[0] <= moved[1] + 1e-4, clamped[0], clamped[1])
+        centres = torch.stack([centre_a, centre_b], 2)  # (B, T, 2, 3)
+
+        low = (centres - edges / 2).amax(2)
+        high = (centres + edges / 2).amin(2)
+        body = box_share(foreground, low, high)  # (B, T)
+        accepted = body >= self.min_foreground
+        # The first accepted draw, else the one with most body.
+        rank = torch.where(accepted, 2.0 + torch.arange(tries, 0, -1, device=device), body)
+        best = rank.argmax(1)
+
+        def pick(x: Tensor) -> Tensor:
+            return x[torch.arange(x.shape[0], device=device), best]
+
+        centres, edges, low, high, target = (pick(x) for x in (centres, edges, low, high, target))
+        realised = ((high - low) / edges.amin(1)).clamp(0, 1).prod(-1)
+        views = self._place(centres, edges, random)
+        return ViewSet(
+            globals=views,
+            locals=self._local_views(random, parent, size, centres, edges, low, high) if self.num_local else None,
+            overlap_box=torch.stack([low, high], -1),
+            target_overlap=target,
+            overlap=realised,
+        )
+
+    def _local_views(
+        self, random: KeyedRandom, parent: Tensor, size: Tensor, centres: Tensor, edges: Tensor, low: Tensor, high: Tensor
+    ) -> ViewGeometry:
+        count = self.num_local
+        edge = torch.minimum(size * random.between(*self.local_scale, count, 1), parent).expand(-1, -1, 3)
+        in_overlap = random.uniform(count, 1) < self.prob_local_in_overlap
+        from_a = random.uniform(count, 1) < 0.5
+        other = torch.where(from_a, centres[:, :1], centres[:, 1:])
+        other_edge = torch.where(from_a, edges[:, :1], edges[:, 1:])
+        box_low = torch.where(in_overlap, low[:, None], other - other_edge / 2)
+        box_high = torch.where(in_overlap, high[:, None], other + other_edge / 2)
+        centre = box_low + random.uniform(count, 3) * (box_high - box_low)
+        return self._place(centre.clamp(edge / 2, parent - edge / 2), edge, random)
+
+    def _place(self, centre: Tensor, edge: Tensor, random: KeyedRandom) -> ViewGeometry:
+        views = centre.shape[1]
+        if self.orientations == "all":
+            index = (random.uniform(views) * 48).long()
+        elif self.orientations == "flips":
+            flips = random.uniform(views, 3) < torch.tensor(self.prob_flip, device=centre.device)
+            index = (flips.long() * torch.tensor([4, 2, 1], device=centre.device)).sum(-1)
+        else:
+            index = torch.zeros(centre.shape[:2], dtype=torch.int64, device=centre.device)
+        rotation = None
+        if self.rotation_deg > 0:
+            limit = torch.pi * self.rotation_deg / 180
+            rotation = rotation_matrices(random.between(-limit, limit, views, 3))
+        affine = view_affine(centre - 0.5, edge, signed_permutations().to(centre.device)[index], rotation)
+        return ViewGeometry(centre, edge, index, affine, rotation is not None)
+
+
+def box_share(mask: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return the share of True voxels in boxes, from one integral volume.
+
+    Args:
+        mask: (B, 1, D, H, W) bool or uint8.
+        low: (B, T, 3) float32, lower edges in voxels; rounded to voxel edges.
+        high: (B, T, 3) float32, upper edges.
+
+    Returns:
+        (B, T) float32.
+    """
+    integral = F.pad(mask[:, 0].to(torch.int32), (1, 0, 1, 0, 1, 0))
+    for dim in (1, 2, 3):
+        integral = integral.cumsum(dim, dtype=torch.int32)
+    shape = torch.tensor(mask.shape[2:], device=mask.device)
+    a = torch.minimum(low.round().long().clamp_min(0), shape - 1)
+    b = torch.maximum(torch.minimum(high.round().long(), shape), a + 1)
+    rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
+    total = torch.zeros(low.shape[:2], device=mask.device)
+    for corner in range(8):
+        ends = [b[..., axis] if corner >> axis & 1 else a[..., axis] for axis in range(3)]
+        sign = 1.0 if corner.bit_count() % 2 else -1.0
+        total += sign * integral[rows, ends[0], ends[1], ends[2]]
+    return total / (b - a).prod(-1)
+
+
+def extract(parent: Tensor, views: ViewGeometry, size_vox: Triple, separable: bool | None = None) -> Tensor:
+    """Cut views from their parents with one trilinear resampling each, smoothed first where they shrink.
+
+    The pre-blur's standard deviation is ``0.5 max(0, edge / size - 1)`` parent voxels per axis.
+
+    Args:
+        parent: (B, C, D, H, W) float32.
+        views: geometry of V views per sample.
+        size_vox: output size.
+        separable: True for matrix products (axis-aligned views only), False for ``grid_sample``; None chooses.
+
+    Returns:
+        (B, V, C, *size_vox) float32.
+    """
+    if separable is None:
+        separable = not views.rotated
+    return _extract_separable(parent, views, size_vox) if separable else _extract_grid(parent, views, size_vox)
+
+
+def _blur_sigma(views: ViewGeometry, size_vox: Triple) -> Tensor:
+    """Return (B, V, 3): standard deviation of the pre-blur along the parent's axes, in parent voxels."""
+    permutation = signed_permutations().to(views.edge.device)[views.orientation].abs()
+    size = permutation @ torch.tensor(size_vox, device=views.edge.device, dtype=torch.float32)
+    return 0.5 * (views.edge / size - 1).clamp_min(0)
+
+
+def _extract_separable(parent: Tensor, views: ViewGeometry, size_vox: Triple) -> Tensor:
+    table = signed_permutations().to(parent.device)
+    signed = table[views.orientation]  # (B, V, 3, 3)
+    sigma = _blur_sigma(views, size_vox)
+    matrices = []
+    for axis in range(3):
+        n = size_vox[axis]
+        u = (2 * torch.arange(n, device=parent.device, dtype=torch.float32) + 1) / n - 1
+        sign = signed[:, :, axis].sum(-1, keepdim=True)
+        positions = views.centre[..., axis, None] - 0.5 + views.edge[..., axis, None] / 2 * sign * u  # (B, V, n)
+        length = parent.shape[2 + axis]
+        weights = interpolation_matrix(positions, length)
+        matrices.append(weights @ gaussian_matrix(sigma[..., axis], length))
+    cut = apply_separable(parent, (matrices[0], matrices[1], matrices[2]))
+    if len(set(size_vox)) > 1:
+        return cut  # quarter turns are refused for views that are not cubic
+    return _permute(cut, views.orientation // 8)
+
+
+def _permute(cut: Tensor, order: Tensor) -> Tensor:
+    """Turn cubic views (B, V, C, n, n, n) from the parent's axis order to their own, by index (B, V) of the order."""
+    n = cut.shape[-1]
+    flat = torch.arange(n**3, device=cut.device).reshape(n, n, n)
+    axes = signed_permutations()[::8].abs().argmax(-2)  # (6, 3): for every view axis the parent axis it runs along
+    table = torch.stack([flat.permute(*(int(a) for a in row)).reshape(-1) for row in axes])
+    index = table[order][:, :, None].expand(-1, -1, cut.shape[2], -1)
+    return cut.flatten(3).gather(3, index).reshape(cut.shape)
+
+
+def _extract_grid(parent: Tensor, views: ViewGeometry, size_vox: Triple) -> Tensor:
+    batch, count = views.centre.shape[:2]
+    sigma = _blur_sigma(views, size_vox)
+    lengths = parent.shape[2:]
+    blur = [gaussian_matrix(sigma[..., axis], lengths[axis]) for axis in range(3)]
+    smoothed = rearrange(apply_separable(parent, (blur[0], blur[1], blur[2])), "b v c d h w -> (b v) c d h w")
+    axes = [(2 * torch.arange(n, device=parent.device, dtype=torch.float32) + 1) / n - 1 for n in size_vox]
+    u = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+    voxels = u @ views.affine[..., :3, :3].mT + views.affine[..., None, :3, 3]  # (B, V, n, 3)
+    extent = torch.tensor(lengths, device=parent.device, dtype=torch.float32)
+    at = ((2 * voxels + 1) / extent - 1).flip(-1).reshape(batch * count, *size_vox, 3)
+    cut = F.grid_sample(smoothed, at, mode="bilinear", padding_mode="border", align_corners=False)
+    return rearrange(cut, "(b v) c d h w -> b v c d h w", v=count)
+
+
+def box_in_view(views: ViewGeometry, view: int, box: Tensor, size_vox: Triple) -> Tensor:
+    """Return (B, 3, 2) float32: a parent box (B, 3, 2) in voxel edges of view ``view``, [low, high) per view axis."""
+    affine = views.affine[:, view]
+    corners = box - 0.5  # voxel edges to voxel coordinates
+    linear_inverse = torch.linalg.inv_ex(affine[:, :3, :3]).inverse
+    u = linear_inverse @ (corners - affine[:, :3, 3, None])  # (B, 3, 2): exact for axis-aligned views
+    size = torch.tensor(size_vox, device=box.device, dtype=torch.float32)[:, None]
+    return ((u + 1) / 2 * size).sort(-1).values

@@ -1,0 +1,159 @@
+"""EAAM: edge-aware adaptive masking, and the plainer masks it is compared with, in one batched draw.
+
+Source: AG-SSD's abstract names masking that prefers patches with strong edges [paper]; the easy-to-hard quota follows
+AnatoMask [R: AnatoMask], the hints AttMask-hint [R: AttMask]; Gumbel-top-k with an annealed temperature, exact counts
+and the background rules are ours (methods §1.3).
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from agssd.transforms.keyed_random import KeyedRandom
+from agssd.types import Triple
+
+BACKGROUND_WEIGHT = 0.2  # of a background token in the random quota
+_CUBOIDS = 32
+
+
+def mask_counts(ratio: Tensor, grid: Triple, block: int) -> Tensor:
+    """Return (B,) int64: hidden blocks per sample, ``round(ratio * N / block**3)``, at least 1."""
+    blocks = grid[0] * grid[1] * grid[2] // block**3
+    return (ratio * blocks).round().long().clamp(1, blocks)
+
+
+def _take(keys: Tensor, count: Tensor) -> Tensor:
+    """Return (B, N) bool: the ``count`` (B,) largest keys of each row that are above minus infinity."""
+    order = keys.argsort(1, descending=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(keys.shape[1], device=keys.device).expand_as(order))
+    return (rank < count[:, None]) & (keys > -torch.inf)
+
+
+def draw_masks(
+    scores: Tensor,
+    foreground: Tensor,
+    grid: Triple,
+    ratio: Tensor,
+    edge_share: float,
+    temperature: float,
+    hint_share: float,
+    random: KeyedRandom,
+    block: int = 1,
+) -> Tensor:
+    """Draw masks that prefer high scores, with an exact count.
+
+    Of the ``k`` hidden blocks a share ``edge_share`` is drawn without replacement with probability proportional to
+    ``exp(score / temperature)`` among foreground blocks, the rest uniformly (background with weight 0.2). Then
+    ``hint_share * ratio`` of all blocks are shown again among those of the top tenth of the scores, and as many drawn
+    uniformly from the foreground are hidden instead, so the count stays ``k``.
+
+    Args:
+        scores: (B, N) float32, z-scores; all 0 (a flat volume) makes the edge quota uniform over the foreground.
+        foreground: (B, N) bool, tokens that hold body.
+        grid: token grid, every axis a multiple of ``block``.
+        ratio: (B,) float32, share of hidden tokens.
+        edge_share: share of the hidden blocks drawn by score, in [0, 1].
+        temperature: of the draw; large is uniform.
+        hint_share: 0 switches hints off.
+        random: keyed by the B samples.
+        block: tokens per side of a hidden block.
+
+    Returns:
+        (B, *grid) bool, True = hidden; exactly ``mask_counts(ratio, grid, block) * block**3`` True per sample.
+
+    Raises:
+        ValueError: if ``block`` does not divide the grid.
+    """
+    coarse = _coarse_grid(grid, block)
+    blocks = coarse[0] * coarse[1] * coarse[2]
+    score = _pool(scores, grid, block).mean(-1)
+    body = _pool(foreground.float(), grid, block).amax(-1) > 0  # (B, M)
+    score = score.masked_fill(~body, -torch.inf)
+    count = mask_counts(ratio, grid, block)
+
+    available = body.sum(1)
+    by_score = _take(
+        score / temperature + random.gumbel(blocks), torch.minimum((edge_share * count).round().long(), available)
+    )
+    weight = torch.where(body, 1.0, BACKGROUND_WEIGHT).log()
+    uniform = (weight + random.gumbel(blocks)).masked_fill(by_score, -torch.inf)
+    hidden = by_score | _take(uniform, count - by_score.sum(1))
+
+    if hint_share > 0:
+        top = _take(score, (torch.full_like(count, blocks) * 0.1).ceil().long())
+        hints = _take(
+            random.uniform(blocks).masked_fill(~(hidden & top), -torch.inf), (hint_share * ratio * blocks).round().long()
+        )
+        # A hint needs a foreground block to hide in its place.
+        spare = random.uniform(blocks).masked_fill(hidden | ~body, -torch.inf)
+        exchanged = torch.minimum(hints.sum(1), (spare > -torch.inf).sum(1))
+        hints = _take(random.uniform(blocks).masked_fill(~hints, -torch.inf), exchanged)
+        hidden = (hidden & ~hints) | _take(spare, exchanged)
+    return _spread(hidden, coarse, block)
+
+
+def draw_cuboids(grid: Triple, ratio: Tensor, random: KeyedRandom, block: int = 1) -> Tensor:
+    """Draw masks as unions of random cuboids, with an exact count: the last cuboid is hidden in part.
+
+    Source: block-wise masks of BEiT and iBOT [R: iBOT] in 3D; the exact count is ours.
+
+    Args:
+        grid: token grid.
+        ratio: (B,) float32.
+        random: keyed by the B samples.
+        block: tokens per side of the unit that is hidden as a whole.
+
+    Returns:
+        (B, *grid) bool, True = hidden, same count as :func:`draw_masks`.
+    """
+    coarse = _coarse_grid(grid, block)
+    size = torch.tensor(coarse, device=ratio.device, dtype=torch.float32)
+    edge = (size * random.between(0.25, 0.6, _CUBOIDS, 3)).ceil()
+    start = ((size - edge + 1) * random.uniform(_CUBOIDS, 3)).floor()  # (B, M, 3)
+    covered = torch.ones((), dtype=torch.bool, device=ratio.device)
+    for axis in range(3):
+        index = torch.arange(coarse[axis], device=ratio.device)
+        inside = (index >= start[..., axis, None]) & (index < (start + edge)[..., axis, None])  # (B, M, n)
+        shape = [ratio.shape[0], _CUBOIDS, 1, 1, 1]
+        shape[2 + axis] = coarse[axis]
+        covered = covered & inside.reshape(shape)
+    covered = covered.expand(ratio.shape[0], _CUBOIDS, *coarse).flatten(2)
+    first = torch.where(covered.any(1), covered.float().argmax(1), _CUBOIDS)  # (B, n): the cuboid that hides a token
+    hidden = _take(-first + random.uniform(covered.shape[2]), mask_counts(ratio, grid, block))
+    return _spread(hidden, coarse, block)
+
+
+def masked_indices(mask: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Return the positions of hidden tokens in a fixed shape, so that heads run on them alone without a host sync.
+
+    Args:
+        mask: (B, N) bool.
+        limit: at least the largest number of hidden tokens of a sample.
+
+    Returns:
+        ``index`` (B, limit) int64, hidden positions first and in raster order, and ``used`` (B, limit) bool.
+    """
+    order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)[:, :limit]
+    return order, mask.gather(1, order)
+
+
+def _coarse_grid(grid: Triple, block: int) -> Triple:
+    if any(n % block for n in grid):
+        raise ValueError(f"mask_block is {block}, which does not divide the token grid {grid}; choose a divisor")
+    return (grid[0] // block, grid[1] // block, grid[2] // block)
+
+
+def _pool(values: Tensor, grid: Triple, block: int) -> Tensor:
+    """Return (B, M, block**3): tokens of each block."""
+    d, h, w = _coarse_grid(grid, block)
+    return rearrange(
+        values, "n (d p h q w r) -> n (d h w) (p q r)", d=d, h=h, w=w, p=block, q=block, r=block
+    )
+
+
+def _spread(hidden: Tensor, coarse: Triple, block: int) -> Tensor:
+    return repeat(
+        hidden.reshape(-1, *coarse), "n d h w -> n (d p) (h q) (w r)", p=block, q=block, r=block
+    )
