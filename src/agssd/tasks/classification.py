@@ -207,7 +207,7 @@ class ClassificationTask(DownstreamTask):
         scores = self(batch["image"][:, None])
         assert isinstance(self.loss_weights, Tensor)
         loss = F.cross_entropy(scores, batch["target"], weight=self.loss_weights, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def _classify(self, batch: LabelledBatch) -> dict[str, Any]:

@@ -46,8 +46,11 @@ def resolve_encoder(backbone: Backbone | None, encoder: str | None) -> Backbone:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration without what does not change the function computed by trained weights."""
-    kept = {name: value for name, value in config.get("init_args", {}).items() if name != "drop_path"}
+    """Return a configuration without what does not change the function computed by trained weights.
+
+    ``size`` is only a name: an encoder's own configuration states the numbers behind it.
+    """
+    kept = {name: value for name, value in config.get("init_args", {}).items() if name not in ("drop_path", "size")}
     kept = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
     return {"class_path": config.get("class_path"), "init_args": kept}
 

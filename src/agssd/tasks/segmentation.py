@@ -27,10 +27,11 @@ class SegmentationTask(DownstreamTask):
     voxel of its patch. ``freeze_encoder: true`` with ``linear`` is the linear probe; ``stem: false`` keeps UNETR's
     decoder from looking at the image itself, so that the result depends on the encoder.
 
-    Training minimises Dice (without background, over the batch) plus cross-entropy. Validation and test segment whole
-    volumes by sliding windows. ``val/dice`` is the mean over foreground classes of the mean over the cases in which
-    the class occurs; ``test`` adds surface Dice and writes ``test_cases.csv``; ``predict`` writes
-    ``predictions/<case>.nii.gz``, both under ``trainer.default_root_dir``.
+    Training minimises Dice (without background) plus cross-entropy. Dice is taken over the crops that a device holds at
+    once, because single crops often lack a class; so, unlike in pretraining, the loss changes a little with the cut of
+    the batch. Validation and test segment whole volumes by sliding windows. ``val/dice`` is the mean over foreground
+    classes of the mean over the cases in which the class occurs; ``test`` adds surface Dice and writes
+    ``test_cases.csv``; ``predict`` writes ``predictions/<case>.nii.gz``, both under ``trainer.default_root_dir``.
 
     Args:
         num_classes: classes with background.
@@ -142,7 +143,7 @@ class SegmentationTask(DownstreamTask):
         scores = self(batch["image"])
         with torch.autocast(scores.device.type, enabled=False):
             loss: Tensor = self.loss(scores, batch["label"])
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def _evaluate(self, batch: LabelledBatch, surface: bool) -> None:
