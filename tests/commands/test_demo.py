@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ import yaml
 import agssd.commands.demo as demo
 from agssd.commands.demo import report
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 SIZE = demo.Size({"train": 3, "val": 1, "test": 2}, 4.0, 2, 20, 20)
 
 
@@ -78,10 +80,16 @@ def test_table__holds_means_and_paired_differences(tmp_path: Path) -> None:
     assert "simulated" in written and "too short to learn" in written
 
 
-def test_configurations__same_encoder_in_both() -> None:
+def content(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(path.read_text())
+    return loaded
+
+
+def test_configurations__model_and_encoder_of_agssd_small() -> None:
     folder = Path(demo.__file__).parent
-    first, second = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("pretrain", "segmentation"))
-    assert first["backbone"] == second["backbone"]
+    pretrain, segmentation = content(folder / "pretrain.yaml"), content(folder / "segmentation.yaml")
+    assert pretrain["backbone"] == segmentation["backbone"] == content(CONF / "backbone" / "vit_tiny_p8.yaml")
+    assert pretrain["model"] == content(CONF / "method" / "agssd_small.yaml")
 
 
 @pytest.mark.slow
