@@ -275,6 +275,22 @@ def test_fit__torn_and_missing_checkpoints_are_refused(conf: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_validate__works_beside_the_run_and_replaces_nothing(conf: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert fit(conf, run) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    common = ["validate", "--config", str(conf / "experiment/ToyRecipe.yaml"), "--trainer.limit_val_batches", "1.0"]
+    for _ in range(2):
+        assert main([*common, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0  # the run of the checkpoint
+    assert {path: path.read_bytes() for path in before} == before
+    added = {path.name for path in run.iterdir()} - {path.name for path in before} - {"checkpoints"}
+    assert added == {"validate.yaml", "validate-2.yaml", "validate_metrics.csv"}
+    with (run / "validate_metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    gain = checkpoint(run)["state_dict"]["backbone.gain"].mean()
+    assert [float(row["val/gain"]) for row in rows] == pytest.approx([float(gain)] * 2, rel=1e-6)
+
+
 # ----------------------------------------------------------------- refusals
 
 

@@ -82,7 +82,8 @@ class SaveRunConfig(SaveConfigCallback):
             return
         self.already_saved = True
         if trainer.is_global_zero:
-            path = unused(Path(trainer.default_root_dir) / ("config.yaml" if stage == "fit" else f"{stage}.yaml"))
+            name = "config" if stage == "fit" else str(getattr(stage, "value", stage))  # Lightning passes an enum
+            path = unused(Path(trainer.default_root_dir) / f"{name}.yaml")
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(path), skip_unset=False, overwrite=False, multifile=False)
 
@@ -106,6 +107,7 @@ class RunCheckpoint(ModelCheckpoint):
         mode: Literal["min", "max"] = "min",
         dirpath: str | None = None,
     ) -> None:
+        """Name files by their step."""
         super().__init__(
             dirpath=dirpath,
             filename="step{step:08d}",
@@ -152,6 +154,7 @@ class RunCSVLogger(CSVLogger):
     """
 
     def __init__(self, directory: Path, filename: str = "metrics.csv") -> None:
+        """Keep the names; nothing is written before the first row."""
         super().__init__(save_dir=str(directory), name="", version="", flush_logs_every_n_steps=1)
         self._filename = filename
 
@@ -184,6 +187,7 @@ class WandbRun:
         name: str | None = None,
         mode: Literal["online", "offline", "disabled"] | None = None,
     ) -> None:
+        """Keep the settings."""
         self.project = project
         self.entity = entity
         self.name = name
@@ -220,6 +224,7 @@ class QuietWandbLogger(WandbLogger):
     """
 
     def __init__(self, directory: Path, project: str, entity: str | None, name: str, online: bool) -> None:
+        """Keep the settings; W&B starts with the first use of ``experiment``."""
         super().__init__(name=name, project=project, save_dir=str(directory), log_model=False)
         self._wandb_init.pop("anonymous", None)  # Lightning passes it on, W&B warns that it means nothing
         self._wandb_init["entity"] = entity

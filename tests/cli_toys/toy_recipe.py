@@ -41,6 +41,10 @@ class _Toy(L.LightningModule):
         self.log("train/loss", loss)
         return loss
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the gain, which only a loaded checkpoint changes."""
+        self.log("val/gain", self.backbone.gain.mean())
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return plain SGD."""
         return torch.optim.SGD(self.parameters(), lr=self.lr)

@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from agssd.data_modules.cache import CaseInfo, VolumeCache
 from agssd.data_modules.labelled import Item, LabelledVolumes, Row
-from agssd.data_modules.pretrain import _check_agreement as check_agreement
-from agssd.data_modules.pretrain import _contract as cache_contract
+from agssd.data_modules.pretrain import cache_contract, check_agreement
 from agssd.data_modules.sampling import MicroBatches, micro_batch_size
 from agssd.data_modules.subsets import fold_subjects, nested_subset
 from agssd.transforms.intensity import Appearance, to_model_range

@@ -46,6 +46,7 @@ class ParentCrops(Dataset[dict[str, "Tensor"]]):
         prob_foreground: float,
         shuffle: bool,
     ) -> None:
+        """Keep what a sample is computed from."""
         self.caches = tuple(caches)
         self.rows = tuple(rows)
         self.parent_vox = parent_vox
@@ -135,6 +136,7 @@ class PretrainDataModule(L.LightningDataModule):
         pin_memory: bool = True,
         prefetch: int = 2,
     ) -> None:
+        """Keep the settings; nothing is opened before ``setup``."""
         super().__init__()
         self.save_hyperparameters(logger=False)  # paths may name patients: they go into checkpoints, not to W&B
         self.cache = [cache] if isinstance(cache, str) else [str(path) for path in cache]
@@ -181,7 +183,7 @@ class PretrainDataModule(L.LightningDataModule):
         if self.caches:
             return
         caches = [VolumeCache(path) for path in self.cache]
-        _check_agreement(caches)
+        check_agreement(caches)
         train = [(i, case) for i, cache in enumerate(caches) for case in cache.select(split="train")]
         val = [(i, case) for i, cache in enumerate(caches) for case in cache.select(split="val")]
         if not train:
@@ -219,7 +221,7 @@ class PretrainDataModule(L.LightningDataModule):
         """
         if self.train_crops is None:
             raise ValueError("the data module has not been set up; call setup('fit') before asking for its contract")
-        return _contract([self.train_crops.info(row) for row in range(len(self.train_crops.rows))])
+        return cache_contract([self.train_crops.info(row) for row in range(len(self.train_crops.rows))])
 
     # ---------------------------------------------------------------- loaders
 
@@ -289,8 +291,12 @@ class PretrainDataModule(L.LightningDataModule):
             )
 
 
-def _check_agreement(caches: Sequence[VolumeCache]) -> None:
-    """Refuse caches whose cases differ in channels or spacing, naming both."""
+def check_agreement(caches: Sequence[VolumeCache]) -> None:
+    """Refuse caches whose cases differ in channels or spacing.
+
+    Raises:
+        ValueError: naming both caches and a case of each, or if there is no case at all.
+    """
     first_cache = next((cache for cache in caches if cache.cases), None)
     if first_cache is None:
         raise ValueError(f"no cases in data.cache {[str(cache.path) for cache in caches]}; run `agssd prepare` again")
@@ -310,7 +316,8 @@ def _check_agreement(caches: Sequence[VolumeCache]) -> None:
                 )
 
 
-def _contract(cases: Sequence[CaseInfo]) -> dict[str, Any]:
+def cache_contract(cases: Sequence[CaseInfo]) -> dict[str, Any]:
+    """Return the preprocessing contract of ``cases``, see :attr:`PretrainDataModule.contract`."""
     modalities = sorted({info.modality for info in cases})
     rules: dict[str, dict[str, Any]] = {
         # Source: methods §1.5, intensity

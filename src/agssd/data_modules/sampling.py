@@ -126,6 +126,7 @@ class MicroBatches:
     def __init__(
         self, batch_size: int, rank: int, world_size: int, first_sample: int = 0, num_samples: int | None = None
     ) -> None:
+        """Check that the pass is cut without remainder."""
         step = batch_size * world_size
         for name, value in (("first_sample", first_sample), ("num_samples", num_samples or 0)):
             if value % step:
