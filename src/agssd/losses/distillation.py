@@ -50,15 +50,13 @@ class Centre(nn.Module):
     """
 
     centre: Tensor
-    _sum: Tensor
-    _count: Tensor
 
     def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("centre", torch.zeros(num_prototypes))
-        self.register_buffer("_sum", torch.zeros(num_prototypes), persistent=False)
-        self.register_buffer("_count", torch.zeros(()), persistent=False)
+        # Not a buffer: DDP would overwrite the other ranks' sums with those of rank 0 at every micro-batch.
+        self._observed: Tensor | None = None  # (K + 1,): sum of logits, then their weight
 
     @torch.no_grad()
     def targets(self, logits: Tensor, temperature: float) -> Tensor:
@@ -69,23 +67,18 @@ class Centre(nn.Module):
     def observe(self, logits: Tensor, weights: Tensor | None = None) -> None:
         """Add teacher logits (..., K) to the sums, weighted by ``weights`` (...)."""
         flat = logits.float().flatten(0, -2)
-        if weights is None:
-            self._sum += flat.sum(0)
-            self._count += flat.shape[0]
-        else:
-            weight = weights.flatten().float()
-            self._sum += weight @ flat
-            self._count += weight.sum()
+        weight = flat.new_ones(flat.shape[0]) if weights is None else weights.flatten().float()
+        seen = torch.cat([weight @ flat, weight.sum()[None]])
+        self._observed = seen if self._observed is None else self._observed + seen
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the centre towards the mean of all logits observed since the last call, over all ranks."""
-        total = all_sum(torch.cat([self._sum, self._count[None]]))
+        observed = self._observed if self._observed is not None else self.centre.new_zeros(len(self.centre) + 1)
+        total = all_sum(observed)
         mean = total[:-1] / total[-1].clamp_min(1e-6)
-        moved = torch.lerp(mean, self.centre, self.momentum)
-        self.centre.copy_(torch.where(total[-1] > 0, moved, self.centre))
-        self._sum.zero_()
-        self._count.zero_()
+        self.centre.copy_(torch.where(total[-1] > 0, torch.lerp(mean, self.centre, self.momentum), self.centre))
+        self._observed = None
 
 
 @torch.no_grad()

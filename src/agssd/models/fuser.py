@@ -52,7 +52,11 @@ class CrossViewBlock(nn.Module):
             logits = bias[:, None] * self.gain[:, None, None]  # (B, heads, N, M)
         if forbidden is not None:
             logits = logits.expand(q.shape[0], -1, q.shape[2], k.shape[2]).masked_fill(forbidden[:, None], -torch.inf)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=logits.to(q.dtype))
+        if q.device.type == "cpu":  # SDPA's backward with a mask is slow there
+            weights = ((q * q.shape[-1] ** -0.5) @ k.mT + logits).softmax(-1)
+            attended = weights.to(v.dtype) @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=logits.to(q.dtype))
         out: Tensor = self.out(rearrange(attended, "b h n e -> b n (h e)"))
         return out
 

@@ -1,0 +1,703 @@
+"""AG-SSD: anatomy-guided self-supervised distillation for 3D medical images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from agssd.geometry import correspondence, sample_tokens, token_centres
+from agssd.losses.distillation import Centre, cross_entropy, masked_mean, sinkhorn
+from agssd.losses.koleo import koleo
+from agssd.losses.reconstruction import patch_l1, standardise_patches
+from agssd.methods.base import PretrainModule
+from agssd.models.backbone import Backbone
+from agssd.models.fuser import CrossViewFuser
+from agssd.models.heads import PrototypeHead, ReconstructionHead
+from agssd.schedules import linear
+from agssd.transforms.crops import OverlapCrops, ViewSet, box_in_view, extract
+from agssd.transforms.edges import (
+    MIN_FOREGROUND,
+    edge_magnitude,
+    entropy_scores,
+    foreground_share,
+    normalise_edges,
+    patch_scores,
+    patches_of,
+    standardise,
+    suppress_border,
+)
+from agssd.transforms.intensity import Appearance, to_model_range
+from agssd.transforms.keyed_random import KeyedRandom
+from agssd.transforms.masking import draw_cuboids, draw_masks, masked_indices
+from agssd.types import LossTerms, Observations, ParentBatch, Triple, ViewPanel
+
+STUDENT_TEMPERATURE = 0.1  # [R: DINO]
+_BIAS_PITCHES = 2.0  # standard deviation of the position bias, in token pitches of the other view
+_COUNTERPART_PITCHES = 1.5  # keys closer than this to a token's place are its counterpart
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of one micro-batch. ``hidden_view`` is the global view whose tokens are masked, drawn per sample."""
+
+    sample: Tensor  # (B,) int64
+    geometry: ViewSet
+    clean: Tensor  # (B, 2, C, D, H, W) float32 in the model's range
+    inputs: Tensor  # (B, 2, C, D, H, W) the same after appearance augmentation
+    locals: Tensor | None  # (B, L, C, d, h, w)
+    foreground: Tensor  # (B, 2, 1, D, H, W) bool
+    hidden_view: Tensor  # (B,) int64, 0 or 1
+    edges: Tensor  # (B, 1, D, H, W) in [0, 1], of the hidden view
+    is_ct: Tensor  # (B,) bool
+    low: Tensor  # (B, C)
+    high: Tensor  # (B, C)
+    edge_q99: Tensor  # (B, C)
+    spacing_mm: Tensor  # (B, 2, 3) of the global views
+
+
+@dataclass
+class _Step:
+    """What the last step leaves for monitors; all detached."""
+
+    views: Views
+    mask: Tensor  # (B, N)
+    counts: Tensor  # (B, M) bool
+    index: Tensor  # (B, M)
+    teacher_cls: Tensor
+    student_cls: Tensor
+    teacher_patch: Tensor
+    student_patch: Tensor
+    cls_features: Tensor
+    tokens: Tensor  # (B, 2, N, E) teacher
+    prediction: Tensor  # (B, M, P)
+    target: Tensor  # (B, M, P)
+    plain: Tensor  # (B, M) cross-entropy without fusion
+    fused: Tensor | None  # (B, M) with
+    ratio: Tensor  # (B,) nominal
+
+
+class AGSSD(PretrainModule):
+    """Anatomy-guided self-supervised distillation.
+
+    Per sample two overlapping global views and several local views of one parent crop (CVAC); one of the two global
+    views is masked where edges are strong (EAAM); a cross-attention fuser aligns the views (CVAA). Three terms:
+
+    - ``patch``: hidden foreground tokens of the masked view against the teacher's tokens of the same view unmasked,
+      plain and after fusion with the other view;
+    - ``cls``: [CLS] of each view against the teacher's [CLS] of the other global view;
+    - ``rec``: voxels of hidden foreground patches, from the clean view.
+
+    Source: modules and the three terms [paper: Yu and Dai, IEEE TMI 2026, doi 10.1109/TMI.2026.3680920, abstract];
+    weights 1:1:10 [R: SMIT, Alice]; heads and centring [R: DINO, iBOT]; everything else is ours (methods §1).
+    Deviates: the paper's text beyond its abstract is not public, so no detail here is claimed to be the paper's.
+
+    Nothing depends on how the batch is cut into micro-batches and ranks, except ``assignment="sinkhorn"`` and
+    ``weight_koleo > 0``, which accumulation (not ranks) changes.
+
+    Args:
+        backbone: the student's encoder; the teacher is its copy.
+        views: CVAC's sampler.
+        num_prototypes: K of the [CLS] and the patch head.
+        head_hidden: width of the heads' hidden layers.
+        head_bottleneck: width before the prototypes.
+        weight_cls: weight of the [CLS] term.
+        weight_patch: weight of the patch term.
+        weight_reconstruction: weight of the reconstruction term.
+        weight_koleo: weight of KoLeo on the student's [CLS] (0.1 in DINOv2); it needs a batch of 8 or more per rank.
+        assignment: how teacher logits become targets: ``"centring"`` or ``"sinkhorn"``.
+        centre_momentum: of the centres; 0.9, or 0.99 for batches under 64.
+        temperature_cls: teacher's temperature for [CLS].
+        temperature_patch: teacher's temperature for patches, from first to second over 30 % of the run.
+        mask_ratio: range of the share of hidden tokens, one draw per sample.
+        mask_score: what EAAM prefers: ``"edge"``, ``"entropy"``, ``"teacher"``; or ``"random"`` and ``"block"`` masks.
+        teacher_score: what ``mask_score="teacher"`` means: ``"attention"`` of the teacher's [CLS] [R: AttMask] or the
+            teacher's ``"reconstruction"`` loss per patch [R: AnatoMask].
+        teacher_score_edges: share of the edge score mixed into the teacher's.
+        mask_edge_share: share of hidden tokens drawn by score at the end of the run; it rises linearly from 0.
+        mask_temperature: of that draw, from first to second over the run (linear in its logarithm).
+        mask_hints: share of hidden tokens of the strongest patches that are shown after all.
+        mask_block: tokens per side of a hidden block.
+        cvaa: ``"student"`` fuses the student's tokens (default), ``"teacher"`` mixes aligned tokens of the other view
+            into the targets, ``"casa"`` is Alice's form, ``"none"`` switches CVAA off.
+        fuser_depth: blocks of the fuser.
+        fuser_heads: its attention heads.
+        fused_share: weight of the fused patch loss at 20 % of the run, from 0 at 5 %.
+        fused_share_cls: weight of the fused teacher [CLS] in the targets, reached at 20 % from 0 at 10 %.
+        counterpart_drop: probability that a hidden token may not look at its own place in the other view.
+        key_dropout: share of the other view's tokens hidden from the fuser.
+        reconstruction_edges: weight of edges in the reconstruction, ``1 + weight * edge``.
+        norm_pix: standardise target patches (std floor 0.05 of the view's).
+        appearance: settings of :class:`agssd.transforms.intensity.Appearance` that differ from its defaults.
+        lr: peak learning rate, for example ``5e-4 * global batch / 256``.
+        min_lr: last learning rate.
+        warmup: share of the run.
+        weight_decay: first and last.
+        betas: of AdamW.
+        freeze_last_layer: share of the run during which prototypes stay as they are.
+        seed: of views, masks and appearance.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        views: OverlapCrops,
+        num_prototypes: int = 8192,
+        head_hidden: int = 2048,
+        head_bottleneck: int = 256,
+        weight_cls: float = 1.0,
+        weight_patch: float = 1.0,
+        weight_reconstruction: float = 10.0,
+        weight_koleo: float = 0.0,
+        assignment: Literal["centring", "sinkhorn"] = "centring",
+        centre_momentum: float = 0.9,
+        temperature_cls: float = 0.04,
+        temperature_patch: tuple[float, float] = (0.04, 0.07),
+        mask_ratio: tuple[float, float] = (0.3, 0.7),
+        mask_score: Literal["edge", "entropy", "teacher", "random", "block"] = "edge",
+        teacher_score: Literal["attention", "reconstruction"] = "attention",
+        teacher_score_edges: float = 0.7,
+        mask_edge_share: float = 0.5,
+        mask_temperature: tuple[float, float] = (4.0, 1.0),
+        mask_hints: float = 0.1,
+        mask_block: int = 1,
+        cvaa: Literal["student", "teacher", "casa", "none"] = "student",
+        fuser_depth: int = 2,
+        fuser_heads: int = 6,
+        fused_share: float = 0.5,
+        fused_share_cls: float = 0.25,
+        counterpart_drop: float = 0.5,
+        key_dropout: float = 0.25,
+        reconstruction_edges: float = 1.0,
+        norm_pix: bool = False,
+        appearance: dict[str, float] | None = None,
+        lr: float = 5e-4,
+        min_lr: float = 1e-6,
+        warmup: float = 0.1,
+        weight_decay: tuple[float, float] = (0.04, 0.4),
+        betas: tuple[float, float] = (0.9, 0.999),
+        freeze_last_layer: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(lr, min_lr, warmup, weight_decay, betas, freeze_last_layer, seed)
+        self.save_hyperparameters(ignore=["backbone", "views"])
+        self.views = views
+        self.weights = {"cls": weight_cls, "patch": weight_patch, "rec": weight_reconstruction, "koleo": weight_koleo}
+        self.assignment = assignment
+        self.temperature_cls = temperature_cls
+        self.temperature_patch = temperature_patch
+        self.mask_ratio = mask_ratio
+        self.mask_score = mask_score
+        self.teacher_score = teacher_score
+        self.teacher_score_edges = teacher_score_edges
+        self.mask_edge_share = mask_edge_share
+        self.mask_temperature = mask_temperature
+        self.mask_hints = mask_hints
+        self.mask_block = mask_block
+        self.cvaa = cvaa
+        self.fused_share = fused_share
+        self.fused_share_cls = fused_share_cls
+        self.counterpart_drop = counterpart_drop
+        self.key_dropout = key_dropout
+        self.reconstruction_edges = reconstruction_edges
+        self.norm_pix = norm_pix
+        self.appearance = Appearance(**(appearance or {}))
+        self.patch: Triple = backbone.patch_size
+        self.grid = backbone.token_grid(views.size_vox)
+        if views.num_local:
+            backbone.token_grid(views.local_size_vox)
+
+        def head() -> PrototypeHead:
+            return PrototypeHead(backbone.embed_dim, num_prototypes, head_hidden, head_bottleneck)
+
+        self.student = nn.ModuleDict(
+            {
+                "backbone": backbone,
+                "cls_head": head(),
+                "patch_head": head(),
+                "reconstruction": ReconstructionHead(backbone.embed_dim, self.patch, backbone.in_channels),
+            }
+        )
+        if cvaa == "student":
+            self.student["fuser"] = CrossViewFuser(backbone.embed_dim, fuser_heads, fuser_depth)
+        elif cvaa == "casa":
+            self.student["fuser"] = CrossViewFuser(backbone.embed_dim, fuser_heads, 1, 4.0, None, "post")
+        self.build_teacher()
+        self.last_layers = tuple(
+            cast(PrototypeHead, self.student[name]).prototypes for name in ("cls_head", "patch_head")
+        )
+        self.centre_cls = Centre(num_prototypes, centre_momentum)
+        self.centre_patch = Centre(num_prototypes, centre_momentum)
+        self.centre_fused = Centre(num_prototypes, centre_momentum)
+        self._step: _Step | None = None
+
+    def schedules(self, progress: float) -> dict[str, float]:
+        """Return every scheduled number at a share of the run."""
+        hot, cold = self.mask_temperature
+        return super().schedules(progress) | {
+            "temperature_patch": linear(progress, *self.temperature_patch, finish=0.3),
+            "fused_share": linear(progress, 0.0, self.fused_share, 0.05, 0.2),
+            "fused_share_cls": linear(progress, 0.0, self.fused_share_cls, 0.1, 0.2),
+            "mask_edge_share": linear(progress, 0.0, self.mask_edge_share),
+            "mask_temperature": hot * (cold / hot) ** progress,
+        }
+
+    # ---------------------------------------------------------------- CVAC
+
+    def make_views(self, batch: ParentBatch) -> Views:
+        """Cut two global and the local views from every parent, and find the edges of the one to be masked.
+
+        Returns:
+            Views on the batch's device; a function of (seed, sample) and the parent crop.
+        """
+        sample, is_ct = batch["sample"], batch["is_ct"]
+        low, high = batch["low"], batch["high"]
+        raw = batch["image"].float() * batch["scale"][..., None, None, None] + batch["offset"][..., None, None, None]
+        parent = to_model_range(raw, low, high, is_ct)
+        geometry = self.views.sample(batch["foreground"], sample, self.seed)
+
+        channels = parent.shape[1]
+        stacked = torch.cat([parent, batch["foreground"].float()], 1)
+        cut = extract(stacked, geometry.globals, self.views.size_vox)
+        clean, foreground = cut[:, :, :channels], cut[:, :, channels:] > 0.5
+        inputs = self._appear(clean, is_ct, KeyedRandom(self.seed, sample, "appearance of global views"))
+        local_views = None
+        if geometry.locals is not None:
+            local_views = extract(parent, geometry.locals, self.views.local_size_vox)
+            local_views = self._appear(local_views, is_ct, KeyedRandom(self.seed, sample, "appearance of local views"))
+
+        hidden = (KeyedRandom(self.seed, sample, "hidden view").uniform(1)[:, 0] < 0.5).long()
+        views = Views(
+            sample=sample,
+            geometry=geometry,
+            clean=clean,
+            inputs=inputs,
+            locals=local_views,
+            foreground=foreground,
+            hidden_view=hidden,
+            edges=clean.new_zeros(()),
+            is_ct=is_ct,
+            low=low,
+            high=high,
+            edge_q99=batch["edge_q99"],
+            spacing_mm=geometry.globals.spacing_mm(batch["spacing_mm"], self.views.size_vox),
+        )
+        object.__setattr__(views, "edges", self._edges(views, hidden))
+        return views
+
+    def _appear(self, views: Tensor, is_ct: Tensor, random: KeyedRandom) -> Tensor:
+        count = views.shape[1]
+        flat = self.appearance(rearrange(views, "b v ... -> (b v) ..."), is_ct.repeat_interleave(count), random, count)
+        return rearrange(flat, "(b v) ... -> b v ...", v=count)
+
+    def _edges(self, views: Views, which: Tensor) -> Tensor:
+        """Return the edge map (B, 1, D, H, W) of one global view per sample, from its clean intensities."""
+        clean = _pick(views.clean, which)
+        unit = torch.where(views.is_ct[:, None, None, None, None], clean, (clean + 1) / 2)
+        low, high = views.low[..., None, None, None], views.high[..., None, None, None]
+        magnitude = edge_magnitude(low + unit * (high - low), _pick(views.spacing_mm, which), views.is_ct)
+        magnitude = suppress_border(magnitude, _pick(views.foreground, which))
+        return normalise_edges(magnitude, views.edge_q99).amax(1, keepdim=True)
+
+    # ---------------------------------------------------------------- EAAM
+
+    @torch.no_grad()
+    def _mask(self, views: Views, body: Tensor, attention: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the mask (B, D', H', W') bool of the hidden view and each sample's nominal ratio (B,)."""
+        random = KeyedRandom(self.seed, views.sample, "mask")
+        ratio = random.between(*self.mask_ratio, 1)[:, 0]
+        if self.mask_score == "block":
+            return draw_cuboids(self.grid, ratio, random, self.mask_block), ratio
+        now = self.schedules(self.progress)
+        share = 0.0 if self.mask_score == "random" else now["mask_edge_share"]
+        hints = 0.0 if self.mask_score == "random" else self.mask_hints
+        scores = self._scores(views, body, attention)
+        mask = draw_masks(
+            scores, body, self.grid, ratio, share, now["mask_temperature"], hints, random, self.mask_block
+        )
+        return mask, ratio
+
+    def _scores(self, views: Views, body: Tensor, attention: Tensor | None) -> Tensor:
+        """Return (B, N) z-scores over the patches that hold body; 0 for flat volumes."""
+        if self.mask_score == "random":
+            return torch.zeros_like(body, dtype=torch.float32)
+        if self.mask_score == "entropy":
+            return standardise(entropy_scores(_pick(views.clean, views.hidden_view), self.patch), body)
+        edges = standardise(patch_scores(views.edges, self.patch), body)
+        if self.mask_score == "edge":
+            return edges
+        if self.teacher_score == "attention":
+            assert attention is not None
+            hard = attention.mean(1).flatten(1)
+        else:
+            hard = self._reconstruction_loss_per_patch(views)
+        return self.teacher_score_edges * edges + (1 - self.teacher_score_edges) * standardise(hard, body)
+
+    def _reconstruction_loss_per_patch(self, views: Views) -> Tensor:
+        """Return (B, N): the teacher's L1 per patch, each patch hidden in one of two complementary random masks."""
+        random = KeyedRandom(self.seed, views.sample, "half masks")
+        tokens = num_tokens(self.grid)
+        order = random.uniform(tokens).argsort(1)
+        half = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, : tokens // 2], True)
+        masks = torch.stack([half, ~half], 1).reshape(-1, *self.grid)  # (2B, ...)
+        inputs = repeat(_pick(views.inputs, views.hidden_view), "b ... -> (b two) ...", two=2)
+        features = self.teacher["backbone"].forward_views([inputs], [masks])[0]  # type: ignore[operator]
+        predicted = rearrange(self.teacher["reconstruction"](features.tokens), "(b two) n p -> b two n p", two=2)
+        target = patches_of(_pick(views.clean, views.hidden_view), self.patch)
+        error = (predicted - target[:, None]).abs().mean(-1)  # (B, 2, N)
+        return torch.where(half, error[:, 0], error[:, 1])
+
+    # ---------------------------------------------------------------- CVAA
+
+    def _position_bias(self, views: Views, query_view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return how the tokens of ``query_view`` lie in the other view.
+
+        Returns:
+            bias (B, 1 + N, N) float32 for attention, 0 for [CLS] and for tokens outside the overlap; distance
+            (B, N, N) float32 in token pitches of the other view (largest axis); valid (B, N) bool.
+        """
+        affine = views.geometry.globals.affine
+        u, valid = correspondence(_pick(affine, query_view), _pick(affine, 1 - query_view), self.grid)
+        pitch = torch.tensor(self.grid, device=u.device, dtype=u.dtype) / 2
+        offset = (u[:, :, None] - token_centres(self.grid, u.device)[None, None]) * pitch  # (B, N, N, 3)
+        bias = -(offset**2).sum(-1) / (2 * _BIAS_PITCHES**2)
+        bias = torch.where(valid[..., None], bias, torch.zeros_like(bias))
+        return nn.functional.pad(bias, (0, 0, 1, 0)), offset.abs().amax(-1), valid
+
+    def _forbidden(self, views: Views, mask: Tensor, distance: Tensor) -> Tensor:
+        """Return (B, 1 + N, N) bool: key dropout, and the counterparts of some hidden tokens."""
+        random = KeyedRandom(self.seed, views.sample, "fuser")
+        tokens = mask.shape[1]
+        dropped = (random.uniform(tokens) < self.key_dropout)[:, None].expand(-1, tokens + 1, -1)
+        alone = mask & (random.uniform(tokens) < self.counterpart_drop)
+        counterpart = alone[..., None] & (distance < _COUNTERPART_PITCHES)
+        return dropped | nn.functional.pad(counterpart, (0, 0, 1, 0))
+
+    # ---------------------------------------------------------------- loss
+
+    def _targets(
+        self, logits: Tensor, centre: Centre, temperature: float, counts: Tensor | None = None
+    ) -> Tensor:
+        """Return teacher probabilities, and let the centre see the logits while training."""
+        if self.training:
+            centre.observe(logits, counts)
+        if self.assignment == "sinkhorn":
+            return sinkhorn(logits, temperature, counts)
+        return centre.targets(logits, temperature)
+
+    def pretrain_loss(self, views: Views) -> LossTerms:
+        """Return the objective of one micro-batch: ``cls + patch + 10 rec`` by default."""
+        now = self.schedules(self.progress)
+        batch = views.sample.shape[0]
+        hidden = views.hidden_view
+        both = rearrange(views.inputs, "b v ... -> (b v) ...")
+
+        with torch.no_grad():
+            encoder = cast(Backbone, self.teacher["backbone"])
+            encoder.record_cls_attention = self.mask_score == "teacher" and self.teacher_score == "attention"
+            seen = encoder.forward_views([both])[0]
+            attention = None
+            if encoder.record_cls_attention:
+                assert encoder.last_cls_attention is not None
+                attention = _pick(rearrange(encoder.last_cls_attention[0], "(b v) ... -> b v ...", v=2), hidden)
+                encoder.last_cls_attention = None
+            teacher_cls = rearrange(seen.cls, "(b v) e -> b v e", v=2)
+            teacher_tokens = rearrange(seen.tokens, "(b v) n e -> b v n e", v=2)
+            body = foreground_share(_pick(views.foreground, hidden), self.patch) >= MIN_FOREGROUND  # (B, N)
+            mask, ratio = self._mask(views, body, attention)
+            flat_mask = mask.flatten(1)
+            limit = max(1, round(self.mask_ratio[1] * flat_mask.shape[1] / self.mask_block**3)) * self.mask_block**3
+            index, used = masked_indices(flat_mask, limit)
+            counts = used & body.gather(1, index)  # (B, M): hidden tokens that hold body
+
+        # Student: the masked and the clean global view, and the local views, in one pass.
+        is_hidden = torch.arange(2, device=hidden.device) == hidden[:, None]
+        masks = rearrange(mask[:, None] & is_hidden[:, :, None, None, None], "b v ... -> (b v) ...")
+        groups, group_masks = [both], [masks]
+        if views.locals is not None:
+            groups.append(rearrange(views.locals, "b v ... -> (b v) ..."))
+            group_masks.append(None)
+        features = self.student["backbone"].forward_views(groups, group_masks, self._drop_noise(views))  # type: ignore[operator]
+        student_cls = rearrange(features[0].cls, "(b v) e -> b v e", v=2)
+        student_tokens = rearrange(features[0].tokens, "(b v) n e -> b v n e", v=2)
+        hidden_tokens = _pick(student_tokens, hidden)
+
+        # Patches within the masked view.
+        with torch.no_grad():
+            own = _pick(teacher_tokens, hidden)
+            teacher_logits = self.teacher["patch_head"](_gather(own, index))
+            targets = self._targets(teacher_logits, self.centre_patch, now["temperature_patch"], counts)
+            if self.cvaa == "teacher":
+                targets = self._compensated(views, targets, own, teacher_tokens, index, counts, now)
+        student_logits = self.student["patch_head"](_gather(hidden_tokens, index)) / STUDENT_TEMPERATURE
+        plain = cross_entropy(targets, student_logits)
+        loss_patch = masked_mean(plain, counts)
+        fused, fused_cls = None, None
+        if self.cvaa in ("student", "casa"):
+            fused, fused_cls = self._fused(
+                views, flat_mask, index, counts, student_cls, student_tokens, teacher_cls, teacher_tokens, now
+            )
+            share = now["fused_share"]
+            loss_patch = (1 - share) * loss_patch + share * masked_mean(fused, counts)
+
+        # [CLS] between views.
+        with torch.no_grad():
+            cls_logits = self.teacher["cls_head"](teacher_cls)
+            cls_targets = self._targets(cls_logits, self.centre_cls, self.temperature_cls)
+            if fused_cls is not None:
+                fused_targets = self.centre_cls.targets(self.teacher["cls_head"](fused_cls), self.temperature_cls)
+                cls_targets = torch.lerp(cls_targets, fused_targets, now["fused_share_cls"])
+        cls_student = self.student["cls_head"](student_cls) / STUDENT_TEMPERATURE
+        pairs = [cross_entropy(cls_targets, cls_student.flip(1))]  # (B, 2)
+        if views.locals is not None:
+            local_cls = rearrange(features[1].cls, "(b v) e -> b v e", b=batch)
+            local_student = self.student["cls_head"](local_cls) / STUDENT_TEMPERATURE
+            pairs.append(cross_entropy(cls_targets[:, :, None], local_student[:, None]).flatten(1))
+        loss_cls = torch.cat(pairs, 1).mean()
+
+        # Voxels of hidden patches.
+        prediction = self.student["reconstruction"](_gather(hidden_tokens, index))
+        clean = _pick(views.clean, hidden)
+        target = _gather(patches_of(clean, self.patch), index)
+        if self.norm_pix:
+            target = standardise_patches(target, clean.std((1, 2, 3, 4)))
+        edges = _gather(patches_of(views.edges.expand_as(clean), self.patch), index)
+        loss_rec = patch_l1(prediction, target, 1 + self.reconstruction_edges * edges, counts)
+
+        terms = {"cls": loss_cls, "patch": loss_patch, "rec": loss_rec}
+        if self.weights["koleo"]:
+            terms["koleo"] = (koleo(student_cls[:, 0]) + koleo(student_cls[:, 1])) / 2
+        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        self._step = _Step(
+            views=views,
+            mask=flat_mask,
+            counts=counts,
+            index=index,
+            teacher_cls=cls_targets.flatten(0, 1),
+            student_cls=cls_student.detach().flip(1).flatten(0, 1),
+            teacher_patch=targets,
+            student_patch=student_logits.detach(),
+            cls_features=teacher_cls.flatten(0, 1).float(),
+            tokens=teacher_tokens,
+            prediction=prediction.detach(),
+            target=target,
+            plain=plain.detach(),
+            fused=None if fused is None else fused.detach(),
+            ratio=ratio,
+        )
+        return LossTerms(total, terms)
+
+    def _drop_noise(self, views: Views) -> list[Tensor | None]:
+        """Return uniforms per view and block for stochastic depth, keyed by sample; none outside training."""
+        encoder = cast(Backbone, self.student["backbone"])
+        local_count = 0 if views.locals is None else views.locals.shape[1]
+        if not self.training:
+            return [None] * (2 if local_count else 1)
+        noise = KeyedRandom(self.seed, views.sample, "drop path").uniform(2 + local_count, encoder.depth)
+        flat: list[Tensor | None] = [rearrange(noise[:, :2], "b v l -> (b v) l")]
+        if local_count:
+            flat.append(rearrange(noise[:, 2:], "b v l -> (b v) l"))
+        return flat
+
+    def _fused(
+        self,
+        views: Views,
+        mask: Tensor,
+        index: Tensor,
+        counts: Tensor,
+        student_cls: Tensor,
+        student_tokens: Tensor,
+        teacher_cls: Tensor,
+        teacher_tokens: Tensor,
+        now: dict[str, float],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the cross-entropy (B, M) after fusion, and the teacher's fused [CLS] (B, 2, E) or None (casa)."""
+        hidden = views.hidden_view
+        bias, distance, _ = self._position_bias(views, hidden)
+        forbidden = self._forbidden(views, mask, distance) if self.training else None
+        query = torch.cat([_pick(student_cls, hidden)[:, None], _pick(student_tokens, hidden)], 1)
+        memory = _pick(teacher_tokens, 1 - hidden)
+        fused_cls = None
+        if self.cvaa == "casa":
+            # One shared block; keys once from the student (trained side), once from the teacher (target side).
+            fused = self.student["fuser"](query, _pick(student_tokens, 1 - hidden), bias, forbidden)
+            with torch.no_grad():
+                fused_teacher = self.teacher["fuser"](query, memory, bias)
+        else:
+            fused = self.student["fuser"](query, memory, bias, forbidden)
+            with torch.no_grad():
+                other_bias, _, _ = self._position_bias(views, 1 - hidden)
+                as_first = torch.where((hidden == 0)[:, None, None], bias, other_bias)
+                as_second = torch.where((hidden == 0)[:, None, None], other_bias, bias)
+                queries = torch.cat([teacher_cls[:, :, None], teacher_tokens], 2).flatten(0, 1)
+                memories = teacher_tokens.flip(1).flatten(0, 1)
+                biases = torch.stack([as_first, as_second], 1).flatten(0, 1)
+                out = rearrange(self.teacher["fuser"](queries, memories, biases), "(b v) n e -> b v n e", v=2)
+                fused_cls = out[:, :, 0]
+                fused_teacher = _pick(out, hidden)
+        with torch.no_grad():
+            logits = self.teacher["patch_head"](_gather(fused_teacher[:, 1:], index))
+            targets = self._targets(logits, self.centre_fused, now["temperature_patch"], counts)
+        student_logits = self.student["patch_head"](_gather(fused[:, 1:], index)) / STUDENT_TEMPERATURE
+        return cross_entropy(targets, student_logits), fused_cls
+
+    def _compensated(
+        self,
+        views: Views,
+        targets: Tensor,
+        own: Tensor,
+        teacher_tokens: Tensor,
+        index: Tensor,
+        counts: Tensor,
+        now: dict[str, float],
+    ) -> Tensor:
+        """Return targets mixed with those of the aligned tokens of the other view (``cvaa="teacher"``)."""
+        affine = views.geometry.globals.affine
+        hidden = views.hidden_view
+        u, valid = correspondence(_pick(affine, hidden), _pick(affine, 1 - hidden), self.grid)
+        other = sample_tokens(_pick(teacher_tokens, 1 - hidden).float(), self.grid, u)
+        agreement = nn.functional.cosine_similarity(own.float(), other, dim=-1).clamp_min(0)
+        ramp = now["fused_share"] / self.fused_share if self.fused_share else 0.0
+        share = (0.3 * ramp * valid * agreement).gather(1, index)[..., None]
+        logits = self.teacher["patch_head"](_gather(other, index))
+        aligned = self.centre_patch.targets(logits, now["temperature_patch"])
+        mixed: Tensor = (1 - share) * targets + share * aligned
+        return mixed
+
+    def after_optimizer_step(self) -> None:
+        """Move the centres, once per optimiser step, from all its samples."""
+        self.centre_cls.update()
+        self.centre_patch.update()
+        if self.cvaa in ("student", "casa"):
+            self.centre_fused.update()
+
+    # ------------------------------------------------------------ monitors
+
+    @property
+    def observations(self) -> Observations | None:
+        """Outputs of the last micro-batch for monitors; selected when they are asked for, not in the step."""
+        step = self._step
+        if step is None:
+            return None
+        with torch.no_grad():
+            return {
+                "teacher_cls": step.teacher_cls,
+                "student_cls": step.student_cls,
+                "teacher_patch": step.teacher_patch[step.counts],
+                "student_patch": step.student_patch[step.counts],
+                "cls_features": step.cls_features,
+                "patch_features": _gather(_pick(step.tokens, step.views.hidden_view), step.index)[step.counts].float(),
+                "centre_norm_cls": self.centre_cls.centre.norm(),
+                "centre_norm_patch": self.centre_patch.centre.norm(),
+                "scalars": self._figures(step),
+            }
+
+    def _figures(self, step: _Step) -> dict[str, Tensor]:
+        """Return AG-SSD's own figures of methods.md (c), each (); NaN where nothing could be measured."""
+        views, counts = step.views, step.counts
+        geometry, hidden = views.geometry, views.hidden_view
+        figures = {
+            "overlap": geometry.overlap.mean(),
+            "overlap_target": geometry.target_overlap.mean(),
+            "overlap_above_095": (geometry.overlap > 0.95).float().mean(),
+            "mask_ratio_nominal": step.ratio.mean(),
+            "mask_ratio": step.mask.float().mean(),
+            "mask_foreground": counts.sum() / step.mask.sum().clamp_min(1),
+        }
+        scores = patch_scores(views.edges, self.patch)
+        figures["mask_edge_mass"] = (scores * step.mask).sum() / scores.sum().clamp_min(1e-6)
+
+        affine = geometry.globals.affine
+        u, valid = correspondence(_pick(affine, hidden), _pick(affine, 1 - hidden), self.grid)
+        figures["overlap_tokens"] = valid.float().mean()
+        own = nn.functional.normalize(_pick(step.tokens, hidden).float(), dim=-1, eps=1e-6)
+        other = _pick(step.tokens, 1 - hidden).float()
+        aligned = nn.functional.normalize(sample_tokens(other, self.grid, u), dim=-1, eps=1e-6)
+        mean_other = nn.functional.normalize(other, dim=-1, eps=1e-6).mean(1, keepdim=True)
+        figures["cosine_corresponding"] = _mean_where((own * aligned).sum(-1), valid)
+        figures["cosine_random"] = _mean_where((own * mean_other).sum(-1), valid)
+        if step.fused is not None:
+            chosen = counts & valid.gather(1, step.index)
+            plain = _mean_where(step.plain, chosen)
+            figures["cvaa_gap"] = plain - _mean_where(step.fused, chosen)
+            figures["cvaa_gap_share"] = figures["cvaa_gap"] / plain
+
+        weight = counts[..., None].float().expand_as(step.target)
+        total = weight.sum((1, 2), keepdim=True).clamp_min(1)
+        mean = (step.target * weight).sum((1, 2), keepdim=True) / total
+        figures["rec_l1"] = _mean_where((step.prediction - step.target).abs(), weight > 0)
+        figures["rec_l1_of_mean"] = _mean_where((mean - step.target).abs(), weight > 0)
+        edges = _gather(patch_scores(views.edges, self.patch)[..., None], step.index)[..., 0]
+        middle = edges.median(1, keepdim=True).values
+        error = (step.prediction - step.target).pow(2).mean(-1)
+        span = torch.where(views.is_ct, 1.0, 2.0)[:, None]
+        for name, chosen in (("edge", counts & (edges > middle)), ("flat", counts & (edges <= middle))):
+            figures[f"rec_psnr_{name}"] = -10 * _mean_where(error / span**2, chosen).log10()
+        return figures
+
+    @torch.no_grad()
+    def view_panel(self, index: int) -> ViewPanel:
+        """Return the views of sample ``index`` of the last micro-batch.
+
+        Raises:
+            IndexError: if the batch has no such sample, or no step was taken.
+        """
+        step = self._step
+        if step is None or index >= step.mask.shape[0]:
+            raise IndexError(f"sample {index} is not in the last batch")
+        views = step.views
+        hidden = int(views.hidden_view[index])
+        size = self.views.size_vox
+        both = torch.stack([self._edges(views, torch.full_like(views.hidden_view, v))[index, 0] for v in (0, 1)])
+        mask = torch.zeros(2, *self.grid, dtype=torch.bool, device=both.device)
+        mask[hidden] = step.mask[index].reshape(self.grid)
+        clean = views.clean[index, :, 0]
+        reconstruction = clean.clone()
+        if not self.norm_pix:
+            channels = views.clean.shape[2]
+            patches = patches_of(views.clean[index, hidden][None], self.patch)[0].clone()
+            shown = step.mask[index].gather(0, step.index[index])
+            patches[step.index[index][shown]] = step.prediction[index][shown].to(patches.dtype)
+            d, h, w = self.grid
+            p, q, r = self.patch
+            whole = rearrange(
+                patches, "(d h w) (p q r c) -> c (d p) (h q) (w r)", d=d, h=h, w=w, p=p, q=q, r=r, c=channels
+            )
+            reconstruction[hidden] = whole[0]
+        geometry = views.geometry
+        boxes = torch.stack([box_in_view(geometry.globals, v, geometry.overlap_box, size)[index] for v in (0, 1)])
+        panel: ViewPanel = {
+            "globals": views.inputs[index, :, 0],
+            "clean": clean,
+            "edges": both,
+            "mask": mask,
+            "reconstruction": reconstruction,
+            "overlap_box": boxes,
+            "attention": cast(Backbone, self.teacher["backbone"]).cls_attention(views.inputs[index]),
+        }
+        if views.locals is not None:
+            panel["locals"] = views.locals[index, :, 0]
+        return panel
+
+
+def num_tokens(grid: Triple) -> int:
+    """Return N, the tokens of a grid."""
+    return grid[0] * grid[1] * grid[2]
+
+
+def _pick(x: Tensor, view: Tensor) -> Tensor:
+    """Return (B, ...): view ``view`` (B,) of each sample of (B, V, ...)."""
+    return x[torch.arange(x.shape[0], device=x.device), view]
+
+
+def _gather(tokens: Tensor, index: Tensor) -> Tensor:
+    """Return (B, M, E): tokens (B, N, E) at positions (B, M)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return the mean of the chosen values, NaN if none is."""
+    return (values * chosen).sum() / chosen.sum()

@@ -1,0 +1,198 @@
+"""What every pretraining recipe shares: optimiser, schedules as shares of the run, teacher, log, checkpoint."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from copy import deepcopy
+from typing import Any, cast
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+
+from agssd.losses.distributed import all_sum, world_size
+from agssd.models.backbone import Backbone
+from agssd.models.ema import update_ema
+from agssd.schedules import cosine, warmup_cosine
+from agssd.types import LossTerms, ParentBatch
+
+
+class PretrainModule(L.LightningModule, ABC):
+    """A recipe: views from parent crops, a loss on views, an encoder.
+
+    A recipe fills ``student`` (with ``"backbone"``), calls :meth:`build_teacher` if it distils, and implements
+    :meth:`make_views` and :meth:`pretrain_loss`. Learning rate and weight decay are set before every optimiser step as
+    pure functions of the share of the run that is done, so nothing but the step number is needed to resume them.
+
+    Args:
+        lr: peak learning rate of AdamW, as it is used (no scaling behind the scenes).
+        min_lr: last learning rate.
+        warmup: share of the run over which the learning rate rises from 0.
+        weight_decay: first and last weight decay (cosine); none on biases, norms, tokens and other 1-D parameters.
+        betas: of AdamW.
+        freeze_last_layer: share of the run during which prototypes get no update at all.
+        seed: of views, masks and appearance; every draw is a function of (seed, sample).
+    """
+
+    student: nn.ModuleDict
+    teacher: nn.ModuleDict  # only where build_teacher was called
+    last_layers: tuple[nn.Parameter, ...] = ()
+
+    def __init__(
+        self,
+        lr: float,
+        min_lr: float,
+        warmup: float,
+        weight_decay: tuple[float, float],
+        betas: tuple[float, float],
+        freeze_last_layer: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.lr = lr
+        self.min_lr = min_lr
+        self.warmup = warmup
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.freeze_last_layer = freeze_last_layer
+        self.seed = seed
+
+    @abstractmethod
+    def make_views(self, batch: ParentBatch) -> Any:
+        """Return the recipe's views of a batch of parent crops, on the device, without gradient."""
+
+    @abstractmethod
+    def pretrain_loss(self, views: Any) -> LossTerms:
+        """Return the loss of one micro-batch; a mean over its samples."""
+
+    def after_optimizer_step(self) -> None:
+        """Do what happens once per optimiser step after the weights moved; recipes move their centres here."""
+
+    def schedules(self, progress: float) -> dict[str, float]:
+        """Return every scheduled number at a share of the run; recipes add their own."""
+        return {
+            "lr": warmup_cosine(progress, self.lr, self.min_lr, self.warmup),
+            "weight_decay": cosine(progress, *self.weight_decay),
+        }
+
+    # ------------------------------------------------------------ teacher
+
+    def build_teacher(self) -> None:
+        """Make the teacher an equal copy of the student, heads included, without gradients and in eval mode."""
+        self.teacher = deepcopy(self.student)
+        self.teacher.requires_grad_(False)
+        self.teacher.eval()
+
+    def update_teacher(self, momentum: float) -> None:
+        """Move the teacher to ``momentum * teacher + (1 - momentum) * student``; called once per optimiser step."""
+        update_ema(self.student, self.teacher, momentum)
+
+    def train(self, mode: bool = True) -> PretrainModule:
+        """Set train mode, but leave the teacher in eval mode."""
+        super().train(mode)
+        if self.has_teacher:
+            self.teacher.eval()
+        return self
+
+    @property
+    def backbone(self) -> Backbone:
+        """The encoder that is kept: the teacher's, else the student's."""
+        return cast(Backbone, (self.teacher if self.has_teacher else self.student)["backbone"])
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether :meth:`build_teacher` was called."""
+        return "teacher" in self._modules
+
+    # ---------------------------------------------------------- run length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return int(self.trainer.estimated_stepping_batches)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's optimiser steps that are done, in [0, 1]."""
+        if self._trainer is None:
+            return 0.0
+        return min(self.trainer.global_step / self.total_steps, 1.0) if self.trainer.training else 1.0
+
+    # ------------------------------------------------------ Lightning hooks
+
+    def on_fit_start(self) -> None:
+        """Refuse a run whose teacher nobody moves.
+
+        Raises:
+            ValueError: if the module has a teacher and no callback updates it.
+        """
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.has_teacher and not any(getattr(callback, "updates_teacher", False) for callback in callbacks):
+            raise ValueError(
+                f"{type(self).__name__} has a teacher, but no callback moves it; add "
+                "agssd.callbacks.ema_teacher.EMATeacher to the trainer's callbacks"
+            )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW with two groups: parameters that decay, and biases, norms, tokens and 1-D ones that do not.
+
+        Not the fused form: Lightning refuses gradient clipping with it under mixed precision. The default form runs
+        foreach kernels on CUDA.
+        """
+        encoder = cast(Backbone, self.student["backbone"])
+        kept_out = {f"backbone.{name}" for name in encoder.no_weight_decay()}
+        decays, others = [], []
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad:
+                (others if parameter.ndim < 2 or name in kept_out else decays).append(parameter)
+        groups = [{"params": decays, "weight_decay": self.weight_decay[0]}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn a batch of parent crops into views, in full precision."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.make_views(batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch and log its terms, averaged over ranks."""
+        loss = self.pretrain_loss(batch)
+        self._log_terms("train", loss)
+        self.log_dict({f"schedule/{name}": value for name, value in self.schedules(self.progress).items()})
+        return loss.total
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the same terms on fixed crops of the validation split; nothing is updated."""
+        self._log_terms("val", self.pretrain_loss(batch))
+
+    def _log_terms(self, stage: str, loss: LossTerms) -> None:
+        names = ["loss", *(f"loss_{name}" for name in loss.terms)]
+        values = all_sum(torch.stack([loss.total, *loss.terms.values()]).detach().float()) / world_size()
+        figures = {f"{stage}/{name}": value for name, value in zip(names, values.unbind(), strict=True)}
+        self.log_dict(figures, prog_bar=stage == "train", on_step=stage == "train", on_epoch=stage == "val")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set learning rate and weight decay of this step; keep frozen prototypes out of it altogether."""
+        # The step about to be done ends at (n + 1) / N: the first step has a rate above 0.
+        after = (self.trainer.global_step + 1) / self.total_steps
+        values = self.schedules(min(after, 1.0))
+        for group, decay in zip(optimizer.param_groups, (values["weight_decay"], 0.0), strict=True):
+            group["lr"] = values["lr"]
+            group["weight_decay"] = decay
+        if self.progress < self.freeze_last_layer:
+            for parameter in self.last_layers:
+                parameter.grad = None  # a zero gradient would still decay the weights
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step, then do what happens once per step."""
+        super().optimizer_step(*args, **kwargs)
+        self.after_optimizer_step()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what ``agssd export`` needs, in plain types."""
+        data = getattr(self._trainer, "datamodule", None)
+        checkpoint["agssd"] = {
+            "method": f"{type(self).__module__}.{type(self).__qualname__}",
+            "backbone": self.backbone.config,
+            "state_prefix": f"{'teacher' if self.has_teacher else 'student'}.backbone.",
+            "contract": getattr(data, "contract", None),
+        }
