@@ -259,8 +259,9 @@ def test_fit__resuming_with_other_model_settings_is_refused_with_the_difference(
     changes = ("--model.lr", "0.5", "--backbone.embed_dim", "7")
     assert fit(conf, run, "--ckpt_path", str(run / "checkpoints/last.ckpt"), *changes) == 2
     error = capsys.readouterr().err
-    assert "lr: 0.01 in the checkpoint, 0.5 now" in error
-    assert "backbone.init_args.embed_dim: 5 in the checkpoint, 7 now" in error
+    assert "model.lr: 0.01 in the checkpoint, 0.5 now" in error
+    assert "backbone.embed_dim: 5 in the checkpoint, 7 now" in error
+    assert error.count("in the checkpoint") == 2
 
 
 def test_fit__torn_and_missing_checkpoints_are_refused(conf: Path, tmp_path: Path, capsys: Any) -> None:

@@ -38,6 +38,7 @@ from agssd.run_directory import (
     WandbRun,
     claim,
     default_run_directory,
+    plain_config,
     run_of_checkpoint,
 )
 from agssd.transforms.crops import OverlapCrops
@@ -49,6 +50,7 @@ STANDING: dict[str, type[Callback]] = {
     "view_panels": ViewPanels,
     "throughput": Throughput,
 }
+_RESUMED_UNCHANGED = ("seed_everything", "model", "backbone", "views")
 _KEYWORD_CHECKPOINTS = ("last", "best", "hpc", "registry")
 
 
@@ -130,15 +132,14 @@ class AgssdCLI(LightningCLI):
         path = self._checkpoint_file(str(ckpt_path), self.config[subcommand].trainer.default_root_dir)
         if path is None or subcommand != "fit":
             return
-        saved = dict(read_checkpoint(path).get("hyper_parameters", {}))
-        self._dump_config()
-        model = self.config_dump["model"]
-        del self.config_dump  # the run directory is still to be filled in
-        given = {"_class_path": model["class_path"], **model.get("init_args", {}), **model.get("dict_kwargs", {})}
-        differing = list(differences(saved, given))
+        saved = read_checkpoint(path).get("config", {})
+        given = plain_config(self._parser(subcommand), self.config[subcommand])
+        differing = [
+            line for group in _RESUMED_UNCHANGED for line in differences(group, saved.get(group), given[group])
+        ]
         if differing:
             raise ValueError(
-                f"{path} was trained with other model settings, and a run is continued unchanged:\n  "
+                f"{path} was trained with other settings, and a run is continued unchanged:\n  "
                 + "\n  ".join(differing)
                 + "\nGive the settings of the run (its config.yaml), or start a new run from an exported encoder"
             )
@@ -339,21 +340,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield ``NAME: SAVED in the checkpoint, GIVEN now`` for every setting of the checkpoint that differs.
-
-    A setting that the checkpoint does not hold is not compared: modules may leave parts out of their hyper-parameters.
-    """
-    for name, old in saved.items():
-        if name == "_instantiator":
-            continue
-        label, new = f"{prefix}{name.removeprefix('_')}", given.get(name)
-        old, new = _plain(old), _plain(new)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new, f"{label}.")
-        elif old != new:
-            yield f"{label}: {old!r} in the checkpoint, {new!r} now"
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def differences(name: str, saved: Any, given: Any) -> Iterator[str]:
+    """Yield ``NAME: SAVED in the checkpoint, GIVEN now`` for every setting that differs between two plain configs."""
+    if isinstance(saved, dict) and isinstance(given, dict):
+        for key in sorted({*saved, *given}):
+            label = f"{name}.{key}".replace(".init_args.", ".")
+            yield from differences(label, saved.get(key), given.get(key))
+    elif saved != given:
+        yield f"{name}: {saved!r} in the checkpoint, {given!r} now"

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as L
+import yaml
+from jsonargparse import Namespace
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -70,6 +72,11 @@ def unused(path: Path) -> Path:
     return candidate
 
 
+def plain_config(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    """Return the configuration of a subcommand as nested dicts, lists, strings and numbers."""
+    return cast(dict[str, Any], yaml.safe_load(parser.dump(config, skip_unset=False, format="yaml")))
+
+
 class SaveRunConfig(SaveConfigCallback):
     """Writes what runs into the run directory: ``config.yaml`` for fit, ``test.yaml`` and so on for the others.
 
@@ -86,6 +93,10 @@ class SaveRunConfig(SaveConfigCallback):
             path = unused(Path(trainer.default_root_dir) / f"{name}.yaml")
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(path), skip_unset=False, overwrite=False, multifile=False)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the configuration in plain types, so that a resumed run can be compared with it."""
+        checkpoint["config"] = plain_config(self.parser, self.config)
 
 
 class RunCheckpoint(ModelCheckpoint):

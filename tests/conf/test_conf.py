@@ -169,7 +169,7 @@ def test_agssd_small__trains_and_its_callbacks_act(tiny_cache: Path, tmp_path: P
     AgssdCLI(["fit", "--config", str(CONF / "experiment/agssd_small.yaml"), *more])
     saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 3
-    assert saved["hyper_parameters"]["backbone"]["class_path"] == "agssd.models.vit.ViT"
+    assert saved["config"]["backbone"]["class_path"] == "agssd.models.vit.ViT"
     header = (run / "metrics.csv").read_text().splitlines()[0]
     assert "train/ema_momentum" in header and "train/mask_ratio_low" in header
     assert list((run / "panels").glob("*.png"))
