@@ -50,6 +50,11 @@ STANDING: dict[str, type[Callback]] = {
     "view_panels": ViewPanels,
     "throughput": Throughput,
 }
+_EXPECTED_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\).*",  # Lightning on newer torch
+    r".*module\(s\) in eval mode at the start of training.*",  # the teacher, a frozen encoder
+    r".*You have overridden `on_after_batch_transfer` in `LightningModule`.*",  # where views are made, by design
+)
 _RESUMED_UNCHANGED = ("seed_everything", "model", "backbone", "views")
 _KEYWORD_CHECKPOINTS = ("last", "best", "hpc", "registry")
 
@@ -71,7 +76,8 @@ class AgssdCLI(LightningCLI):
         self.run_directory = Path()
         self._asked = args[0] if args else ""
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")  # Lightning on newer torch
+        for text in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=text)
         quiet = {"exit_on_error": False}
         super().__init__(
             L.LightningModule,
