@@ -5,6 +5,8 @@ Everything runs in fp32 with autocast switched off by the caller's head.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -37,47 +39,71 @@ def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 class Centre(nn.Module):
-    """Running mean of the teacher's logits, subtracted before its softmax.
+    """What is subtracted from the teacher's logits before its softmax, moved once per optimiser step.
 
-    ``observe`` collects sums; ``update`` moves the centre once per optimiser step from all samples of all micro-batches
-    and ranks, so accumulation 4x1 equals 1x4 and two ranks equal one.
+    ``targets`` collects sums; ``update`` moves the centre from all samples of all micro-batches and ranks, so
+    accumulation 4x1 equals 1x4 and two ranks equal one. Two rules:
 
-    Source: DINO §3.1 [R: DINO]; moving once per optimiser step is ours (methods §1.5).
+    - ``"mean"``: running mean of the logits. Source: DINO §3.1 [R: DINO].
+    - ``"balance"``: the centre of a prototype rises by ``temperature * log(momentum + (1 - momentum) K p)``, with ``p``
+      its mean probability in this step, so that over many steps every prototype gets the same share. It is Sinkhorn's
+      column scaling carried from step to step: balanced like Sinkhorn without needing many samples at once. Source:
+      ours, for small batches, where the mean of logits lets few prototypes take all samples and Sinkhorn of a few
+      dozen samples stays near uniform.
 
     Args:
         num_prototypes: K.
         momentum: share of the old centre that is kept per optimiser step.
+        rule: ``"mean"`` or ``"balance"``.
     """
 
     centre: Tensor
 
-    def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
+    def __init__(
+        self, num_prototypes: int, momentum: float = 0.9, rule: Literal["mean", "balance"] = "mean"
+    ) -> None:
         super().__init__()
         self.momentum = momentum
+        self.rule = rule
         self.register_buffer("centre", torch.zeros(num_prototypes))
         # Not a buffer: DDP would overwrite the other ranks' sums with those of rank 0 at every micro-batch.
-        self._observed: Tensor | None = None  # (K + 1,): sum of logits, then their weight
+        self._observed: Tensor | None = None  # (K + 1,): sum of logits or probabilities, then their weight
+        self._temperature = 1.0
 
     @torch.no_grad()
-    def targets(self, logits: Tensor, temperature: float) -> Tensor:
-        """Return teacher probabilities (..., K): ``softmax((logits - centre) / temperature)``."""
-        return ((logits.float() - self.centre) / temperature).softmax(-1)
+    def targets(
+        self, logits: Tensor, temperature: float, weights: Tensor | None = None, observe: bool = False
+    ) -> Tensor:
+        """Return teacher probabilities (..., K): ``softmax((logits - centre) / temperature)``.
 
-    @torch.no_grad()
-    def observe(self, logits: Tensor, weights: Tensor | None = None) -> None:
-        """Add teacher logits (..., K) to the sums, weighted by ``weights`` (...)."""
-        flat = logits.float().flatten(0, -2)
-        weight = flat.new_ones(flat.shape[0]) if weights is None else weights.flatten().float()
-        seen = torch.cat([weight @ flat, weight.sum()[None]])
-        self._observed = seen if self._observed is None else self._observed + seen
+        Args:
+            logits: (..., K).
+            temperature: of the teacher.
+            weights: (...) weight of each row in the centre; None counts all.
+            observe: whether the next ``update`` takes these rows into account.
+        """
+        logits = logits.float()
+        targets = ((logits - self.centre) / temperature).softmax(-1)
+        if observe:
+            flat = (logits if self.rule == "mean" else targets).flatten(0, -2)
+            weight = flat.new_ones(flat.shape[0]) if weights is None else weights.flatten().float()
+            seen = torch.cat([weight @ flat, weight.sum()[None]])
+            self._observed = seen if self._observed is None else self._observed + seen
+            self._temperature = temperature
+        return targets
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the centre towards the mean of all logits observed since the last call, over all ranks."""
+        """Move the centre by all rows observed since the last call, over all ranks; stay if there were none."""
         observed = self._observed if self._observed is not None else self.centre.new_zeros(len(self.centre) + 1)
         total = all_sum(observed)
         mean = total[:-1] / total[-1].clamp_min(1e-6)
-        self.centre.copy_(torch.where(total[-1] > 0, torch.lerp(mean, self.centre, self.momentum), self.centre))
+        if self.rule == "mean":
+            moved = torch.lerp(mean, self.centre, self.momentum)
+        else:
+            load = self.momentum + (1 - self.momentum) * len(self.centre) * mean
+            moved = self.centre + self._temperature * load.log()
+        self.centre.copy_(torch.where(total[-1] > 0, moved, self.centre))
         self._observed = None
 
 

@@ -108,8 +108,10 @@ class AGSSD(PretrainModule):
         weight_patch: weight of the patch term.
         weight_reconstruction: weight of the reconstruction term.
         weight_koleo: weight of KoLeo on the student's [CLS] (0.1 in DINOv2); it needs a batch of 8 or more per rank.
-        assignment: how teacher logits become targets: ``"centring"`` or ``"sinkhorn"``.
-        centre_momentum: of the centres; 0.9, or 0.99 for batches under 64.
+        assignment: how teacher logits become targets: ``"centring"`` [R: DINO], ``"sinkhorn"`` [R: DINOv2], or
+            ``"balance"``, whose centres even out the prototypes' shares over many steps (ours; see
+            :class:`agssd.losses.distillation.Centre`).
+        centre_momentum: of the centres per optimiser step.
         temperature_cls: teacher's temperature for [CLS].
         temperature_patch: teacher's temperature for patches, from first to second over 30 % of the run.
         mask_ratio: range of the share of hidden tokens, one draw per sample.
@@ -152,7 +154,7 @@ class AGSSD(PretrainModule):
         weight_patch: float = 1.0,
         weight_reconstruction: float = 10.0,
         weight_koleo: float = 0.0,
-        assignment: Literal["centring", "sinkhorn"] = "centring",
+        assignment: Literal["balance", "centring", "sinkhorn"] = "balance",
         centre_momentum: float = 0.9,
         temperature_cls: float = 0.04,
         temperature_patch: tuple[float, float] = (0.04, 0.07),
@@ -229,9 +231,10 @@ class AGSSD(PretrainModule):
         self.last_layers = tuple(
             cast(PrototypeHead, self.student[name]).prototypes for name in ("cls_head", "patch_head")
         )
-        self.centre_cls = Centre(num_prototypes, centre_momentum)
-        self.centre_patch = Centre(num_prototypes, centre_momentum)
-        self.centre_fused = Centre(num_prototypes, centre_momentum)
+        rule: Literal["mean", "balance"] = "balance" if assignment == "balance" else "mean"
+        self.centre_cls = Centre(num_prototypes, centre_momentum, rule)
+        self.centre_patch = Centre(num_prototypes, centre_momentum, rule)
+        self.centre_fused = Centre(num_prototypes, centre_momentum, rule)
         self._step: _Step | None = None
 
     def schedules(self, progress: float) -> dict[str, float]:
@@ -381,12 +384,9 @@ class AGSSD(PretrainModule):
     def _targets(
         self, logits: Tensor, centre: Centre, temperature: float, counts: Tensor | None = None
     ) -> Tensor:
-        """Return teacher probabilities, and let the centre see the logits while training."""
-        if self.training:
-            centre.observe(logits, counts)
-        if self.assignment == "sinkhorn":
-            return sinkhorn(logits, temperature, counts)
-        return centre.targets(logits, temperature)
+        """Return teacher probabilities; while training the centre takes them into account."""
+        targets = centre.targets(logits, temperature, counts, observe=self.training)
+        return sinkhorn(logits, temperature, counts) if self.assignment == "sinkhorn" else targets
 
     def pretrain_loss(self, views: Views) -> LossTerms:
         """Return the objective of one micro-batch: ``cls + patch + 10 rec`` by default."""
