@@ -100,7 +100,7 @@ def correspondence(affine_a: Tensor, affine_b: Tensor, grid: Triple) -> tuple[Te
     centres = token_centres(grid, affine_a.device)
     u_b = transform(invert(affine_b) @ affine_a, centres.expand(affine_a.shape[0], -1, -1))
     limit = 1 - 1 / torch.tensor(grid, device=u_b.device, dtype=u_b.dtype)
-    return u_b, (u_b.abs() <= limit + 1e-4).all(-1)
+    return u_b, (u_b.abs() <= limit + 1e-5).all(-1)
 
 
 def sample_tokens(tokens: Tensor, grid: Triple, points: Tensor) -> Tensor:
