@@ -1,0 +1,159 @@
+"""Affine maps of views and the correspondence of tokens, exact for every pair of the 48 orientations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from agssd.geometry import (
+    correspondence,
+    invert,
+    overlap_grid,
+    rotation_matrices,
+    sample_tokens,
+    signed_permutations,
+    token_centres,
+    transform,
+    view_affine,
+)
+
+ALL_PAIRS = torch.cartesian_prod(torch.arange(48), torch.arange(48))  # (2304, 2)
+
+
+def affines(centre, edge, orientation, dtype=torch.float32):
+    """Views of a parent of unit size, so that coordinates are of order 1."""
+    table = signed_permutations().to(dtype)
+    return view_affine(torch.as_tensor(centre, dtype=dtype), torch.as_tensor(edge, dtype=dtype), table[orientation])
+
+
+def test_signed_permutations__are_the_48_distinct_symmetries_of_the_cube():
+    table = signed_permutations()
+    assert table.shape == (48, 3, 3)
+    assert len({tuple(m.flatten().tolist()) for m in table}) == 48
+    assert torch.equal(table.mT @ table, torch.eye(3).expand(48, 3, 3))
+    assert torch.equal(table.abs().sum(-1), torch.ones(48, 3))
+    assert (torch.linalg.det(table).round() == 1).sum() == 24
+    products = {tuple(m.flatten().tolist()) for m in (table[:, None] @ table[None]).reshape(-1, 3, 3)}
+    assert len(products) == 48  # a group
+
+
+def test_signed_permutations__first_eight_flip_the_axes_of_their_binary_number():
+    for index, matrix in enumerate(signed_permutations()[:8]):
+        signs = [-1.0 if index & bit else 1.0 for bit in (4, 2, 1)]
+        assert torch.equal(matrix, torch.diag(torch.tensor(signs)))
+
+
+def test_rotation_matrices__are_rotations_and_turn_the_named_axis_planes():
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.rand(50, 3, generator=generator, dtype=torch.float64) * 2 - 1
+    rotation = rotation_matrices(angles)
+    torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3, dtype=torch.float64).expand(50, 3, 3))
+    torch.testing.assert_close(torch.linalg.det(rotation), torch.ones(50, dtype=torch.float64))
+    for axis in range(3):
+        angle = torch.zeros(3, dtype=torch.float64)
+        angle[axis] = 0.3
+        single = rotation_matrices(angle)
+        fixed = torch.eye(3, dtype=torch.float64)[axis]
+        torch.testing.assert_close(single @ fixed, fixed)
+        assert torch.trace(single).item() == pytest.approx(1 + 2 * math.cos(0.3))
+
+
+def test_view_affine__puts_the_middle_at_the_centre_and_the_faces_half_an_edge_away():
+    generator = torch.Generator().manual_seed(1)
+    centre, edge = torch.rand(48, 3, generator=generator) * 50, torch.rand(48, 3, generator=generator) * 40 + 5
+    affine = view_affine(centre, edge, signed_permutations())
+    torch.testing.assert_close(transform(affine, torch.zeros(48, 1, 3))[:, 0], centre)
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3).expand(48, -1, -1)
+    mapped = transform(affine, corners)
+    torch.testing.assert_close(mapped.amin(1), centre - edge / 2)
+    torch.testing.assert_close(mapped.amax(1), centre + edge / 2)
+
+
+def test_invert__undoes_the_affine_with_rotation():
+    generator = torch.Generator().manual_seed(2)
+    centre, edge = torch.rand(48, 3, generator=generator) * 100, torch.rand(48, 3, generator=generator) * 80 + 10
+    rotation = rotation_matrices(torch.rand(48, 3, generator=generator) - 0.5)
+    affine = view_affine(centre, edge, signed_permutations(), rotation)
+    points = torch.rand(48, 20, 3, generator=generator) * 2 - 1
+    torch.testing.assert_close(transform(invert(affine), transform(affine, points)), points, atol=1e-5, rtol=0)
+
+
+def test_token_centres__are_the_centres_grid_sample_reads_exactly():
+    grid = (3, 4, 5)
+    tokens = torch.arange(60, dtype=torch.float32).reshape(1, 60, 1)
+    centres = token_centres(grid)
+    torch.testing.assert_close(sample_tokens(tokens, grid, centres[None]), tokens, atol=1e-4, rtol=0)
+    assert torch.allclose(centres[0], torch.tensor([1 / 3 - 1, 1 / 4 - 1, 1 / 5 - 1]))
+    assert torch.allclose(centres[1] - centres[0], torch.tensor([0, 0, 2 / 5]), atol=1e-6)  # W is fastest
+
+
+@pytest.mark.parametrize(("grid", "same_place"), [((6, 6, 6), False), ((4, 5, 3), False), ((4, 4, 4), True)])
+def test_correspondence__reads_exact_coordinates_for_all_pairs_of_orientations(grid, same_place):
+    generator = torch.Generator().manual_seed(3)
+    pairs = len(ALL_PAIRS)
+    centre_a = 0.4 + 0.2 * torch.rand(pairs, 3, generator=generator)
+    edge_a = 0.4 + 0.3 * torch.rand(pairs, 3, generator=generator)
+    centre_b = centre_a + 0.25 * (torch.rand(pairs, 3, generator=generator) - 0.5)
+    edge_b = 0.4 + 0.3 * torch.rand(pairs, 3, generator=generator)
+    if same_place:  # every token of A lies exactly on one of B: the outermost are at the limit of validity
+        centre_b, edge_a = centre_a, edge_a[:, :1].expand(-1, 3)
+        edge_b = edge_a
+    affine_a = affines(centre_a, edge_a, ALL_PAIRS[:, 0])
+    affine_b = affines(centre_b, edge_b, ALL_PAIRS[:, 1])
+    centres = token_centres(grid).expand(pairs, -1, -1)
+    wanted = transform(affine_a, centres)  # parent coordinates of A's tokens
+    features = transform(affine_b, centres)  # parent coordinates of B's tokens, as features
+
+    u_b, valid = correspondence(affine_a, affine_b, grid)
+    read = sample_tokens(features, grid, u_b)
+
+    assert valid.all() if same_place else 0.2 < valid.float().mean() < 0.9
+    assert (read - wanted).abs().amax(-1)[valid].max() < 1e-5
+    assert (transform(affine_b, u_b) - wanted).abs().max() < 1e-5  # also where B has nothing to read
+
+
+def test_correspondence__valid_means_at_least_half_a_token_inside():
+    grid = (4, 4, 4)
+    generator = torch.Generator().manual_seed(4)
+    centre, edge = torch.rand(64, 3, generator=generator), torch.rand(64, 3, generator=generator) + 0.5
+    orientation = torch.randint(48, (2, 64), generator=generator)
+    affine_a = affines(centre, edge, orientation[0])
+    affine_b = affines(torch.full((64, 3), 0.5), torch.ones(64, 3), orientation[1])
+    _, valid = correspondence(affine_a, affine_b, grid)
+    points = transform(affine_a, token_centres(grid).expand(64, -1, -1))
+    margin = torch.minimum(points, 1 - points).amin(-1)  # distance to B's faces, B is the unit cube
+    clear = (margin - 1 / 8).abs() > 1e-3
+    assert torch.equal(valid[clear], (margin > 1 / 8)[clear])
+
+
+def test_sample_tokens__interpolates_linear_fields_in_any_orientation_with_rotation():
+    grid = (6, 6, 6)
+    generator = torch.Generator().manual_seed(5)
+    orientation = torch.arange(48)
+    rotation = rotation_matrices(0.4 * (torch.rand(48, 3, generator=generator) - 0.5))
+    centre, edge = torch.full((48, 3), 0.5), torch.full((48, 3), 0.6)
+    affine_b = view_affine(centre, edge, signed_permutations()[orientation], rotation)
+    affine_a = affines(centre + 0.03, edge * 0.8, orientation.flip(0))
+    centres = token_centres(grid).expand(48, -1, -1)
+    u_b, valid = correspondence(affine_a, affine_b, grid)
+    read = sample_tokens(transform(affine_b, centres), grid, u_b)
+    assert valid.float().mean() > 0.5
+    assert (read - transform(affine_a, centres)).abs().amax(-1)[valid].max() < 1e-5
+
+
+def test_overlap_grid__names_the_same_parent_points_in_both_views():
+    generator = torch.Generator().manual_seed(6)
+    orientation = torch.randint(48, (2, 100), generator=generator)
+    low = torch.rand(100, 3, generator=generator) * 10
+    affine_a = view_affine(low + 10, torch.full((100, 3), 20.0), signed_permutations()[orientation[0]])
+    affine_b = view_affine(low + 18, torch.full((100, 3), 24.0), signed_permutations()[orientation[1]])
+    box = torch.stack([low + 6, low + 20], -1)  # A spans low .. low + 20, B low + 6 .. low + 30
+    u_a, u_b = overlap_grid(affine_a, affine_b, box, 4)
+    torch.testing.assert_close(transform(affine_a, u_a), transform(affine_b, u_b), atol=1e-4, rtol=0)
+    assert u_a.abs().max() < 1 and u_b.abs().max() < 1
+    points = transform(affine_a, u_a)
+    torch.testing.assert_close(points.mean(1), low + 13, atol=1e-4, rtol=0)
+    pitch = 14 / 4
+    torch.testing.assert_close(points.amin(1), low + 6 + pitch / 2, atol=1e-4, rtol=0)
