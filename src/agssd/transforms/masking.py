@@ -82,7 +82,9 @@ def draw_masks(
     hidden = by_score | _take(uniform, count - by_score.sum(1))
 
     if hint_share > 0:
-        top = _take(score, (torch.full_like(count, blocks) * 0.1).ceil().long())
+        # A flat volume has no strongest patches; the order of its ties must not show the same places every time.
+        varied = (body & (score != 0)).any(1, keepdim=True)
+        top = _take(score, (torch.full_like(count, blocks) * 0.1).ceil().long()) & varied
         hints = _take(
             random.uniform(blocks).masked_fill(~(hidden & top), -torch.inf), (hint_share * ratio * blocks).round().long()
         )
