@@ -1,0 +1,216 @@
+"""EAAM: exact counts whatever the scores, preference for edges as calibrated, hints, background rules."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from agssd.transforms.keyed_random import KeyedRandom
+from agssd.transforms.masking import BACKGROUND_WEIGHT, draw_cuboids, draw_masks, mask_counts, masked_indices
+
+GRID = (6, 6, 6)
+N = 216
+
+
+def keyed(batch, seed=0):
+    return KeyedRandom(seed, torch.arange(batch), "mask")
+
+
+def z_scores(batch, n=N, seed=0):
+    """Skewed like edge scores: gamma with shape 0.7, standardised per sample."""
+    torch.manual_seed(seed)
+    scores = torch.distributions.Gamma(0.7, 1.0).sample((batch, n))
+    return (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
+
+
+@pytest.fixture(autouse=True)
+def _keep_global_generator():
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize(
+    ("grid", "block"), [((6, 6, 6), 1), ((6, 6, 6), 2), ((6, 6, 6), 3), ((4, 6, 2), 2), ((3, 5, 4), 1)]
+)
+@pytest.mark.parametrize("edge_share", [0.0, 0.3, 1.0])
+def test_draw_masks__count_is_exact_for_every_ratio_score_and_amount_of_body(grid, block, edge_share):
+    n = math.prod(grid)
+    ratios = torch.tensor([0.001, 0.05, 0.3, 0.5, 1 / 3, 0.7, 0.9, 1.0])
+    kinds = {
+        "gamma": z_scores(len(ratios), n),
+        "flat": torch.zeros(len(ratios), n),
+        "extreme": z_scores(len(ratios), n) * 1e4,
+    }
+    for (name, scores), bodies in itertools.product(kinds.items(), (0, 1, 3, n // 2, n)):
+        foreground = torch.zeros(len(ratios), n, dtype=torch.bool)
+        foreground[:, torch.randperm(n, generator=torch.Generator().manual_seed(bodies))[:bodies]] = True
+        for temperature in (0.5, 4.0):
+            mask = draw_masks(scores, foreground, grid, ratios, edge_share, temperature, 0.1, keyed(len(ratios)), block)
+            wanted = mask_counts(ratios, grid, block) * block**3
+            assert mask.shape == (len(ratios), *grid) and mask.dtype == torch.bool
+            assert torch.equal(mask.flatten(1).sum(1), wanted), (name, bodies)
+            assert (wanted - (ratios * n).round()).abs().max() <= max(0, block**3 - 1) or ratios.min() * n < 1
+            cells = mask.reshape(-1, grid[0] // block, block, grid[1] // block, block, grid[2] // block, block)
+            assert torch.equal(cells.amax((2, 4, 6)), cells.amin((2, 4, 6)))  # whole blocks
+
+
+def test_mask_counts__is_the_rounded_share_of_blocks_and_never_none():
+    ratio = torch.tensor([0.0, 0.3, 0.5, 1.0])
+    assert mask_counts(ratio, (6, 6, 6), 1).tolist() == [1, 65, 108, 216]
+    assert mask_counts(ratio, (6, 6, 6), 2).tolist() == [1, 8, 14, 27]
+
+
+def test_draw_masks__refuses_a_block_that_does_not_fit():
+    with pytest.raises(ValueError, match="mask_block is 4"):
+        draw_masks(
+            torch.zeros(1, N), torch.ones(1, N, dtype=torch.bool), GRID, torch.tensor([0.5]), 0.5, 1.0, 0.0, keyed(1), 4
+        )
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(1e6, 0.50), (4.0, 0.70), (2.0, 0.86), (1.0, 0.98), (0.5, 1.00)])
+def test_draw_masks__hides_the_top_tenth_as_calibrated(temperature, share):
+    # methods §1.3, measured there: ratio 0.5, gamma(0.7) scores, the whole quota drawn by score, no hints.
+    batch = 1500
+    scores = z_scores(batch)
+    body = torch.ones(batch, N, dtype=torch.bool)
+    mask = draw_masks(scores, body, GRID, torch.full((batch,), 0.5), 1.0, temperature, 0.0, keyed(batch)).flatten(1)
+    top = torch.zeros_like(mask).scatter_(1, scores.topk(22).indices, True)
+    assert (mask & top).sum() / top.sum() == pytest.approx(share, abs=0.03)
+
+
+def test_draw_masks__prefers_edges_more_as_the_quota_grows():
+    batch = 800
+    scores = z_scores(batch)
+    body = torch.ones(batch, N, dtype=torch.bool)
+    top = torch.zeros(batch, N, dtype=torch.bool).scatter_(1, scores.topk(22).indices, True)
+    shares = []
+    for edge_share in (0.0, 0.25, 0.5, 1.0):
+        ratio = torch.full((batch,), 0.4)
+        mask = draw_masks(scores, body, GRID, ratio, edge_share, 1.0, 0.0, keyed(batch)).flatten(1)
+        shares.append(((mask & top).sum() / top.sum()).item())
+    assert shares[0] == pytest.approx(0.4, abs=0.015)
+    assert all(late > early + 0.05 for early, late in zip(shares, shares[1:], strict=False))
+
+
+def test_draw_masks__hints_show_some_of_the_strongest_and_hide_body_instead():
+    batch, ratio = 600, 0.5
+    scores = z_scores(batch)
+    body = torch.ones(batch, N, dtype=torch.bool)
+    body[:, 150:] = False
+    ratios = torch.full((batch,), ratio)
+    without = draw_masks(scores, body, GRID, ratios, 0.5, 0.5, 0.0, keyed(batch)).flatten(1)
+    with_hints = draw_masks(scores, body, GRID, ratios, 0.5, 0.5, 0.1, keyed(batch)).flatten(1)
+    top = torch.zeros_like(body).scatter_(1, scores.masked_fill(~body, -torch.inf).topk(22).indices, True)
+    shown = without & ~with_hints
+    hidden_instead = with_hints & ~without
+    wanted = round(0.1 * ratio * N)
+    assert (shown & ~top).sum() == 0 and (hidden_instead & ~body).sum() == 0
+    assert torch.equal(shown.sum(1), hidden_instead.sum(1))
+    enough = (without & top).sum(1) >= wanted
+    assert enough.float().mean() > 0.95
+    assert (shown.sum(1)[enough] == wanted).all()
+
+
+def test_draw_masks__hints_without_spare_body_change_nothing():
+    body = torch.zeros(4, N, dtype=torch.bool)
+    body[:, :20] = True
+    ratio = torch.full((4,), 0.9)
+    scores = z_scores(4)
+    mask = draw_masks(scores, body, GRID, ratio, 1.0, 1.0, 0.1, keyed(4)).flatten(1)
+    assert (mask & body).sum() == body.sum()  # the whole body is in the quota and nothing can replace it
+    assert torch.equal(mask.sum(1), mask_counts(ratio, GRID, 1))
+
+
+def test_draw_masks__background_is_never_in_the_edge_quota():
+    batch = 400
+    body = torch.rand(batch, N, generator=torch.Generator().manual_seed(0)) < 0.6
+    scores = z_scores(batch).masked_fill(~body, 50.0)  # background with the highest scores of all
+    ratio = torch.full((batch,), 0.5)
+    mask = draw_masks(scores, body, GRID, ratio, 1.0, 1.0, 0.1, keyed(batch)).flatten(1)
+    room = body.sum(1) >= mask.sum(1)
+    assert room.float().mean() > 0.9
+    assert (mask & ~body)[room].sum() == 0
+
+
+def test_draw_masks__background_has_a_fifth_of_the_weight_in_the_random_quota():
+    batch = 6000
+    body = torch.zeros(batch, 64, dtype=torch.bool)
+    body[:, :32] = True
+    mask = draw_masks(
+        torch.zeros(batch, 64), body, (4, 4, 4), torch.full((batch,), 1 / 64), 0.0, 1.0, 0.0, keyed(batch)
+    ).flatten(1)
+    share = (mask & ~body).sum().item() / mask.sum().item()  # one token per sample: exactly by weight
+    wanted = BACKGROUND_WEIGHT / (1 + BACKGROUND_WEIGHT)
+    assert BACKGROUND_WEIGHT == 0.2
+    assert abs(share - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / batch)
+
+
+@pytest.mark.parametrize("hints", [0.0, 0.1])
+def test_draw_masks__a_flat_volume_is_masked_uniformly(hints):
+    batch = 8000
+    body = torch.ones(batch, 64, dtype=torch.bool)
+    ratio = torch.full((batch,), 0.5)
+    mask = draw_masks(torch.zeros(batch, 64), body, (4, 4, 4), ratio, 0.5, 1.0, hints, keyed(batch)).flatten(1)
+    share = mask.float().mean(0)
+    assert (share - 0.5).abs().max() < 4.5 * math.sqrt(0.25 / batch)
+
+
+def test_draw_masks__do_not_depend_on_the_cut_of_the_batch():
+    scores, body = z_scores(6), torch.rand(6, N, generator=torch.Generator().manual_seed(1)) < 0.7
+    ratio = torch.linspace(0.3, 0.7, 6)
+
+    def draw(rows):
+        return draw_masks(scores[rows], body[rows], GRID, ratio[rows], 0.5, 2.0, 0.1, KeyedRandom(3, rows, "mask"))
+
+    def cuboids(rows):
+        return draw_cuboids(GRID, ratio[rows], KeyedRandom(3, rows, "mask"))
+
+    for function in (draw, cuboids):
+        whole = function(torch.arange(6))
+        assert torch.equal(torch.cat([function(rows) for rows in torch.arange(6).split([1, 2, 3])]), whole)
+        assert not torch.equal(whole[0], whole[1])
+
+
+@pytest.mark.parametrize(("grid", "block"), [((6, 6, 6), 1), ((8, 8, 8), 2), ((3, 5, 4), 1), ((2, 2, 2), 1)])
+def test_draw_cuboids__count_is_exact(grid, block):
+    ratio = torch.linspace(0.01, 1.0, 64)
+    mask = draw_cuboids(grid, ratio, keyed(64), block)
+    assert torch.equal(mask.flatten(1).sum(1), mask_counts(ratio, grid, block) * block**3)
+    cells = mask.reshape(-1, grid[0] // block, block, grid[1] // block, block, grid[2] // block, block)
+    assert torch.equal(cells.amax((2, 4, 6)), cells.amin((2, 4, 6)))
+
+
+def hidden_neighbours(mask):
+    """Share of face neighbours of hidden tokens that are hidden too."""
+    pairs = hits = 0
+    for axis in (1, 2, 3):
+        first, second = mask.narrow(axis, 0, mask.shape[axis] - 1), mask.narrow(axis, 1, mask.shape[axis] - 1)
+        pairs += first.sum() + second.sum()
+        hits += 2 * (first & second).sum()
+    return (hits / pairs).item()
+
+
+def test_draw_cuboids__hide_regions_not_scattered_tokens():
+    batch = 500
+    ratio = torch.full((batch,), 0.4)
+    body = torch.ones(batch, N, dtype=torch.bool)
+    scattered = draw_masks(torch.zeros(batch, N), body, GRID, ratio, 0.0, 1.0, 0.0, keyed(batch))
+    assert hidden_neighbours(scattered) == pytest.approx(0.4, abs=0.02)
+    assert hidden_neighbours(draw_cuboids(GRID, ratio, keyed(batch))) > 0.6
+
+
+def test_masked_indices__lists_hidden_tokens_in_raster_order_and_pads_with_shown_ones():
+    mask = torch.rand(20, 50, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[0], mask[1] = False, True
+    index, used = masked_indices(mask, 50)
+    for row in range(20):
+        assert index[row][used[row]].tolist() == mask[row].nonzero()[:, 0].tolist()
+        assert used[row].sum() == mask[row].sum()
+        assert not mask[row][index[row][~used[row]]].any()
+        assert sorted(index[row].tolist()) == list(range(50))
+    short, used = masked_indices(mask[2:], int(mask[2:].sum(1).max()))
+    assert torch.equal(used.sum(1), mask[2:].sum(1)) and short.shape == used.shape
