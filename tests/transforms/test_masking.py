@@ -53,7 +53,6 @@ def test_draw_masks__count_is_exact_for_every_ratio_score_and_amount_of_body(gri
             wanted = mask_counts(ratios, grid, block) * block**3
             assert mask.shape == (len(ratios), *grid) and mask.dtype == torch.bool
             assert torch.equal(mask.flatten(1).sum(1), wanted), (name, bodies)
-            assert (wanted - (ratios * n).round()).abs().max() <= max(0, block**3 - 1) or ratios.min() * n < 1
             cells = mask.reshape(-1, grid[0] // block, block, grid[1] // block, block, grid[2] // block, block)
             assert torch.equal(cells.amax((2, 4, 6)), cells.amin((2, 4, 6)))  # whole blocks
 
