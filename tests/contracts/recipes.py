@@ -1,0 +1,199 @@
+"""Every recipe of ``agssd.methods``, found by walking the package, and small runs of it for the contracts.
+
+A recipe needs no entry here: what its constructor names decides what it is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import logging
+import pkgutil
+import typing
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+import agssd.methods
+from agssd.callbacks.ema_teacher import EMATeacher
+from agssd.data_modules.pretrain import PretrainDataModule
+from agssd.methods.base import PretrainModule
+from agssd.models.vit import ViT
+from agssd.transforms.crops import OverlapCrops
+
+PARENT = (32, 40, 32)
+GLOBAL_BATCH = 4
+# Given where a constructor names them; everything else keeps its default.
+SMALL: dict[str, Any] = {
+    "num_prototypes": 64,
+    "head_hidden": 64,
+    "head_bottleneck": 32,
+    "fuser_heads": 3,
+    "fuser_depth": 1,
+    "lr": 1e-3,
+}
+
+
+def find_recipes() -> list[type[PretrainModule]]:
+    """Return every concrete subclass of PretrainModule that a module of ``agssd.methods`` defines."""
+    found = []
+    for info in pkgutil.walk_packages(agssd.methods.__path__, "agssd.methods."):
+        for kind in vars(importlib.import_module(info.name)).values():
+            if inspect.isclass(kind) and issubclass(kind, PretrainModule) and not inspect.isabstract(kind):
+                if kind.__module__ == info.name:
+                    found.append(kind)
+    return sorted(found, key=lambda kind: kind.__name__)
+
+
+def variants(kind: type[PretrainModule]) -> list[dict[str, Any]]:
+    """Return ``{}`` and every alternative that the signature shows.
+
+    Other choices of a ``Literal``, the other value of a bool, and 0.1 for a ``weight_*`` that is 0 by default.
+    """
+    hints = typing.get_type_hints(kind.__init__)
+    found: list[dict[str, Any]] = [{}]
+    for name, parameter in inspect.signature(kind).parameters.items():
+        hint = hints.get(name)
+        if typing.get_origin(hint) is typing.Literal:
+            found += [{name: value} for value in typing.get_args(hint) if value != parameter.default]
+        elif hint is bool:
+            found.append({name: not parameter.default})
+        elif name.startswith("weight_") and parameter.default == 0:
+            found.append({name: 0.1})
+    # The teacher's score has kinds of its own, which act only where it is chosen.
+    return [{"mask_score": "teacher", **given} if "teacher_score" in given else given for given in found]
+
+
+def name_of(variant: dict[str, Any]) -> str:
+    """Return a test's id for a variant."""
+    return "-".join(str(value) for value in variant.values()) or "default"
+
+
+def build(kind: type[PretrainModule], views: dict[str, Any] | None = None, **given: Any) -> Any:
+    """Return a small module of the recipe, the same weights every time."""
+    torch.manual_seed(0)
+    named = inspect.signature(kind).parameters
+    settings = {name: value for name, value in SMALL.items() if name in named} | given
+    if "backbone" in named:
+        drop_path = settings.pop("drop_path", 0.3)
+        settings["backbone"] = ViT(1, 8, depth=2, embed_dim=48, num_heads=3, drop_path=drop_path)
+    if "views" in named:
+        default: dict[str, Any] = {"size_vox": (24, 24, 24), "scale": (0.6, 1.0), "num_local": 2}
+        settings["views"] = OverlapCrops(**default | {"local_size_vox": (16, 16, 16)} | (views or {}))
+    return kind(**settings)
+
+
+def data_module(cache: Path, **given: Any) -> PretrainDataModule:
+    """Return small parent crops of ``cache``."""
+    settings: dict[str, Any] = {"parent_vox": PARENT, "global_batch_size": GLOBAL_BATCH, "num_workers": 0}
+    return PretrainDataModule(str(cache), **settings | given)
+
+
+def parents(cache: Path, samples: list[int]) -> dict[str, Tensor]:
+    """Return the batch of parent crops of these samples of the training stream."""
+    data = data_module(cache)
+    data.setup("validate")
+    assert data.train_crops is not None
+    batch: dict[str, Tensor] = default_collate([data.train_crops[sample] for sample in samples])
+    return batch
+
+
+class Recorder(L.Callback):
+    """Keeps, per optimiser step: the mean loss of its micro-batches, every term, learning rates and momentum."""
+
+    def __init__(self) -> None:
+        self.losses: list[dict[str, float]] = []
+        self.rates: list[list[float]] = []
+        self.decays: list[list[float]] = []
+        self.samples: list[list[int]] = []
+        self._sums: dict[str, float] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Some gradients are 0 but for rounding (biases of keys); Adam would blow them up to the size of a step.
+        for group in trainer.optimizers[0].param_groups:
+            group["eps"] = 1e-4
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.samples.append(batch.sample.tolist() if hasattr(batch, "sample") else [])
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("train/loss"):
+                share = float(value) / trainer.accumulate_grad_batches
+                self._sums[name] = self._sums.get(name, 0.0) + share
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.losses.append(self._sums)
+            self._sums = {}
+            groups = trainer.optimizers[0].param_groups
+            self.rates.append([group["lr"] for group in groups])
+            self.decays.append([group["weight_decay"] for group in groups])
+
+
+def quiet() -> None:
+    """Silence Lightning's advice, which is about other things than what is tested."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def trainer(*callbacks: L.Callback, teacher: bool = True, **given: Any) -> L.Trainer:
+    """Return a quiet trainer on one CPU process with EMATeacher."""
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 3,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "limit_val_batches": 0,
+        "gradient_clip_val": 3.0,
+    }
+    standing: list[L.Callback] = [EMATeacher(momentum_start=0.8)] if teacher else []
+    return L.Trainer(**settings | given, callbacks=[*standing, *callbacks])
+
+
+def short_run(kind: type[PretrainModule], variant: dict[str, Any], cache: Path, **given: Any) -> dict[str, Any]:
+    """Return losses and state of a run of a few steps, however the batch is cut (``devices``, ``accumulate...``)."""
+    module, record = build(kind, **variant), Recorder()
+    trainer(record, **given).fit(module, data_module(cache))
+    return {"losses": record.losses, "samples": record.samples, "state": module.state_dict()}
+
+
+def assert_equal_runs(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Hold losses to 1e-5 (relative) and weights, EMA and centres to 1e-6."""
+    assert len(first["losses"]) == len(second["losses"]) > 0
+    for a, b in zip(first["losses"], second["losses"], strict=True):
+        assert a.keys() == b.keys() and "train/loss" in a
+        for name in a:
+            assert abs(a[name] - b[name]) <= 1e-5 * max(1.0, abs(a[name])), f"{name}: {a[name]} and {b[name]}"
+    assert first["state"].keys() == second["state"].keys()
+    for name, tensor in first["state"].items():
+        torch.testing.assert_close(
+            second["state"][name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def tensors(value: Any, path: str = "") -> dict[str, Tensor]:
+    """Return every tensor inside dataclasses, tuples and dicts, by its path."""
+    if isinstance(value, Tensor):
+        return {path: value}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items: Any = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    elif isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (tuple, list)):
+        items = ((str(i), part) for i, part in enumerate(value))
+    else:
+        return {}
+    return {name: tensor for key, part in items for name, tensor in tensors(part, f"{path}.{key}").items()}
+
+
+def take(batch: Any, rows: slice) -> Any:
+    """Return the rows of a batch of parent crops."""
+    return {name: tensor[rows] for name, tensor in batch.items()}
