@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +87,20 @@ def content(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def effective(part: dict[str, Any]) -> dict[str, Any]:
+    """Every argument with which a part of a configuration builds its class, stated or default."""
+    module, _, name = part["class_path"].rpartition(".")
+    parameters = inspect.signature(getattr(import_module(module), name)).parameters
+    defaults = {key: parameter.default for key, parameter in parameters.items()}
+    return {"class_path": part["class_path"]} | defaults | part.get("init_args", {})
+
+
 def test_configurations__model_and_encoder_of_agssd_small() -> None:
     folder = Path(demo.__file__).parent
     pretrain, segmentation = content(folder / "pretrain.yaml"), content(folder / "segmentation.yaml")
-    assert pretrain["backbone"] == segmentation["backbone"] == content(CONF / "backbone" / "vit_tiny_p8.yaml")
-    assert pretrain["model"] == content(CONF / "method" / "agssd_small.yaml")
+    assert pretrain["backbone"] == segmentation["backbone"]
+    assert effective(pretrain["backbone"]) == effective(content(CONF / "backbone" / "vit_tiny_p8.yaml"))
+    assert effective(pretrain["model"]) == effective(content(CONF / "method" / "agssd_small.yaml"))
 
 
 @pytest.mark.slow
