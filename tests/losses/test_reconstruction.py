@@ -1,0 +1,64 @@
+"""Reconstruction loss against plain NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from agssd.losses.reconstruction import STD_FLOOR, patch_l1, standardise_patches
+
+
+def tensors(batch=4, tokens=6, voxels=27):
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, batch, tokens, voxels, generator=generator)
+    weight = 1 + torch.rand(batch, tokens, voxels, generator=generator)
+    used = torch.rand(batch, tokens, generator=generator) < 0.6
+    return prediction, target, weight, used
+
+
+def test_patch_l1__is_the_weighted_mean_per_sample_then_over_samples():
+    prediction, target, weight, used = tensors()
+    used[2] = False  # a sample without masked foreground counts as 0
+    wanted = []
+    for b in range(4):
+        w = weight[b].double().numpy() * used[b].numpy()[:, None]
+        error = np.abs(prediction[b].double().numpy() - target[b].double().numpy())
+        wanted.append((w * error).sum() / w.sum() if w.sum() else 0.0)
+    assert wanted[2] == 0
+    assert patch_l1(prediction, target, weight, used).item() == pytest.approx(np.mean(wanted), rel=1e-5)
+
+
+def test_patch_l1__does_not_depend_on_the_cut_of_the_batch():
+    parts = tensors()
+    whole = patch_l1(*parts)
+    cut = torch.stack([patch_l1(*(x[n : n + 1] for x in parts)) for n in range(4)]).mean()
+    torch.testing.assert_close(cut, whole)
+
+
+def test_patch_l1__unused_tokens_have_neither_value_nor_gradient():
+    prediction, target, weight, used = tensors()
+    prediction = prediction.requires_grad_()
+    loss = patch_l1(prediction, target, weight, used)
+    loss.backward()
+    assert torch.equal(prediction.grad[~used], torch.zeros_like(prediction.grad[~used]))
+    assert (prediction.grad[used] != 0).all()
+    changed = torch.where(used[..., None], prediction.detach(), 1e6)
+    torch.testing.assert_close(patch_l1(changed, target, weight, used), loss.detach())
+
+
+def test_standardise_patches__have_mean_0_and_std_1():
+    target = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) * 7 + 100
+    out = standardise_patches(target, torch.full((3,), 7.0)).double().numpy()
+    x = target.double().numpy()
+    wanted = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+    np.testing.assert_allclose(out, wanted, atol=1e-4)
+
+
+def test_standardise_patches__the_floor_keeps_noise_small():
+    noise = torch.randn(2, 1, 512, generator=torch.Generator().manual_seed(0)) * 0.01
+    out = standardise_patches(100 + noise, torch.tensor([1.0, 10.0]))  # floors 0.05 and 0.5
+    torch.testing.assert_close(out.std((1, 2)), torch.tensor([0.2, 0.02]), rtol=0.05, atol=0)
+    assert STD_FLOOR == 0.05
+    flat = standardise_patches(torch.full((1, 2, 8), 3.0), torch.zeros(1))
+    assert torch.equal(flat, torch.zeros(1, 2, 8))
