@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from agssd.losses.distillation import Centre, sinkhorn
 from agssd.distributed import all_max, all_sum, gather_rows, world_size
+from agssd.losses.distillation import Centre, sinkhorn
 from agssd.losses.koleo import koleo
 
 BATCH, TOKENS, PROTOTYPES, FEATURES = 8, 5, 24, 6

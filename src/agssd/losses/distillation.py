@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from agssd.losses.distributed import all_max, all_sum
+from agssd.distributed import all_max, all_sum
 
 
 def cross_entropy(targets: Tensor, logits: Tensor) -> Tensor:

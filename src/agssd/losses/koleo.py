@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agssd.losses.distributed import gather_rows, world_size
+from agssd.distributed import gather_rows, world_size
 
 
 def koleo(features: Tensor, eps: float = 1e-8, min_distance: float = 1e-4) -> Tensor:

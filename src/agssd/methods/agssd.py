@@ -104,6 +104,8 @@ class AGSSD(PretrainModule):
         num_prototypes: K of the [CLS] and the patch head.
         head_hidden: width of the heads' hidden layers.
         head_bottleneck: width before the prototypes.
+        head_centring: subtract a running mean of the teacher's bottleneck before its L2 norm (ours; see
+            :class:`agssd.models.heads.PrototypeHead`).
         weight_cls: weight of the [CLS] term.
         weight_patch: weight of the patch term.
         weight_reconstruction: weight of the reconstruction term.
@@ -150,6 +152,7 @@ class AGSSD(PretrainModule):
         num_prototypes: int = 8192,
         head_hidden: int = 2048,
         head_bottleneck: int = 256,
+        head_centring: bool = True,
         weight_cls: float = 1.0,
         weight_patch: float = 1.0,
         weight_reconstruction: float = 10.0,
@@ -213,7 +216,9 @@ class AGSSD(PretrainModule):
             backbone.token_grid(views.local_size_vox)
 
         def head() -> PrototypeHead:
-            return PrototypeHead(backbone.embed_dim, num_prototypes, head_hidden, head_bottleneck)
+            return PrototypeHead(
+                backbone.embed_dim, num_prototypes, head_hidden, head_bottleneck, 0.9 if head_centring else None
+            )
 
         self.student = nn.ModuleDict(
             {
@@ -428,7 +433,8 @@ class AGSSD(PretrainModule):
         # Patches within the masked view.
         with torch.no_grad():
             own = _pick(teacher_tokens, hidden)
-            teacher_logits = self.teacher["patch_head"](_gather(own, index))
+            observed = counts if self.training else None
+            teacher_logits = self.teacher["patch_head"](_gather(own, index), observed)
             targets = self._targets(teacher_logits, self.centre_patch, now["temperature_patch"], counts)
             if self.cvaa == "teacher":
                 targets = self._compensated(views, targets, own, teacher_tokens, index, counts, now)
@@ -445,7 +451,8 @@ class AGSSD(PretrainModule):
 
         # [CLS] between views.
         with torch.no_grad():
-            cls_logits = self.teacher["cls_head"](teacher_cls)
+            ones = torch.ones_like(teacher_cls[..., 0]) if self.training else None
+            cls_logits = self.teacher["cls_head"](teacher_cls, ones)
             cls_targets = self._targets(cls_logits, self.centre_cls, self.temperature_cls)
             if fused_cls is not None:
                 fused_targets = self.centre_cls.targets(self.teacher["cls_head"](fused_cls), self.temperature_cls)
@@ -573,6 +580,13 @@ class AGSSD(PretrainModule):
         self.centre_patch.update()
         if self.cvaa in ("student", "casa"):
             self.centre_fused.update()
+        for name in ("cls_head", "patch_head"):
+            teacher, student = (cast(PrototypeHead, heads[name]) for heads in (self.teacher, self.student))
+            mean = teacher.moved_mean()
+            if mean is not None:
+                for head in (teacher, student):
+                    head.mean.copy_(mean)
+                    head.updates += 1
 
     # ------------------------------------------------------------ monitors
 

@@ -8,27 +8,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from agssd.distributed import all_sum
 from agssd.types import Triple
 
 
 class PrototypeHead(nn.Module):
-    """Project features to cosine similarities with K prototypes: MLP, L2 norm, normalised linear.
+    """Project features to cosine similarities with K prototypes: MLP, centring, L2 norm, normalised linear.
 
-    The prototypes are normalised, so logits lie in [-1, 1] (the weight-norm gain is frozen at 1).
+    The prototypes are normalised, so logits lie in [-1, 1] (the weight-norm gain is frozen at 1). With
+    ``centre_momentum`` a running mean of the teacher's bottleneck is subtracted before the L2 norm, in student and
+    teacher alike: what all crops share no longer fills the unit sphere, so a fixed temperature finds the differences
+    between crops at any anatomy and stage of training.
 
-    Source: DINO and iBOT head [R: iBOT].
+    Source: DINO and iBOT head [R: iBOT]; the centred bottleneck is ours, against the uniform [CLS] of small anatomy.
 
     Args:
         embed_dim: E.
         num_prototypes: K.
         hidden_dim: width of the two hidden layers.
         bottleneck_dim: width before the prototypes.
+        centre_momentum: share of the old mean that is kept per optimiser step; None leaves the bottleneck as it is.
     """
 
+    mean: Tensor
+    updates: Tensor
+
     def __init__(
-        self, embed_dim: int, num_prototypes: int = 8192, hidden_dim: int = 2048, bottleneck_dim: int = 256
+        self,
+        embed_dim: int,
+        num_prototypes: int = 8192,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        centre_momentum: float | None = None,
     ) -> None:
         super().__init__()
+        self.centre_momentum = centre_momentum
         self.mlp = nn.Sequential(
             nn.Linear(embed_dim, hidden_dim),
             nn.GELU(),
@@ -41,12 +55,40 @@ class PrototypeHead(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         self.prototypes = nn.Parameter(torch.randn(num_prototypes, bottleneck_dim) / math.sqrt(bottleneck_dim))
+        self.register_buffer("mean", torch.zeros(bottleneck_dim))
+        self.register_buffer("updates", torch.zeros(()))
+        self._observed: Tensor | None = None  # (bottleneck + 1,), no buffer: see losses.distillation.Centre
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., K) float32 cosines from features (..., E)."""
+    def forward(self, x: Tensor, observe: Tensor | None = None) -> Tensor:
+        """Return (..., K) float32 cosines from features (..., E).
+
+        Args:
+            x: features.
+            observe: (...) weight of each row in the running mean, given for the teacher's rows; None takes none.
+        """
         with torch.autocast(x.device.type, enabled=False):
-            z = F.normalize(self.mlp(x.float()), dim=-1, eps=1e-6)
+            z = self.mlp(x.float())
+            if observe is not None and self.centre_momentum is not None:
+                weight = observe.flatten().float()
+                seen = torch.cat([weight @ z.detach().flatten(0, -2), weight.sum()[None]])
+                self._observed = seen if self._observed is None else self._observed + seen
+            z = F.normalize(z - self.mean, dim=-1, eps=1e-6)
             return F.linear(z, F.normalize(self.prototypes.float(), dim=-1, eps=1e-6))
+
+    @torch.no_grad()
+    def moved_mean(self) -> Tensor | None:
+        """Return the running mean after the rows observed since the last call, over all ranks; None if it stays.
+
+        The first update takes the mean of its rows, later ones keep ``centre_momentum`` of the old mean at most.
+        """
+        if self.centre_momentum is None:
+            return None
+        observed = self._observed if self._observed is not None else self.mean.new_zeros(len(self.mean) + 1)
+        self._observed = None
+        total = all_sum(observed)
+        kept = torch.clamp(self.updates / (self.updates + 1), max=self.centre_momentum)
+        new = torch.lerp(total[:-1] / total[-1].clamp_min(1e-6), self.mean, kept)
+        return torch.where(total[-1] > 0, new, self.mean)
 
 
 class ReconstructionHead(nn.Module):

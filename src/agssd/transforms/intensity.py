@@ -7,6 +7,8 @@ ours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -50,8 +52,8 @@ class Appearance:
 
     def __init__(
         self,
-        prob_gamma: float = 0.5,
-        gamma: float = 1.5,
+        prob_gamma: float = 0.3,
+        gamma: float = 1.25,
         prob_histogram: float = 0.3,
         prob_blur: float = 0.3,
         blur_vox: float = 1.0,
@@ -88,24 +90,39 @@ class Appearance:
         power = torch.where(draw() < self.prob_gamma, self.gamma ** draw(-1.0, 1.0), torch.ones_like(span))
         # A smooth monotone change: x + a sin(pi x) + b sin(2 pi x), with a and b too small to turn its slope.
         chosen = (draw() < self.prob_histogram).float()
-        first, second = chosen * draw(-0.1, 0.1), chosen * draw(-0.05, 0.05)
+        first, second = chosen * draw(-0.05, 0.05), chosen * draw(-0.025, 0.025)
         unit = unit.clamp(1e-4, 1) ** _per_view(power)
         unit = unit + _per_view(first) * (torch.pi * unit).sin() + _per_view(second) * (2 * torch.pi * unit).sin()
 
-        chosen = draw() < self.prob_blur
-        sharpen = draw() < 0.5
-        blurred = smooth(unit, (draw(0.3, 1.0) * self.blur_vox)[:, None].expand(-1, 3))
-        amount = torch.where(chosen, torch.where(sharpen, -0.5, 1.0), torch.zeros_like(span))
-        unit = unit + _per_view(amount) * (blurred - unit)
+        chosen, sharpen, width = draw() < self.prob_blur, draw() < 0.5, draw(0.3, 1.0) * self.blur_vox
+        amount = torch.where(sharpen, -0.5, 1.0)
 
-        chosen = (draw() < self.prob_gibbs) & ~is_ct
-        keep = torch.where(chosen, draw(0.5, 0.9), torch.full_like(span, 2.0))
-        unit = _cut_frequencies(unit, keep)
+        def blur(x: Tensor, amount: Tensor, width: Tensor) -> Tensor:
+            return x + _per_view(amount) * (smooth(x, width[:, None].expand(-1, 3)) - x)
 
-        level = torch.where(draw() < self.prob_noise, draw(0.0, self.noise), torch.zeros_like(span))
-        shape = (views, *image.shape[1:])
-        unit = unit + _per_view(level) * random.normal(*shape).reshape(image.shape)
+        unit = _apply_where(chosen, blur, unit, amount, width)
+        chosen, keep = (draw() < self.prob_gibbs) & ~is_ct, draw(0.5, 0.9)
+        unit = _apply_where(chosen, _cut_frequencies, unit, keep)
+
+        chosen, level = draw() < self.prob_noise, draw(0.0, self.noise)
+        keys = random.split(views)
+
+        def add_noise(x: Tensor, level: Tensor, keys: Tensor) -> Tensor:
+            return x + _per_view(level) * KeyedRandom.from_keys(keys).normal(*x.shape[1:])
+
+        unit = _apply_where(chosen, add_noise, unit, level, keys)
         return unit.clamp(0, 1) * _per_view(span) + _per_view(floor)
+
+
+def _apply_where(chosen: Tensor, change: Callable[..., Tensor], image: Tensor, *settings: Tensor) -> Tensor:
+    """Return the image (B, ...) changed where ``chosen`` (B,) says so; settings are per view.
+
+    On the CPU only the chosen views are computed; on a device all are, since selecting would make the host wait.
+    """
+    if image.device.type != "cpu":
+        return torch.where(_per_view(chosen), change(image, *settings), image)
+    index = chosen.nonzero()[:, 0]
+    return image.index_copy(0, index, change(image[index], *(x[index] for x in settings))) if len(index) else image
 
 
 def _cut_frequencies(image: Tensor, keep: Tensor) -> Tensor:

@@ -47,6 +47,19 @@ class KeyedRandom:
         self._key = _mix(_mix(sample.to(torch.int64) * _GOLDEN + key) + key)  # (B,)
         self._drawn = 0
 
+    @classmethod
+    def from_keys(cls, keys: Tensor) -> KeyedRandom:
+        """Return streams of the keys (B,) int64 of :meth:`split`."""
+        stream = cls.__new__(cls)
+        stream._key, stream._drawn = keys, 0
+        return stream
+
+    def split(self, parts: int) -> Tensor:
+        """Return (B * parts,) int64: keys of independent streams, parts of a sample next to each other."""
+        counter = torch.arange(self._drawn + 1, self._drawn + parts + 1, device=self._key.device)
+        self._drawn += parts
+        return _mix(self._key[:, None] + counter * _GOLDEN).flatten()
+
     def uniform(self, *shape: int) -> Tensor:
         """Return (B, *shape) float32, uniform in the open interval (0, 1)."""
         count = math.prod(shape)
