@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -414,7 +415,9 @@ class AGSSD(PretrainModule):
             body = foreground_share(_pick(views.foreground, hidden), self.patch) >= MIN_FOREGROUND  # (B, N)
             mask, ratio = self._mask(views, body, attention)
             flat_mask = mask.flatten(1)
-            limit = max(1, round(self.mask_ratio[1] * flat_mask.shape[1] / self.mask_block**3)) * self.mask_block**3
+            # Not round(): in float32 a half may round the other way, and a hidden token would miss the loss.
+            block = self.mask_block**3
+            limit = max(1, math.ceil(self.mask_ratio[1] * (flat_mask.shape[1] // block))) * block
             index, used = masked_indices(flat_mask, limit)
             counts = used & body.gather(1, index)  # (B, M): hidden tokens that hold body
 
