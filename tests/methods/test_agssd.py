@@ -1,0 +1,513 @@
+"""AG-SSD's step: what is hidden, what counts, what is compared with what, and what never sees what."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import recipes
+import torch
+from torch import Tensor
+
+from agssd.geometry import token_centres, transform
+from agssd.methods.agssd import AGSSD
+from agssd.methods.base import PretrainModule
+from agssd.transforms.edges import MIN_FOREGROUND
+
+SAMPLES = [0, 1, 2, 3]
+
+
+@pytest.fixture
+def batch(tiny_cache: Path) -> dict[str, Tensor]:
+    """Return four parent crops."""
+    return recipes.parents(tiny_cache, SAMPLES)
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return a function that sets the share of the run that is done."""
+    return lambda progress: monkeypatch.setattr(PretrainModule, "progress", property(lambda self: progress))
+
+
+def step_of(module: Any, batch: dict[str, Tensor]) -> tuple[Any, Any, Any]:
+    """Return the views, the loss and what the step left."""
+    views = module.make_views(batch)
+    loss = module.pretrain_loss(views)
+    return views, loss, module._step
+
+
+def body_of(views: Any) -> np.ndarray:
+    """Return (B, N): share of body of each token of the hidden view, by loops."""
+    grid = [size // 8 for size in views.foreground.shape[-3:]]
+    shares = np.zeros((len(views.sample), int(np.prod(grid))))
+    for b, hidden in enumerate(views.hidden_view.tolist()):
+        volume = views.foreground[b, hidden, 0].numpy()
+        for n, (i, j, k) in enumerate(np.ndindex(*grid)):
+            shares[b, n] = volume[8 * i : 8 * i + 8, 8 * j : 8 * j + 8, 8 * k : 8 * k + 8].mean()
+    return shares
+
+
+def half_background(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the batch with the lower half of every parent made air."""
+    batch = {name: tensor.clone() for name, tensor in batch.items()}
+    half = batch["image"].shape[2] // 2
+    batch["image"][:, :, :half] = 0
+    batch["foreground"][:, :, :half] = 0
+    return batch
+
+
+# ------------------------------------------------------------------ what is hidden
+
+
+@pytest.mark.parametrize("score", ["edge", "random", "block"])
+@pytest.mark.parametrize(
+    ("ratio", "size"),
+    [((0.3, 0.7), (24, 24, 24)), ((0.5, 0.5), (24, 24, 24)), ((0.7, 0.7), (24, 24, 40)), ((0.1, 0.1), (24, 40, 24))],
+)
+def test_agssd__hides_the_exact_count_in_one_of_the_two_views(
+    score: str, ratio: tuple[float, float], size: tuple[int, int, int], batch: Any, at: Any, monkeypatch: Any
+) -> None:
+    at(0.7)
+    module = recipes.build(AGSSD, {"size_vox": size}, mask_ratio=ratio, mask_score=score)
+    given: list[Any] = []
+    encode = module.student["backbone"].forward_views
+
+    def spy(views: Any, masks: Any, noise: Any) -> Any:
+        given.extend([views, masks])
+        return encode(views, masks, noise)
+
+    monkeypatch.setattr(module.student["backbone"], "forward_views", spy)
+    views, _, step = step_of(module, batch)
+    groups, (masks, local_masks) = given
+    assert torch.equal(groups[0], views.inputs.flatten(0, 1)) and local_masks is None
+    hidden = masks.reshape(4, 2, -1)
+    tokens = hidden.shape[-1]
+    for b, view in enumerate(views.hidden_view.tolist()):
+        assert not hidden[b, 1 - view].any()
+        assert torch.equal(hidden[b, view], step.mask[b])
+        assert ratio[0] <= step.ratio[b] + 1e-6 and step.ratio[b] <= ratio[1] + 1e-6
+        # Halves may round either way in float32.
+        assert abs(int(step.mask[b].sum()) - float(step.ratio[b]) * tokens) <= 0.5 + 1e-4
+        # Every hidden token that holds body enters the losses, once.
+        counted = step.index[b][step.counts[b]]
+        expected = step.mask[b].numpy() & (body_of(views)[b] >= MIN_FOREGROUND)
+        assert sorted(counted.tolist()) == np.flatnonzero(expected).tolist()
+
+
+def test_agssd__both_views_are_hidden_equally_often(tiny_cache: Path) -> None:
+    batch = recipes.parents(tiny_cache, [0])
+    many = {name: tensor.expand(400, *tensor.shape[1:]) for name, tensor in batch.items()} | {
+        "sample": torch.arange(400)
+    }
+    small = {"size_vox": (8, 8, 8), "num_local": 0}
+    parts = [recipes.build(AGSSD, small).make_views(recipes.take(many, slice(i, i + 50))) for i in range(0, 400, 50)]
+    share = torch.cat([part.hidden_view for part in parts]).float().mean()
+    assert abs(share - 0.5) < 4 * 0.5 / 400**0.5
+
+
+def test_agssd__edge_quota_and_temperature_hide_more_edges_as_the_run_proceeds(tiny_cache: Path, at: Any) -> None:
+    module = recipes.build(AGSSD, {"size_vox": (32, 32, 32)}, mask_hints=0.0, mask_edge_share=1.0)
+    views = module.make_views(recipes.parents(tiny_cache, list(range(8))))
+    mass = []
+    with torch.no_grad():
+        for progress in (0.0, 0.5, 1.0):
+            at(progress)
+            module.pretrain_loss(views)
+            figures = module.observations["scalars"]
+            mass.append(float(figures["mask_edge_mass"] / figures["mask_ratio"]))
+    assert mass[0] < mass[1] < mass[2] and mass[2] > 1.15
+
+
+# ------------------------------------------------------------------ what counts
+
+
+def test_agssd__background_tokens_enter_neither_loss_nor_centre(batch: Any) -> None:
+    module = recipes.build(AGSSD, assignment="centring", centre_momentum=0.9)
+    views, loss, step = step_of(module, half_background(batch))
+    shares = body_of(views)
+    hidden_background = step.mask.numpy() & (shares < MIN_FOREGROUND)
+    assert hidden_background.sum() > 4, "the batch must hide background for this test to say something"
+    counted = np.zeros_like(hidden_background)
+    for b in range(4):
+        counted[b, step.index[b][step.counts[b]].numpy()] = True
+    assert not (counted & hidden_background).any()
+
+    # The centre after one step: a tenth of the mean logit of the tokens that count.
+    with torch.no_grad():
+        tokens = torch.stack([step.tokens[b, v] for b, v in enumerate(views.hidden_view.tolist())])
+        logits = module.teacher["patch_head"](tokens)
+    module.after_optimizer_step()
+    expected = 0.1 * logits[torch.from_numpy(counted)].mean(0)
+    torch.testing.assert_close(module.centre_patch.centre, expected, rtol=0, atol=1e-6)
+
+    # What stands in the background of the target changes no loss.
+    noisy = views.clean.clone()
+    for b, hidden in enumerate(views.hidden_view.tolist()):
+        for n in np.flatnonzero(hidden_background[b]):
+            i, j, k = (8 * int(x) for x in np.unravel_index(n, module.grid))
+            noisy[b, hidden, :, i : i + 8, j : j + 8, k : k + 8] = 5.0
+    again = module.pretrain_loss(dataclasses.replace(views, clean=noisy))
+    assert torch.equal(again.terms["rec"], loss.terms["rec"])
+
+
+@pytest.mark.parametrize("score", ["edge", "entropy", "teacher", "random", "block"])
+@pytest.mark.parametrize("cvaa", ["student", "teacher", "casa", "none"])
+def test_agssd__sample_without_body_gives_finite_loss_and_gradient(score: str, cvaa: str, batch: Any, at: Any) -> None:
+    at(0.6)
+    module = recipes.build(AGSSD, mask_score=score, cvaa=cvaa)
+    for rows in (slice(0, 1), slice(0, 4)):  # the whole batch without body, then one sample of four
+        airy = {name: tensor.clone() for name, tensor in recipes.take(batch, rows).items()}
+        airy["foreground"][0] = 0
+        airy["image"][0] = 0
+        airy["edge_q99"][0] = 0
+        module.zero_grad()
+        _, loss, step = step_of(module, airy)
+        assert not step.counts[0].any() and step.mask[0].any()
+        loss.total.backward()
+        assert loss.total.isfinite()
+        gradients = [p.grad for p in module.student.parameters()]
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    module.after_optimizer_step()
+    assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
+
+
+def test_agssd__centres_stay_without_a_token_that_counts(batch: Any) -> None:
+    module = recipes.build(AGSSD)
+    airy = {name: tensor.clone() for name, tensor in batch.items()}
+    airy["foreground"][:] = 0
+    step_of(module, airy)
+    module.after_optimizer_step()
+    assert not module.centre_patch.centre.any() and not module.centre_fused.centre.any()
+    assert module.centre_cls.centre.any()
+
+
+@pytest.mark.parametrize("score", ["edge", "entropy", "teacher"])
+def test_agssd__flat_volume_is_masked_at_random(score: str, batch: Any, at: Any) -> None:
+    at(1.0)
+    flat = {name: tensor.clone() for name, tensor in batch.items()}
+    flat["image"][:] = 300
+    flat["foreground"][:] = 1
+    flat["edge_q99"][:] = 0
+    module = recipes.build(AGSSD, mask_score=score, teacher_score_edges=1.0)
+    views, loss, step = step_of(module, flat)
+    assert loss.total.isfinite() and not views.edges.any()
+    assert torch.equal(step.mask.sum(1), (step.ratio * step.mask.shape[1]).round().long())
+    assert len({tuple(row) for row in step.mask.tolist()}) == 4
+
+
+def test_agssd__computed_tomography_and_magnetic_resonance_share_a_batch(
+    make_cache: Any, tmp_path: Path, tiny_cache: Path, at: Any
+) -> None:
+    at(0.6)
+    ct = recipes.parents(make_cache(tmp_path / "ct.h5", num_cases=2, modality="ct", splits=["train", "train"]), [0, 1])
+    mri = recipes.parents(tiny_cache, [2, 3])
+    module = recipes.build(AGSSD)
+    both = {name: torch.cat([ct[name], mri[name]]) for name in ct}
+    views, loss, _ = step_of(module, both)
+    assert views.is_ct.tolist() == [True, True, False, False]
+    assert views.clean[:2].min() >= 0 and views.inputs[:2].min() >= 0 and views.clean[2:].min() < -0.9
+    assert views.clean.max() <= 1 and views.inputs.max() <= 1
+    separate = [module.pretrain_loss(module.make_views(part)) for part in (ct, mri)]
+    for name, term in loss.terms.items():  # a mean over samples, whatever their modality
+        assert float(term) == pytest.approx(float(sum(part.terms[name] for part in separate)) / 2, rel=1e-5), name
+
+
+# ------------------------------------------------------------------ what is compared with what
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Return the softmax over the last axis."""
+    powers = np.exp(x - x.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def test_agssd__objective_equals_a_reference_by_loops(batch: Any, at: Any) -> None:
+    at(0.15)
+    module = recipes.build(AGSSD, cvaa="none", drop_path=0.0, assignment="centring")
+    for centre in (module.centre_cls, module.centre_patch):
+        centre.centre.copy_(torch.randn(64, generator=torch.Generator().manual_seed(1)) * 0.05)
+    views, loss, step = step_of(module, half_background(batch))
+    centre_cls, centre_patch = module.centre_cls.centre.numpy(), module.centre_patch.centre.numpy()
+    shares = body_of(views)
+    cls, patch, rec = [], [], []
+    for b, hidden in enumerate(views.hidden_view.tolist()):
+        mask = step.mask[b].reshape(1, *module.grid)
+        student, teacher, scores = [], [], []
+        with torch.no_grad():
+            for v in (0, 1):
+                image = views.inputs[b, v][None]
+                student.append(module.student["backbone"].forward_views([image], [mask if v == hidden else None])[0])
+                teacher.append(module.teacher["backbone"](image))
+            for features in teacher:
+                scores.append(module.teacher["cls_head"](features.cls)[0].double().numpy())
+            seen = [module.student["cls_head"](features.cls)[0].double().numpy() for features in student]
+            for image in views.locals[b]:
+                features = module.student["backbone"](image[None])
+                seen.append(module.student["cls_head"](features.cls)[0].double().numpy())
+            teacher_patch = module.teacher["patch_head"](teacher[hidden].tokens)[0].double().numpy()
+            student_patch = module.student["patch_head"](student[hidden].tokens)[0].double().numpy()
+            predicted = module.student["reconstruction"](student[hidden].tokens)[0].double().numpy()
+        pairs = []
+        for q in (0, 1):
+            target = softmax((scores[q] - centre_cls) / 0.04)
+            pairs += [-(target * np.log(softmax(logits / 0.1))).sum() for v, logits in enumerate(seen) if v != q]
+        cls.append(np.mean(pairs))
+        temperature = 0.04 + (0.07 - 0.04) * 0.5  # half of 30 % of the run
+        losses, error, weights = [], 0.0, 0.0
+        for n in np.flatnonzero(step.mask[b].numpy() & (shares[b] >= 0.05)):
+            target = softmax((teacher_patch[n] - centre_patch) / temperature)
+            losses.append(-(target * np.log(softmax(student_patch[n] / 0.1))).sum())
+            i, j, k = (8 * int(x) for x in np.unravel_index(n, module.grid))
+            box = (0, slice(i, i + 8), slice(j, j + 8), slice(k, k + 8))
+            weight = 1 + views.edges[b][box].double().numpy().ravel()
+            error += (weight * np.abs(predicted[n] - views.clean[b, hidden][box].double().numpy().ravel())).sum()
+            weights += weight.sum()
+        patch.append(np.mean(losses))
+        rec.append(error / weights)
+    assert float(loss.terms["cls"]) == pytest.approx(np.mean(cls), rel=1e-5)
+    assert float(loss.terms["patch"]) == pytest.approx(np.mean(patch), rel=1e-5)
+    assert float(loss.terms["rec"]) == pytest.approx(np.mean(rec), rel=1e-5)
+    assert float(loss.total) == pytest.approx(np.mean(cls) + np.mean(patch) + 10 * np.mean(rec), rel=1e-5)
+
+
+def test_agssd__reconstructs_the_clean_view(batch: Any) -> None:
+    module = recipes.build(AGSSD, appearance={"prob_noise": 1.0, "noise": 0.2, "prob_gamma": 1.0})
+    views, _, step = step_of(module, batch)
+    assert ((views.inputs - views.clean).abs().mean((2, 3, 4, 5)) > 0.01).all()
+    for b, hidden in enumerate(views.hidden_view.tolist()):
+        for m in range(step.index.shape[1]):
+            i, j, k = (8 * int(x) for x in np.unravel_index(int(step.index[b, m]), module.grid))
+            expected = views.clean[b, hidden, 0, i : i + 8, j : j + 8, k : k + 8].flatten()
+            assert torch.equal(step.target[b, m], expected)
+
+
+def test_agssd__weights_scale_their_terms_and_zero_keeps_the_graph(batch: Any, at: Any) -> None:
+    at(0.6)
+    base = recipes.build(AGSSD)
+    views = base.make_views(batch)
+    terms = base.pretrain_loss(views).terms
+    for name, weight in (("cls", 1), ("patch", 1), ("rec", 10)):
+        argument = {"cls": "weight_cls", "patch": "weight_patch", "rec": "weight_reconstruction"}[name]
+        module = recipes.build(AGSSD, **{argument: 0.0})
+        loss = module.pretrain_loss(views)
+        expected = sum(float(terms[other]) * w for other, w in (("cls", 1), ("patch", 1), ("rec", 10)) if other != name)
+        assert float(loss.total) == pytest.approx(expected, rel=1e-5)
+        loss.total.backward()
+        assert all(p.grad is not None for p in module.student.parameters()), f"{name} left the graph at weight 0"
+        assert weight
+
+
+# ------------------------------------------------------------------ CVAA
+
+
+def gradient_of(term: Tensor, parameters: Any) -> list[Tensor | None]:
+    """Return the gradients, None where the term does not depend on a parameter."""
+    return list(torch.autograd.grad(term, list(parameters), retain_graph=True, allow_unused=True))
+
+
+@pytest.mark.parametrize("cvaa", ["student", "casa"])
+def test_agssd__fuser_serves_the_patch_term_alone(cvaa: str, batch: Any, at: Any) -> None:
+    at(0.6)
+    module = recipes.build(AGSSD, cvaa=cvaa)
+    _, loss, _ = step_of(module, batch)
+    fuser = module.student["fuser"].parameters
+    assert all(gradient is None for gradient in gradient_of(loss.terms["rec"], fuser()))
+    assert all(gradient is None for gradient in gradient_of(loss.terms["cls"], fuser()))
+    assert all(gradient is not None and gradient.any() for gradient in gradient_of(loss.terms["patch"], fuser()))
+
+
+def test_agssd__plain_branch_keeps_its_weight_beside_the_fused_one(batch: Any, at: Any) -> None:
+    module = recipes.build(AGSSD)
+    views = module.make_views(batch)
+    for progress, share in ((0.0, 0.0), (0.125, 0.25), (0.2, 0.5), (1.0, 0.5)):
+        at(progress)
+        term = module.pretrain_loss(views).terms["patch"]
+        step = module._step
+        means = [((x * step.counts).sum(1) / step.counts.sum(1)).mean() for x in (step.plain, step.fused)]
+        assert float(term) == pytest.approx(float((1 - share) * means[0] + share * means[1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("given", [{"orientations": "all"}, {"rotation_deg": 20.0}, {"orientations": "flips"}], ids=str)
+def test_agssd__position_bias_is_the_true_distance_in_pitches_of_the_other_view(given: Any, batch: Any) -> None:
+    module = recipes.build(AGSSD, given)
+    views = module.make_views(batch)
+    affine = views.geometry.globals.affine.double().numpy()
+    grid = np.array(module.grid)
+    centres = np.array([(2 * np.array(index) + 1) / grid - 1 for index in np.ndindex(*module.grid)])
+    bias, distance, valid = module._position_bias(views, views.hidden_view)
+    assert not bias[:, 0].any(), "[CLS] has no place"
+    assert 0 < valid.sum() < valid.numel()
+    for b, hidden in enumerate(views.hidden_view.tolist()):
+        own, other = affine[b, hidden], affine[b, 1 - hidden]
+        parent = centres @ own[:3, :3].T + own[:3, 3]
+        # Pitches: how far apart neighbouring tokens of the other view lie in the parent, along its own axes.
+        pitch = other[:3, :3] * 2 / grid
+        keys = centres @ other[:3, :3].T + other[:3, 3]
+        offset = np.einsum("ij,nmj->nmi", np.linalg.inv(pitch), parent[:, None] - keys[None])
+        inside = (np.abs((parent - other[:3, 3]) @ np.linalg.inv(other[:3, :3]).T) <= 1 - 1 / grid + 1e-4).all(-1)
+        np.testing.assert_array_equal(valid[b].numpy(), inside)
+        expected = np.where(inside[:, None], -(offset**2).sum(-1) / 8, 0)
+        np.testing.assert_allclose(bias[b, 1:].numpy(), expected, atol=1e-4)
+        np.testing.assert_allclose(distance[b].numpy(), np.abs(offset).max(-1), atol=1e-4)
+
+
+def test_agssd__hidden_tokens_lose_sight_of_their_counterpart(batch: Any) -> None:
+    module = recipes.build(AGSSD, counterpart_drop=1.0, key_dropout=0.0)
+    views, _, step = step_of(module, batch)
+    _, distance, _ = module._position_bias(views, views.hidden_view)
+    forbidden = module._forbidden(views, step.mask, distance)
+    assert not forbidden[:, 0].any()
+    assert torch.equal(forbidden[:, 1:], step.mask[..., None] & (distance < 1.5))
+    module.counterpart_drop, module.key_dropout = 0.0, 0.25
+    many = dataclasses.replace(views, sample=torch.arange(2000), hidden_view=views.hidden_view)
+    dropped = module._forbidden(many, step.mask[:1].expand(2000, -1), distance[:1].expand(2000, -1, -1))
+    assert (dropped == dropped[:, :1]).all(), "a key is hidden from every query"
+    assert abs(float(dropped[:, 0].float().mean()) - 0.25) < 0.01
+
+
+def test_agssd__nothing_is_dropped_in_evaluation(batch: Any, at: Any) -> None:
+    at(0.6)
+    module = recipes.build(AGSSD).eval()
+    other = recipes.build(AGSSD, drop_path=0.0, key_dropout=0.0, counterpart_drop=0.0).train()
+    views = module.make_views(batch)
+    with torch.no_grad():
+        assert float(module.pretrain_loss(views).total) == pytest.approx(float(other.pretrain_loss(views).total), 1e-6)
+        module.train()
+        assert abs(float(module.pretrain_loss(views).total - other.pretrain_loss(views).total)) > 1e-4
+    assert module.eval()._drop_noise(views) == [None, None]
+
+
+# ------------------------------------------------------------------ precision
+
+
+def test_agssd__heads_do_not_underflow_in_half_precision(batch: Any) -> None:
+    module = recipes.build(AGSSD)
+    features = (torch.randn(6, 48, generator=torch.Generator().manual_seed(0)) * 1e-3).half()
+    for name in ("cls_head", "patch_head"):
+        head = module.student[name]
+        with torch.autocast("cpu", torch.float16):
+            logits = head(features)
+        assert logits.dtype == torch.float32 and torch.equal(logits, head(features.float()))
+        assert logits.std() > 0.05, "features of tiny norm are still projected onto the sphere"
+    for factor in (50.0, 1e4):
+        targets = module.centre_cls.targets(factor * logits, 0.04)
+        assert targets.isfinite().all()
+        torch.testing.assert_close(targets.sum(-1), torch.ones(6))
+
+
+# ------------------------------------------------------------------ monitors
+
+
+def test_observations__hold_probabilities_logits_and_figures(batch: Any, at: Any) -> None:
+    at(0.6)
+    module = recipes.build(AGSSD)
+    assert module.observations is None
+    _, loss, step = step_of(module, batch)
+    seen = module.observations
+    counted = int(step.counts.sum())
+    shapes = {name: tuple(value.shape) for name, value in seen.items() if isinstance(value, Tensor)}
+    assert shapes == {
+        "teacher_cls": (8, 64),
+        "student_cls": (8, 64),
+        "teacher_patch": (counted, 64),
+        "student_patch": (counted, 64),
+        "cls_features": (8, 48),
+        "patch_features": (counted, 48),
+        "centre_norm_cls": (),
+        "centre_norm_patch": (),
+    }
+    for name in ("teacher_cls", "teacher_patch"):
+        torch.testing.assert_close(seen[name].sum(-1), torch.ones(len(seen[name])))
+    for name, rows in (("cls", 8), ("patch", counted)):
+        log_student = seen[f"student_{name}"].log_softmax(-1)
+        assert not seen[f"student_{name}"].requires_grad
+        entropy = -(seen[f"teacher_{name}"] * log_student).sum(-1)
+        assert entropy.shape == (rows,) and entropy.isfinite().all()
+    figures = seen["scalars"]
+    assert {"overlap", "mask_ratio", "mask_edge_mass", "cosine_corresponding", "cvaa_gap", "rec_psnr_edge"} <= set(
+        figures
+    )
+    assert all(value.ndim == 0 and value.isfinite() for value in figures.values()), figures
+    assert figures["overlap"] >= figures["overlap_target"] - 1e-5
+    assert figures["mask_ratio"] == pytest.approx(float(step.mask.float().mean()))
+
+
+def test_observations__teacher_and_student_rows_of_cls_are_the_pairs_of_the_loss(batch: Any, at: Any) -> None:
+    at(0.6)
+    module = recipes.build(AGSSD, {"num_local": 0})
+    _, loss, _ = step_of(module, batch)
+    seen = module.observations
+    entropy = -(seen["teacher_cls"] * seen["student_cls"].log_softmax(-1)).sum(-1)
+    assert float(entropy.mean()) == pytest.approx(float(loss.terms["cls"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("given", [{"orientations": "all"}, {"rotation_deg": 15.0}], ids=str)
+def test_observations__features_of_the_place_in_the_world_agree_where_views_overlap(given: Any, batch: Any) -> None:
+    module = recipes.build(AGSSD, {"size_vox": (32, 32, 32), **given})
+    views, _, step = step_of(module, batch)
+    centres = token_centres(module.grid)
+    affine = views.geometry.globals.affine
+    places = transform(affine.flatten(0, 1), centres.expand(8, -1, -1)).unflatten(0, (4, 2))  # (B, 2, N, 3)
+    features = torch.cat([places / 8 - 2, torch.ones_like(places[..., :1])], -1)
+    module._step = dataclasses.replace(step, tokens=features)
+    figures = module.observations["scalars"]
+    assert float(figures["cosine_corresponding"]) == pytest.approx(1.0, abs=1e-5)
+    assert float(figures["cosine_random"]) < 0.95
+    # The same features without their order agree no more than by chance.
+    module._step = dataclasses.replace(step, tokens=features.flip(2))
+    assert float(module.observations["scalars"]["cosine_corresponding"]) < 0.95
+
+
+def test_view_panel__shows_a_sample_and_refuses_others(batch: Any, at: Any) -> None:
+    at(0.6)
+    module = recipes.build(AGSSD, {"size_vox": (24, 32, 24)})
+    with pytest.raises(IndexError, match="not in the last batch"):
+        module.view_panel(0)
+    views, _, step = step_of(module, batch)
+    for index, hidden in enumerate(views.hidden_view.tolist()):
+        panel = module.view_panel(index)
+        assert {name: tuple(value.shape) for name, value in panel.items()} == {
+            "globals": (2, 24, 32, 24),
+            "clean": (2, 24, 32, 24),
+            "locals": (2, 16, 16, 16),
+            "edges": (2, 24, 32, 24),
+            "mask": (2, 3, 4, 3),
+            "reconstruction": (2, 24, 32, 24),
+            "overlap_box": (2, 3, 2),
+            "attention": (2, 3, 3, 4, 3),
+        }
+        assert torch.equal(panel["mask"][hidden].flatten(), step.mask[index]) and not panel["mask"][1 - hidden].any()
+        torch.testing.assert_close(panel["edges"][hidden], views.edges[index, 0])
+        changed = panel["reconstruction"] != panel["clean"]
+        covered = panel["mask"].repeat_interleave(8, 1).repeat_interleave(8, 2).repeat_interleave(8, 3)
+        assert not (changed & ~covered).any() and (changed & covered).sum() > 0.99 * covered.sum()
+        first = int(step.index[index, 0])
+        i, j, k = (8 * int(x) for x in np.unravel_index(first, (3, 4, 3)))
+        shown = panel["reconstruction"][hidden, i : i + 8, j : j + 8, k : k + 8]
+        torch.testing.assert_close(shown.flatten(), step.prediction[index, 0])
+        box = panel["overlap_box"]
+        size = torch.tensor([24.0, 32.0, 24.0])
+        share = ((box[..., 1] - box[..., 0]) / size).prod(-1)
+        assert float(share.max()) == pytest.approx(float(views.geometry.overlap[index]), abs=1e-4)
+        assert (panel["attention"] >= 0).all() and (panel["attention"].sum((2, 3, 4)) <= 1 + 1e-5).all()
+    with pytest.raises(IndexError, match="sample 4"):
+        module.view_panel(4)
+
+
+# ------------------------------------------------------------------ bad settings
+
+
+@pytest.mark.parametrize("views", [{"size_vox": (20, 24, 24)}, {"local_size_vox": (12, 12, 12)}], ids=str)
+def test_agssd__view_that_the_patch_does_not_divide_is_refused(views: Any) -> None:
+    with pytest.raises(ValueError, match="not divisible by patch_size"):
+        recipes.build(AGSSD, views)
+
+
+def test_agssd__block_that_does_not_divide_the_grid_is_refused(batch: Any) -> None:
+    module = recipes.build(AGSSD, mask_block=2)
+    with pytest.raises(ValueError, match="mask_block is 2, which does not divide the token grid"):
+        module.pretrain_loss(module.make_views(batch))
