@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from agssd.distributed import all_max, all_sum, gather_rows, world_size
 from agssd.losses.distillation import Centre, sinkhorn
 from agssd.losses.koleo import koleo
+from agssd.models.heads import PrototypeHead
 
 BATCH, TOKENS, PROTOTYPES, FEATURES = 8, 5, 24, 6
 
@@ -51,6 +52,11 @@ def figures(rows: slice, wrap) -> dict[str, torch.Tensor]:
                 centre.targets(logits[rows] + 0.1 * step, 0.07, part, observe=True)
                 centre.update()
             found[f"centre {rule} {name}"] = centre.centre
+    torch.manual_seed(2)
+    head = PrototypeHead(FEATURES, PROTOTYPES, 16, 8, centre_momentum=0.9)
+    with torch.no_grad():
+        head(inputs[rows], uneven[rows, 0])
+    found["head mean"] = head.moved_mean()
     x = torch.arange(3.0) + (rows.start or 0)
     found["sum"], found["max"] = all_sum(x), all_max(x)
 
@@ -105,7 +111,7 @@ def test_two_ranks__equal_one_process_on_the_joined_batch(tmp_path: Path):
     for found in ranks:
         assert torch.equal(found["sum"], torch.tensor([4.0, 6.0, 8.0]))
         assert torch.equal(found["max"], torch.tensor([4.0, 5.0, 6.0]))
-        for name in ("koleo", "gathered", "weight gradient", "bias gradient"):
+        for name in ("koleo", "gathered", "head mean", "weight gradient", "bias gradient"):
             close(found[name], joined[name], name)
     assert joined["weight gradient"].abs().max() > 0.1
 

@@ -77,6 +77,72 @@ def test_heads__run_in_fp32_under_autocast(head, dtype):
         assert torch.equal(mixed, plain)
 
 
+def centred(momentum=0.9):
+    torch.manual_seed(0)
+    return PrototypeHead(24, num_prototypes=50, hidden_dim=32, bottleneck_dim=16, centre_momentum=momentum)
+
+
+def move(head):
+    mean = head.moved_mean()
+    assert mean is not None
+    head.mean.copy_(mean)
+    head.updates += 1
+
+
+def test_prototype_head__centring_takes_the_weighted_mean_of_the_bottleneck_off():
+    head, x = centred(), features()
+    weights = torch.rand(3, 7, generator=torch.Generator().manual_seed(2)) < 0.6
+    before = head(x, weights)
+    torch.testing.assert_close(before, head(x))  # observing changes nothing yet
+    move(head)
+    bottleneck = head.mlp(x).detach()
+    torch.testing.assert_close(head.mean, bottleneck[weights].mean(0))
+    wanted = torch.nn.functional.cosine_similarity((bottleneck - head.mean)[..., None, :], head.prototypes, dim=-1)
+    torch.testing.assert_close(head(x), wanted, atol=1e-5, rtol=0)
+
+
+def test_prototype_head__centring_tells_apart_what_shares_a_large_part():
+    head = centred()
+    x = features(0.02) + 3 * torch.randn(24, generator=torch.Generator().manual_seed(5))
+    spread = head(x).flatten(0, 1).std(0).mean()
+    head(x, torch.ones(3, 7))
+    move(head)
+    assert head(x).flatten(0, 1).std(0).mean() > 10 * spread
+
+
+def test_prototype_head__running_mean_starts_at_the_first_and_then_keeps_its_momentum():
+    head = centred(0.75)
+    means = []
+    for step in range(6):
+        x = features() + step
+        head(x, torch.ones(3, 7))
+        means.append(head.mlp(x).detach().flatten(0, 1).mean(0))
+        move(head)
+    wanted = means[0]
+    for step, mean in enumerate(means[1:], 1):
+        kept = min(step / (step + 1), 0.75)
+        wanted = kept * wanted + (1 - kept) * mean
+    torch.testing.assert_close(head.mean, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_prototype_head__four_micro_batches_move_the_mean_as_one_does():
+    one, four = centred(), centred()
+    x, weights = features(), torch.rand(3, 7, generator=torch.Generator().manual_seed(2))
+    one(x, weights)
+    for row in range(3):
+        four(x[row], weights[row])
+    torch.testing.assert_close(four.moved_mean(), one.moved_mean())
+
+
+def test_prototype_head__without_observed_rows_the_mean_stays():
+    head = centred()
+    head.mean.fill_(0.2)
+    assert torch.equal(head.moved_mean(), torch.full((16,), 0.2))
+    head(features(), torch.zeros(3, 7))
+    assert torch.equal(head.moved_mean(), torch.full((16,), 0.2))
+    assert centred(None).moved_mean() is None
+
+
 def test_reconstruction_head__predicts_every_voxel_of_a_patch_from_its_token_alone():
     torch.manual_seed(0)
     head = ReconstructionHead(24, (2, 3, 4), 2)

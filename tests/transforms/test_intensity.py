@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from agssd.transforms import intensity
 from agssd.transforms.intensity import Appearance, to_model_range
 from agssd.transforms.keyed_random import KeyedRandom
 
@@ -141,3 +142,15 @@ def test_appearance__differs_between_views_samples_seeds_and_purposes():
     assert len({tuple(view.flatten()[:4].tolist()) for view in first}) == 4
     assert not torch.equal(apply(settings, image, is_ct, torch.arange(2), seed=1), first)
     assert not torch.equal(apply(settings, image, is_ct, torch.arange(2), purpose="other"), first)
+
+
+def test_appearance__computing_all_views_as_devices_do_gives_the_same(monkeypatch):
+    image, is_ct = views(8, 3)
+    chosen_only = apply({}, image, is_ct, torch.arange(8))
+
+    def everywhere(chosen, change, image, *settings):
+        return torch.where(chosen[:, None, None, None, None], change(image, *settings), image)
+
+    monkeypatch.setattr(intensity, "_apply_where", everywhere)
+    torch.testing.assert_close(apply({}, image, is_ct, torch.arange(8)), chosen_only, atol=1e-6, rtol=0)
+    assert (chosen_only - image).abs().max() > 0.05

@@ -111,3 +111,24 @@ def test_gumbel__top_two_are_a_draw_without_replacement():
             wanted = weights[i] * weights[j] / (1 - weights[i])
             share = ((pairs[:, 0] == i) & (pairs[:, 1] == j)).double().mean().item()
             assert abs(share - wanted) < 4.5 * math.sqrt(wanted * (1 - wanted) / 60_000)
+
+
+def test_split__gives_unrelated_streams_that_do_not_depend_on_the_cut():
+    def draw(sample):
+        random = KeyedRandom(7, sample, "appearance")
+        random.uniform(3)
+        return KeyedRandom.from_keys(random.split(4)).uniform(16)
+
+    whole = draw(SAMPLES)
+    assert whole.shape == (4 * 4096, 16)
+    assert torch.equal(torch.cat([draw(part) for part in SAMPLES.split(1000)]), whole)
+    limit = 5 / math.sqrt(4096 * 16)
+    streams = whole.reshape(4096, 4, 16)
+    for other in range(1, 4):
+        assert abs(np.corrcoef(streams[:, 0].flatten(), streams[:, other].flatten())[0, 1]) < limit
+    parent = KeyedRandom(7, SAMPLES, "appearance")
+    parent.uniform(3)
+    parent.split(4)
+    assert abs(np.corrcoef(parent.uniform(16).flatten(), streams[:, 0].flatten())[0, 1]) < limit
+    again = KeyedRandom(7, SAMPLES[:8], "appearance")
+    assert not torch.equal(again.split(2), again.split(2))  # a second split gives other streams
