@@ -7,6 +7,7 @@ nothing about patients. Every step is the command that a user would run, with it
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import shutil
@@ -37,7 +38,7 @@ class Size:
     finetune_steps: int
 
 
-FULL = Size({"train": 20, "val": 2, "test": 6}, 2.5, 2, 700, 200)
+FULL = Size({"train": 20, "val": 2, "test": 6}, 2.5, 2, 600, 200)
 QUICK = Size({"train": 5, "val": 1, "test": 2}, 4.0, 2, 20, 20)
 
 
@@ -64,7 +65,7 @@ def _demo(out: Path, size: Size, seed: int, quick: bool) -> None:
 
     started = time.monotonic()
     _prepare_folder(out)
-    print(NOTICE, flush=True)
+    print(f"{NOTICE}\nThe output of every command is in {out / 'logs'}.", flush=True)
     count = sum(size.subjects.values())
     with _step(f"simulate {count} subjects at {size.spacing_mm:g} mm"):
         manifest = write_cohort(out / "scans", size.subjects, size.spacing_mm, seed)
@@ -79,20 +80,11 @@ def _demo(out: Path, size: Size, seed: int, quick: bool) -> None:
     for name in ("pretrain", "segmentation"):
         shutil.copyfile(_HERE / f"{name}.yaml", out / f"{name}.yaml")
     steps = ["--trainer.max_steps", str(size.pretrain_steps), "--trainer.default_root_dir", str(out / "pretrain")]
-    _agssd(log / "pretrain.log", ["fit", "--config", str(out / "pretrain.yaml"), *common, *steps])
+    with _one_thread():
+        _agssd(log / "pretrain.log", ["fit", "--config", str(out / "pretrain.yaml"), *common, *steps])
     _agssd(log / "export.log", ["export", str(out / "pretrain"), "--out", str(out / "encoder")])
 
-    steps = ["--trainer.max_steps", str(size.finetune_steps), "--data.num_subjects", str(size.num_labelled)]
-    for name in ("pretrained", "random"):
-        run_folder = out / name
-        place = ["--config", str(out / "segmentation.yaml"), *common, "--trainer.default_root_dir", str(run_folder)]
-        if name == "pretrained":
-            place += ["--model.init_args.encoder", str(out / "encoder"), "--backbone", "null"]
-        _agssd(log / f"{name}_fit.log", ["fit", *place, *steps])
-        weights = ["--ckpt_path", str(_checkpoint(run_folder))]
-        _agssd(log / f"{name}_test.log", ["test", *place, *steps, *weights])
-        one = ["--trainer.limit_predict_batches", "1"]
-        _agssd(log / f"{name}_predict.log", ["predict", *place, *steps, *weights, *one])
+    _finetune_both(out, log, [*common, "--trainer.max_steps", str(size.finetune_steps)], size.num_labelled)
 
     results = {name: collect(out / name) for name in ("pretrained", "random")}
     losses = out / "pretrain"
@@ -102,6 +94,35 @@ def _demo(out: Path, size: Size, seed: int, quick: bool) -> None:
     for path in pictures:
         print(f"picture: {path}")
     print(f"everything is in {out}; {time.monotonic() - started:.0f} s")
+
+
+def _finetune_both(out: Path, log: Path, common: Sequence[str], num_labelled: int) -> None:
+    """Fine-tune from the export and from random weights, each on a core of its own, and print what was run."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    place = ["--config", str(out / "segmentation.yaml"), *common, "--data.num_subjects", str(num_labelled)]
+    encoders = {
+        "pretrained": ["--model.init_args.encoder", str(out / "encoder"), "--backbone", "null"],
+        "random": [],
+    }
+    print("and, both at the same time:", flush=True)
+    with ProcessPoolExecutor(len(encoders), mp_context=get_context("spawn")) as pool:
+        runs = [pool.submit(_finetune, out / name, log, [*place, *more]) for name, more in encoders.items()]
+        for finished in runs:
+            print(finished.result(), end="", flush=True)
+
+
+def _finetune(folder: Path, log: Path, place: Sequence[str]) -> str:
+    """Fit, test and predict in this process and return what there is to print."""
+    printed = io.StringIO()
+    place = [*place, "--trainer.default_root_dir", str(folder)]
+    with redirect_stdout(printed), _one_thread():
+        _agssd(log / f"{folder.name}_fit.log", ["fit", *place])
+        place += ["--ckpt_path", str(_checkpoint(folder))]
+        _agssd(log / f"{folder.name}_test.log", ["test", *place])
+        _agssd(log / f"{folder.name}_predict.log", ["predict", *place, "--trainer.limit_predict_batches", "1"])
+    return printed.getvalue()
 
 
 def _prepare_folder(out: Path) -> None:
@@ -154,6 +175,19 @@ def _agssd(log: Path, command: Sequence[str]) -> None:
     if code:
         tail = "\n".join(log.read_text().splitlines()[-15:])
         raise ValueError(f"`agssd {command[0]}` failed; the end of {log}:\n{tail}")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute on one thread: two that share a busy core wait for each other more than they gain."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
