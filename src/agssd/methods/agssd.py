@@ -424,7 +424,7 @@ class AGSSD(PretrainModule):
         # Student: the masked and the clean global view, and the local views, in one pass.
         is_hidden = torch.arange(2, device=hidden.device) == hidden[:, None]
         masks = rearrange(mask[:, None] & is_hidden[:, :, None, None, None], "b v ... -> (b v) ...")
-        groups, group_masks = [both], [masks]
+        groups, group_masks = [both], cast("list[Tensor | None]", [masks])
         if views.locals is not None:
             groups.append(rearrange(views.locals, "b v ... -> (b v) ..."))
             group_masks.append(None)
