@@ -17,7 +17,7 @@ import recipes  # noqa: E402
 
 
 def main(cache: Path, out: Path) -> None:
-    """Save ``OUT/RANK.pt``: a list of runs, or of the error that stopped them, in the order of recipes and variants."""
+    """Save ``OUT/RANK.pt``: a list of runs in the order of recipes and variants."""
     torch.set_num_threads(1)
     recipes.quiet()
     results = []

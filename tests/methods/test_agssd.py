@@ -213,7 +213,8 @@ def test_agssd__computed_tomography_and_magnetic_resonance_share_a_batch(
     assert views.clean.max() <= 1 and views.inputs.max() <= 1
     separate = [module.pretrain_loss(module.make_views(part)) for part in (ct, mri)]
     for name, term in loss.terms.items():  # a mean over samples, whatever their modality
-        assert float(term) == pytest.approx(float(sum(part.terms[name] for part in separate)) / 2, rel=1e-5), name
+        mean = sum(part.terms[name].item() for part in separate) / 2
+        assert term.item() == pytest.approx(mean, rel=1e-5), name
 
 
 # ------------------------------------------------------------------ what is compared with what
@@ -353,6 +354,33 @@ def test_agssd__position_bias_is_the_true_distance_in_pitches_of_the_other_view(
         expected = np.where(inside[:, None], -(offset**2).sum(-1) / 8, 0)
         np.testing.assert_allclose(bias[b, 1:].numpy(), expected, atol=1e-4)
         np.testing.assert_allclose(distance[b].numpy(), np.abs(offset).max(-1), atol=1e-4)
+
+
+def test_agssd__teacher_fuses_each_view_with_the_other_from_its_own_place(
+    batch: Any, at: Any, monkeypatch: Any
+) -> None:
+    at(0.6)
+    module = recipes.build(AGSSD, drop_path=0.0)
+    for block in module.teacher["fuser"].blocks:
+        block.scale_attention.fill_(1.0)
+    left: list[Any] = []
+    fuse = module._fused
+
+    def spy(*args: Any) -> Any:
+        left.append(fuse(*args))
+        return left[0]
+
+    monkeypatch.setattr(module, "_fused", spy)
+    views, _, step = step_of(module, batch)
+    fused_cls = left[0][1]
+    for b in range(4):
+        for v in (0, 1):
+            one = module.make_views(recipes.take(batch, slice(b, b + 1)))
+            bias, _, _ = module._position_bias(one, torch.tensor([v]))
+            own, other = (module.teacher["backbone"](views.inputs[b, which][None]) for which in (v, 1 - v))
+            query = torch.cat([own.cls[:, None], own.tokens], 1)
+            expected = module.teacher["fuser"](query, other.tokens, bias)[0, 0]
+            torch.testing.assert_close(fused_cls[b, v], expected, rtol=0, atol=1e-5)
 
 
 def test_agssd__hidden_tokens_lose_sight_of_their_counterpart(batch: Any) -> None:

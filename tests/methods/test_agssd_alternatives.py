@@ -30,6 +30,8 @@ ALTERNATIVES: dict[str, dict[str, Any]] = {
     "cvaa teacher": {"model": {"cvaa": "teacher"}},
     "cvaa casa": {"model": {"cvaa": "casa"}},
     "cvaa none": {"model": {"cvaa": "none"}},
+    "plain patches": {"model": {"fused_share": 0.0}},
+    "plain cls targets": {"model": {"fused_share_cls": 0.0}},
     "counterparts in sight": {"model": {"counterpart_drop": 0.0}},
     "no key dropout": {"model": {"key_dropout": 0.0}},
     "centring": {"model": {"assignment": "centring"}},
