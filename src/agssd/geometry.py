@@ -120,9 +120,7 @@ def sample_tokens(tokens: Tensor, grid: Triple, points: Tensor) -> Tensor:
     return read[..., 0, 0].mT
 
 
-def overlap_grid(
-    affine_a: Tensor, affine_b: Tensor, box: Tensor, points_per_axis: int
-) -> tuple[Tensor, Tensor]:
+def overlap_grid(affine_a: Tensor, affine_b: Tensor, box: Tensor, points_per_axis: int) -> tuple[Tensor, Tensor]:
     """Return the same points of the overlap in both views: the symmetric region operator of methods §1.2.
 
     Args:

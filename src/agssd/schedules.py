@@ -40,4 +40,4 @@ def teacher_start_momentum(total_steps: int, half_life: float = 0.02, cap: float
     """
     if total_steps <= 0:
         raise ValueError(f"total_steps is {total_steps}; set trainer.max_steps to a positive number")
-    return min(cap, 0.5 ** (1.0 / max(half_life * total_steps, 1e-9)))
+    return min(cap, math.pow(0.5, 1.0 / max(half_life * total_steps, 1e-9)))

@@ -1,1 +1,1 @@
-
+"""LightningDataModules, the cache they read and its writer."""

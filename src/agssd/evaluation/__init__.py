@@ -1,1 +1,1 @@
-
+"""Probes, metrics and statistics, shared by callbacks, tasks and commands."""

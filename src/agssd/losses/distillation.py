@@ -59,9 +59,7 @@ class Centre(nn.Module):
 
     centre: Tensor
 
-    def __init__(
-        self, num_prototypes: int, momentum: float = 0.9, rule: Literal["mean", "balance"] = "mean"
-    ) -> None:
+    def __init__(self, num_prototypes: int, momentum: float = 0.9, rule: Literal["mean", "balance"] = "mean") -> None:
         super().__init__()
         self.momentum = momentum
         self.rule = rule
@@ -102,7 +100,8 @@ class Centre(nn.Module):
             moved = torch.lerp(mean, self.centre, self.momentum)
         else:
             load = self.momentum + (1 - self.momentum) * len(self.centre) * mean
-            moved = self.centre + self._temperature * load.log()
+            moved = self.centre + self._temperature * load.clamp_min(1e-6).log()
+            moved = moved - moved.mean()  # softmax does not see a common shift; without this it would grow
         self.centre.copy_(torch.where(total[-1] > 0, moved, self.centre))
         self._observed = None
 

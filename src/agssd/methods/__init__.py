@@ -1,1 +1,1 @@
-
+"""One pretraining recipe per file, and what recipes share."""

@@ -388,10 +388,10 @@ class AGSSD(PretrainModule):
     # ---------------------------------------------------------------- loss
 
     def _targets(
-        self, logits: Tensor, centre: Centre, temperature: float, counts: Tensor | None = None
+        self, logits: Tensor, centre: Centre, temperature: float, counts: Tensor | None = None, observe: bool = True
     ) -> Tensor:
         """Return teacher probabilities; while training the centre takes them into account."""
-        targets = centre.targets(logits, temperature, counts, observe=self.training)
+        targets = centre.targets(logits, temperature, counts, observe=observe and self.training)
         return sinkhorn(logits, temperature, counts) if self.assignment == "sinkhorn" else targets
 
     def pretrain_loss(self, views: Views) -> LossTerms:
@@ -458,7 +458,9 @@ class AGSSD(PretrainModule):
             cls_logits = self.teacher["cls_head"](teacher_cls, ones)
             cls_targets = self._targets(cls_logits, self.centre_cls, self.temperature_cls)
             if fused_cls is not None:
-                fused_targets = self.centre_cls.targets(self.teacher["cls_head"](fused_cls), self.temperature_cls)
+                fused_targets = self._targets(
+                    self.teacher["cls_head"](fused_cls), self.centre_cls, self.temperature_cls, observe=False
+                )
                 cls_targets = torch.lerp(cls_targets, fused_targets, now["fused_share_cls"])
         cls_student = self.student["cls_head"](student_cls) / STUDENT_TEMPERATURE
         pairs = [cross_entropy(cls_targets, cls_student.flip(1))]  # (B, 2)
@@ -573,7 +575,7 @@ class AGSSD(PretrainModule):
         ramp = now["fused_share"] / self.fused_share if self.fused_share else 0.0
         share = (0.3 * ramp * valid * agreement).gather(1, index)[..., None]
         logits = self.teacher["patch_head"](_gather(other, index))
-        aligned = self.centre_patch.targets(logits, now["temperature_patch"])
+        aligned = self._targets(logits, self.centre_patch, now["temperature_patch"], counts, observe=False)
         mixed: Tensor = (1 - share) * targets + share * aligned
         return mixed
 

@@ -141,7 +141,8 @@ class PretrainModule(L.LightningModule, ABC):
         """
         encoder = cast(Backbone, self.student["backbone"])
         kept_out = {f"backbone.{name}" for name in encoder.no_weight_decay()}
-        decays, others = [], []
+        decays: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad:
                 (others if parameter.ndim < 2 or name in kept_out else decays).append(parameter)

@@ -97,9 +97,7 @@ class CrossViewFuser(nn.Module):
         norm: Literal["pre", "post"] = "pre",
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            CrossViewBlock(dim, num_heads, mlp_ratio, layer_scale, norm) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(CrossViewBlock(dim, num_heads, mlp_ratio, layer_scale, norm) for _ in range(depth))
 
     def forward(
         self, query: Tensor, memory: Tensor, bias: Tensor | None = None, forbidden: Tensor | None = None

@@ -38,7 +38,8 @@ class ViewGeometry:
     def spacing_mm(self, parent_mm: Tensor, size_vox: Triple) -> Tensor:
         """Return (B, V, 3) float32: voxel spacing of the views along their own axes, from (B, 3) of the parents."""
         linear = self.affine[..., :3, :3] * parent_mm[:, None, :, None]  # mm per unit of u, row = parent axis
-        return linear.norm(dim=-2) * 2 / torch.tensor(size_vox, device=linear.device, dtype=linear.dtype)
+        length: Tensor = linear.norm(dim=-2) * 2  # mm of a whole view per axis
+        return length / torch.tensor(size_vox, device=linear.device, dtype=linear.dtype)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class OverlapCrops:
         orientations: ``"flips"`` (each axis with ``prob_flip``), ``"all"`` 48 flips and quarter turns, or ``"none"``.
         prob_flip: probability of a flip per axis (D, H, W); set W to 0 where laterality matters.
         rotation_deg: largest rotation about each axis beyond quarter turns; above 0 views are cut by
-            ``grid_sample`` instead of separable products.
+            ``grid_sample`` instead of separable products. Overlap is that of the boxes before the rotation, and a
+            corner that turns out of the parent repeats its border.
         min_foreground: redraw, up to 10 times, while the overlap holds less body than this; the best draw is kept.
 
     Raises:
@@ -174,7 +176,14 @@ class OverlapCrops:
         )
 
     def _local_views(
-        self, random: KeyedRandom, parent: Tensor, size: Tensor, centres: Tensor, edges: Tensor, low: Tensor, high: Tensor
+        self,
+        random: KeyedRandom,
+        parent: Tensor,
+        size: Tensor,
+        centres: Tensor,
+        edges: Tensor,
+        low: Tensor,
+        high: Tensor,
     ) -> ViewGeometry:
         count = self.num_local
         edge = torch.minimum(size * random.between(*self.local_scale, count, 1), parent).expand(-1, -1, 3)
@@ -307,4 +316,5 @@ def box_in_view(views: ViewGeometry, view: int, box: Tensor, size_vox: Triple) -
     linear_inverse = torch.linalg.inv_ex(affine[:, :3, :3]).inverse
     u = linear_inverse @ (corners - affine[:, :3, 3, None])  # (B, 3, 2): exact for axis-aligned views
     size = torch.tensor(size_vox, device=box.device, dtype=torch.float32)[:, None]
-    return ((u + 1) / 2 * size).sort(-1).values
+    ends: Tensor = (u + 1) / 2 * size
+    return ends.sort(-1).values

@@ -77,9 +77,7 @@ def normalise_edges(magnitude: Tensor, q99: Tensor) -> Tensor:
 
 def patches_of(image: Tensor, patch: Triple) -> Tensor:
     """Return (B, N, patch voxels * C) from (B, C, D, H, W), patches in raster order, voxels then channels."""
-    return rearrange(
-        image, "b c (d p) (h q) (w r) -> b (d h w) (p q r c)", p=patch[0], q=patch[1], r=patch[2]
-    )
+    return rearrange(image, "b c (d p) (h q) (w r) -> b (d h w) (p q r c)", p=patch[0], q=patch[1], r=patch[2])
 
 
 def patch_scores(edges: Tensor, patch: Triple) -> Tensor:

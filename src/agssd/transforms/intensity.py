@@ -136,4 +136,5 @@ def _cut_frequencies(image: Tensor, keep: Tensor) -> Tensor:
         + (torch.fft.rfftfreq(width, device=device)[None, None, :] * 2) ** 2
     ).sqrt()
     passed = radius[None, None] <= _per_view(keep)
-    return torch.fft.irfftn(spectrum * passed, s=(depth, height, width), dim=(-3, -2, -1))
+    filtered: Tensor = torch.fft.irfftn(spectrum * passed, s=(depth, height, width), dim=(-3, -2, -1))
+    return filtered

@@ -86,7 +86,8 @@ def draw_masks(
         varied = (body & (score != 0)).any(1, keepdim=True)
         top = _take(score, (torch.full_like(count, blocks) * 0.1).ceil().long()) & varied
         hints = _take(
-            random.uniform(blocks).masked_fill(~(hidden & top), -torch.inf), (hint_share * ratio * blocks).round().long()
+            random.uniform(blocks).masked_fill(~(hidden & top), -torch.inf),
+            (hint_share * ratio * blocks).round().long(),
         )
         # A hint needs a foreground block to hide in its place.
         spare = random.uniform(blocks).masked_fill(hidden | ~body, -torch.inf)
@@ -150,12 +151,8 @@ def _coarse_grid(grid: Triple, block: int) -> Triple:
 def _pool(values: Tensor, grid: Triple, block: int) -> Tensor:
     """Return (B, M, block**3): tokens of each block."""
     d, h, w = _coarse_grid(grid, block)
-    return rearrange(
-        values, "n (d p h q w r) -> n (d h w) (p q r)", d=d, h=h, w=w, p=block, q=block, r=block
-    )
+    return rearrange(values, "n (d p h q w r) -> n (d h w) (p q r)", d=d, h=h, w=w, p=block, q=block, r=block)
 
 
 def _spread(hidden: Tensor, coarse: Triple, block: int) -> Tensor:
-    return repeat(
-        hidden.reshape(-1, *coarse), "n d h w -> n (d p) (h q) (w r)", p=block, q=block, r=block
-    )
+    return repeat(hidden.reshape(-1, *coarse), "n d h w -> n (d p) (h q) (w r)", p=block, q=block, r=block)
