@@ -115,7 +115,13 @@ def refusal(error: Exception) -> str | None:
         return None
     if "in DataLoader worker process" in str(error):
         return str(error).rstrip().rpartition("\n")[2].removeprefix("ValueError: ")
-    return str(error) if _raised_by_agssd(error.__traceback__) else None
+    # jsonargparse wraps what a constructor raises; the message for the user is the innermost one.
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, ValueError) and _raised_by_agssd(inner.__traceback__):
+            return str(inner)
+        inner = inner.__cause__ or inner.__context__
+    return None
 
 
 def _raised_by_agssd(traceback: TracebackType | None) -> bool:

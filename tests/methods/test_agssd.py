@@ -356,31 +356,59 @@ def test_agssd__position_bias_is_the_true_distance_in_pitches_of_the_other_view(
         np.testing.assert_allclose(distance[b].numpy(), np.abs(offset).max(-1), atol=1e-4)
 
 
+def spied(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Tensor]]:
+    """Return a list that receives arguments and result of every later call of the module."""
+    calls: list[tuple[Any, Tensor]] = []
+    forward = module.forward
+
+    def spy(*args: Any) -> Tensor:
+        calls.append((args, forward(*args)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(module, "forward", spy)
+    return calls
+
+
 def test_agssd__teacher_fuses_each_view_with_the_other_from_its_own_place(
-    batch: Any, at: Any, monkeypatch: Any
+    batch: Any, at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at(0.6)
-    module = recipes.build(AGSSD, drop_path=0.0)
+    module = recipes.build(AGSSD)
     for block in module.teacher["fuser"].blocks:
         block.scale_attention.fill_(1.0)
-    left: list[Any] = []
-    fuse = module._fused
-
-    def spy(*args: Any) -> Any:
-        left.append(fuse(*args))
-        return left[0]
-
-    monkeypatch.setattr(module, "_fused", spy)
-    views, _, step = step_of(module, batch)
-    fused_cls = left[0][1]
+    fuser = module.teacher["fuser"]
+    with monkeypatch.context() as patch:
+        calls = spied(fuser, patch)
+        views, _, _ = step_of(module, batch)
+    ((_, fused),) = calls
     for b in range(4):
+        one = module.make_views(recipes.take(batch, slice(b, b + 1)))
         for v in (0, 1):
-            one = module.make_views(recipes.take(batch, slice(b, b + 1)))
             bias, _, _ = module._position_bias(one, torch.tensor([v]))
             own, other = (module.teacher["backbone"](views.inputs[b, which][None]) for which in (v, 1 - v))
             query = torch.cat([own.cls[:, None], own.tokens], 1)
-            expected = module.teacher["fuser"](query, other.tokens, bias)[0, 0]
-            torch.testing.assert_close(fused_cls[b, v], expected, rtol=0, atol=1e-5)
+            expected = fuser(query, other.tokens, bias)[0]
+            torch.testing.assert_close(fused.unflatten(0, (4, 2))[b, v], expected, rtol=0, atol=1e-5)
+
+
+def test_agssd__student_is_fused_with_the_teachers_tokens_of_the_unmasked_view(
+    batch: Any, at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at(0.6)
+    memories = {}
+    for cvaa in ("student", "casa"):
+        module = recipes.build(AGSSD, cvaa=cvaa)
+        with torch.no_grad():
+            for p in module.teacher.parameters():
+                p.add_(0.01)
+        calls = spied(module.student["fuser"], monkeypatch)
+        views, _, step = step_of(module, batch)
+        ((query, memory, *_), _) = calls[0]
+        assert query.requires_grad
+        other = torch.stack([step.tokens[b, 1 - v] for b, v in enumerate(views.hidden_view.tolist())])
+        memories[cvaa] = (memory.requires_grad, torch.allclose(memory, other, atol=1e-6))
+    # Alice's form takes keys from the student, ours from the teacher without gradient.
+    assert memories == {"student": (False, True), "casa": (True, False)}
 
 
 def test_agssd__hidden_tokens_lose_sight_of_their_counterpart(batch: Any) -> None:
