@@ -36,7 +36,6 @@ from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.masking import draw_cuboids, draw_masks, masked_indices
 from agssd.types import LossTerms, Observations, ParentBatch, Triple, ViewPanel
 
-STUDENT_TEMPERATURE = 0.1  # [R: DINO]
 _BIAS_PITCHES = 2.0  # standard deviation of the position bias, in token pitches of the other view
 _COUNTERPART_PITCHES = 1.5  # keys closer than this to a token's place are its counterpart
 
@@ -115,6 +114,7 @@ class AGSSD(PretrainModule):
             ``"balance"``, whose centres even out the prototypes' shares over many steps (ours; see
             :class:`agssd.losses.distillation.Centre`).
         centre_momentum: of the centres per optimiser step.
+        temperature_student: student's temperature [R: DINO 0.1].
         temperature_cls: teacher's temperature for [CLS].
         temperature_patch: teacher's temperature for patches, from first to second over 30 % of the run.
         mask_ratio: range of the share of hidden tokens, one draw per sample.
@@ -160,6 +160,7 @@ class AGSSD(PretrainModule):
         weight_koleo: float = 0.0,
         assignment: Literal["balance", "centring", "sinkhorn"] = "balance",
         centre_momentum: float = 0.9,
+        temperature_student: float = 0.1,
         temperature_cls: float = 0.04,
         temperature_patch: tuple[float, float] = (0.04, 0.07),
         mask_ratio: tuple[float, float] = (0.3, 0.7),
@@ -193,6 +194,7 @@ class AGSSD(PretrainModule):
         self.views = views
         self.weights = {"cls": weight_cls, "patch": weight_patch, "rec": weight_reconstruction, "koleo": weight_koleo}
         self.assignment = assignment
+        self.temperature_student = temperature_student
         self.temperature_cls = temperature_cls
         self.temperature_patch = temperature_patch
         self.mask_ratio = mask_ratio
@@ -396,6 +398,7 @@ class AGSSD(PretrainModule):
 
     def pretrain_loss(self, views: Views) -> LossTerms:
         """Return the objective of one micro-batch: ``cls + patch + 10 rec`` by default."""
+        self._step = None  # frees the last step before this one needs the memory
         now = self.schedules(self.progress)
         batch = views.sample.shape[0]
         hidden = views.hidden_view
@@ -441,7 +444,7 @@ class AGSSD(PretrainModule):
             targets = self._targets(teacher_logits, self.centre_patch, now["temperature_patch"], counts)
             if self.cvaa == "teacher":
                 targets = self._compensated(views, targets, own, teacher_tokens, index, counts, now)
-        student_logits = self.student["patch_head"](_gather(hidden_tokens, index)) / STUDENT_TEMPERATURE
+        student_logits = self.student["patch_head"](_gather(hidden_tokens, index)) / self.temperature_student
         plain = cross_entropy(targets, student_logits)
         loss_patch = masked_mean(plain, counts)
         fused, fused_cls = None, None
@@ -462,11 +465,11 @@ class AGSSD(PretrainModule):
                     self.teacher["cls_head"](fused_cls), self.centre_cls, self.temperature_cls, observe=False
                 )
                 cls_targets = torch.lerp(cls_targets, fused_targets, now["fused_share_cls"])
-        cls_student = self.student["cls_head"](student_cls) / STUDENT_TEMPERATURE
+        cls_student = self.student["cls_head"](student_cls) / self.temperature_student
         pairs = [cross_entropy(cls_targets, cls_student.flip(1))]  # (B, 2)
         if views.locals is not None:
             local_cls = rearrange(features[1].cls, "(b v) e -> b v e", b=batch)
-            local_student = self.student["cls_head"](local_cls) / STUDENT_TEMPERATURE
+            local_student = self.student["cls_head"](local_cls) / self.temperature_student
             pairs.append(cross_entropy(cls_targets[:, :, None], local_student[:, None]).flatten(1))
         loss_cls = torch.cat(pairs, 1).mean()
 
@@ -553,7 +556,7 @@ class AGSSD(PretrainModule):
         with torch.no_grad():
             logits = self.teacher["patch_head"](_gather(fused_teacher[:, 1:], index))
             targets = self._targets(logits, self.centre_fused, now["temperature_patch"], counts)
-        student_logits = self.student["patch_head"](_gather(fused[:, 1:], index)) / STUDENT_TEMPERATURE
+        student_logits = self.student["patch_head"](_gather(fused[:, 1:], index)) / self.temperature_student
         return cross_entropy(targets, student_logits), fused_cls
 
     def _compensated(
@@ -591,7 +594,7 @@ class AGSSD(PretrainModule):
             if mean is not None:
                 for head in (teacher, student):
                     head.mean.copy_(mean)
-                    head.updates += 1
+                    head.updates.copy_(teacher.updates)
 
     # ------------------------------------------------------------ monitors
 
@@ -665,7 +668,7 @@ class AGSSD(PretrainModule):
             IndexError: if the batch has no such sample, or no step was taken.
         """
         step = self._step
-        if step is None or index >= step.mask.shape[0]:
+        if step is None or not 0 <= index < step.mask.shape[0]:
             raise IndexError(f"sample {index} is not in the last batch")
         views = step.views
         hidden = int(views.hidden_view[index])

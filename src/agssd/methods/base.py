@@ -158,12 +158,17 @@ class PretrainModule(L.LightningModule, ABC):
         """Return the loss of one micro-batch and log its terms, averaged over ranks."""
         loss = self.pretrain_loss(batch)
         self._log_terms("train", loss)
-        self.log_dict({f"schedule/{name}": value for name, value in self.schedules(self.progress).items()})
+        self.log_dict({f"schedule/{name}": value for name, value in self._scheduled_now().items()})
         return loss.total
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the same terms on fixed crops of the validation split; nothing is updated."""
         self._log_terms("val", self.pretrain_loss(batch))
+
+    def _scheduled_now(self) -> dict[str, float]:
+        """Return the numbers of the step under way; learning rate and weight decay belong to its end."""
+        at_end = self.schedules(min((self.trainer.global_step + 1) / self.total_steps, 1.0))
+        return self.schedules(self.progress) | {name: at_end[name] for name in ("lr", "weight_decay")}
 
     def _log_terms(self, stage: str, loss: LossTerms) -> None:
         names = ["loss", *(f"loss_{name}" for name in loss.terms)]
@@ -173,9 +178,7 @@ class PretrainModule(L.LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set learning rate and weight decay of this step; keep frozen prototypes out of it altogether."""
-        # The step about to be done ends at (n + 1) / N: the first step has a rate above 0.
-        after = (self.trainer.global_step + 1) / self.total_steps
-        values = self.schedules(min(after, 1.0))
+        values = self._scheduled_now()  # taken at the step's end, so that the first step has a rate above 0
         for group, decay in zip(optimizer.param_groups, (values["weight_decay"], 0.0), strict=True):
             group["lr"] = values["lr"]
             group["weight_decay"] = decay

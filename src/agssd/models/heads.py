@@ -88,6 +88,7 @@ class PrototypeHead(nn.Module):
         total = all_sum(observed)
         kept = torch.clamp(self.updates / (self.updates + 1), max=self.centre_momentum)
         new = torch.lerp(total[:-1] / total[-1].clamp_min(1e-6), self.mean, kept)
+        self.updates += (total[-1] > 0).float()
         return torch.where(total[-1] > 0, new, self.mean)
 
 
