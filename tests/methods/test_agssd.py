@@ -126,7 +126,7 @@ def test_agssd__edge_quota_and_temperature_hide_more_edges_as_the_run_proceeds(t
 
 
 def test_agssd__background_tokens_enter_neither_loss_nor_centre(batch: Any) -> None:
-    module = recipes.build(AGSSD, assignment="centring", centre_momentum=0.9)
+    module = recipes.build(AGSSD, assignment="centring", centre_momentum=(0.9, 0.9))
     views, loss, step = step_of(module, half_background(batch))
     shares = body_of(views)
     hidden_background = step.mask.numpy() & (shares < MIN_FOREGROUND)

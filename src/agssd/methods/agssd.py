@@ -113,7 +113,7 @@ class AGSSD(PretrainModule):
         assignment: how teacher logits become targets: ``"centring"`` [R: DINO], ``"sinkhorn"`` [R: DINOv2], or
             ``"balance"``, whose centres even out the prototypes' shares over many steps (ours; see
             :class:`agssd.losses.distillation.Centre`).
-        centre_momentum: of the centres per optimiser step.
+        centre_momentum: of the centres of [CLS] and of patches, per optimiser step.
         temperature_student: student's temperature [R: DINO 0.1].
         temperature_cls: teacher's temperature for [CLS].
         temperature_patch: teacher's temperature for patches, from first to second over 30 % of the run.
@@ -159,7 +159,7 @@ class AGSSD(PretrainModule):
         weight_reconstruction: float = 10.0,
         weight_koleo: float = 0.0,
         assignment: Literal["balance", "centring", "sinkhorn"] = "balance",
-        centre_momentum: float = 0.9,
+        centre_momentum: tuple[float, float] = (0.9, 0.9),
         temperature_student: float = 0.1,
         temperature_cls: float = 0.04,
         temperature_patch: tuple[float, float] = (0.04, 0.07),
@@ -240,9 +240,9 @@ class AGSSD(PretrainModule):
             cast(PrototypeHead, self.student[name]).prototypes for name in ("cls_head", "patch_head")
         )
         rule: Literal["mean", "balance"] = "balance" if assignment == "balance" else "mean"
-        self.centre_cls = Centre(num_prototypes, centre_momentum, rule)
-        self.centre_patch = Centre(num_prototypes, centre_momentum, rule)
-        self.centre_fused = Centre(num_prototypes, centre_momentum, rule)
+        self.centre_cls = Centre(num_prototypes, centre_momentum[0], rule)
+        self.centre_patch = Centre(num_prototypes, centre_momentum[1], rule)
+        self.centre_fused = Centre(num_prototypes, centre_momentum[1], rule)
         self._step: _Step | None = None
 
     def schedules(self, progress: float) -> dict[str, float]:
