@@ -32,8 +32,8 @@ def sincos_position(grid: Triple, embed_dim: int, device: torch.device | None = 
     A third of the channels per axis, half sines and half cosines; channels beyond a multiple of 6 are zero. The waves
     are functions of the normalised coordinate, so the code of a small crop is the code of the large grid resampled.
 
-    Source: [P] fixed 3D sin-cos; extent and temperature are ours, chosen for grids of 2 to 16 tokens (temperature
-    10000 leaves most channels constant there).
+    Source: fixed sin-cos code [R: MAE], in 3D ours; extent and temperature are ours, chosen for grids of 2 to 16 tokens
+    (temperature 10000 leaves most channels constant there).
     """
     waves = embed_dim // 6
     if waves == 0:

@@ -119,8 +119,8 @@ class ViT(Backbone):
     Initialisation is Xavier-uniform for every matrix, the patch embedding included, and positions are scaled by
     ``position_scale`` so that content is not drowned.
 
-    Source: [P] plain ViT with fixed 3D sin-cos positions; [R: DINOv3] grouped forward; [R: MAE] initialisation;
-    position scale ours.
+    Source: plain ViT [R: iBOT] on 3D patches [R: UNETR, 3DINO]; fixed sin-cos positions and initialisation [R: MAE];
+    grouped forward [R: DINOv3]; position scale ours. The abstract of AG-SSD names no encoder.
 
     Args:
         in_channels: C.
