@@ -144,6 +144,7 @@ class AGSSD(PretrainModule):
         betas: of AdamW.
         freeze_last_layer: share of the run during which prototypes stay as they are.
         seed: of views, masks and appearance.
+        compile: compile the encoder block by block with ``torch.compile``; worth it on GPUs.
     """
 
     def __init__(
@@ -188,8 +189,9 @@ class AGSSD(PretrainModule):
         betas: tuple[float, float] = (0.9, 0.999),
         freeze_last_layer: float = 0.01,
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
-        super().__init__(lr, min_lr, warmup, weight_decay, betas, freeze_last_layer, seed)
+        super().__init__(lr, min_lr, warmup, weight_decay, betas, freeze_last_layer, seed, compile)
         self.save_hyperparameters(ignore=["backbone", "views"])
         self.views = views
         self.weights = {"cls": weight_cls, "patch": weight_patch, "rec": weight_reconstruction, "koleo": weight_koleo}

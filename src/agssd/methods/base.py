@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from agssd.distributed import all_sum, world_size
 from agssd.models.backbone import Backbone
 from agssd.models.ema import update_ema
+from agssd.models.vit import ViT
 from agssd.schedules import cosine, warmup_cosine
 from agssd.types import LossTerms, ParentBatch
 
@@ -32,6 +33,7 @@ class PretrainModule(L.LightningModule, ABC):
         betas: of AdamW.
         freeze_last_layer: share of the run during which prototypes get no update at all.
         seed: of views, masks and appearance; every draw is a function of (seed, sample).
+        compile: compile the blocks of student and teacher encoder before a fit; names in checkpoints do not change.
     """
 
     student: nn.ModuleDict
@@ -47,6 +49,7 @@ class PretrainModule(L.LightningModule, ABC):
         betas: tuple[float, float],
         freeze_last_layer: float,
         seed: int,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.lr = lr
@@ -56,6 +59,7 @@ class PretrainModule(L.LightningModule, ABC):
         self.betas = betas
         self.freeze_last_layer = freeze_last_layer
         self.seed = seed
+        self.compile_encoder = compile
 
     @abstractmethod
     def make_views(self, batch: ParentBatch) -> Any:
@@ -119,6 +123,20 @@ class PretrainModule(L.LightningModule, ABC):
         return min(self.trainer.global_step / self.total_steps, 1.0) if self.trainer.training else 1.0
 
     # ------------------------------------------------------ Lightning hooks
+
+    def setup(self, stage: str) -> None:
+        """Compile the encoders if asked to.
+
+        Raises:
+            ValueError: if the encoder is no ViT.
+        """
+        if stage != "fit" or not self.compile_encoder:
+            return
+        for network in (self.student, self.teacher) if self.has_teacher else (self.student,):
+            encoder = network["backbone"]
+            if not isinstance(encoder, ViT):
+                raise ValueError(f"model.compile is true, but {type(encoder).__name__} cannot compile; set it to false")
+            encoder.compile_blocks()
 
     def on_fit_start(self) -> None:
         """Refuse a run whose teacher nobody moves.
