@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml $(wildcard constraints.txt)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[demo,dev]'
 	@touch $@
 
-demo: $(STAMP) ## Simulate a cohort, pretrain, fine-tune, and print the table (at most 8 minutes on 2 cores)
+demo: $(STAMP) ## Simulate a cohort, pretrain, fine-tune, and print the table
 	$(BIN)/agssd demo --out $(DEMO_OUT) $(DEMO_FLAGS)
 
 test: $(STAMP) ## Run the tests except the slow ones
@@ -47,7 +47,7 @@ lint: $(STAMP) ## Check format, style and the dependency order
 types: $(STAMP) ## Check the types strictly
 	$(BIN)/mypy
 
-smoke: $(STAMP) ## Run the demo in its short form (under 90 seconds)
+smoke: $(STAMP) ## Run the demo in its short form
 	$(BIN)/agssd demo --quick --out runs/smoke
 
 conf: $(STAMP) ## Check every file of conf/: it parses, instantiates and survives a step

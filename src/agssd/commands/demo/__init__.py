@@ -45,7 +45,7 @@ QUICK = Size({"train": 5, "val": 1, "test": 2}, 4.0, 2, 20, 20)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``agssd demo``."""
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where it works (default: demo)")
-    parser.add_argument("--quick", action="store_true", help="the same steps, too short to learn: under 90 seconds")
+    parser.add_argument("--quick", action="store_true", help="the same steps, too short to learn")
     parser.add_argument("--seed", type=int, default=0, help="of the cohort and of every training (default: 0)")
 
 
