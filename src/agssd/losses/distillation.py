@@ -91,15 +91,20 @@ class Centre(nn.Module):
         return targets
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the centre by all rows observed since the last call, over all ranks; stay if there were none."""
+    def update(self, strength: float = 1.0) -> None:
+        """Move the centre by all rows observed since the last call, over all ranks; stay if there were none.
+
+        Args:
+            strength: factor of ``1 - momentum``, in [0, 1].
+        """
+        rate = (1 - self.momentum) * strength
         observed = self._observed if self._observed is not None else self.centre.new_zeros(len(self.centre) + 1)
         total = all_sum(observed)
         mean = total[:-1] / total[-1].clamp_min(1e-6)
         if self.rule == "mean":
-            moved = torch.lerp(mean, self.centre, self.momentum)
+            moved = torch.lerp(self.centre, mean, rate)
         else:
-            load = self.momentum + (1 - self.momentum) * len(self.centre) * mean
+            load = 1 - rate + rate * len(self.centre) * mean
             moved = self.centre + self._temperature * load.clamp_min(1e-6).log()
             moved = moved - moved.mean()  # softmax does not see a common shift; without this it would grow
         self.centre.copy_(torch.where(total[-1] > 0, moved, self.centre))
