@@ -5,6 +5,7 @@ Everything runs in fp32 with autocast switched off by the caller's head.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -85,7 +86,7 @@ class Centre(nn.Module):
         if observe:
             flat = (logits if self.rule == "mean" else targets).flatten(0, -2)
             weight = flat.new_ones(flat.shape[0]) if weights is None else weights.flatten().float()
-            seen = torch.cat([weight @ flat, weight.sum()[None]])
+            seen = torch.cat([(weight[:, None] * flat).sum(0), weight.sum()[None]])  # no matmul: autocast would round
             self._observed = seen if self._observed is None else self._observed + seen
             self._temperature = temperature
         return targets
@@ -141,7 +142,7 @@ def sinkhorn(logits: Tensor, temperature: float, weights: Tensor | None = None, 
         top = all_max(x.amax(0)) if x.shape[0] else all_max(x.new_full((x.shape[1],), -torch.inf))
         top = torch.where(top.isfinite(), top, torch.zeros_like(top))
         column = top + all_sum((x - top).exp().sum(0)).clamp_min(1e-30).log()
-        x = x - column - torch.log(torch.tensor(float(x.shape[1]), device=x.device))
+        x = x - column - math.log(x.shape[1])
         row = x.logsumexp(1, keepdim=True)
         x = x - torch.where(row.isfinite(), row, torch.zeros_like(row)) - count.log()
     return (x + count.log()).exp().reshape(shape)
