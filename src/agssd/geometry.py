@@ -2,7 +2,7 @@
 
 A view is an affine map from normalised coordinates ``u`` in [-1, 1]³ (tensor order, the convention of ``grid_sample``
 with ``align_corners=False``) to voxel coordinates of the parent, where voxel ``i`` has its centre at ``i``. Flips, axis
-permutations and rotations live in the matrix, so nothing downstream has a special case for them (methods §1.2, ours).
+permutations and rotations live in the matrix, so nothing later has a special case for them (docs/method.md §1.2, ours).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def correspondence(affine_a: Tensor, affine_b: Tensor, grid: Triple) -> tuple[Te
 
 
 def sample_tokens(tokens: Tensor, grid: Triple, points: Tensor) -> Tensor:
-    """Return tokens read at normalised coordinates, trilinearly: the A-anchored operator of methods §1.2.
+    """Return tokens read at normalised coordinates, trilinearly: the A-anchored operator of docs/method.md §1.2.
 
     Args:
         tokens: (B, N, E) in raster order of ``grid``.
@@ -122,7 +122,7 @@ def sample_tokens(tokens: Tensor, grid: Triple, points: Tensor) -> Tensor:
 
 
 def overlap_grid(affine_a: Tensor, affine_b: Tensor, box: Tensor, points_per_axis: int) -> tuple[Tensor, Tensor]:
-    """Return the same points of the overlap in both views: the symmetric region operator of methods §1.2.
+    """Return the same points of the overlap in both views: the symmetric region operator of docs/method.md §1.2.
 
     Args:
         affine_a: (B, 4, 4) float32.

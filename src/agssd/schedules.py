@@ -1,7 +1,7 @@
 """Schedules as pure functions of the share of the run that is done.
 
 ``progress`` is optimiser steps done divided by all optimiser steps, in [0, 1]. Nothing here knows epochs or absolute
-counts, so a run of 200 steps and one of 200,000 go through the same stages (source: ours, methods §1.5).
+counts, so a run of 200 steps and one of 200,000 go through the same stages (source: ours, docs/method.md §1.5).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def warmup_cosine(progress: float, peak: float, end: float, warmup: float) -> fl
 def teacher_start_momentum(total_steps: int, half_life: float = 0.02, cap: float = 0.996) -> float:
     """Return the EMA momentum whose half-life is the share ``half_life`` of the run, at most ``cap``.
 
-    Source: ours, methods §1.5: ``0.5 ** (1 / (half_life * total_steps))``.
+    Source: ours, docs/method.md §1.5: ``0.5 ** (1 / (half_life * total_steps))``.
 
     Raises:
         ValueError: if ``total_steps`` is not positive.

@@ -78,7 +78,7 @@ class Observations(TypedDict, total=False):
     patch_features: Tensor  # (M, E) teacher tokens before the head
     centre_norm_cls: Tensor  # ()
     centre_norm_patch: Tensor  # ()
-    scalars: dict[str, Tensor]  # method-specific figures of methods.md (c), each ()
+    scalars: dict[str, Tensor]  # method-specific figures of docs/method.md (c), each ()
 
 
 class ViewPanel(TypedDict, total=False):

@@ -72,7 +72,7 @@ def test_draw_masks__refuses_a_block_that_does_not_fit():
 
 @pytest.mark.parametrize(("temperature", "share"), [(1e6, 0.50), (4.0, 0.70), (2.0, 0.86), (1.0, 0.98), (0.5, 1.00)])
 def test_draw_masks__hides_the_top_tenth_as_calibrated(temperature, share):
-    # methods §1.3, measured there: ratio 0.5, gamma(0.7) scores, the whole quota drawn by score, no hints.
+    # docs/method.md §1.3, measured there: ratio 0.5, gamma(0.7) scores, the whole quota drawn by score, no hints.
     batch = 1500
     scores = z_scores(batch)
     body = torch.ones(batch, N, dtype=torch.bool)

@@ -41,7 +41,7 @@ class CollapseMonitor(StandingCallback):
     An alarm speaks when it begins, not while it lasts. During the first ``grace`` of the run only figures that are not
     finite alarm, because a fresh network looks collapsed.
 
-    Source: methods.md (b)1, (b)2 and (c); thresholds from CVA's ``cw_std`` and DINOv2-3D-Med where it names them, else
+    Source: docs/method.md (b) 1, (b) 2, (c); thresholds from CVA's ``cw_std`` and DINOv2-3D-Med where named, else
     ours. Deviates: ``uniform_steps`` is at most a tenth of the run, so that short runs can alarm at all; and a term
     whose batch entropy equals its sample entropy warns, which neither the uniform nor the peaked alarm sees.
 

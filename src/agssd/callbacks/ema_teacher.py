@@ -17,7 +17,7 @@ class EMATeacher(StandingCallback):
     The momentum of update ``n`` (from 1) of ``N`` is half a cosine from ``momentum_start`` to ``momentum_end`` at
     progress ``(n - 1) / N``: a pure function of the step, so a resumed run goes on exactly and nothing is stored.
 
-    Source: the schedule is BYOL's and DINO's; the start by half-life is ours (methods §1.5).
+    Source: the schedule is BYOL's and DINO's; the start by half-life is ours (docs/method.md §1.5).
 
     Args:
         momentum_start: share of the teacher kept by the first update; null gives a half-life of 2 % of the run,

@@ -17,7 +17,7 @@ class MaskRatioSchedule(StandingCallback):
     A pure function of the share of optimiser steps done, so a resumed run goes on exactly and nothing is stored. The
     micro-batches of one step share one value.
 
-    Source: the range is [R: DINOv2, 3DINO, SPECTRE] with our limits (methods §1.3); the ramps are ours.
+    Source: the range is [R: DINOv2, 3DINO, SPECTRE] with our limits (docs/method.md §1.3); the ramps are ours.
 
     Args:
         kind: ``range`` draws each sample's ratio between ``start`` and ``end`` for the whole run; ``constant`` hides

@@ -320,7 +320,7 @@ def cache_contract(cases: Sequence[CaseInfo]) -> dict[str, Any]:
     """Return the preprocessing contract of ``cases``, see :attr:`PretrainDataModule.contract`."""
     modalities = sorted({info.modality for info in cases})
     rules: dict[str, dict[str, Any]] = {
-        # Source: methods §1.5, intensity
+        # Source: docs/method.md §1.5, intensity
         "ct": {"rule": "window", "low": -1000.0, "high": 1000.0, "range": [0.0, 1.0]},
         "mri": {"rule": "foreground_percentiles", "percentiles": [0.05, 99.95], "range": [-1.0, 1.0]},
     }

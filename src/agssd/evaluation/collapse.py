@@ -1,4 +1,4 @@
-"""Figures that tell a living representation from a collapsed one (methods.md (c)); pure functions of tensors.
+"""Figures that tell a living representation from a collapsed one (docs/method.md (c)); pure functions of tensors.
 
 ``Q`` samples, ``K`` prototypes, ``E`` features. Inputs may have any floating dtype and any gradient state; everything
 is computed in fp32 without gradient, and nothing waits for the device.

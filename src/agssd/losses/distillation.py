@@ -118,7 +118,7 @@ def sinkhorn(logits: Tensor, temperature: float, weights: Tensor | None = None, 
 
     Columns (prototypes) are brought to equal mass and rows to sum 1 in turn; the last step normalises rows. Rows of
     weight 0 take no part. Counts are all-reduced sums of weights. Working in logs needs no maximum to be subtracted,
-    so it equals the exact result and does not overflow at small temperatures (methods (b) 3).
+    so it equals the exact result and does not overflow at small temperatures (docs/method.md (b) 3).
 
     Accumulation changes the result: it balances over one micro-batch of all ranks, not over the optimiser step.
 

@@ -16,7 +16,7 @@ def koleo(features: Tensor, eps: float = 1e-8, min_distance: float = 1e-4) -> Te
     loss is 0 and keeps its graph. Accumulation changes the result: neighbours are sought in one micro-batch.
 
     Source: Sablayrolles et al., ICLR 2019; DINOv2 [R: DINOv2]. Gathering and the duplicate rule are ours
-    (methods (b) 8).
+    (docs/method.md (b) 8).
 
     Args:
         features: (B, E), one global view per sample, before the head; cast to fp32 here.

@@ -11,7 +11,7 @@ STD_FLOOR = 0.05
 def patch_l1(prediction: Tensor, target: Tensor, voxel_weight: Tensor, token_weight: Tensor) -> Tensor:
     """Return the weighted L1 of hidden patches: per sample over its voxels, then the mean over samples.
 
-    Source: SimMIM's L1 over hidden patches [R: SimMIM]; edge weights and the mean per sample are ours (methods §1.5).
+    Source: SimMIM's L1 over hidden patches [R: SimMIM]; edge weights, mean per sample: ours (docs/method.md §1.5).
 
     Args:
         prediction: (B, M, P) float32, voxels of each hidden patch.

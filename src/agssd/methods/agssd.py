@@ -92,7 +92,7 @@ class AGSSD(PretrainModule):
     - ``rec``: voxels of hidden foreground patches, from the clean view.
 
     Source: modules and the three terms [paper: Yu and Dai, IEEE TMI 2026, doi 10.1109/TMI.2026.3680920, abstract];
-    weights 1:1:10 [R: SMIT, Alice]; heads and centring [R: DINO, iBOT]; everything else is ours (methods §1).
+    weights 1:1:10 [R: SMIT, Alice]; heads and centring [R: DINO, iBOT]; everything else is ours (docs/method.md §1).
     Deviates: the paper's text beyond its abstract is not public, so no detail here is claimed to be the paper's.
 
     Nothing depends on how the batch is cut into micro-batches and ranks, except ``assignment="sinkhorn"`` and
@@ -622,7 +622,7 @@ class AGSSD(PretrainModule):
             }
 
     def _figures(self, step: _Step) -> dict[str, Tensor]:
-        """Return AG-SSD's own figures of methods.md (c), each (); NaN where nothing could be measured."""
+        """Return AG-SSD's own figures of docs/method.md (c), each (); NaN where nothing could be measured."""
         views, counts = step.views, step.counts
         geometry, hidden = views.geometry, views.hidden_view
         figures = {

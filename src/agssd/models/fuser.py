@@ -76,7 +76,7 @@ class CrossViewFuser(nn.Module):
     """Fuse the tokens of view A with those of view B.
 
     Source: attention-based fusion across views is AG-SSD's [paper]; the nearest published form is Alice's CASA
-    [R: Alice]; the position bias from true geometry and the guards against copying are ours (methods §1.4).
+    [R: Alice]; the position bias from true geometry and the guards against copying are ours (docs/method.md §1.4).
 
     Args:
         dim: E.

@@ -14,7 +14,7 @@ CLOSING_MM = 3.0
 def ct_foreground(image: NDArray[Any]) -> NDArray[np.uint8]:
     """Return the body in a CT: the largest component above -500 HU, holes filled in every axial slice.
 
-    Filling keeps the lungs. Source: methods.md §1.3 (ours).
+    Filling keeps the lungs. Source: docs/method.md §1.3 (ours).
 
     Args:
         image: (D, H, W) in HU.
@@ -56,7 +56,7 @@ def mri_foreground(image: NDArray[Any], spacing_mm: tuple[float, float, float]) 
     A crop that lies within the body has no background to separate: where the darker class is not clearly air, that is
     where its median is above a quarter of the brighter one's, everything is foreground.
 
-    Source: methods.md §1.3 (Otsu and closing); the root, the air test and the filling are ours.
+    Source: docs/method.md §1.3 (Otsu and closing); the root, the air test and the filling are ours.
 
     Args:
         image: (D, H, W).

@@ -3,7 +3,7 @@
 Source: AG-SSD's abstract names overlap-aware cropping that gives multi-scale, anatomically consistent positives
 [paper]; the target range of the overlap and its split over axes follow CVA / LatentCampus [R: CVA]; shared aspect,
 independent scales, all diagonal directions, retries on foreground and local crops tied to the overlap are ours
-(methods §1.2).
+(docs/method.md §1.2).
 """
 
 from __future__ import annotations

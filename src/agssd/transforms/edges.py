@@ -1,4 +1,4 @@
-"""Edge maps: gradient magnitude per mm on the device, and edge scores per patch (EAAM; methods §1.3, ours)."""
+"""Edge maps: gradient magnitude per mm on the device, and edge scores per patch (EAAM; docs/method.md §1.3, ours)."""
 
 from __future__ import annotations
 

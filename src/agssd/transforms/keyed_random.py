@@ -1,7 +1,7 @@
 """Random numbers as a function of (seed, sample, purpose), drawn for a whole batch on the device.
 
 A sample gets the same numbers whichever worker, rank, micro-batch or device it is met on, so no random choice depends
-on how the batch is cut (methods §1.5, ours). Counter-based: a hash of a key and a counter, no state.
+on how the batch is cut (docs/method.md §1.5, ours). Counter-based: a hash of a key and a counter, no state.
 
 Source: the mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), written for int64
 tensors, whose products wrap.

@@ -2,7 +2,7 @@
 
 Source: AG-SSD's abstract names masking that prefers patches with strong edges [paper]; the easy-to-hard quota follows
 AnatoMask [R: AnatoMask], the hints AttMask-hint [R: AttMask]; Gumbel-top-k with an annealed temperature, exact counts
-and the background rules are ours (methods §1.3).
+and the background rules are ours (docs/method.md §1.3).
 """
 
 from __future__ import annotations
