@@ -50,7 +50,7 @@ types: $(STAMP) ## Check the types strictly
 smoke: $(STAMP) ## Run the demo in its short form
 	$(BIN)/agssd demo --quick --out runs/smoke
 
-conf: $(STAMP) ## Check every file of conf/: it parses, instantiates and survives a step
+conf: $(STAMP) ## Check conf/: every file parses and builds, agssd_small trains a few steps
 	$(PYTEST) tests/conf
 
 bench: $(STAMP) ## Time the hot paths against their alternatives, side by side, on the CPU
