@@ -157,3 +157,17 @@ def test_overlap_grid__names_the_same_parent_points_in_both_views():
     torch.testing.assert_close(points.mean(1), low + 13, atol=1e-4, rtol=0)
     pitch = 14 / 4
     torch.testing.assert_close(points.amin(1), low + 6 + pitch / 2, atol=1e-4, rtol=0)
+
+
+def test_correspondence__is_the_same_under_autocast() -> None:
+    generator = torch.Generator().manual_seed(3)
+    centre = torch.rand(8, 3, generator=generator) * 40
+    a, b = (
+        view_affine(centre + shift, torch.full((8, 3), 24.0), signed_permutations()[5].expand(8, 3, 3))
+        for shift in (0.0, 7.3)
+    )
+    expected = correspondence(a, b, (6, 6, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        given = correspondence(a, b, (6, 6, 6))
+    assert torch.equal(given[0], expected[0])
+    assert torch.equal(given[1], expected[1])

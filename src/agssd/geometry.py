@@ -8,6 +8,7 @@ permutations and rotations live in the matrix, so nothing later has a special ca
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,17 @@ from torch import Tensor
 from agssd.types import Triple
 
 
-def signed_permutations() -> Tensor:
+@lru_cache(maxsize=16)
+def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a small constant on the device, copied there once and not at every step. Do not change it in place."""
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=16)
+def signed_permutations(device: torch.device | None = None) -> Tensor:
     """Return (48, 3, 3) float32: all flips and quarter turns; row = parent axis, column = view axis.
+
+    Made once per device. Do not change it in place.
 
     The first 8 are the pure flips, ordered so that element ``4 a + 2 b + c`` flips D if a, H if b, W if c.
     """
@@ -28,7 +38,7 @@ def signed_permutations() -> Tensor:
             for axis in range(3):
                 matrix[axis, order[axis]] = signs[axis]
             matrices.append(matrix)
-    return torch.stack(matrices)
+    return torch.stack(matrices).to(device)
 
 
 def rotation_matrices(angles: Tensor) -> Tensor:
@@ -100,7 +110,7 @@ def correspondence(affine_a: Tensor, affine_b: Tensor, grid: Triple) -> tuple[Te
     with torch.autocast(affine_a.device.type, enabled=False):  # half precision misplaces tokens by 5 % of a pitch
         centres = token_centres(grid, affine_a.device)
         u_b = transform(invert(affine_b) @ affine_a, centres.expand(affine_a.shape[0], -1, -1))
-        limit = 1 - 1 / torch.tensor(grid, device=u_b.device, dtype=u_b.dtype)
+        limit = 1 - 1 / constant(grid, u_b.device)
         return u_b, (u_b.abs() <= limit + 1e-5).all(-1)
 
 

@@ -71,6 +71,32 @@ def test_collapse_monitor__few_rows_wait_over_reports_and_accumulation(toy, load
     assert [(row["step"], row["cls_samples"]) for row in _rows(tmp_path)] == [(7, 12)]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_collapse_monitor__asks_the_module_only_when_it_needs_rows(toy, loader, make_trainer, accumulate: int) -> None:
+    asked: list[int] = []
+
+    class Counting(toy):
+        in_batch = -1
+
+        def training_step(self, batch, batch_idx):
+            self.in_batch = batch_idx
+            return super().training_step(batch, batch_idx)
+
+        @property
+        def observations(self):
+            if self.in_batch >= 0:
+                asked.append(self.in_batch)
+            return _healthy(self.in_batch)
+
+        @observations.setter
+        def observations(self, value) -> None: ...
+
+    monitor = CollapseMonitor(10, 32)  # two micro-batches of 16 rows
+    make_trainer(monitor, max_steps=20, accumulate_grad_batches=accumulate).fit(Counting(), loader)
+    last = 10 * accumulate - 1
+    assert asked == [0, last - 1, last, 2 * last, 2 * last + 1]
+
+
 def test_collapse_monitor__many_tokens_are_thinned_evenly(toy, loader, make_trainer, tmp_path) -> None:
     def observe(step: int) -> dict[str, Tensor]:
         position = torch.arange(1000.0)[:, None]

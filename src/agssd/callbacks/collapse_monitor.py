@@ -31,7 +31,9 @@ class CollapseMonitor(StandingCallback):
 
     Samples are collected from ``module.observations`` over the last micro-batches before a report, as many as it takes
     to have ``min_samples`` over all ranks; while there are fewer, the report waits for the next turn, but for one turn
-    only. Collecting launches work on the device and waits for nothing; the host waits once per report.
+    only. The module is asked for its observations at those micro-batches and at the first one, which tells how many
+    rows to expect; at all others nothing is computed. Asking may make the host wait for the device, and so does each
+    report.
 
     Keys are ``collapse/<term>_<figure>`` for the terms cls and patch (figures of
     :func:`agssd.evaluation.collapse.distribution_figures`, and ``centre_norm``, ``feature_std``, ``effective_rank``,
@@ -106,6 +108,7 @@ class CollapseMonitor(StandingCallback):
         self._total = 0
         self._waited = False
         self._window = _Window(min_samples)
+        self._rows: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return since when each term has been uniform, and which alarms stand."""
@@ -122,6 +125,7 @@ class CollapseMonitor(StandingCallback):
             self._step = trainer.global_step
             self._total = total_steps(trainer)
             self._window = _Window(math.ceil(self.min_samples / trainer.world_size))
+            self._rows = None
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -132,10 +136,14 @@ class CollapseMonitor(StandingCallback):
             return
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
-        observations = cast(Observable, pl_module).observations
-        if observations is not None:
-            steps_to_go = -(self._step if stepped else self._step + 1) % self.every_n_steps
-            self._window.collect(observations, steps_to_go * trainer.accumulate_grad_batches)
+        steps_to_go = -(self._step if stepped else self._step + 1) % self.every_n_steps
+        to_go = steps_to_go * trainer.accumulate_grad_batches
+        if self._rows is None or self._window.needs_more(self._rows, to_go):
+            observations = cast(Observable, pl_module).observations  # may be computed by being asked for
+            if observations is not None:
+                self._rows = _rows_of(observations)
+                if self._window.needs_more(self._rows, to_go):
+                    self._window.collect(observations)
         if not stepped or self._step % self.every_n_steps != 0:
             return
         ready = bool(self._window.counts) and (self._window.full or self._waited)
@@ -174,6 +182,13 @@ def _without_empty(figures: dict[str, float], scalars: set[str]) -> dict[str, fl
     }
 
 
+def _rows_of(observations: Observations) -> int:
+    """Return the rows that one micro-batch brings to the figure that gets fewest; kinds without a row do not count."""
+    kinds = (kind for term in TERMS for kind in (f"teacher_{term}", f"{term}_features"))
+    values = (observations.get(kind) for kind in kinds)
+    return min((len(value) for value in values if isinstance(value, Tensor) and len(value)), default=1)
+
+
 class _Window:
     """The samples of one report: sums of distributions, rows of features, sums of scalars; on the device, per rank."""
 
@@ -190,15 +205,13 @@ class _Window:
     def full(self) -> bool:
         return all(count >= self.quota for count in self.counts.values())
 
-    def collect(self, observations: Observations, micro_batches_to_go: int) -> None:
-        """Add one micro-batch, unless the ones still to come before the report suffice."""
+    def needs_more(self, rows: int, micro_batches_to_go: int) -> bool:
+        """Return whether to collect: always once begun, else if the micro-batches still to come do not suffice."""
+        return bool(self.counts) or micro_batches_to_go * rows < self.quota
+
+    def collect(self, observations: Observations) -> None:
+        """Add one micro-batch."""
         tensors = {key: value.detach() for key, value in observations.items() if isinstance(value, Tensor)}
-        sizes = [
-            len(tensors[key]) for term in TERMS for key in (f"teacher_{term}", f"{term}_features") if key in tensors
-        ]
-        rows = min(filter(None, sizes), default=1)
-        if not self.counts and micro_batches_to_go * rows >= self.quota:
-            return
         for term in TERMS:
             if f"teacher_{term}" in tensors and f"student_{term}" in tensors:
                 teacher, student = tensors[f"teacher_{term}"], tensors[f"student_{term}"]

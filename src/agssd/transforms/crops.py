@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from agssd.geometry import rotation_matrices, signed_permutations, view_affine
+from agssd.geometry import constant, rotation_matrices, signed_permutations, view_affine
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.separable import apply_separable, gaussian_matrix, interpolation_matrix
 from agssd.types import Triple
@@ -39,7 +39,7 @@ class ViewGeometry:
         """Return (B, V, 3) float32: voxel spacing of the views along their own axes, from (B, 3) of the parents."""
         linear = self.affine[..., :3, :3] * parent_mm[:, None, :, None]  # mm per unit of u, row = parent axis
         length: Tensor = linear.norm(dim=-2) * 2  # mm of a whole view per axis
-        return length / torch.tensor(size_vox, device=linear.device, dtype=linear.dtype)
+        return length / constant(size_vox, linear.device)
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ class OverlapCrops:
             seed: seed of the run.
         """
         device = foreground.device
-        parent = torch.tensor(foreground.shape[2:], device=device, dtype=torch.float32)
-        size = torch.tensor(self.size_vox, device=device, dtype=torch.float32)
+        parent = constant(tuple(foreground.shape[2:]), device)
+        size = constant(self.size_vox, device)
         random = KeyedRandom(seed, sample, "views")
         tries = _TRIES
 
@@ -201,15 +201,15 @@ class OverlapCrops:
         if self.orientations == "all":
             index = (random.uniform(views) * 48).long()
         elif self.orientations == "flips":
-            flips = random.uniform(views, 3) < torch.tensor(self.prob_flip, device=centre.device)
-            index = (flips.long() * torch.tensor([4, 2, 1], device=centre.device)).sum(-1)
+            flips = random.uniform(views, 3) < constant(self.prob_flip, centre.device)
+            index = (flips.long() * constant((4, 2, 1), centre.device, torch.int64)).sum(-1)
         else:
             index = torch.zeros(centre.shape[:2], dtype=torch.int64, device=centre.device)
         rotation = None
         if self.rotation_deg > 0:
             limit = torch.pi * self.rotation_deg / 180
             rotation = rotation_matrices(random.between(-limit, limit, views, 3))
-        affine = view_affine(centre - 0.5, edge, signed_permutations().to(centre.device)[index], rotation)
+        affine = view_affine(centre - 0.5, edge, signed_permutations(centre.device)[index], rotation)
         return ViewGeometry(centre, edge, index, affine, rotation is not None)
 
 
@@ -227,7 +227,7 @@ def box_share(mask: Tensor, low: Tensor, high: Tensor) -> Tensor:
     integral = F.pad(mask[:, 0].to(torch.int32), (1, 0, 1, 0, 1, 0))
     for dim in (1, 2, 3):
         integral = integral.cumsum(dim, dtype=torch.int32)
-    shape = torch.tensor(mask.shape[2:], device=mask.device)
+    shape = constant(tuple(mask.shape[2:]), mask.device, torch.int64)
     a = torch.minimum(low.round().long().clamp_min(0), shape - 1)
     b = torch.maximum(torch.minimum(high.round().long(), shape), a + 1)
     rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
@@ -260,13 +260,13 @@ def extract(parent: Tensor, views: ViewGeometry, size_vox: Triple, separable: bo
 
 def _blur_sigma(views: ViewGeometry, size_vox: Triple) -> Tensor:
     """Return (B, V, 3): standard deviation of the pre-blur along the parent's axes, in parent voxels."""
-    permutation = signed_permutations().to(views.edge.device)[views.orientation].abs()
-    size = permutation @ torch.tensor(size_vox, device=views.edge.device, dtype=torch.float32)
+    permutation = signed_permutations(views.edge.device)[views.orientation].abs()
+    size = permutation @ constant(size_vox, views.edge.device)
     return 0.5 * (views.edge / size - 1).clamp_min(0)
 
 
 def _extract_separable(parent: Tensor, views: ViewGeometry, size_vox: Triple) -> Tensor:
-    table = signed_permutations().to(parent.device)
+    table = signed_permutations(parent.device)
     signed = table[views.orientation]  # (B, V, 3, 3)
     sigma = _blur_sigma(views, size_vox)
     matrices = []
@@ -303,7 +303,7 @@ def _extract_grid(parent: Tensor, views: ViewGeometry, size_vox: Triple) -> Tens
     axes = [(2 * torch.arange(n, device=parent.device, dtype=torch.float32) + 1) / n - 1 for n in size_vox]
     u = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
     voxels = u @ views.affine[..., :3, :3].mT + views.affine[..., None, :3, 3]  # (B, V, n, 3)
-    extent = torch.tensor(lengths, device=parent.device, dtype=torch.float32)
+    extent = constant(tuple(lengths), parent.device)
     at = ((2 * voxels + 1) / extent - 1).flip(-1).reshape(batch * count, *size_vox, 3)
     cut = F.grid_sample(smoothed, at, mode="bilinear", padding_mode="border", align_corners=False)
     return rearrange(cut, "(b v) c d h w -> b v c d h w", v=count)
@@ -315,6 +315,6 @@ def box_in_view(views: ViewGeometry, view: int, box: Tensor, size_vox: Triple) -
     corners = box - 0.5  # voxel edges to voxel coordinates
     linear_inverse = torch.linalg.inv_ex(affine[:, :3, :3]).inverse
     u = linear_inverse @ (corners - affine[:, :3, 3, None])  # (B, 3, 2): exact for axis-aligned views
-    size = torch.tensor(size_vox, device=box.device, dtype=torch.float32)[:, None]
+    size = constant(size_vox, box.device)[:, None]
     ends: Tensor = (u + 1) / 2 * size
     return ends.sort(-1).values
