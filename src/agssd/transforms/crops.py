@@ -115,7 +115,7 @@ class OverlapCrops:
         self.local_scale = local_scale
         self.prob_local_in_overlap = prob_local_in_overlap
         self.orientations = orientations
-        self.prob_flip = prob_flip
+        self.prob_flip = (prob_flip[0], prob_flip[1], prob_flip[2])
         self.rotation_deg = rotation_deg
         self.min_foreground = min_foreground
 
