@@ -14,6 +14,7 @@ import pytest
 
 from agssd.commands import prepare
 from agssd.data_modules.cache import VolumeCache
+from agssd.scans import prepare as prepare_module
 
 
 def _run(*arguments: object) -> int:
@@ -78,6 +79,29 @@ def test_prepare__refuses_by_name_and_goes_on(folder: Path, tmp_path: Path, caps
     assert sum("looks like a label map; name label files with --labels" in line for line in refused) == 6
     assert "Traceback" not in captured.out + captured.err
     assert len(VolumeCache(out)) == 6
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no inverse\nof it"), OSError(5, "Input/output error")], ids=repr)
+def test_prepare__an_unexpected_error_costs_one_file(
+    error: Exception,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = prepare_module.prepare_case
+
+    def fails_on_p2(paths: tuple[Path, ...], *rest: object) -> object:
+        if paths[0].name == "p2.nii.gz":
+            raise error
+        return real(paths, *rest)
+
+    monkeypatch.setattr(prepare_module, "prepare_case", fails_on_p2)
+    assert _run(folder, "--out", tmp_path / "c.h5", "--labels", "labels/*") == 3
+    refused = [line for line in capsys.readouterr().out.splitlines() if line.startswith("refused: ")]
+    reason = " ".join(str(error).split())
+    assert refused == [f"refused: {folder / 'images/p2.nii.gz'}: unexpected {type(error).__name__}: {reason}"]
+    assert len(VolumeCache(tmp_path / "c.h5")) == 5
 
 
 def test_prepare__same_bytes_are_cached_once_even_as_two_persons(

@@ -185,6 +185,9 @@ def _work(job: Job, recipe: Recipe) -> PreparedCase | str:
         return str(error)
     except MemoryError:
         return "not enough memory"
+    except Exception as error:  # a file no library foresaw must not cost the hours spent on the others
+        message = " ".join(str(error).split())
+        return f"unexpected {type(error).__name__}: {message}"
 
 
 def _spacing(values: list[float] | None) -> tuple[float, float, float] | None:
