@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -316,6 +316,12 @@ class AGSSD(PretrainModule):
         magnitude = edge_magnitude(low + unit * (high - low), _pick(views.spacing_mm, which), views.is_ct)
         magnitude = suppress_border(magnitude, _pick(views.foreground, which))
         return normalise_edges(magnitude, views.edge_q99).amax(1, keepdim=True)
+
+    def _edges_of(self, views: Views, index: int) -> Tensor:
+        """Return the edge maps (2, D, H, W) of both global views of one sample."""
+        fields = ("clean", "foreground", "is_ct", "low", "high", "edge_q99", "spacing_mm")
+        one = replace(views, **{name: getattr(views, name)[index : index + 1] for name in fields})
+        return torch.stack([self._edges(one, torch.full_like(views.hidden_view[:1], v))[0, 0] for v in (0, 1)])
 
     # ---------------------------------------------------------------- EAAM
 
@@ -677,7 +683,7 @@ class AGSSD(PretrainModule):
         views = step.views
         hidden = int(views.hidden_view[index])
         size = self.views.size_vox
-        both = torch.stack([self._edges(views, torch.full_like(views.hidden_view, v))[index, 0] for v in (0, 1)])
+        both = self._edges_of(views, index)
         mask = torch.zeros(2, *self.grid, dtype=torch.bool, device=both.device)
         mask[hidden] = step.mask[index].reshape(self.grid)
         clean = views.clean[index, :, 0]
