@@ -33,11 +33,6 @@ def stem_of(path: Path) -> str:
     return head if head and len(tail) == 4 and tail.isdigit() and int(tail) < 100 else stem
 
 
-def is_readable(path: Path) -> bool:
-    """Return whether the extension is one that ``read_scan`` takes."""
-    return suffix_of(path) in READABLE
-
-
 def is_dicom(path: Path) -> bool:
     """Return whether a file is DICOM, by its extension or by the mark after its preamble."""
     if suffix_of(path) in (".dcm", ".ima", ".dicom"):
