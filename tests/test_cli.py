@@ -19,6 +19,7 @@ import yaml
 
 from agssd import __version__
 from agssd.cli import TRAINING, main, refusal
+from agssd.lightning_cli import differences
 
 TOYS = Path(__file__).parent / "cli_toys"
 
@@ -262,6 +263,12 @@ def test_fit__resuming_with_other_model_settings_is_refused_with_the_difference(
     assert "model.lr: 0.01 in the checkpoint, 0.5 now" in error
     assert "backbone.embed_dim: 5 in the checkpoint, 7 now" in error
     assert error.count("in the checkpoint") == 2
+
+
+def test_differences__compiling_or_not_is_free_on_resuming() -> None:
+    saved = {"class_path": "a.B", "init_args": {"compile": True, "lr": 0.1}}
+    given = {"class_path": "a.B", "init_args": {"compile": False, "lr": 0.2}}
+    assert list(differences("model", saved, given)) == ["model.lr: 0.1 in the checkpoint, 0.2 now"]
 
 
 def test_fit__torn_and_missing_checkpoints_are_refused(conf: Path, tmp_path: Path, capsys: Any) -> None:

@@ -56,6 +56,7 @@ _EXPECTED_WARNINGS = (
     r".*You have overridden `on_after_batch_transfer` in `LightningModule`.*",  # where views are made, by design
 )
 _RESUMED_UNCHANGED = ("seed_everything", "model", "backbone", "views")
+_RESUMED_FREELY = ("model.compile",)  # how fast a run is, not what it computes
 _KEYWORD_CHECKPOINTS = ("last", "best", "hpc", "registry")
 
 
@@ -347,10 +348,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def differences(name: str, saved: Any, given: Any) -> Iterator[str]:
-    """Yield ``NAME: SAVED in the checkpoint, GIVEN now`` for every setting that differs between two plain configs."""
+    """Yield ``NAME: SAVED in the checkpoint, GIVEN now`` for every setting that differs and must not."""
     if isinstance(saved, dict) and isinstance(given, dict):
         for key in sorted({*saved, *given}):
             label = f"{name}.{key}".replace(".init_args.", ".")
-            yield from differences(label, saved.get(key), given.get(key))
+            if label not in _RESUMED_FREELY:
+                yield from differences(label, saved.get(key), given.get(key))
     elif saved != given:
         yield f"{name}: {saved!r} in the checkpoint, {given!r} now"

@@ -126,3 +126,10 @@ def test_validation__measures_and_moves_nothing(tiny_cache: Path) -> None:
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
     trainer.validate(module, recipes.data_module(tiny_cache), verbose=False)
     assert dict(trainer.callback_metrics) == first
+
+
+def test_setup__an_encoder_that_cannot_compile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = recipes.build(AGSSD, compile=True)
+    monkeypatch.delattr(type(module.student["backbone"]), "compile_blocks")  # leaves that of every encoder
+    with pytest.raises(ValueError, match="cannot be compiled; set model.compile to false"):
+        module.setup("fit")

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from agssd.distributed import all_sum, world_size
 from agssd.models.backbone import Backbone
 from agssd.models.ema import update_ema
-from agssd.models.vit import ViT
 from agssd.schedules import cosine, warmup_cosine
 from agssd.types import LossTerms, ParentBatch
 
@@ -128,15 +127,12 @@ class PretrainModule(L.LightningModule, ABC):
         """Compile the encoders if asked to.
 
         Raises:
-            ValueError: if the encoder is no ViT.
+            ValueError: if the encoder cannot be compiled.
         """
         if stage != "fit" or not self.compile_encoder:
             return
         for network in (self.student, self.teacher) if self.has_teacher else (self.student,):
-            encoder = network["backbone"]
-            if not isinstance(encoder, ViT):
-                raise ValueError(f"model.compile is true, but {type(encoder).__name__} cannot compile; set it to false")
-            encoder.compile_blocks()
+            cast(Backbone, network["backbone"]).compile_blocks()
 
     def on_fit_start(self) -> None:
         """Refuse a run whose teacher nobody moves.

@@ -80,6 +80,17 @@ class Backbone(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} has no [CLS] token, hence no attention of [CLS]; use a ViT for it")
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the repeated parts in place; parameter names and the state dict stay as they are.
+
+        Args:
+            backend: of ``torch.compile``.
+
+        Raises:
+            ValueError: if this encoder cannot be compiled.
+        """
+        raise ValueError(f"{type(self).__name__} cannot be compiled; set model.compile to false")
+
     def no_weight_decay(self) -> set[str]:
         """Return names of parameters that must not decay beyond biases and norms (tokens)."""
         return set()
