@@ -240,7 +240,7 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 def _demands(settings: Namespace) -> dict[str, Any]:
     """Return a callback's settings without its rhythm, which asks nothing of the module."""
-    return {name: value for name, value in settings.as_dict().items() if name != "every_n_steps"}
+    return {name: value for name, value in settings.as_dict().items() if name not in ("every_n_steps", "min_samples")}
 
 
 # -------------------------------------------------------------------- guards

@@ -106,7 +106,21 @@ def test_centre__balance_moves_by_the_log_of_the_mean_probability():
     np.testing.assert_allclose(targets.numpy(), wanted, atol=1e-5)
     centre.update()
     share = wanted[weights.numpy()].mean(0)
-    np.testing.assert_allclose(centre.centre.numpy(), start.numpy() + 0.05 * np.log(0.9 + 0.1 * 30 * share), atol=1e-6)
+    moved = start.numpy() + 0.05 * np.log(0.9 + 0.1 * 30 * share)
+    np.testing.assert_allclose(centre.centre.numpy(), moved - moved.mean(), atol=1e-6)
+
+
+def test_centre__balance_fades_with_its_strength():
+    half, whole = (Centre(30, momentum=m, rule="balance") for m in (0.8, 0.9))
+    logits, weights = cosines((4, 7, 30)), (cosines((4, 7), 2) > 0)
+    for centre, strength in ((half, 0.5), (whole, 1.0)):
+        see(centre, logits, weights, 0.05)
+        centre.update(strength)
+    torch.testing.assert_close(half.centre, whole.centre)
+    see(whole, logits, weights, 0.05)
+    before = whole.centre.clone()
+    whole.update(0.0)
+    torch.testing.assert_close(whole.centre, before)
 
 
 def test_centre__balance_evens_out_the_prototypes_over_many_small_batches():

@@ -86,7 +86,6 @@ def move(head):
     mean = head.moved_mean()
     assert mean is not None
     head.mean.copy_(mean)
-    head.updates += 1
 
 
 def test_prototype_head__centring_takes_the_weighted_mean_of_the_bottleneck_off():
