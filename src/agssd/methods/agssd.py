@@ -112,7 +112,7 @@ class AGSSD(PretrainModule):
         weight_koleo: weight of KoLeo on the student's [CLS] (0.1 in DINOv2); it needs a batch of 8 or more per rank.
         assignment: how teacher logits become targets: ``"centring"`` [R: DINO], ``"sinkhorn"`` [R: DINOv2], or
             ``"balance"``, whose centres even out the prototypes' shares over many steps (ours; see
-            :class:`agssd.losses.distillation.Centre`). For [CLS], balancing fades with ``1 - progress``: pressed
+            :class:`agssd.losses.distillation.Centre`). For [CLS], balancing fades with ``(1 - progress)**2``: pressed
             to the end it makes every prototype equally likely, and the student never catches up with its targets.
         centre_momentum: of the centres of [CLS] and of patches, per optimiser step.
         temperature_student: student's temperature [R: DINO 0.1].
@@ -255,7 +255,7 @@ class AGSSD(PretrainModule):
             "temperature_patch": linear(progress, *self.temperature_patch, finish=0.3),
             "fused_share": linear(progress, 0.0, self.fused_share, 0.05, 0.2),
             "fused_share_cls": linear(progress, 0.0, self.fused_share_cls, 0.1, 0.2),
-            "balance_cls": 1 - progress if self.assignment == "balance" else 1.0,
+            "balance_cls": (1 - progress) ** 2 if self.assignment == "balance" else 1.0,
             "mask_edge_share": linear(progress, 0.0, self.mask_edge_share),
             "mask_temperature": hot * (cold / hot) ** progress,
         }
