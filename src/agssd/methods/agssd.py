@@ -365,7 +365,7 @@ class AGSSD(PretrainModule):
         half = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, : tokens // 2], True)
         masks = torch.stack([half, ~half], 1).reshape(-1, *self.grid)  # (2B, ...)
         inputs = repeat(_pick(views.inputs, views.hidden_view), "b ... -> (b two) ...", two=2)
-        features = self.teacher["backbone"].forward_views([inputs], [masks])[0]  # type: ignore[operator]
+        features = cast(Backbone, self.teacher["backbone"]).forward_views([inputs], [masks])[0]
         predicted = rearrange(self.teacher["reconstruction"](features.tokens), "(b two) n p -> b two n p", two=2)
         target = patches_of(_pick(views.clean, views.hidden_view), self.patch)
         error = (predicted - target[:, None]).abs().mean(-1)  # (B, 2, N)
@@ -441,7 +441,8 @@ class AGSSD(PretrainModule):
         if views.locals is not None:
             groups.append(rearrange(views.locals, "b v ... -> (b v) ..."))
             group_masks.append(None)
-        features = self.student["backbone"].forward_views(groups, group_masks, self._drop_noise(views))  # type: ignore[operator]
+        student = cast(Backbone, self.student["backbone"])
+        features = student.forward_views(groups, group_masks, self._drop_noise(views))
         student_cls = rearrange(features[0].cls, "(b v) e -> b v e", v=2)
         student_tokens = rearrange(features[0].tokens, "(b v) n e -> b v n e", v=2)
         hidden_tokens = _pick(student_tokens, hidden)
