@@ -65,6 +65,7 @@ class LossTerms(NamedTuple):
 
     total: Tensor  # ()
     terms: dict[str, Tensor]  # name -> ()
+    shared: tuple[Tensor, ...] = ()  # outputs of the student's last block that all terms read; for gradient norms
 
 
 class Observations(TypedDict, total=False):
@@ -114,6 +115,13 @@ class TeacherStudent(Protocol):
     def update_teacher(self, momentum: float) -> None:
         """Move every teacher parameter to ``momentum * teacher + (1 - momentum) * student``; copy buffers."""
         ...
+
+
+@runtime_checkable
+class GradientMeasured(Protocol):
+    """A module that measures the gradient of each loss term in those training steps in which it is told to."""
+
+    measure_gradients: bool
 
 
 @runtime_checkable

@@ -97,6 +97,26 @@ def test_collapse_monitor__asks_the_module_only_when_it_needs_rows(toy, loader, 
     assert asked == [0, last - 1, last, 2 * last, 2 * last + 1]
 
 
+def test_collapse_monitor__has_gradients_measured_in_reporting_steps_alone(toy, loader, make_trainer, tmp_path) -> None:
+    measured: list[int] = []
+
+    class Measuring(toy):
+        measure_gradients = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            assert self.observations is not None
+            if self.measure_gradients:
+                measured.append(batch_idx)
+                self.observations["scalars"] = {"grad_norm_cls": torch.tensor(float(batch_idx))}
+            return loss
+
+    trainer = make_trainer(CollapseMonitor(5, 48), max_steps=10, accumulate_grad_batches=2)
+    trainer.fit(Measuring(lambda step: _healthy(step)), loader)
+    assert measured == [8, 9, 18, 19]
+    assert [row["grad_norm_cls"] for row in _rows(tmp_path)] == [8.5, 18.5]
+
+
 def test_collapse_monitor__many_tokens_are_thinned_evenly(toy, loader, make_trainer, tmp_path) -> None:
     def observe(step: int) -> dict[str, Tensor]:
         position = torch.arange(1000.0)[:, None]

@@ -490,6 +490,10 @@ def test_observations__hold_probabilities_logits_and_figures(batch: Any, at: Any
     assert all(value.ndim == 0 and value.isfinite() for value in figures.values()), figures
     assert figures["overlap"] >= figures["overlap_target"] - 1e-5
     assert figures["mask_ratio"] == pytest.approx(float(step.mask.float().mean()))
+    overlap = step.views.geometry.overlap
+    counted = [int(((overlap >= i / 5) & (overlap < (i + 1) / 5)).sum()) for i in range(5)]
+    shares = [float(figures[f"overlap_{20 * i}_{20 * i + 20}"]) for i in range(5)]
+    assert shares == pytest.approx([count / len(overlap) for count in counted])
 
 
 def test_observations__teacher_and_student_rows_of_cls_are_the_pairs_of_the_loss(batch: Any, at: Any) -> None:

@@ -10,6 +10,8 @@ import recipes
 import torch
 
 from agssd.methods.agssd import AGSSD
+from agssd.methods.base import gradient_norms
+from agssd.types import LossTerms
 
 STEPS, THAW = 200, 10
 
@@ -133,3 +135,32 @@ def test_setup__an_encoder_that_cannot_compile_is_refused(monkeypatch: pytest.Mo
     monkeypatch.delattr(type(module.student["backbone"]), "compile_blocks")  # leaves that of every encoder
     with pytest.raises(ValueError, match="cannot be compiled; set model.compile to false"):
         module.setup("fit")
+
+def test_gradient_norms__are_those_of_the_weighted_terms_at_the_shared_outputs() -> None:
+    shared = torch.tensor([3.0, 4.0], requires_grad=True)
+    other = torch.ones(2, requires_grad=True)
+    terms = {"near": shared.sum() + other.sum(), "far": (shared**2).sum() / 2, "off": shared.sum(), "none": other.sum()}
+    loss = LossTerms(sum(terms.values(), torch.zeros(())), terms, (shared,))
+    figures = gradient_norms(loss, {"far": 2.0, "off": 0.0})
+    expected = {"grad_norm_near": 2**0.5, "grad_norm_far": 10.0, "grad_norm_ratio": 10 / 2**0.5}
+    assert {name: float(value) for name, value in figures.items()} == pytest.approx(expected)
+    assert shared.grad is None and other.grad is None
+    assert gradient_norms(loss._replace(shared=()), {}) == {}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_norms__measuring_leaves_the_step_as_it_is(tiny_cache: Path, compiled: bool) -> None:
+    batch = recipes.parents(tiny_cache, [0, 1])
+    grads, figures = [], {}
+    for measure in (False, True):
+        module = recipes.build(AGSSD)
+        if compiled:
+            module.student["backbone"].compile_blocks("aot_eager")
+        loss = module.pretrain_loss(module.on_after_batch_transfer(batch, 0))
+        if measure:
+            figures = gradient_norms(loss, module.weights)
+        loss.total.backward()
+        grads.append({name: p.grad for name, p in module.student.named_parameters() if p.grad is not None})
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert set(figures) == {"grad_norm_cls", "grad_norm_patch", "grad_norm_rec", "grad_norm_ratio"}
+    assert all(float(value) > 0 for value in figures.values()) and figures["grad_norm_ratio"] >= 1

@@ -21,7 +21,7 @@ from agssd.evaluation.collapse import (
     norm_outlier,
     off_diagonal_cosine,
 )
-from agssd.types import Observable, Observations
+from agssd.types import GradientMeasured, Observable, Observations
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class CollapseMonitor(StandingCallback):
     Keys are ``collapse/<term>_<figure>`` for the terms cls and patch (figures of
     :func:`agssd.evaluation.collapse.distribution_figures`, and ``centre_norm``, ``feature_std``, ``effective_rank``,
     ``cosine``, ``norm_outlier``), ``collapse/attention_*`` of one sample, ``collapse/alarms`` (how many stand), and
-    ``collapse/<name>`` for each of the module's own scalars, averaged over the window and the ranks.
+    ``collapse/<name>`` for each of the module's own scalars, averaged over the window and the ranks; among them, where
+    the module can measure it, ``grad_norm_<term>`` of the step that ends with the report.
 
     An alarm speaks when it begins, not while it lasts. During the first ``grace`` of the run only figures that are not
     finite alarm, because a fresh network looks collapsed.
@@ -126,6 +127,13 @@ class CollapseMonitor(StandingCallback):
             self._total = total_steps(trainer)
             self._window = _Window(math.ceil(self.min_samples / trainer.world_size))
             self._rows = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Have the gradient of each loss term measured in the step whose end brings a report."""
+        if isinstance(pl_module, GradientMeasured):
+            pl_module.measure_gradients = self.active and (trainer.global_step + 1) % self.every_n_steps == 0
 
     @torch.no_grad()
     def on_train_batch_end(

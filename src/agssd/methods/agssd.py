@@ -514,7 +514,7 @@ class AGSSD(PretrainModule):
             fused=None if fused is None else fused.detach(),
             ratio=ratio,
         )
-        return LossTerms(total, terms)
+        return LossTerms(total, terms, (features[0].cls, features[0].tokens))
 
     def _drop_noise(self, views: Views) -> list[Tensor | None]:
         """Return uniforms per view and block for stochastic depth, keyed by sample; none outside training."""
@@ -625,7 +625,7 @@ class AGSSD(PretrainModule):
                 "patch_features": _gather(_pick(step.tokens, step.views.hidden_view), step.index)[step.counts].float(),
                 "centre_norm_cls": self.centre_cls.centre.norm(),
                 "centre_norm_patch": self.centre_patch.centre.norm(),
-                "scalars": self._figures(step),
+                "scalars": self._figures(step) | self.gradient_norms,
             }
 
     def _figures(self, step: _Step) -> dict[str, Tensor]:
@@ -636,6 +636,7 @@ class AGSSD(PretrainModule):
             "overlap": geometry.overlap.mean(),
             "overlap_target": geometry.target_overlap.mean(),
             "overlap_above_095": (geometry.overlap > 0.95).float().mean(),
+            **_histogram("overlap", geometry.overlap),
             "mask_ratio_nominal": step.ratio.mean(),
             "mask_ratio": step.mask.float().mean(),
             "mask_foreground": counts.sum() / step.mask.sum().clamp_min(1),
@@ -729,6 +730,13 @@ def _pick(x: Tensor, view: Tensor) -> Tensor:
 def _gather(tokens: Tensor, index: Tensor) -> Tensor:
     """Return (B, M, E): tokens (B, N, E) at positions (B, M)."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def _histogram(name: str, values: Tensor, bins: int = 5) -> dict[str, Tensor]:
+    """Return the share of values in each of ``bins`` equal parts of [0, 1], named by their ends in percent."""
+    part = (values.flatten() * bins).long().clamp(0, bins - 1)
+    shares = (part[:, None] == torch.arange(bins, device=values.device)).float().mean(0)
+    return {f"{name}_{100 * i // bins}_{100 * (i + 1) // bins}": share for i, share in enumerate(shares.unbind())}
 
 
 def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from copy import deepcopy
+from types import MappingProxyType
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -38,6 +40,9 @@ class PretrainModule(L.LightningModule, ABC):
     student: nn.ModuleDict
     teacher: nn.ModuleDict  # only where build_teacher was called
     last_layers: tuple[nn.Parameter, ...] = ()
+    weights: Mapping[str, float] = MappingProxyType({})  # of the loss terms; 1 where a term has none
+    measure_gradients: bool = False
+    gradient_norms: dict[str, Tensor]  # of the last training step that was told to measure them, else empty
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class PretrainModule(L.LightningModule, ABC):
         self.freeze_last_layer = freeze_last_layer
         self.seed = seed
         self.compile_encoder = compile
+        self.gradient_norms = {}
 
     @abstractmethod
     def make_views(self, batch: ParentBatch) -> Any:
@@ -171,6 +177,7 @@ class PretrainModule(L.LightningModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch and log its terms, averaged over ranks."""
         loss = self.pretrain_loss(batch)
+        self.gradient_norms = gradient_norms(loss, self.weights) if self.measure_gradients else {}
         self._log_terms("train", loss)
         self.log_dict({f"schedule/{name}": value for name, value in self._scheduled_now().items()})
         return loss.total
@@ -214,3 +221,27 @@ class PretrainModule(L.LightningModule, ABC):
             "state_prefix": f"{'teacher' if self.has_teacher else 'student'}.backbone.",
             "contract": getattr(data, "contract", None),
         }
+
+
+def gradient_norms(loss: LossTerms, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return the norm of each weighted term's gradient at the output of the last shared block.
+
+    Keys are ``grad_norm_<term>`` for terms of weight above 0, and ``grad_norm_ratio``, largest over smallest: above 10
+    one term decides alone where the encoder goes. Taken at activations and not at weights, so that no block is run
+    backwards for it, compiled or not. Empty if the recipe names no shared output.
+
+    Source: docs/method.md (c).
+    """
+    figures: dict[str, Tensor] = {}
+    for name, term in loss.terms.items():
+        weight = weights.get(name, 1.0)
+        if weight == 0 or not loss.shared or not term.requires_grad:
+            continue
+        parts = torch.autograd.grad(weight * term, loss.shared, retain_graph=True, allow_unused=True)
+        squares = [part.float().square().sum() for part in parts if part is not None]
+        if squares:
+            figures[f"grad_norm_{name}"] = torch.stack(squares).sum().sqrt()
+    if len(figures) > 1:
+        norms = torch.stack(list(figures.values()))
+        figures["grad_norm_ratio"] = norms.max() / norms.min()
+    return figures
