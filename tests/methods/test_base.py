@@ -136,6 +136,7 @@ def test_setup__an_encoder_that_cannot_compile_is_refused(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="cannot be compiled; set model.compile to false"):
         module.setup("fit")
 
+
 def test_gradient_norms__are_those_of_the_weighted_terms_at_the_shared_outputs() -> None:
     shared = torch.tensor([3.0, 4.0], requires_grad=True)
     other = torch.ones(2, requires_grad=True)
