@@ -146,6 +146,15 @@ def test_dispatch__unknown_subcommand_is_refused_with_the_choice(capsys: pytest.
     assert "'fitt'" in error and "fit" in error and "prepare" in error and "Traceback" not in error
 
 
+def test_main__reader_that_has_seen_enough_is_no_error(tiny_cache: Path) -> None:
+    command = f"import sys; from agssd.cli import main; sys.exit(main(['inspect', {str(tiny_cache)!r}, '--json']))"
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+    process.stderr.close()
+
+
 def test_fit_help__names_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--help"])

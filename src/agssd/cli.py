@@ -21,6 +21,7 @@ TRAINING = {
     "predict": "write the predictions of a task, in the space of the source scans",
 }
 EXIT_REFUSED = 2
+EXIT_PIPE_CLOSED = 141  # as a shell reports a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     try:
-        return _dispatch(arguments[0], arguments[1:])
+        code = _dispatch(arguments[0], arguments[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has seen enough: agssd inspect CACHE | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE_CLOSED
     except Exception as error:
         message = None if show_traceback else refusal(error)
         if message is None:

@@ -23,6 +23,12 @@ def _run(*arguments: object) -> int:
     return prepare.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
+def test_prepare__spacing_that_swallows_the_source_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _run("--out", "c.h5", "--spacing-mm", "1.5", "scans")
+    assert "'scans' is no number; name SOURCE before --spacing-mm" in capsys.readouterr().err
+
+
 def _save(path: Path, array: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(array, np.eye(4)), path)

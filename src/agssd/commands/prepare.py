@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modality", choices=("ct", "mri", "auto"), default="auto", help="default: decide per file")
     parser.add_argument(
         "--spacing-mm",
-        type=float,
+        type=_millimetres,
         nargs="+",
         metavar="S",
         help="voxel size, one number or three in the order superior, anterior, right; default 1.5 for CT, 1.0 for MRI",
@@ -188,6 +188,13 @@ def _work(job: Job, recipe: Recipe) -> PreparedCase | str:
     except Exception as error:  # a file no library foresaw must not cost the hours spent on the others
         message = " ".join(str(error).split())
         return f"unexpected {type(error).__name__}: {message}"
+
+
+def _millimetres(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; name SOURCE before --spacing-mm") from None
 
 
 def _spacing(values: list[float] | None) -> tuple[float, float, float] | None:

@@ -285,6 +285,7 @@ class AGSSD(PretrainModule):
             local_views = self._appear(local_views, is_ct, KeyedRandom(self.seed, sample, "appearance of local views"))
 
         hidden = (KeyedRandom(self.seed, sample, "hidden view").uniform(1)[:, 0] < 0.5).long()
+        spacing_mm = geometry.globals.spacing_mm(batch["spacing_mm"], self.views.size_vox)
         views = Views(
             sample=sample,
             geometry=geometry,
@@ -298,10 +299,9 @@ class AGSSD(PretrainModule):
             low=low,
             high=high,
             edge_q99=batch["edge_q99"],
-            spacing_mm=geometry.globals.spacing_mm(batch["spacing_mm"], self.views.size_vox),
+            spacing_mm=spacing_mm,
         )
-        object.__setattr__(views, "edges", self._edges(views, hidden))
-        return views
+        return replace(views, edges=self._edges(views, hidden))
 
     def _appear(self, views: Tensor, is_ct: Tensor, random: KeyedRandom) -> Tensor:
         count = views.shape[1]

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from agssd.geometry import constant
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.types import Triple
 
@@ -112,7 +113,7 @@ def draw_cuboids(grid: Triple, ratio: Tensor, random: KeyedRandom, block: int = 
         (B, *grid) bool, True = hidden, same count as :func:`draw_masks`.
     """
     coarse = _coarse_grid(grid, block)
-    size = torch.tensor(coarse, device=ratio.device, dtype=torch.float32)
+    size = constant(coarse, ratio.device)
     edge = (size * random.between(0.25, 0.6, _CUBOIDS, 3)).ceil()
     start = ((size - edge + 1) * random.uniform(_CUBOIDS, 3)).floor()  # (B, M, 3)
     covered = torch.ones((), dtype=torch.bool, device=ratio.device)

@@ -59,7 +59,9 @@ def apply_separable(image: Tensor, matrices: tuple[Tensor, Tensor, Tensor]) -> T
     batch, channels, depth, height, width = image.shape
     views = along_d.shape[1]
     out_d, out_h, out_w = along_d.shape[2], along_h.shape[2], along_w.shape[2]
-    x = image.reshape(batch, 1, channels * depth * height, width) @ along_w.mT  # (B, V, C D H, w)
+    # One product per view: a broadcast one would copy the whole parent once per view.
+    rows = image.reshape(batch, channels * depth * height, width)
+    x = torch.stack([rows @ along_w[:, view].mT for view in range(views)], 1)  # (B, V, C D H, w)
     x = along_h[:, :, None] @ x.reshape(batch, views, channels * depth, height, out_w)  # (B, V, C D, h, w)
     x = along_d[:, :, None] @ x.reshape(batch, views, channels, depth, out_h * out_w)  # (B, V, C, d, h w)
     return x.reshape(batch, views, channels, out_d, out_h, out_w)
