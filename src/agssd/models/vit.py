@@ -116,8 +116,8 @@ class ViT(Backbone):
     cast once per pass (Lightning's autocast keeps no cast weights between calls, so one pass for all groups also casts
     once instead of once per group). Positions are those within the view, not within the body.
 
-    Initialisation is Xavier-uniform for every matrix, the patch embedding included, and positions are scaled by
-    ``position_scale`` so that content is not drowned.
+    Initialisation is Xavier-uniform for every matrix, the patch embedding included: positions of scale 1 are then about
+    as strong as the content, which neither drowns the other.
 
     Source: plain ViT [R: iBOT] on 3D patches [R: UNETR, 3DINO]; fixed sin-cos positions and initialisation [R: MAE];
     grouped forward [R: DINOv3]; position scale ours. The abstract of AG-SSD names no encoder.
@@ -136,7 +136,8 @@ class ViT(Backbone):
             ``drop_noise`` is given, in train and eval mode alike.
         rotary: rotate queries and keys of patch tokens by 3D position. The additive position stays; switch it off
             with ``position_scale=0``.
-        position_scale: factor of the additive position code.
+        position_scale: factor of the additive position code. Much below 1 masked tokens do not find their neighbours,
+            and reconstruction stays at predicting the mean for long (docs/evidence.md).
         position_grid: None computes the code for each grid. A triple stores a table for that grid instead (a buffer,
             sin-cos at first, meant for weights trained elsewhere) and resamples it trilinearly for other grids.
         class_token: False leaves out [CLS]; ``Features.cls`` is then the mean token.
@@ -157,7 +158,7 @@ class ViT(Backbone):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         rotary: bool = False,
-        position_scale: float = 0.25,
+        position_scale: float = 1.0,
         position_grid: Triple | None = None,
         class_token: bool = True,
     ) -> None:
