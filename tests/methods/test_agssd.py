@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from agssd.geometry import token_centres, transform
-from agssd.methods.agssd import AGSSD, _places, num_tokens
+from agssd.methods.agssd import AGSSD
 from agssd.methods.base import PretrainModule
 from agssd.transforms.edges import MIN_FOREGROUND
 
@@ -231,11 +231,6 @@ def test_agssd__objective_equals_a_reference_by_loops(batch: Any, at: Any) -> No
     module = recipes.build(AGSSD, cvaa="none", drop_path=0.0, assignment="centring")
     for centre in (module.centre_cls, module.centre_patch):
         centre.centre.copy_(torch.randn(64, generator=torch.Generator().manual_seed(1)) * 0.05)
-    places = torch.arange(num_tokens(module.grid))[None]
-    means = 0.3 * torch.randn(places.numel(), 32, generator=torch.Generator().manual_seed(2))
-    for heads in (module.student, module.teacher):
-        heads["patch_head"].mean.copy_(means)
-        heads["patch_head"].rows.fill_(50.0)
     views, loss, step = step_of(module, half_background(batch))
     centre_cls, centre_patch = module.centre_cls.centre.numpy(), module.centre_patch.centre.numpy()
     shares = body_of(views)
@@ -254,8 +249,8 @@ def test_agssd__objective_equals_a_reference_by_loops(batch: Any, at: Any) -> No
             for image in views.locals[b]:
                 features = module.student["backbone"](image[None])
                 seen.append(module.student["cls_head"](features.cls)[0].double().numpy())
-            teacher_patch = module.teacher["patch_head"](teacher[hidden].tokens, None, places)[0].double().numpy()
-            student_patch = module.student["patch_head"](student[hidden].tokens, None, places)[0].double().numpy()
+            teacher_patch = module.teacher["patch_head"](teacher[hidden].tokens)[0].double().numpy()
+            student_patch = module.student["patch_head"](student[hidden].tokens)[0].double().numpy()
             predicted = module.student["reconstruction"](student[hidden].tokens)[0].double().numpy()
         pairs = []
         for q in (0, 1):
@@ -576,27 +571,3 @@ def test_agssd__block_that_does_not_divide_the_grid_is_refused(batch: Any) -> No
     module = recipes.build(AGSSD, mask_block=2)
     with pytest.raises(ValueError, match="mask_block is 2, which does not divide the token grid"):
         module.pretrain_loss(module.make_views(batch))
-
-
-def test_places__are_the_tokens_that_hold_the_points() -> None:
-    grid = (2, 3, 4)
-    centres = token_centres(grid)
-    assert torch.equal(_places(centres[None], grid)[0], torch.arange(24))
-    inside = 0.9 * torch.rand(50, 24, 3, generator=torch.Generator().manual_seed(0)) - 0.45  # of half a token's edge
-    assert torch.equal(_places(centres + 2 * inside / torch.tensor(grid), grid), torch.arange(24).expand(50, -1))
-    outside = torch.tensor([[-1.5, -1.5, -1.5], [1.5, 0.0, 1.5], [1.0, 1.0, 1.0]])
-    assert _places(outside[None], grid)[0].tolist() == [0, 12 + 4 + 3, 23]
-
-
-def test_agssd__patch_prototypes_see_no_place(batch: Any, at: Any) -> None:
-    module = recipes.build(AGSSD)
-    head = module.teacher["patch_head"]
-    assert head.mean.shape[0] == num_tokens(module.grid) and module.teacher["cls_head"].mean.shape[0] == 1
-    before = head.mean.clone()
-    _, _, step = step_of(module, batch)
-    module.after_optimizer_step()
-    observed = torch.zeros(num_tokens(module.grid))
-    observed.index_add_(0, step.index.flatten(), step.counts.flatten().float())
-    torch.testing.assert_close(head.rows[:, 0], observed)
-    assert ((head.mean != before).any(1) == (observed > 0)).all()
-    assert torch.equal(head.mean, module.student["patch_head"].mean)

@@ -77,16 +77,15 @@ def test_heads__run_in_fp32_under_autocast(head, dtype):
         assert torch.equal(mixed, plain)
 
 
-def centred(momentum=0.9, places=1):
+def centred(momentum=0.9):
     torch.manual_seed(0)
-    return PrototypeHead(24, 50, hidden_dim=32, bottleneck_dim=16, centre_momentum=momentum, num_places=places)
+    return PrototypeHead(24, num_prototypes=50, hidden_dim=32, bottleneck_dim=16, centre_momentum=momentum)
 
 
 def move(head):
-    moved = head.moved_mean()
-    assert moved is not None
-    head.mean.copy_(moved[0])
-    head.rows.copy_(moved[1])
+    mean = head.moved_mean()
+    assert mean is not None
+    head.mean.copy_(mean)
 
 
 def test_prototype_head__centring_takes_the_weighted_mean_of_the_bottleneck_off():
@@ -96,8 +95,8 @@ def test_prototype_head__centring_takes_the_weighted_mean_of_the_bottleneck_off(
     torch.testing.assert_close(before, head(x))  # observing changes nothing yet
     move(head)
     bottleneck = head.mlp(x).detach()
-    torch.testing.assert_close(head.centre()[0], bottleneck[weights].mean(0))
-    wanted = torch.nn.functional.cosine_similarity((bottleneck - head.centre())[..., None, :], head.prototypes, dim=-1)
+    torch.testing.assert_close(head.mean, bottleneck[weights].mean(0))
+    wanted = torch.nn.functional.cosine_similarity((bottleneck - head.mean)[..., None, :], head.prototypes, dim=-1)
     torch.testing.assert_close(head(x), wanted, atol=1e-5, rtol=0)
 
 
@@ -110,71 +109,36 @@ def test_prototype_head__centring_tells_apart_what_shares_a_large_part():
     assert head(x).flatten(0, 1).std(0).mean() > 10 * spread
 
 
-def test_prototype_head__running_mean_is_over_rows_of_which_older_ones_weigh_less():
+def test_prototype_head__running_mean_starts_at_the_first_and_then_keeps_its_momentum():
     head = centred(0.75)
-    rows, weights = [], []
+    means = []
     for step in range(6):
-        x = (features() + step).flatten(0, 1)[: 5 + 3 * step]
-        head(x, torch.ones(len(x)))
-        rows.append(head.mlp(x).detach())
-        weights = [weight * 0.75 for weight in weights] + [torch.ones(len(x))]
+        x = features() + step
+        head(x, torch.ones(3, 7))
+        means.append(head.mlp(x).detach().flatten(0, 1).mean(0))
         move(head)
-    wanted = (torch.cat(rows) * torch.cat(weights)[:, None]).sum(0) / torch.cat(weights).sum()
-    torch.testing.assert_close(head.centre()[0], wanted, atol=1e-5, rtol=1e-5)
+    wanted = means[0]
+    for step, mean in enumerate(means[1:], 1):
+        kept = min(step / (step + 1), 0.75)
+        wanted = kept * wanted + (1 - kept) * mean
+    torch.testing.assert_close(head.mean, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_prototype_head__every_place_has_its_own_mean():
-    head, x = centred(places=4), features()
-    place = torch.tensor([0, 1, 2, 0, 1, 2, 0]).expand(3, 7)
-    weights = torch.rand(3, 7, generator=torch.Generator().manual_seed(2)) < 0.7
-    head(x, weights, place)
-    move(head)
-    bottleneck = head.mlp(x).detach()
-    overall = bottleneck[weights].mean(0)
-    for i in range(3):
-        own = bottleneck[weights & (place == i)]
-        torch.testing.assert_close(head.centre()[i], (own.sum(0) + overall) / (len(own) + 1))
-    torch.testing.assert_close(head.centre()[3], overall)  # never seen
-    wanted = torch.nn.functional.cosine_similarity(
-        (bottleneck - head.centre()[place])[..., None, :], head.prototypes, dim=-1
-    )
-    torch.testing.assert_close(head(x, None, place), wanted, atol=1e-5, rtol=0)
-
-
-def test_prototype_head__what_depends_on_the_place_alone_is_taken_off():
-    head = centred(places=7)
-    generator = torch.Generator().manual_seed(1)
-    x = 0.1 * torch.randn(200, 7, 24, generator=generator) + torch.randn(7, 24, generator=generator)
-    place = torch.arange(7).expand(200, 7)
-    head(x, torch.ones(200, 7), place)
-    move(head)
-    logits = head(x, None, place).detach()
-    explained = logits.mean(0).var(0).sum() / logits.flatten(0, 1).var(0).sum()
-    plain = head(x).detach()
-    assert explained < 0.05 < 0.9 < plain.mean(0).var(0).sum() / plain.flatten(0, 1).var(0).sum()
-
-
-@pytest.mark.parametrize("places", [1, 7])
-def test_prototype_head__four_micro_batches_move_the_mean_as_one_does(places):
-    one, four = centred(places=places), centred(places=places)
+def test_prototype_head__four_micro_batches_move_the_mean_as_one_does():
+    one, four = centred(), centred()
     x, weights = features(), torch.rand(3, 7, generator=torch.Generator().manual_seed(2))
-    place = None if places == 1 else torch.arange(7).expand(3, 7)
-    one(x, weights, place)
+    one(x, weights)
     for row in range(3):
-        four(x[row], weights[row], None if place is None else place[row])
-    for first, second in zip(four.moved_mean(), one.moved_mean(), strict=True):
-        torch.testing.assert_close(first, second)
+        four(x[row], weights[row])
+    torch.testing.assert_close(four.moved_mean(), one.moved_mean())
 
 
 def test_prototype_head__without_observed_rows_the_mean_stays():
     head = centred()
-    head(features(), torch.ones(3, 7))
-    move(head)
-    before = head.mean.clone(), head.rows.clone()
-    assert all(torch.equal(now, then) for now, then in zip(head.moved_mean(), before, strict=True))
+    head.mean.fill_(0.2)
+    assert torch.equal(head.moved_mean(), torch.full((16,), 0.2))
     head(features(), torch.zeros(3, 7))
-    assert all(torch.equal(now, then) for now, then in zip(head.moved_mean(), before, strict=True))
-    assert not centred().moved_mean()[0].any()
+    assert torch.equal(head.moved_mean(), torch.full((16,), 0.2))
     assert centred(None).moved_mean() is None
 
 

@@ -104,8 +104,8 @@ class AGSSD(PretrainModule):
         num_prototypes: K of the [CLS] and the patch head.
         head_hidden: width of the heads' hidden layers.
         head_bottleneck: width before the prototypes.
-        head_centring: subtract a running mean of the teacher's bottleneck before its L2 norm, for patches one mean per
-            place in the view (ours; see :class:`agssd.models.heads.PrototypeHead`).
+        head_centring: subtract a running mean of the teacher's bottleneck before its L2 norm (ours; see
+            :class:`agssd.models.heads.PrototypeHead`).
         weight_cls: weight of the [CLS] term.
         weight_patch: weight of the patch term.
         weight_reconstruction: weight of the reconstruction term.
@@ -221,15 +221,16 @@ class AGSSD(PretrainModule):
         if views.num_local:
             backbone.token_grid(views.local_size_vox)
 
-        def head(places: int) -> PrototypeHead:
-            momentum = 0.9 if head_centring else None
-            return PrototypeHead(backbone.embed_dim, num_prototypes, head_hidden, head_bottleneck, momentum, places)
+        def head() -> PrototypeHead:
+            return PrototypeHead(
+                backbone.embed_dim, num_prototypes, head_hidden, head_bottleneck, 0.9 if head_centring else None
+            )
 
         self.student = nn.ModuleDict(
             {
                 "backbone": backbone,
-                "cls_head": head(1),
-                "patch_head": head(num_tokens(self.grid)),
+                "cls_head": head(),
+                "patch_head": head(),
                 "reconstruction": ReconstructionHead(backbone.embed_dim, self.patch, backbone.in_channels),
             }
         )
@@ -450,13 +451,11 @@ class AGSSD(PretrainModule):
         with torch.no_grad():
             own = _pick(teacher_tokens, hidden)
             observed = counts if self.training else None
-            teacher_logits = self.teacher["patch_head"](_gather(own, index), observed, index)
+            teacher_logits = self.teacher["patch_head"](_gather(own, index), observed)
             targets = self._targets(teacher_logits, self.centre_patch, now["temperature_patch"], counts)
             if self.cvaa == "teacher":
                 targets = self._compensated(views, targets, own, teacher_tokens, index, counts, now)
-        student_logits = (
-            self.student["patch_head"](_gather(hidden_tokens, index), None, index) / self.temperature_student
-        )
+        student_logits = self.student["patch_head"](_gather(hidden_tokens, index)) / self.temperature_student
         plain = cross_entropy(targets, student_logits)
         loss_patch = masked_mean(plain, counts)
         fused, fused_cls = None, None
@@ -566,11 +565,9 @@ class AGSSD(PretrainModule):
                 fused_cls = out[:, :, 0]
                 fused_teacher = _pick(out, hidden)
         with torch.no_grad():
-            logits = self.teacher["patch_head"](_gather(fused_teacher[:, 1:], index), None, index)
+            logits = self.teacher["patch_head"](_gather(fused_teacher[:, 1:], index))
             targets = self._targets(logits, self.centre_fused, now["temperature_patch"], counts)
-        student_logits = (
-            self.student["patch_head"](_gather(fused[:, 1:], index), None, index) / self.temperature_student
-        )
+        student_logits = self.student["patch_head"](_gather(fused[:, 1:], index)) / self.temperature_student
         return cross_entropy(targets, student_logits), fused_cls
 
     def _compensated(
@@ -591,7 +588,7 @@ class AGSSD(PretrainModule):
         agreement = nn.functional.cosine_similarity(own.float(), other, dim=-1).clamp_min(0)
         ramp = now["fused_share"] / self.fused_share if self.fused_share else 0.0
         share = (0.3 * ramp * valid * agreement).gather(1, index)[..., None]
-        logits = self.teacher["patch_head"](_gather(other, index), None, _places(u, self.grid).gather(1, index))
+        logits = self.teacher["patch_head"](_gather(other, index))
         aligned = self._targets(logits, self.centre_patch, now["temperature_patch"], counts, observe=False)
         mixed: Tensor = (1 - share) * targets + share * aligned
         return mixed
@@ -604,11 +601,11 @@ class AGSSD(PretrainModule):
             self.centre_fused.update()
         for name in ("cls_head", "patch_head"):
             teacher, student = (cast(PrototypeHead, heads[name]) for heads in (self.teacher, self.student))
-            moved = teacher.moved_mean()
-            if moved is not None:
+            mean = teacher.moved_mean()
+            if mean is not None:
                 for head in (teacher, student):
-                    head.mean.copy_(moved[0])
-                    head.rows.copy_(moved[1])
+                    head.mean.copy_(mean)
+                    head.updates.copy_(teacher.updates)
 
     # ------------------------------------------------------------ monitors
 
@@ -723,13 +720,6 @@ class AGSSD(PretrainModule):
 def num_tokens(grid: Triple) -> int:
     """Return N, the tokens of a grid."""
     return grid[0] * grid[1] * grid[2]
-
-
-def _places(u: Tensor, grid: Triple) -> Tensor:
-    """Return (B, N) int64: the token, in raster order, that holds each point u (B, N, 3), or the nearest one."""
-    size = constant(grid, u.device)
-    d, h, w = (((u + 1) / 2 * size).floor().clamp_min(0).minimum(size - 1)).long().unbind(-1)
-    return (d * grid[1] + h) * grid[2] + w
 
 
 def _pick(x: Tensor, view: Tensor) -> Tensor:
