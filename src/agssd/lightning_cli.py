@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
@@ -212,7 +212,7 @@ class AgssdCLI(LightningCLI):
         """Check everything that can be checked, then claim the run directory."""
         self._preflight()
         resuming = bool(self.config[self.subcommand].get("ckpt_path"))
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not cast(Any, self.trainer).fast_dev_run:  # Lightning declares neither this nor callbacks
             claim(self.run_directory, resuming)
 
     def before_validate(self) -> None:
@@ -227,7 +227,7 @@ class AgssdCLI(LightningCLI):
         """Let data and callbacks refuse before loggers, checkpoints or processes exist; Lightning's order is later."""
         self.trainer.strategy.connect(self.model)
         stage = str(self.subcommand)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in cast(Any, self.trainer).callbacks:
             if isinstance(callback, StandingCallback):
                 StandingCallback.setup(callback, self.trainer, self.model, stage)
         self.datamodule.trainer = self.trainer

@@ -12,10 +12,12 @@ import logging
 import pkgutil
 import typing
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -137,6 +139,16 @@ def quiet() -> None:
     """Silence Lightning's advice, which is about other things than what is tested."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_on_one_thread() -> Iterator[None]:
+    """Run a test on one thread, so that its figures do not depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    quiet()
+    yield
+    torch.set_num_threads(threads)
 
 
 def trainer(*callbacks: L.Callback, teacher: bool = True, **given: Any) -> L.Trainer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -55,8 +56,8 @@ def save_panels(panels: list[ViewPanel], path: Path, title: str) -> None:
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
 
-    def text(x: float, y: float, words: str, **style: object) -> None:
-        figure.text(x / width, 1 - y / height, words, va="center", **style)  # type: ignore[arg-type]
+    def text(x: float, y: float, words: str, **style: Any) -> None:
+        figure.text(x / width, 1 - y / height, words, va="center", **style)
 
     text(_GAP, 17, title, fontsize=12, fontweight="bold")
     text(

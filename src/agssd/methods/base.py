@@ -146,7 +146,7 @@ class PretrainModule(L.LightningModule, ABC):
         Raises:
             ValueError: if the module has a teacher and no callback updates it.
         """
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = cast(Any, self.trainer).callbacks  # Lightning declares the attribute nowhere
         if self.has_teacher and not any(getattr(callback, "updates_teacher", False) for callback in callbacks):
             raise ValueError(
                 f"{type(self).__name__} has a teacher, but no callback moves it; add "

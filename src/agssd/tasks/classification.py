@@ -156,7 +156,8 @@ class ClassificationTask(DownstreamTask):
     def _pool(self, cls: Tensor, tokens: Tensor) -> Tensor:
         """Return (B, width) from [CLS] (B, V, E) and tokens (B, V, N, E) of V windows per volume."""
         if self.attentive is not None:
-            return self.attentive(tokens.flatten(1, 2))  # type: ignore[no-any-return]
+            pooled: Tensor = self.attentive(tokens.flatten(1, 2))
+            return pooled
         mean = tokens.mean((1, 2))
         if self.pooling == "mean":
             return mean
