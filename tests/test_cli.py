@@ -146,6 +146,11 @@ def test_dispatch__unknown_subcommand_is_refused_with_the_choice(capsys: pytest.
     assert "'fitt'" in error and "fit" in error and "prepare" in error and "Traceback" not in error
 
 
+def test_main__runs_as_a_module_too() -> None:
+    out = subprocess.run([sys.executable, "-m", "agssd", "--version"], capture_output=True, text=True, check=True)
+    assert out.stdout == f"agssd {__version__}\n"
+
+
 def test_main__reader_that_has_seen_enough_is_no_error(tiny_cache: Path) -> None:
     command = f"import sys; from agssd.cli import main; sys.exit(main(['inspect', {str(tiny_cache)!r}, '--json']))"
     process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
