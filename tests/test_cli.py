@@ -255,11 +255,16 @@ def test_fit__refuses_a_used_directory_and_leaves_it_alone(conf: Path, tmp_path:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_fit__resumed_run_ends_like_an_undisturbed_one(conf: Path, tmp_path: Path, accumulate: int) -> None:
-    more = ("--trainer.accumulate_grad_batches", str(accumulate))
-    assert fit(conf, tmp_path / "whole", "--trainer.max_steps", "5", *more) == 0
-    assert fit(conf, tmp_path / "cut", "--trainer.max_steps", "2", *more) == 0
-    assert fit(conf, tmp_path / "cut", "--trainer.max_steps", "5", "--ckpt_path", "last", *more) == 0
+def test_fit__resumed_run_ends_like_an_undisturbed_one(
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    more = ("--trainer.max_steps", "5", "--trainer.accumulate_grad_batches", str(accumulate))
+    assert fit(conf, tmp_path / "whole", *more) == 0
+    monkeypatch.setenv("TOY_STOPS_AT", "2")
+    assert fit(conf, tmp_path / "cut", *more) == 0
+    assert checkpoint(tmp_path / "cut")["global_step"] == 2
+    monkeypatch.delenv("TOY_STOPS_AT")
+    assert fit(conf, tmp_path / "cut", "--ckpt_path", "last", *more) == 0
     whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
     assert torch.equal(whole["state_dict"]["backbone.gain"], cut["state_dict"]["backbone.gain"])
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -271,12 +276,16 @@ def test_fit__resuming_with_other_model_settings_is_refused_with_the_difference(
 ) -> None:
     run = tmp_path / "run"
     assert fit(conf, run) == 0
-    changes = ("--model.lr", "0.5", "--backbone.embed_dim", "7")
+    changes = ["--model.lr", "0.5", "--backbone.embed_dim", "7", "--mask_ratio.start", "0.1"]
+    changes += ["--trainer.max_steps", "9", "--trainer.precision", "bf16-mixed", "--ema_teacher.momentum_start", "0.5"]
     assert fit(conf, run, "--ckpt_path", str(run / "checkpoints/last.ckpt"), *changes) == 2
     error = capsys.readouterr().err
     assert "model.lr: 0.01 in the checkpoint, 0.5 now" in error
     assert "backbone.embed_dim: 5 in the checkpoint, 7 now" in error
-    assert error.count("in the checkpoint") == 2
+    assert "trainer.max_steps: 3 in the checkpoint, 9 now" in error
+    for name in ("mask_ratio.start", "ema_teacher.momentum_start", "trainer.precision"):
+        assert f"{name}: " in error
+    assert error.count("in the checkpoint") == 6
 
 
 def test_differences__compiling_or_not_is_free_on_resuming() -> None:

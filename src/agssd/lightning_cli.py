@@ -55,7 +55,9 @@ _EXPECTED_WARNINGS = (
     r".*module\(s\) in eval mode at the start of training.*",  # the teacher, a frozen encoder
     r".*You have overridden `on_after_batch_transfer` in `LightningModule`.*",  # where views are made, by design
 )
-_RESUMED_UNCHANGED = ("seed_everything", "model", "backbone", "views")
+# What a run computes; all schedules are shares of max_steps.
+_RESUMED_UNCHANGED = ("seed_everything", "model", "backbone", "views", "mask_ratio", "ema_teacher")
+_RESUMED_UNCHANGED_TRAINER = ("max_steps", "precision", "gradient_clip_val")
 _RESUMED_FREELY = ("model.compile",)  # how fast a run is, not what it computes
 _KEYWORD_CHECKPOINTS = ("last", "best", "hpc", "registry")
 
@@ -141,9 +143,12 @@ class AgssdCLI(LightningCLI):
             return
         saved = read_checkpoint(path).get("config", {})
         given = plain_config(self._parser(subcommand), self.config[subcommand])
-        differing = [
-            line for group in _RESUMED_UNCHANGED for line in differences(group, saved.get(group), given[group])
+        groups = [(name, saved.get(name), given.get(name)) for name in _RESUMED_UNCHANGED]
+        groups += [
+            (f"trainer.{name}", saved.get("trainer", {}).get(name), given["trainer"].get(name))
+            for name in _RESUMED_UNCHANGED_TRAINER
         ]
+        differing = [line for group in groups for line in differences(*group)]
         if differing:
             raise ValueError(
                 f"{path} was trained with other settings, and a run is continued unchanged:\n  "

@@ -103,13 +103,10 @@ def runs(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @every_recipe
-def test_recipe__loss_is_finite_and_falls(kind: type[PretrainModule], runs: Any) -> None:
+def test_recipe__losses_are_finite_at_every_step(kind: type[PretrainModule], runs: Any) -> None:
     _, record, _ = runs(kind)
     assert len(record.losses) == STEPS
     assert all(math.isfinite(value) for step in record.losses for value in step.values())
-    # A teacher that sharpens raises the loss again, so only the start is a bar.
-    totals = [step["train/loss"] for step in record.losses]
-    assert max(totals[-6:]) < 0.95 * totals[0]
 
 
 @every_variant

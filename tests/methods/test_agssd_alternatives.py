@@ -16,7 +16,7 @@ from agssd.lightning_cli import AgssdCLI
 from agssd.methods.base import PretrainModule
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-SMALL = {**recipes.SMALL, "mask_score": "edge", "cvaa": "student", "assignment": "balance", "weight_koleo": 0.0}
+SMALL = {**recipes.SMALL, "mask_score": "edge", "cvaa": "student", "assignment": "centring", "weight_koleo": 0.0}
 VIEWS = {"size_vox": [32, 32, 32], "local_size_vox": [16, 16, 16], "num_local": 2, "scale": [0.6, 1.0]}
 ENCODER = {"patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "drop_path": 0.3}
 ALTERNATIVES: dict[str, dict[str, Any]] = {
@@ -34,10 +34,10 @@ ALTERNATIVES: dict[str, dict[str, Any]] = {
     "plain cls targets": {"model": {"fused_share_cls": 0.0}},
     "counterparts in sight": {"model": {"counterpart_drop": 0.0}},
     "no key dropout": {"model": {"key_dropout": 0.0}},
-    "centring": {"model": {"assignment": "centring"}},
+    "balance": {"model": {"assignment": "balance"}},
     "sinkhorn": {"model": {"assignment": "sinkhorn"}},
     "norm_pix": {"model": {"norm_pix": True}},
-    "heads not centred": {"model": {"head_centring": False}},
+    "heads centred": {"model": {"head_centring": True}},
     "koleo": {"model": {"weight_koleo": 0.1}},
     "plain reconstruction": {"model": {"reconstruction_edges": 0.0}},
     "no appearance": {"model": {"appearance": {"prob_gamma": 0.0, "prob_histogram": 0.0, "prob_blur": 0.0}}},

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 def find_checkpoint(run_path: Path) -> Path:
     """Return ``run_path`` if it is a file, else the newest checkpoint below it.
 
-    The newest ``last.ckpt`` wins; without one the highest ``step=`` in a file name, then the latest written.
+    The newest ``last.ckpt`` wins; without one the highest step in a file name (``step00000500``, ``step=500``), then the latest written.
 
     Raises:
         ValueError: if there is none.
@@ -59,7 +59,7 @@ def find_checkpoint(run_path: Path) -> Path:
         return max(last, key=lambda path: path.stat().st_mtime_ns)
 
     def age(path: Path) -> tuple[int, int]:
-        step = re.search(r"step=(\d+)", path.name)
+        step = re.search(r"step=?(\d+)", path.name)
         return (int(step[1]) if step else -1, path.stat().st_mtime_ns)
 
     return max(files, key=age)

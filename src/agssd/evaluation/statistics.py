@@ -15,10 +15,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def excludes_zero(self) -> bool:
-        """Return whether the whole interval is above or below 0."""
-        return self.low > 0 or self.high < 0
-
 
 def bootstrap_mean(
     values: npt.NDArray[np.float64], level: float = 0.95, draws: int = 10_000, seed: int = 0

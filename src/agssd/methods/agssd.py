@@ -155,12 +155,12 @@ class AGSSD(PretrainModule):
         num_prototypes: int = 8192,
         head_hidden: int = 2048,
         head_bottleneck: int = 256,
-        head_centring: bool = True,
+        head_centring: bool = False,
         weight_cls: float = 1.0,
         weight_patch: float = 1.0,
         weight_reconstruction: float = 10.0,
         weight_koleo: float = 0.0,
-        assignment: Literal["balance", "centring", "sinkhorn"] = "balance",
+        assignment: Literal["centring", "sinkhorn", "balance"] = "centring",
         centre_momentum: tuple[float, float] = (0.9, 0.9),
         temperature_student: float = 0.1,
         temperature_cls: float = 0.04,
@@ -251,11 +251,11 @@ class AGSSD(PretrainModule):
     def schedules(self, progress: float) -> dict[str, float]:
         """Return every scheduled number at a share of the run."""
         hot, cold = self.mask_temperature
-        return super().schedules(progress) | {
+        balance = {"balance_cls": (1 - progress) ** 2} if self.assignment == "balance" else {}
+        return balance | super().schedules(progress) | {
             "temperature_patch": linear(progress, *self.temperature_patch, finish=0.3),
             "fused_share": linear(progress, 0.0, self.fused_share, 0.05, 0.2),
             "fused_share_cls": linear(progress, 0.0, self.fused_share_cls, 0.1, 0.2),
-            "balance_cls": (1 - progress) ** 2 if self.assignment == "balance" else 1.0,
             "mask_edge_share": linear(progress, 0.0, self.mask_edge_share),
             "mask_temperature": hot * (cold / hot) ** progress,
         }
@@ -548,7 +548,7 @@ class AGSSD(PretrainModule):
         memory = _pick(teacher_tokens, 1 - hidden)
         fused_cls = None
         if self.cvaa == "casa":
-            # One shared block; keys once from the student (trained side), once from the teacher (target side).
+            # One block: the student's with the student's keys, its moving average with the teacher's as target.
             fused = self.student["fuser"](query, _pick(student_tokens, 1 - hidden), bias, forbidden)
             with torch.no_grad():
                 fused_teacher = self.teacher["fuser"](query, memory, bias)
@@ -595,7 +595,7 @@ class AGSSD(PretrainModule):
 
     def after_optimizer_step(self) -> None:
         """Move the centres, once per optimiser step, from all its samples."""
-        self.centre_cls.update(self.schedules(self.progress)["balance_cls"])
+        self.centre_cls.update(self.schedules(self.progress).get("balance_cls", 1.0))
         self.centre_patch.update()
         if self.cvaa in ("student", "casa"):
             self.centre_fused.update()

@@ -31,7 +31,7 @@ def resolve_encoder(backbone: Backbone | None, encoder: str | None) -> Backbone:
         if backbone is None:
             raise ValueError(
                 "the model has no encoder: give --model.encoder PATH (pretrained) or a backbone (from scratch), for "
-                "example --backbone conf/backbone/vit_small.yaml"
+                "example --backbone conf/backbone/vit_small_p16.yaml"
             )
         return backbone
     loaded = load_encoder(encoder)
