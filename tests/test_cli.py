@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -158,6 +159,16 @@ def test_main__reader_that_has_seen_enough_is_no_error(tiny_cache: Path) -> None
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
     process.stderr.close()
+
+
+def test_fit_help__takes_less_than_five_seconds_of_processor_time() -> None:
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "agssd", "fit", "--help"], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    assert min(seconds() for _ in range(2)) < 5
 
 
 def test_fit_help__names_the_groups(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,10 @@ def test_find_checkpoint__last_then_highest_step_then_newest(tmp_path: Path) -> 
     save_checkpoint(plain / "a.ckpt", 1, age_s=9)
     later = save_checkpoint(plain / "b.ckpt", 2, age_s=1)
     assert export.find_checkpoint(plain) == later
+    ours = tmp_path / "ours"
+    furthest = save_checkpoint(ours / "step00001000.ckpt", 1000, age_s=9)
+    save_checkpoint(ours / "step00000500.ckpt", 500, age_s=1)
+    assert export.find_checkpoint(ours) == furthest
 
 
 def test_run__writes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
