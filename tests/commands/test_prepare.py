@@ -128,6 +128,48 @@ def test_prepare__no_cache_when_all_is_refused(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "empty").mkdir()
     assert _run(tmp_path / "empty", "--out", out) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "in"]
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["zeros.nii"]  # no salt either
+
+
+def test_prepare__unusable_salt_stops_before_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare, "_work", lambda job, recipe: pytest.fail("a scan was read"))
+    (tmp_path / "salt").write_text("")
+    for path, message in ((tmp_path / "salt", "is empty"), (tmp_path / "none/salt", "its folder does not exist")):
+        assert _run(folder, "--out", tmp_path / "c.h5", "--salt", path) == 1
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["salt", "scans"]
+
+
+def test_prepare__one_salt_file_makes_subjects_of_two_caches_comparable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("one", 0), ("two", 1)):
+        _save(tmp_path / name / "jane.nii.gz", _head(seed))
+        _run(tmp_path / name, "--out", tmp_path / f"{name}.h5")
+        _run(tmp_path / name, "--out", tmp_path / f"{name}_joined.h5", "--salt", tmp_path / "salt")
+    one, two, *joined = (VolumeCache(tmp_path / f"{name}.h5") for name in ("one", "two", "one_joined", "two_joined"))
+    assert one.salt_fingerprint and one.salt_fingerprint != two.salt_fingerprint
+    assert joined[0].salt_fingerprint == joined[1].salt_fingerprint != one.salt_fingerprint
+    assert one.cases[0].subject != two.cases[0].subject and joined[0].cases[0].subject == joined[1].cases[0].subject
+    salt = (tmp_path / "salt").read_bytes().strip()
+    assert salt not in (tmp_path / "one_joined.h5").read_bytes()
+    assert f"salt: {tmp_path / 'salt'} (created" in capsys.readouterr().out
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    assert "caches to be joined in training need one salt" in " ".join(parser.format_help().split())
+
+
+def test_prepare__two_modalities_at_two_spacings_are_said_with_the_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save(tmp_path / "scans/ct.nii.gz", _ct())
+    _save(tmp_path / "scans/mri.nii.gz", _head(1))
+    note = "holds ct at 1.5x1.5x1.5 mm and mri at 1x1x1 mm, and one training takes one spacing: run agssd prepare once"
+    for arguments, said in (((), True), (("--spacing-mm", "2"), False), (("--modality", "mri"), False)):
+        _run(tmp_path / "scans", "--out", tmp_path / "c.h5", "--overwrite", *arguments)
+        assert (note in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,9 @@ def test_writer__arrays_and_constants_come_back(tmp_path: Path, compression: str
     case = _case()
     with CacheWriter(tmp_path / "c.h5", ["sick", "well"], compression) as writer:
         writer.add(case, "k", "s", "train", "well")
-        writer.finish()
+        writer.finish(salt_fingerprint="0123456789abcdef")
     cache = VolumeCache(tmp_path / "c.h5")
+    assert cache.salt_fingerprint == "0123456789abcdef"
     info = cache.cases[0]
     assert np.array_equal(cache.read_whole(0), case.image)
     assert np.array_equal(cache.read_whole(0, "foreground"), case.foreground)

@@ -74,6 +74,7 @@ def test_cache__survives_pickling_with_open_handles(tiny_cache: Path) -> None:
     expected = cache.read(1, (3, 3, 3), (20, 20, 20))
     copy = pickle.loads(pickle.dumps(cache))
     assert copy.cases == cache.cases and copy.class_names == cache.class_names
+    assert copy.salt_fingerprint == cache.salt_fingerprint
     assert np.array_equal(copy.read(1, (3, 3, 3), (20, 20, 20)), expected)
 
 

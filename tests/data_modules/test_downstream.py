@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
+import hdf5plugin  # noqa: F401  (registers the filters)
 import numpy as np
 import pytest
 import torch
@@ -91,6 +95,39 @@ def test_setup__two_caches__both_are_used(family_cache: Path, tmp_path: Path, ma
     assert {made.rows[row][0] for row in made.members["train"]} == {0, 1}
 
 
+def test_setup__two_modalities__the_chosen_one_is_what_must_agree(
+    tmp_path: Path, make_cache: Callable[..., Path]
+) -> None:
+    path = make_cache(tmp_path / "both.h5", num_cases=6, shape=(20, 20, 20), splits=["train"] * 4 + ["val", "test"])
+    with h5py.File(path, "r+") as file:
+        index = json.loads(file["index"][()].tobytes())
+        for case in index["cases"][::2]:
+            case |= {"modality": "ct", "spacing_mm": [1.5] * 3}
+        del file["index"]
+        file["index"] = np.frombuffer(json.dumps(index).encode(), dtype=np.uint8)
+    with pytest.raises(ValueError, match=r"disagree in spacing.*data\.modality"):
+        ready(path)
+    for modality, spacing in (("mri", [1.0] * 3), ("ct", [1.5] * 3)):
+        made = ready(path, modality=modality, predict_split="all")
+        assert {made.case_info(row).modality for row in made.members["train"]} == {modality}
+        assert len(made.members["predict"]) == 3
+        assert made.contract["spacing_mm"] == spacing and made.contract["modality"] == modality
+    only = make_cache(tmp_path / "mri.h5", num_cases=3, shape=(16, 16, 16))
+    with pytest.raises(ValueError, match=r"no cases of data\.modality ct"):
+        ready(only, modality="ct")
+
+
+def test_setup__two_caches_of_unknown_salt__warned_of(
+    family_cache: Path, tmp_path: Path, make_cache: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    other = make_cache(tmp_path / "other.h5", num_cases=3, shape=(20, 20, 20), splits=["train", "val", "test"])
+    with caplog.at_level(logging.WARNING):
+        ready(family_cache)
+        assert "cannot be matched" not in caplog.text
+        ready([str(family_cache), str(other)])
+    assert caplog.text.count("cannot be matched") == 1
+
+
 def test_train_stream__batches__function_of_seed_and_sample_only(family_cache: Path) -> None:
     one, two = ready(family_cache, global_batch_size=4), ready(family_cache, global_batch_size=2)
     first = next(iter(one.train_dataloader()))
@@ -172,6 +209,27 @@ def test_label_groups__values_joined__become_one_class(family_cache: Path) -> No
     assert torch.equal(
         next(iter(made.val_dataloader()))["label"], (next(iter(plain.val_dataloader()))["label"] > 0).to(torch.int16)
     )
+
+
+def test_predict__labels_that_are_no_classes__are_not_read(tmp_path: Path, make_cache: Callable[..., Path]) -> None:
+    splits = ["train"] * 4 + ["val", "test"]
+    cache = make_cache(tmp_path / "higher.h5", num_cases=6, shape=(20, 20, 20), splits=splits)
+    arguments = {"num_classes": 2, "label_groups": [[1]], "num_subjects": 1, "predict_split": "all"}
+    used = subjects(ready(cache, **arguments), "train")
+    with h5py.File(cache, "r+") as file:
+        index = json.loads(file["index"][()].tobytes())
+        for case in index["cases"]:
+            label = file["cases"][case["key"]]["label"]
+            if case["split"] == "train" and case["subject"] not in used:
+                label[...] = np.where(label[...] == 2, 200, label[...])
+                case["label_values"] = [0, 1, 200]
+        del file["index"]
+        file["index"] = np.frombuffer(json.dumps(index).encode(), dtype=np.uint8)
+    made = module(cache, **arguments)
+    made.setup("predict")
+    batches = list(made.predict_dataloader())
+    assert len(batches) == 6 and all("label" not in batch and "foreground" in batch for batch in batches)
+    assert all("label" in batch for batch in made.test_dataloader())
 
 
 def test_setup__nothing_labelled__refused_but_predicted(tmp_path: Path, make_cache: Callable[..., Path]) -> None:

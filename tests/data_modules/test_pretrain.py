@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +19,8 @@ import pytest
 import torch
 
 from agssd.data_modules.cache import VolumeCache
-from agssd.data_modules.pretrain import PretrainDataModule
+from agssd.data_modules.pretrain import PretrainDataModule, cache_contract
+from agssd.scans import prepare as scans
 
 PARENT = (32, 40, 32)
 
@@ -151,6 +155,13 @@ def test_contract__is_plain_and_complete(tiny_cache: Path) -> None:
     }
 
 
+def test_contract__states_the_constants_that_the_scans_were_prepared_with(tiny_cache: Path) -> None:
+    info = VolumeCache(tiny_cache).cases[0]
+    rules = cache_contract([info, replace(info, modality="ct")])["intensity"]
+    assert (rules["ct"]["low"], rules["ct"]["high"]) == scans.CT_RANGE_HU
+    assert rules["mri"]["percentiles"] == list(scans.MRI_PERCENTILES)
+
+
 def test_state_dict__is_plain_and_knows_the_samples_seen(tiny_cache: Path, tmp_path: Path) -> None:
     data = module(tiny_cache, fake_trainer(step=7))
     data.setup("fit")
@@ -174,6 +185,84 @@ def test_setup__refuses_caches_of_other_spacing_naming_both(make_cache: Callable
     b = make_cache(tmp_path / "b.h5", num_cases=2, spacing_mm=(1.5, 1.5, 1.5))
     with pytest.raises(ValueError, match=r"spacing: .*a\.h5.*b\.h5.*--spacing-mm"):
         module([str(a), str(b)]).setup("fit")
+
+
+def rewritten(path: Path, change: Callable[[int, Any], Any], fingerprint: str | None = None) -> Path:
+    """Return the cache with its cases changed by ``change(row, case)`` and with a fingerprint of its salt."""
+    with h5py.File(path, "r+") as file:
+        index = json.loads(file["index"][()].tobytes())
+        index["cases"] = [case | change(row, case) for row, case in enumerate(index["cases"])]
+        del file["index"]
+        file["index"] = np.frombuffer(json.dumps(index).encode(), dtype=np.uint8)
+        if fingerprint is not None:
+            file.attrs["salt_fingerprint"] = fingerprint
+    return path
+
+
+def test_setup__accepts_every_spacing_that_prepare_keeps(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    for name, target in (("fine", 0.4), ("coarse", 3.0)):
+        sizes = [target * (1 - 0.99e-3), target, target * (1 + 0.99e-3)]
+        path = make_cache(tmp_path / f"{name}.h5", num_cases=3, splits=["train"] * 3)
+        rewritten(path, lambda row, case, sizes=sizes: {"spacing_mm": [sizes[row]] * 3})
+        module([str(path)], global_batch_size=3).setup("fit")
+
+
+def test_setup__spacings_inside_one_cache_are_refused_with_a_remedy_for_it(
+    make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = rewritten(make_cache(tmp_path / "a.h5", num_cases=2), lambda row, case: {"spacing_mm": [1.0, 1.0, 1 + row]})
+    with pytest.raises(ValueError, match=r"the cases of .*a\.h5 disagree in spacing: .*prepare it again") as error:
+        module(path).setup("fit")
+    assert str(error.value).count("a.h5") == 1 and "both" not in str(error.value)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_setup__spacings_of_two_modalities_are_refused_with_a_remedy_for_them(
+    make_cache: Callable[..., Path], tmp_path: Path, joined: bool
+) -> None:
+    paths = [make_cache(tmp_path / "a.h5", num_cases=2)]
+    if joined:
+        paths.append(make_cache(tmp_path / "b.h5", num_cases=2, modality="ct", spacing_mm=(1.5, 1.5, 1.5)))
+    else:
+        rewritten(paths[0], lambda row, case: {"modality": "ct", "spacing_mm": [1.5] * 3} if row else {})
+    with pytest.raises(ValueError, match=r"mri\) has .*ct\) has .*once per --modality.*or give all one --spacing-mm"):
+        module([str(path) for path in paths]).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("fingerprints", "warned"),
+    [(("a", "a"), False), (("a", "b"), True), (("a", None), True), ((None, None), True), ((None,), False)],
+)
+def test_setup__caches_of_different_or_unknown_salts_are_warned_of_once(
+    make_cache: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    fingerprints: tuple[str | None, ...],
+    warned: bool,
+) -> None:
+    paths = [
+        rewritten(make_cache(tmp_path / f"{row}.h5", num_cases=2, splits=["train"] * 2), lambda *_: {}, fingerprint)
+        for row, fingerprint in enumerate(fingerprints)
+    ]
+    data = module([str(path) for path in paths])
+    with caplog.at_level(logging.WARNING):
+        data.setup("fit")
+        data.setup("validate")
+    said = [record.getMessage() for record in caplog.records if "cannot be matched" in record.getMessage()]
+    assert len(said) == warned
+    assert all("agssd prepare --salt FILE" in text and "0.h5" in text for text in said)
+
+
+def test_setup__a_person_in_two_splits_of_joined_caches_is_warned_of(
+    make_cache: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [
+        rewritten(make_cache(tmp_path / f"{row}.h5", num_cases=2, splits=["train", last]), lambda *_: {}, "a")
+        for row, last in enumerate(("train", "test"))
+    ]
+    with caplog.at_level(logging.WARNING):
+        module([str(path) for path in paths]).setup("fit")
+    assert "1 subjects are in different splits" in caplog.text and "subject001 (test, train)" in caplog.text
 
 
 def test_setup__refuses_caches_of_other_channels_naming_both(make_cache: Callable[..., Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agssd.scans.keys import SALT_NAME, case_key, find_salt, subject_key
+from agssd.scans.keys import SALT_NAME, case_key, open_salt, salt_fingerprint, salt_place, subject_key
 
 
 def test_keys__depend_on_salt_and_content_alone() -> None:
@@ -17,30 +17,43 @@ def test_keys__depend_on_salt_and_content_alone() -> None:
     assert len(subject_key(b"a", "1")) == 16 and "1" != subject_key(b"a", "1")
 
 
-def test_find_salt__is_made_once_beside_the_source(tmp_path: Path) -> None:
+def test_salt__is_made_once_beside_the_source(tmp_path: Path) -> None:
     (tmp_path / "scans").mkdir()
     (tmp_path / "out").mkdir()
-    salt, path, created = find_salt(tmp_path / "scans", tmp_path / "out" / "c.h5")
-    assert created and path == tmp_path / "scans" / SALT_NAME and len(salt) == 64
+    path = salt_place(tmp_path / "scans", tmp_path / "out" / "c.h5")
+    assert path == tmp_path / "scans" / SALT_NAME and not path.exists()
+    salt, created = open_salt(path)
+    assert created and len(salt) == 64
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert find_salt(tmp_path / "scans", tmp_path / "c.h5") == (salt, path, False)
-    assert find_salt(tmp_path / "scans" / "a.nii", tmp_path / "c.h5") == (salt, path, False)
+    assert open_salt(path) == (salt, False)
+    assert salt_place(tmp_path / "scans" / "a.nii", tmp_path / "c.h5") == path
 
 
-def test_find_salt__read_only_source_puts_it_beside_the_cache(tmp_path: Path) -> None:
+def test_salt__read_only_source_puts_it_beside_the_cache(tmp_path: Path) -> None:
     (tmp_path / "scans").mkdir()
     (tmp_path / "out").mkdir()
     os.chmod(tmp_path / "scans", 0o555)
-    salt, path, created = find_salt(tmp_path / "scans", tmp_path / "out" / "c.h5")
-    assert created and path == tmp_path / "out" / SALT_NAME
-    assert find_salt(tmp_path / "scans", tmp_path / "out" / "d.h5")[0] == salt
+    path = salt_place(tmp_path / "scans", tmp_path / "out" / "c.h5")
+    assert path == tmp_path / "out" / SALT_NAME and open_salt(path)[1]
+    os.chmod(tmp_path / "scans", 0o755)
+    assert salt_place(tmp_path / "scans", tmp_path / "out" / "d.h5") == path  # what is there already wins
 
 
-def test_find_salt__named_file_wins_and_must_not_be_empty(tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("pepper\n")
-    assert find_salt(tmp_path, tmp_path / "c.h5", tmp_path / "mine") == (b"pepper", tmp_path / "mine", False)
-    (tmp_path / "mine").write_text("\n")
+def test_salt__named_file_wins_and_must_not_be_empty(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("pepper\n")
+    assert salt_place(tmp_path, tmp_path / "c.h5", mine) == mine and open_salt(mine) == (b"pepper", False)
+    mine.write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
-        find_salt(tmp_path, tmp_path / "c.h5", tmp_path / "mine")
+        open_salt(mine)
     with pytest.raises(ValueError, match="cannot write the salt file"):
-        find_salt(tmp_path, tmp_path / "c.h5", tmp_path / "none" / "salt")
+        salt_place(tmp_path, tmp_path / "c.h5", tmp_path / "none" / "salt")
+
+
+def test_salt_fingerprint__tells_salts_apart_and_is_no_key() -> None:
+    salts = [bytes([row]) * 64 for row in range(50)]
+    prints = [salt_fingerprint(salt) for salt in salts]
+    assert prints == [salt_fingerprint(salt) for salt in salts] and len(set(prints)) == 50
+    assert all(len(text) == 16 and int(text, 16) >= 0 for text in prints)
+    keys = {subject_key(salt, name) for salt in salts for name in ("", "fingerprint of the salt", "1")}
+    assert not keys & set(prints)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from agssd.scans.case import RefusedError
-from agssd.scans.prepare import Recipe, Volume, prepare_case, target_grid
+from agssd.scans.prepare import SAME_SPACING, Recipe, Volume, prepare_case, same_spacing, target_grid
 
 SHAPE = (40, 44, 36)
 ORDERS = [(axes, signs) for axes in permutations(range(3)) for signs in product((1, -1), repeat=3)]
@@ -198,3 +198,15 @@ def test_target_grid__almost_equal_spacing_moves_nothing() -> None:
     volume = Volume(np.empty((182, 218, 182)), np.diag([0.99999994, 1.0000001, 1.0, 1.0]))
     grid = target_grid(volume, (1.0, 1.0, 1.0))
     assert grid.keep and grid.shape == (182, 218, 182) and np.array_equal(grid.affine, volume.affine)
+
+
+@pytest.mark.parametrize("target", [0.3, 1.5, 12.0])
+def test_same_spacing__any_two_grids_kept_at_one_target_agree(target: float) -> None:
+    kept = []
+    for factor in (1 - 0.999 * SAME_SPACING, 1.0, 1 + 0.999 * SAME_SPACING):
+        volume = Volume(np.zeros((8, 8, 8), np.float32), np.diag([target * factor] * 3 + [1.0]))
+        grid = target_grid(volume, (target,) * 3)
+        assert grid.keep
+        kept.append(tuple(float(size) for size in np.diag(grid.affine)[:3]))
+    assert all(same_spacing(one, two) for one in kept for two in kept)
+    assert not same_spacing((target,) * 3, (target, target, target * 1.003))

@@ -80,6 +80,16 @@ def test_plan__subjects_from_files_folders_bids_and_expression(tmp_path: Path) -
         plan_sources([tmp_path / "flat"], subject="(")
 
 
+def test_plan__says_where_folders_became_subjects(tmp_path: Path) -> None:
+    _touch(tmp_path / "tree", "anna/T1.nii", "anna/T2x.nii", "bert/T1.nii", "imagesTr/q_0000.nii.gz", "c.nii")
+    note = "3 files taken as 2 subjects by folder; use --subject REGEX if a file is a subject"
+    assert plan_sources([tmp_path / "tree"]).notes == [f"{tmp_path / 'tree'}: {note}"]
+    assert plan_sources([tmp_path / "tree"], subject=r"([^/]+)\.nii").notes == []
+    _touch(tmp_path / "flat", "p1.nii", "p2.nii")
+    _touch(tmp_path / "bids", "sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz")
+    assert plan_sources([tmp_path / "flat", tmp_path / "bids"]).notes == []
+
+
 def test_plan__many_files_of_one_folder_are_many_persons(tmp_path: Path) -> None:
     _touch(tmp_path, *(f"cohort/p{row}.nii" for row in range(11)))
     assert len(set(_subjects(plan_sources([tmp_path])).values())) == 11
@@ -139,7 +149,18 @@ def test_plan__dataset_json_gives_labels_subjects_and_modality(tmp_path: Path) -
     }
     assert [job.label is not None for job in plan.jobs] == [True] * 4 + [False]
     assert {job.modality for job in plan.jobs} == {"mri"} and plan.refused == [] and plan.ignored == 1
+    assert plan.notes == []
     assert {job.split for job in plan.jobs} == {None}
+
+
+def test_plan__given_modality_wins_over_dataset_json_but_not_over_a_manifest(tmp_path: Path) -> None:
+    _dataset(tmp_path)
+    (tmp_path / "m.csv").write_text("path,modality\nother.nii,mri\n")
+    plan = plan_sources([tmp_path, tmp_path / "m.csv"], modality="ct")
+    assert [job.modality for job in plan.jobs] == ["ct"] * 5 + ["mri"]
+    note = f"{tmp_path / 'dataset.json'} says mri; its scans are taken for ct, as --modality says"
+    assert plan.notes == [note]
+    assert plan_sources([tmp_path], modality="mri").notes == []
 
 
 def test_plan__suggested_split_by_image_or_subject_becomes_test(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
 def find_checkpoint(run_path: Path) -> Path:
     """Return ``run_path`` if it is a file, else the newest checkpoint below it.
 
-    The newest ``last.ckpt`` wins; without one the highest step in a file name (``step00000500``, ``step=500``), then the latest written.
+    The newest ``last.ckpt`` wins; without one the highest step in a file name (``step00000500``, ``step=500``), then
+    the latest written.
 
     Raises:
         ValueError: if there is none.

@@ -46,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing cache")
     parser.add_argument(
-        "--salt", type=Path, metavar="FILE", help="salt of the subject keys; default .agssd-salt beside the source"
+        "--salt",
+        type=Path,
+        metavar="FILE",
+        help="salt of the subject keys, made where there is none; default .agssd-salt beside the source; caches to be "
+        "joined in training need one salt for all",
     )
     parser.add_argument(
         "--key-map", type=Path, metavar="FILE", help="write a CSV of case key, subject and path; keep it private"
@@ -67,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     from agssd.data_modules.build import CacheWriter, check_place
-    from agssd.scans.keys import find_salt
+    from agssd.scans.keys import salt_place
     from agssd.scans.prepare import Recipe
     from agssd.scans.sources import plan_sources
 
@@ -83,15 +87,13 @@ def _prepare(args: argparse.Namespace) -> int:
         print(f"refused: {path}: {reason}")
     if not plan.jobs:
         raise ValueError("no scan to prepare; no cache was written")
-    salt, salt_path, created = find_salt(args.source[0], out, args.salt)
-    print(f"salt: {salt_path} ({'created' if created else 'as found'}; keep it, and keep it private)")
-
+    salt_path = salt_place(args.source[0], out, args.salt)
     with CacheWriter(out, _class_names(plan), overwrite=args.overwrite) as writer:
-        report = _write_cases(writer, plan, recipe, salt, args.workers)
+        report = _write_cases(writer, plan, recipe, salt_path, args.workers)
         refused = len(plan.refused) + report.refused
         if not len(writer):
             raise ValueError(f"all {refused} scans were refused; no cache was written")
-        infos = writer.finish()
+        infos = writer.finish(salt_fingerprint=report.salt_fingerprint)
     if args.key_map is not None:
         _write_key_map(args.key_map, report.rows)
     _print_summary(out, infos, report, refused, plan.ignored)
@@ -102,13 +104,18 @@ class _Report(NamedTuple):
     refused: int
     rows: list[tuple[str, str, str]]  # case key, subject, path
     guesses: dict[str, list[Path]]  # what was decided and why -> files
+    salt_fingerprint: str | None  # None where all was refused
 
 
-def _write_cases(writer: CacheWriter, plan: Plan, recipe: Recipe, salt: bytes, workers: int) -> _Report:
+def _write_cases(writer: CacheWriter, plan: Plan, recipe: Recipe, salt_path: Path, workers: int) -> _Report:
     from tqdm import tqdm
 
-    from agssd.scans.keys import case_key, subject_key
+    from agssd.scans.keys import case_key, open_salt, salt_fingerprint, subject_key
 
+    salt: bytes | None = None
+    if salt_path.is_file():  # so that one that is no use stops the build before work
+        salt = open_salt(salt_path)[0]
+        print(_about_salt(salt_path, created=False))
     refused = 0
     rows: list[tuple[str, str, str]] = []
     guesses: dict[str, list[Path]] = defaultdict(list)
@@ -127,6 +134,9 @@ def _write_cases(writer: CacheWriter, plan: Plan, recipe: Recipe, salt: bytes, w
             bar.write(f"refused: {job.paths[0]}: same bytes as {twin}", file=sys.stdout)
             refused += 1
             continue
+        if salt is None:  # made for the first case that is accepted: where all is refused nothing is left behind
+            salt, created = open_salt(salt_path)
+            bar.write(_about_salt(salt_path, created), file=sys.stdout)
         key = case_key(salt, job.subject, case.source_sha256)
         for note in case.notes:
             bar.write(f"note: {job.paths[0]}: {note}", file=sys.stdout)
@@ -135,7 +145,11 @@ def _write_cases(writer: CacheWriter, plan: Plan, recipe: Recipe, salt: bytes, w
         writer.add(case, key, subject_key(salt, job.subject), job.split, job.class_name)
         rows.append((key, job.subject, ";".join(str(path) for path in job.paths)))
     bar.close()
-    return _Report(refused, rows, guesses)
+    return _Report(refused, rows, guesses, None if salt is None else salt_fingerprint(salt))
+
+
+def _about_salt(path: Path, created: bool) -> str:
+    return f"salt: {path} ({'created' if created else 'as found'}; keep it, and keep it private)"
 
 
 def _results(jobs: Sequence[Job], recipe: Recipe, workers: int) -> Iterator[tuple[Job, PreparedCase | str]]:
@@ -222,6 +236,8 @@ def _write_key_map(path: Path, rows: list[tuple[str, str, str]]) -> None:
 
 
 def _print_summary(out: Path, infos: Sequence[CaseInfo], report: _Report, refused: int, ignored: int) -> None:
+    from agssd.scans.prepare import same_spacing
+
     for reason, paths in sorted(report.guesses.items()):
         names = ", ".join(path.name for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
         print(f"modality: {len(paths)} scans are {reason}: {names}")
@@ -232,5 +248,16 @@ def _print_summary(out: Path, infos: Sequence[CaseInfo], report: _Report, refuse
     voxels = sum(info.shape[0] * info.shape[1] * info.shape[2] * info.channels for info in infos)
     labelled = sum(info.label_values is not None for info in infos)
     size = out.stat().st_size
+    spacings = {info.modality: info.spacing_mm for info in reversed(infos)}  # of the first case of each
+    if len(spacings) > 1 and not same_spacing(*spacings.values()):
+        kinds = " and ".join(f"{kind} at {_numbers(spacings[kind])} mm" for kind in sorted(spacings))
+        print(
+            f"note: {out} holds {kinds}, and one training takes one spacing: run agssd prepare once per --modality, or "
+            "give one --spacing-mm"
+        )
     print(f"{out}: {len(infos)} cases, {', '.join(parts)}; {labelled} with labels")
     print(f"{size / 2**20:.1f} MiB, {voxels / 1e6:.1f} million voxels; {refused} refused, {ignored} files ignored")
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "x".join(f"{value:.3g}" for value in values)

@@ -191,11 +191,14 @@ class CacheWriter:
         group.create_dataset("foreground_chunks", data=chunk_fractions(case.foreground))
         self._file.flush()
 
-    def finish(self, splits: Mapping[str, str] | None = None) -> tuple[CaseInfo, ...]:
+    def finish(
+        self, splits: Mapping[str, str] | None = None, salt_fingerprint: str | None = None
+    ) -> tuple[CaseInfo, ...]:
         """Write the index, force the bytes to disk and give the file its name.
 
         Args:
             splits: split of each subject whose cases were added without one; by default ``assign_splits``.
+            salt_fingerprint: of the salt of the subject keys, or None where there is none.
 
         Returns:
             The cases of the cache, ordered by key.
@@ -208,6 +211,8 @@ class CacheWriter:
         text = json.dumps(index, separators=(",", ":"), allow_nan=False).encode()
         try:
             self._file.create_dataset("index", data=np.frombuffer(text, dtype=np.uint8))
+            if salt_fingerprint is not None:
+                self._file.attrs["salt_fingerprint"] = salt_fingerprint
             self._file.attrs["complete"] = True
             self._file.close()
             self._file = None

@@ -3,7 +3,8 @@
 Layout of the file: ``/cases/<key>`` holds ``image`` (C, D, H, W) int16, ``foreground`` (D, H, W) uint8, optionally
 ``label`` (D, H, W) uint8 or int16, all in compressed chunks of 32 voxels a side, and ``foreground_chunks``
 (cD, cH, cW) float32, the share of foreground in each chunk. ``/index`` is one JSON text with every ``CaseInfo``, so
-that opening costs one read however many cases there are. ``agssd.data_modules.build`` writes it.
+that opening costs one read however many cases there are. The attribute ``salt_fingerprint`` tells which salt made the
+keys; caches of early versions have none. ``agssd.data_modules.build`` writes it.
 """
 
 from __future__ import annotations
@@ -100,6 +101,12 @@ class VolumeCache:
     No handle is open after construction: the file opens on the first read of each process and opens again after a
     fork, so one object may be handed to any number of loader workers, by fork or by pickle.
 
+    Attributes:
+        path: of the file.
+        class_names: names of the classes, in the order of their indices.
+        cases: ordered by key.
+        salt_fingerprint: equal in caches whose subject keys can be compared; None where it is not known.
+
     Raises:
         ValueError: the file is missing, truncated, unfinished, of another format or of a later version.
     """
@@ -107,7 +114,7 @@ class VolumeCache:
     def __init__(self, path: str | Path) -> None:
         """Read the index of the cache at ``path``."""
         self.path = Path(path)
-        index = _read_index(self.path)
+        index, self.salt_fingerprint = _read_index(self.path)
         self.class_names: tuple[str, ...] = tuple(index["class_names"])
         self.cases: tuple[CaseInfo, ...] = tuple(CaseInfo.from_json(case) for case in index["cases"])
         self._reset()
@@ -123,7 +130,8 @@ class VolumeCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the handles behind when pickled."""
-        return {"path": self.path, "class_names": self.class_names, "cases": self.cases}
+        names = ("path", "class_names", "cases", "salt_fingerprint")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore without handles; the file opens on the first read."""
@@ -238,7 +246,8 @@ class VolumeCache:
         self._pid = os.getpid()
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def _read_index(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the index and the fingerprint of the salt."""
     import h5py
 
     if not path.is_file():
@@ -256,7 +265,8 @@ def _read_index(path: Path) -> dict[str, Any]:
                 )
             if not bool(file.attrs.get("complete", False)):
                 raise ValueError(f"{path} is an unfinished cache; build it again with: agssd prepare")
-            return cast("dict[str, Any]", json.loads(bytes(file["index"][()])))
+            fingerprint = file.attrs.get("salt_fingerprint")
+            return json.loads(bytes(file["index"][()])), None if fingerprint is None else str(fingerprint)
     except OSError as error:
         raise ValueError(f"{path} is a truncated or damaged cache ({error}); rebuild it") from error
     except (KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from agssd.data_modules.cache import CaseInfo, VolumeCache
 from agssd.data_modules.labelled import Item, LabelledVolumes, Row
-from agssd.data_modules.pretrain import cache_contract, check_agreement
+from agssd.data_modules.pretrain import cache_contract, check_agreement, warn_of_subjects
 from agssd.data_modules.sampling import MicroBatches, micro_batch_size
 from agssd.data_modules.subsets import fold_subjects, nested_subset
 from agssd.transforms.intensity import Appearance, to_model_range
@@ -119,9 +119,10 @@ class DownstreamDataModule(L.LightningDataModule):
         """Open the caches, choose the cases and refuse what cannot work before the first step."""
         if not self.caches:
             caches = [VolumeCache(path) for path in self.cache]
-            check_agreement(caches)
+            check_agreement(caches, self.modality)
+            warn_of_subjects(caches)
             self.caches = caches
-            self.rows = [(i, case) for i, cache in enumerate(caches) for case in range(len(cache))]
+            self.rows = [(i, case) for i, cache in enumerate(caches) for case in cache.select(modality=self.modality)]
             self._take_from_task()
             self.members = self._choose()
             self._check_cases()
@@ -148,11 +149,10 @@ class DownstreamDataModule(L.LightningDataModule):
 
     def _choose(self) -> dict[str, list[int]]:
         infos = [self.case_info(row) for row in range(len(self.rows))]
-        usable = [row for row, info in enumerate(infos) if self.modality in (None, info.modality)]
-        labelled = [row for row in usable if self._is_labelled(infos[row])]
+        labelled = [row for row, info in enumerate(infos) if self._is_labelled(info)]
         by_split = {name: [row for row in labelled if infos[row].split == name] for name in ("train", "val", "test")}
         train, val = by_split["train"], by_split["val"]
-        predict = [row for row in usable if self.predict_split in ("all", infos[row].split)]
+        predict = [row for row, info in enumerate(infos) if self.predict_split in ("all", info.split)]
         if not train:
             return {"train": train, "val": val, "test": by_split["test"], "predict": predict}
         if self.num_folds is not None and self.fold is not None:
@@ -200,7 +200,7 @@ class DownstreamDataModule(L.LightningDataModule):
 
     @property
     def contract(self) -> dict[str, Any]:
-        """Return the preprocessing of the caches, to be compared with what an encoder expects."""
+        """Return the preprocessing of the cases of ``modality``, to be compared with what an encoder expects."""
         return cache_contract([self.case_info(row) for row in range(len(self.rows))])
 
     # ---------------------------------------------------------------- loaders
@@ -243,6 +243,7 @@ class DownstreamDataModule(L.LightningDataModule):
             self.prob_label,
             self.kind,
             self._table,
+            read_labels=part != "predict",
         )
 
     def _whole(self, part: str) -> DataLoader[Item]:

@@ -95,6 +95,7 @@ class LabelledVolumes(Dataset[Item]):
         prob_label: share of crops laid around a labelled voxel.
         kind: "segmentation" adds label maps, "classification" adds targets.
         table: class of each stored label value, or None to take values as they are.
+        read_labels: off to leave label maps unread, as prediction does: their values may be no classes of the task.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class LabelledVolumes(Dataset[Item]):
         prob_label: float,
         kind: Literal["segmentation", "classification"],
         table: NDArray[np.int64] | None,
+        read_labels: bool = True,
     ) -> None:
         """Read nothing yet."""
         self.caches, self.rows, self.members = tuple(caches), tuple(rows), tuple(members)
@@ -115,6 +117,7 @@ class LabelledVolumes(Dataset[Item]):
         self.prob_label = prob_label
         self.kind = kind
         self.table = table
+        self.read_labels = read_labels
         self._voxels: dict[int, dict[int, NDArray[np.int32]]] = {}
 
     def __len__(self) -> int:
@@ -143,7 +146,7 @@ class LabelledVolumes(Dataset[Item]):
             "sample": torch.tensor(sample, dtype=torch.int64),
             "case": torch.tensor(row, dtype=torch.int64),
         }
-        if self.kind == "segmentation" and info.label_values is not None:
+        if self.kind == "segmentation" and self.read_labels and info.label_values is not None:
             item["label"] = torch.from_numpy(self._classes(cache.read(case, start, size, "label")))[None]
         if self.kind == "classification" and info.class_index is not None:
             item["target"] = torch.tensor(info.class_index, dtype=torch.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -19,10 +21,13 @@ from agssd.data_modules.sampling import (
     crop_start,
     micro_batch_size,
 )
+from agssd.scans.prepare import CT_RANGE_HU, MRI_PERCENTILES, same_spacing
 from agssd.types import ParentBatch, Triple
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_LOG = logging.getLogger(__name__)
 
 
 class ParentCrops(Dataset[dict[str, "Tensor"]]):
@@ -184,6 +189,7 @@ class PretrainDataModule(L.LightningDataModule):
             return
         caches = [VolumeCache(path) for path in self.cache]
         check_agreement(caches)
+        warn_of_subjects(caches)
         train = [(i, case) for i, cache in enumerate(caches) for case in cache.select(split="train")]
         val = [(i, case) for i, cache in enumerate(caches) for case in cache.select(split="val")]
         if not train:
@@ -291,29 +297,82 @@ class PretrainDataModule(L.LightningDataModule):
             )
 
 
-def check_agreement(caches: Sequence[VolumeCache]) -> None:
+def check_agreement(caches: Sequence[VolumeCache], modality: str | None = None) -> None:
     """Refuse caches whose cases differ in channels or spacing.
 
+    Args:
+        caches: open caches.
+        modality: look at the cases of this one only.
+
     Raises:
-        ValueError: naming both caches and a case of each, or if there is no case at all.
+        ValueError: naming a case of each kind, its cache and the remedy, or if there is no case at all.
     """
-    first_cache = next((cache for cache in caches if cache.cases), None)
-    if first_cache is None:
-        raise ValueError(f"no cases in data.cache {[str(cache.path) for cache in caches]}; run `agssd prepare` again")
-    first = first_cache.cases[0]
+    cases = [(cache, cache.cases[row]) for cache in caches for row in cache.select(modality=modality)]
+    if not cases:
+        kind = "" if modality is None else f" of data.modality {modality}"
+        raise ValueError(
+            f"no cases{kind} in data.cache {[str(cache.path) for cache in caches]}; run `agssd prepare` again"
+        )
+    first_cache, first = cases[0]
+    for cache, info in cases:
+        inside = cache is first_cache
+        who = f"the cases of {cache.path}" if inside else "caches"
+        here, there = (
+            f"case {case.key} ({case.modality})" if inside else f"{place.path} (case {case.key}, {case.modality})"
+            for place, case in ((first_cache, first), (cache, info))
+        )
+        if info.channels != first.channels:
+            raise ValueError(
+                f"{who} disagree in channels: {here} has {first.channels}, {there} has {info.channels}; "
+                + ("prepare one cache for each number" if inside else "train on them separately")
+            )
+        if not same_spacing(info.spacing_mm, first.spacing_mm):
+            if info.modality != first.modality:
+                remedy = (
+                    "run `agssd prepare` once per --modality and train on one (a downstream task may choose with "
+                    "data.modality), or give all one --spacing-mm"
+                )
+            elif inside:
+                remedy = "prepare it again with one --spacing-mm"
+            else:
+                remedy = "prepare both with the same --spacing-mm"
+            raise ValueError(
+                f"{who} disagree in spacing: {here} has {list(first.spacing_mm)} mm, {there} has "
+                f"{list(info.spacing_mm)} mm; {remedy}"
+            )
+
+
+def warn_of_subjects(caches: Sequence[VolumeCache]) -> None:
+    """Warn where one person may be, or is, in different splits of joined caches.
+
+    Keys made with different salts, or with an unknown one, cannot be compared.
+    """
+    if len(caches) < 2:
+        return
+    names = ", ".join(str(cache.path) for cache in caches)
+    fingerprints = {cache.salt_fingerprint for cache in caches}
+    if None in fingerprints or len(fingerprints) > 1:
+        _LOG.warning(
+            "subjects cannot be matched across data.cache %s: their keys were made with different or unknown salts, so "
+            "one person may be in train of one and in val or test of another; prepare them with one salt file, "
+            "`agssd prepare --salt FILE`",
+            names,
+        )
+        return
+    splits: dict[str, set[str]] = defaultdict(set)
     for cache in caches:
         for info in cache.cases:
-            here, there = f"{first_cache.path} (case {first.key})", f"{cache.path} (case {info.key})"
-            if info.channels != first.channels:
-                raise ValueError(
-                    f"caches disagree in channels: {here} has {first.channels}, {there} has {info.channels}; "
-                    "pretrain on them separately"
-                )
-            if not np.allclose(info.spacing_mm, first.spacing_mm, rtol=0, atol=1e-3):
-                raise ValueError(
-                    f"caches disagree in spacing: {here} has {list(first.spacing_mm)} mm, {there} has "
-                    f"{list(info.spacing_mm)} mm; prepare both with the same --spacing-mm"
-                )
+            splits[info.subject].add(info.split)
+    torn = sorted(subject for subject, found in splits.items() if len(found) > 1)
+    if torn:
+        _LOG.warning(
+            "%d subjects are in different splits of data.cache %s, for example %s (%s); prepare all sources into one "
+            "cache, `agssd prepare SOURCE SOURCE --out CACHE`",
+            len(torn),
+            names,
+            torn[0],
+            ", ".join(sorted(splits[torn[0]])),
+        )
 
 
 def cache_contract(cases: Sequence[CaseInfo]) -> dict[str, Any]:
@@ -321,8 +380,8 @@ def cache_contract(cases: Sequence[CaseInfo]) -> dict[str, Any]:
     modalities = sorted({info.modality for info in cases})
     rules: dict[str, dict[str, Any]] = {
         # Source: docs/method.md §1.5, intensity
-        "ct": {"rule": "window", "low": -1000.0, "high": 1000.0, "range": [0.0, 1.0]},
-        "mri": {"rule": "foreground_percentiles", "percentiles": [0.05, 99.95], "range": [-1.0, 1.0]},
+        "ct": {"rule": "window", "low": CT_RANGE_HU[0], "high": CT_RANGE_HU[1], "range": [0.0, 1.0]},
+        "mri": {"rule": "foreground_percentiles", "percentiles": list(MRI_PERCENTILES), "range": [-1.0, 1.0]},
     }
     return {
         "spacing_mm": [float(s) for s in cases[0].spacing_mm],

@@ -12,8 +12,8 @@ from pathlib import Path
 SALT_NAME = ".agssd-salt"
 
 
-def find_salt(source: Path, out: Path, given: Path | None = None) -> tuple[bytes, Path, bool]:
-    """Return the salt, where it lies and whether it was created now.
+def salt_place(source: Path, out: Path, given: Path | None = None) -> Path:
+    """Return where the salt lies, or where it is to be made; nothing is written.
 
     The salt lies beside the source, never in the cache: in the folder itself, or in the folder of a file. Where that
     folder is read-only it lies in the folder of the cache; keep it out of what you share. The same salt and the same
@@ -25,22 +25,44 @@ def find_salt(source: Path, out: Path, given: Path | None = None) -> tuple[bytes
         given: a salt file chosen by the user, or None.
 
     Raises:
+        ValueError: the folder of ``given`` does not exist.
+    """
+    if given is not None:
+        if not given.parent.is_dir():
+            raise ValueError(f"cannot write the salt file {given}: its folder does not exist; name another with --salt")
+        return given
+    beside = source if source.is_dir() else source.parent
+    for path in (beside / SALT_NAME, out.parent / SALT_NAME):
+        if path.is_file():
+            return path
+    return (beside if _writable(beside) else out.parent) / SALT_NAME
+
+
+def open_salt(path: Path) -> tuple[bytes, bool]:
+    """Return the salt of a file and whether the file was made now.
+
+    Raises:
         ValueError: the file is empty or cannot be read or written.
     """
-    beside = source if source.is_dir() else source.parent
-    for path in [given] if given is not None else [beside / SALT_NAME, out.parent / SALT_NAME]:
-        if path.is_file():
-            return _read(path), path, False
-    target = given or ((beside if _writable(beside) else out.parent) / SALT_NAME)
+    if path.is_file():
+        return _read(path), False
     try:
-        handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as file:
             file.write(secrets.token_hex(32) + "\n")
     except FileExistsError:  # another build was faster
-        return _read(target), target, False
+        return _read(path), False
     except OSError as error:
-        raise ValueError(f"cannot write the salt file {target}: {error.strerror}; name another with --salt") from error
-    return _read(target), target, True
+        raise ValueError(f"cannot write the salt file {path}: {error.strerror}; name another with --salt") from error
+    return _read(path), True
+
+
+def salt_fingerprint(salt: bytes) -> str:
+    """Return 16 hexadecimal digits that tell salts apart.
+
+    Neither the salt nor a key can be computed from them; a short salt of one's own choosing could be guessed, though.
+    """
+    return _digest(salt, "fingerprint of the salt")
 
 
 def subject_key(salt: bytes, subject: str) -> str:

@@ -23,6 +23,8 @@ CT_RANGE_HU = (-1000.0, 1000.0)
 MRI_PERCENTILES = (0.05, 99.95)
 MRI_STEPS = 4095  # grey values of an MRI that is not stored exactly: 12 bits, as scanners deliver
 SAME_SPACING = 1e-3  # relative difference below which a grid is kept as it is
+# Two grids kept at one target may lie on both sides of it; the rest is rounding.
+SPACING_TOLERANCE = 2.5 * SAME_SPACING
 MAX_VOXELS = 2**31
 
 Spacing = tuple[float, float, float]
@@ -169,6 +171,11 @@ def target_grid(volume: Volume, spacing_mm: Spacing) -> Grid:
     centre = volume.affine @ np.append((size - 1) / 2, 1.0)
     affine[:3, 3] = centre[:3] - affine[:3, :3] @ ((shape - 1) / 2)
     return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine, keep=bool(np.array_equal(old, new)))
+
+
+def same_spacing(one: Spacing, two: Spacing) -> bool:
+    """Return whether two stored spacings belong to one target, that is, differ by at most 0.25 % along every axis."""
+    return bool(np.allclose(one, two, rtol=SPACING_TOLERANCE, atol=0))
 
 
 def resample(volume: Volume, grid: Grid, nearest: bool = False) -> Volume:

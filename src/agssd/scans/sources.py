@@ -72,7 +72,8 @@ def plan_sources(
         sources: files, folders (searched recursively) and CSV manifests.
         labels: globs; in a folder a file whose name (or, for a glob with a slash, relative path) matches is a label.
         subject: regular expression searched in the relative path; its first group, or the whole match, is the subject.
-        modality: "ct" or "mri" for every case whose manifest row does not say otherwise; None to decide per file.
+        modality: "ct" or "mri" for every case whose manifest row does not say otherwise, whatever a dataset.json says;
+            None to decide per file.
 
     Raises:
         ValueError: a source is missing, a manifest or dataset.json is malformed, the expression is invalid, or one
@@ -85,7 +86,7 @@ def plan_sources(
     plan = Plan()
     for source in sources:
         if source.is_dir():
-            _add_folder(plan, source, labels, pattern)
+            _add_folder(plan, source, labels, pattern, modality)
         elif not source.exists():
             raise ValueError(f"source {source} does not exist")
         elif source.suffix.lower() == ".csv":
@@ -111,14 +112,16 @@ def _subject_of(relative: str, default: str, pattern: re.Pattern[str] | None) ->
     return (match.group(1) if match.re.groups else match.group(0)) or None
 
 
-def _add_folder(plan: Plan, folder: Path, globs: Sequence[str], pattern: re.Pattern[str] | None) -> None:
+def _add_folder(
+    plan: Plan, folder: Path, globs: Sequence[str], pattern: re.Pattern[str] | None, modality: str | None
+) -> None:
     scans, refused, ignored = list_folder(folder)
     plan.refused += refused
     plan.ignored += ignored
     listed: dict[Path, Job] = {}
     spoken_for: set[Path] = set()
     for path in sorted(folder.rglob("dataset.json")):
-        ours, named_there = _read_dataset(plan, path, pattern)
+        ours, named_there = _read_dataset(plan, path, pattern, modality)
         listed.update({job.paths[0]: job for job in ours})
         spoken_for |= named_there
         plan.ignored -= 1
@@ -126,16 +129,25 @@ def _add_folder(plan: Plan, folder: Path, globs: Sequence[str], pattern: re.Patt
     named = [path for path in free if _matches(path, folder, globs)]
     images = [path for path in scans if path in listed or (path not in spoken_for and path not in named)]
     label_of = _pair(plan, named, images, {path: job.label for path, job in listed.items() if job.label})
-    defaults = _default_subjects([path for path in images if path not in listed], folder)
+    persons = _folder_subjects([path for path in images if path not in listed], folder)
+    by_folder: list[str] = []
     for path in sorted({*images, *listed}):
         job = listed.get(path)
         if job is None:
-            name = _subject_of(path.relative_to(folder).as_posix(), defaults[path], pattern)
+            default = persons.get(path, stem_of(path))
+            name = _subject_of(path.relative_to(folder).as_posix(), default, pattern)
             if name is None:
                 plan.refused.append((path, f"its path does not match --subject {pattern.pattern!r}" if pattern else ""))
                 continue
+            if pattern is None and path in persons and name == default:
+                by_folder.append(name)
             job = Job((path,), name)
         plan.jobs.append(replace(job, label=job.label or label_of.get(path)))
+    if by_folder:
+        plan.notes.append(
+            f"{folder}: {len(by_folder)} files taken as {len(set(by_folder))} subjects by folder; "
+            "use --subject REGEX if a file is a subject"
+        )
 
 
 def _matches(path: Path, folder: Path, globs: Sequence[str]) -> bool:
@@ -143,8 +155,8 @@ def _matches(path: Path, folder: Path, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(relative if "/" in glob else path.name, glob) for glob in globs)
 
 
-def _default_subjects(images: list[Path], folder: Path) -> dict[Path, str]:
-    """Return a subject for every image by its place: the name of its folder, or of its file.
+def _folder_subjects(images: list[Path], folder: Path) -> dict[Path, str]:
+    """Return the images whose folder is taken for a person, with its name; for the others the file is the subject.
 
     Either one folder holds the scans of one person (``patient7/T1.nii.gz``), or of all persons (``imagesTr/7.nii.gz``).
     A subfolder is a person if it holds at most 10 images or shares a file name with another, and is not called
@@ -158,9 +170,7 @@ def _default_subjects(images: list[Path], folder: Path) -> dict[Path, str]:
             places[stem_of(path)].add(path.parent)
     persons = {place for place, found in inside.items() if len(found) <= 10}
     persons |= {place for found in places.values() if len(found) > 1 for place in found}
-    return {
-        path: path.parent.relative_to(folder).as_posix() if path.parent in persons else stem_of(path) for path in images
-    }
+    return {path: path.parent.relative_to(folder).as_posix() for path in images if path.parent in persons}
 
 
 def _pair(plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, Path]) -> dict[Path, Path]:
@@ -202,8 +212,13 @@ def _same_grid(one: Path, two: Path) -> bool:
     return shape == other_shape and bool(np.allclose(affine, other, atol=1e-2))
 
 
-def _read_dataset(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> tuple[list[Job], set[Path]]:
-    """Return the jobs of a dataset.json in the form of the Medical Segmentation Decathlon, and all files it names."""
+def _read_dataset(
+    plan: Plan, path: Path, pattern: re.Pattern[str] | None, given: str | None
+) -> tuple[list[Job], set[Path]]:
+    """Return the jobs of a dataset.json in the form of the Medical Segmentation Decathlon, and all files it names.
+
+    The modality that the user has given wins over the stated one.
+    """
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -214,6 +229,9 @@ def _read_dataset(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> tu
         return [], set()
     stated = str((data.get("modality") or {}).get("0", "")).lower() if isinstance(data.get("modality"), dict) else ""
     modality = "ct" if stated == "ct" else "mri" if stated in ("mri", "mr", "t1", "t2", "flair") else None
+    if given is not None and modality not in (None, given):
+        plan.notes.append(f"{path} says {modality}; its scans are taken for {given}, as --modality says")
+    modality = given or modality
     tests = data.get("test") or []
     jobs = []
     named: set[Path] = set()
