@@ -251,18 +251,16 @@ class AGSSD(PretrainModule):
     def schedules(self, progress: float) -> dict[str, float]:
         """Return every scheduled number at a share of the run."""
         hot, cold = self.mask_temperature
-        balance = {"balance_cls": (1 - progress) ** 2} if self.assignment == "balance" else {}
-        return (
-            balance
-            | super().schedules(progress)
-            | {
-                "temperature_patch": linear(progress, *self.temperature_patch, finish=0.3),
-                "fused_share": linear(progress, 0.0, self.fused_share, 0.05, 0.2),
-                "fused_share_cls": linear(progress, 0.0, self.fused_share_cls, 0.1, 0.2),
-                "mask_edge_share": linear(progress, 0.0, self.mask_edge_share),
-                "mask_temperature": hot * (cold / hot) ** progress,
-            }
-        )
+        found = super().schedules(progress) | {
+            "temperature_patch": linear(progress, *self.temperature_patch, finish=0.3),
+            "fused_share": linear(progress, 0.0, self.fused_share, 0.05, 0.2),
+            "fused_share_cls": linear(progress, 0.0, self.fused_share_cls, 0.1, 0.2),
+            "mask_edge_share": linear(progress, 0.0, self.mask_edge_share),
+            "mask_temperature": hot * (cold / hot) ** progress,
+        }
+        if self.assignment == "balance":
+            found["balance_cls"] = (1 - progress) ** 2
+        return found
 
     # ---------------------------------------------------------------- CVAC
 
