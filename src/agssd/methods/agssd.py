@@ -67,11 +67,11 @@ class _Step:
     mask: Tensor  # (B, N)
     counts: Tensor  # (B, M) bool
     index: Tensor  # (B, M)
-    teacher_cls: Tensor
-    student_cls: Tensor
-    teacher_patch: Tensor
-    student_patch: Tensor
-    cls_features: Tensor
+    teacher_cls: Tensor  # (2B, K) probabilities
+    student_cls: Tensor  # (2B, K) logits over the temperature
+    teacher_patch: Tensor  # (B, M, K) probabilities
+    student_patch: Tensor  # (B, M, K) logits over the temperature
+    cls_features: Tensor  # (2B, E)
     tokens: Tensor  # (B, 2, N, E) teacher
     prediction: Tensor  # (B, M, P)
     target: Tensor  # (B, M, P)
@@ -362,7 +362,7 @@ class AGSSD(PretrainModule):
     def _reconstruction_loss_per_patch(self, views: Views) -> Tensor:
         """Return (B, N): the teacher's L1 per patch, each patch hidden in one of two complementary random masks."""
         random = KeyedRandom(self.seed, views.sample, "half masks")
-        tokens = num_tokens(self.grid)
+        tokens = math.prod(self.grid)
         order = random.uniform(tokens).argsort(1)
         half = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, : tokens // 2], True)
         masks = torch.stack([half, ~half], 1).reshape(-1, *self.grid)  # (2B, ...)
@@ -717,11 +717,6 @@ class AGSSD(PretrainModule):
         if views.locals is not None:
             panel["locals"] = views.locals[index, :, 0]
         return panel
-
-
-def num_tokens(grid: Triple) -> int:
-    """Return N, the tokens of a grid."""
-    return grid[0] * grid[1] * grid[2]
 
 
 def _pick(x: Tensor, view: Tensor) -> Tensor:
