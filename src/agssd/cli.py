@@ -33,25 +33,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments or os.environ.get("AGSSD_TRACEBACK", "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--traceback"]
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is known, and not at the interpreter's end
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():  # agssd inspect CACHE | head
+            return EXIT_PIPE_CLOSED
+        message = None if show_traceback else refusal(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return EXIT_REFUSED
+
+
+def _run(arguments: list[str]) -> int:
     if arguments[:1] in (["--version"], ["-V"]):
         print(f"agssd {__version__}")
         return 0
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(_help())
         return 0
+    return _dispatch(arguments[0], arguments[1:])
+
+
+def _reader_has_gone() -> bool:
+    """Return whether stdout is the broken pipe, and not one to a worker; if so, let nothing write to it any more."""
     try:
-        code = _dispatch(arguments[0], arguments[1:])
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # the reader has seen enough: agssd inspect CACHE | head
+        print(end="\n", flush=True)
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_PIPE_CLOSED
-    except Exception as error:
-        message = None if show_traceback else refusal(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return EXIT_REFUSED
+        return True
+    return False
 
 
 def _dispatch(name: str, arguments: list[str]) -> int:

@@ -57,7 +57,7 @@ _EXPECTED_WARNINGS = (
 )
 # What a run computes; all schedules are shares of max_steps.
 _RESUMED_UNCHANGED = ("seed_everything", "model", "backbone", "views", "mask_ratio", "ema_teacher")
-_RESUMED_UNCHANGED_TRAINER = ("max_steps", "precision", "gradient_clip_val")
+_RESUMED_UNCHANGED_TRAINER = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 _RESUMED_FREELY = ("model.compile",)  # how fast a run is, not what it computes
 _KEYWORD_CHECKPOINTS = ("last", "best", "hpc", "registry")
 

@@ -65,7 +65,7 @@ class LossTerms(NamedTuple):
 
     total: Tensor  # ()
     terms: dict[str, Tensor]  # name -> ()
-    shared: tuple[Tensor, ...] = ()  # outputs of the student's last block that all terms read; for gradient norms
+    shared: tuple[Tensor, ...] = ()  # normed outputs of the student's encoder that terms read; for gradient norms
 
 
 class Observations(TypedDict, total=False):

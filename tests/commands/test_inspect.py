@@ -40,3 +40,33 @@ def test_inspect__json_holds_the_whole_index(tiny_cache: Path, capsys: pytest.Ca
 def test_inspect__bad_cache_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(tmp_path / "none.h5") == 1
     assert capsys.readouterr().err.startswith("error: cache ")
+
+
+def test_inspect__draws_cases_with_body_and_label(
+    tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import matplotlib.image
+
+    assert _run(tiny_cache, "--draw", tmp_path / "a.png", "--cases", 2) == 0
+    shown = capsys.readouterr().err
+    cases = VolumeCache(tiny_cache).cases
+    assert cases[0].key in shown and cases[-1].key in shown
+    assert _run(tiny_cache, "--draw", tmp_path / "b.png", "--cases", 100) == 0
+    two, all_cases = (matplotlib.image.imread(tmp_path / name)[..., :3] for name in ("a.png", "b.png"))
+    assert all_cases.shape[0] == 4 * two.shape[0]
+    colour = two.max(-1) - two.min(-1)
+    assert (colour > 0.2).mean() > 0.02  # labels; the rest of the picture is grey
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_inspect__draws_nothing_where_it_cannot(
+    tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        (("--draw", tmp_path / "a.jpg"), "must end in .png"),
+        (("--draw", tmp_path / "a.png", "--cases", 0), "--cases is 0"),
+        (("--draw", tmp_path / "none" / "a.png"), "cannot write"),
+    ):
+        assert _run(tiny_cache, *arguments) == 1
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -141,9 +141,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="lightning")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def quiet_and_on_one_thread() -> Iterator[None]:
-    """Run a test on one thread, so that its figures do not depend on the machine."""
+    """Run a file on one thread, fixtures of the module included, so that figures do not depend on the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     quiet()

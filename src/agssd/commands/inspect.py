@@ -1,4 +1,4 @@
-"""List the cases of a cache."""
+"""List the cases of a cache, and draw some of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``agssd inspect``."""
     parser.add_argument("cache", type=Path, help="cache file")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--draw", type=Path, metavar="FILE.png", help="also draw cases with foreground and label")
+    parser.add_argument(
+        "--cases", type=int, default=4, metavar="N", help="how many to draw, spread evenly (default: 4)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,6 +32,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(as_json(cache), indent=2) if args.json else as_table(cache))
+    if args.draw is None:
+        return 0
+    try:
+        drawn = draw(cache, args.draw, args.cases)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"drawn {', '.join(drawn)} in {args.draw}", file=sys.stderr)
     return 0
 
 
@@ -62,3 +74,71 @@ def _row(cache: VolumeCache, case: CaseInfo) -> tuple[str, ...]:
         case.subject,
         f"{100 * case.foreground_fraction:.0f} %",
     )
+
+
+def draw(cache: VolumeCache, path: Path, count: int) -> list[str]:
+    """Draw ``count`` cases, one row each: three planes through the middle of the body, and return their keys.
+
+    The outline of the foreground is blue, labels are coloured. Up is superior or anterior, to the right lies the
+    patient's right or front. Keys are the salted ones of the cache; nothing else names a case.
+
+    Args:
+        cache: open cache.
+        path: PNG to write; it appears whole or not at all.
+        count: cases, spread evenly over the cache.
+
+    Raises:
+        ValueError: if there is nothing to draw or the place cannot be written.
+    """
+    import os
+
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--draw {path}: the name must end in .png")
+    if count < 1 or not len(cache):
+        raise ValueError(f"--cases is {count} and {cache.path} has {len(cache)} cases; there is nothing to draw")
+    rows = np.unique(np.linspace(0, len(cache) - 1, min(count, len(cache))).round().astype(int)).tolist()
+    figure = Figure(figsize=(9, 3.1 * len(rows)), dpi=100, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for row, places in zip(rows, axes, strict=True):
+        info = cache.cases[row]
+        image = cache.read_whole(row, "image")[0].astype(np.float32) * info.scale[0] + info.offset[0]
+        body = cache.read_whole(row, "foreground")
+        label = cache.read_whole(row, "label") if info.label_values is not None else None
+        if label is not None and label.any():
+            middle = [int(np.median(found)) for found in np.nonzero(label)]
+        else:
+            middle = [(low + high) // 2 for low, high in info.foreground_box]
+        top = max(info.label_values or (1,))
+        for axis, (place, name) in enumerate(zip(places, ("axial", "coronal", "sagittal"), strict=True)):
+            up, right = [i for i in range(3) if i != axis]
+            settings = {"origin": "lower", "aspect": info.spacing_mm[up] / info.spacing_mm[right]}
+            place.imshow(
+                np.take(image, middle[axis], axis), cmap="gray", vmin=info.low[0], vmax=info.high[0], **settings
+            )
+            cut = np.take(body, middle[axis], axis)
+            if cut.min() < cut.max():
+                place.contour(cut, levels=[0.5], colors="tab:cyan", linewidths=0.8)
+            if label is not None:
+                values = np.ma.masked_equal(np.take(label, middle[axis], axis), 0)
+                place.imshow(
+                    values, cmap="tab10" if top < 10 else "turbo", vmin=0, vmax=max(top, 9), alpha=0.5, **settings
+                )
+            place.set_axis_off()
+            place.set_title(f"{name} {middle[axis]}", fontsize=8, loc="left")
+        spacing = "x".join(f"{size:.3g}" for size in info.spacing_mm)
+        head = f"{info.key}, {info.modality}, {info.split}, {spacing} mm"
+        places[0].set_title(f"{head}\naxial {middle[0]}", fontsize=8, loc="left")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(partial, format="png")
+        partial.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return [cache.cases[row].key for row in rows]

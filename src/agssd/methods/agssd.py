@@ -516,7 +516,7 @@ class AGSSD(PretrainModule):
             fused=None if fused is None else fused.detach(),
             ratio=ratio,
         )
-        return LossTerms(total, terms, (features[0].cls, features[0].tokens))
+        return LossTerms(total, terms, (features[0].tokens, *(group.cls for group in features)))
 
     def _drop_noise(self, views: Views) -> list[Tensor | None]:
         """Return uniforms per view and block for stochastic depth, keyed by sample; none outside training."""

@@ -177,7 +177,8 @@ class PretrainModule(L.LightningModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch and log its terms, averaged over ranks."""
         loss = self.pretrain_loss(batch)
-        self.gradient_norms = gradient_norms(loss, self.weights) if self.measure_gradients else {}
+        with torch.autocast(self.device.type, enabled=False):  # a norm, not a step: in full precision
+            self.gradient_norms = gradient_norms(loss, self.weights) if self.measure_gradients else {}
         self._log_terms("train", loss)
         self.log_dict({f"schedule/{name}": value for name, value in self._scheduled_now().items()})
         return loss.total
@@ -224,7 +225,7 @@ class PretrainModule(L.LightningModule, ABC):
 
 
 def gradient_norms(loss: LossTerms, weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return the norm of each weighted term's gradient at the output of the last shared block.
+    """Return the norm of each weighted term's gradient at the encoder's normed output, behind the last shared block.
 
     Keys are ``grad_norm_<term>`` for terms of weight above 0, and ``grad_norm_ratio``, largest over smallest: above 10
     one term decides alone where the encoder goes. Taken at activations and not at weights, so that no block is run

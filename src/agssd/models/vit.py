@@ -117,7 +117,7 @@ class ViT(Backbone):
     once instead of once per group). Positions are those within the view, not within the body.
 
     Initialisation is Xavier-uniform for every matrix, the patch embedding included: positions of scale 1 are then about
-    as strong as the content, which neither drowns the other.
+    as strong as the content, so that neither drowns the other.
 
     Source: plain ViT [R: iBOT] on 3D patches [R: UNETR, 3DINO]; fixed sin-cos positions and initialisation [R: MAE];
     grouped forward [R: DINOv3]; position scale ours. The abstract of AG-SSD names no encoder.

@@ -143,7 +143,7 @@ def _add_folder(
                 by_folder.append(name)
             job = Job((path,), name)
         plan.jobs.append(replace(job, label=job.label or label_of.get(path)))
-    if by_folder:
+    if len(by_folder) > len(set(by_folder)):
         plan.notes.append(
             f"{folder}: {len(by_folder)} files taken as {len(set(by_folder))} subjects by folder; "
             "use --subject REGEX if a file is a subject"
