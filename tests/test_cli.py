@@ -299,6 +299,20 @@ def test_fit__resuming_with_other_model_settings_is_refused_with_the_difference(
     assert error.count("in the checkpoint") == 6
 
 
+def test_fit__resuming_on_other_data_settings_is_refused_but_workers_are_free(
+    conf: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("TOY_STOPS_AT", "1")
+    assert fit(conf, run) == 0
+    again = ("--ckpt_path", "last", "--data.pin_memory", "false", "--data.prefetch", "3")
+    assert fit(conf, run, *again, "--data.prob_foreground", "0.1") == 2
+    error = capsys.readouterr().err
+    assert "data.prob_foreground: 0.8 in the checkpoint, 0.1 now" in error and error.count("in the checkpoint") == 1
+    monkeypatch.delenv("TOY_STOPS_AT")
+    assert fit(conf, run, *again) == 0
+
+
 def test_differences__compiling_or_not_is_free_on_resuming() -> None:
     saved = {"class_path": "a.B", "init_args": {"compile": True, "lr": 0.1}}
     given = {"class_path": "a.B", "init_args": {"compile": False, "lr": 0.2}}

@@ -56,9 +56,17 @@ _EXPECTED_WARNINGS = (
     r".*You have overridden `on_after_batch_transfer` in `LightningModule`.*",  # where views are made, by design
 )
 # What a run computes; all schedules are shares of max_steps.
-_RESUMED_UNCHANGED = ("seed_everything", "model", "backbone", "views", "mask_ratio", "ema_teacher")
+_RESUMED_UNCHANGED = ("seed_everything", "model", "backbone", "views", "data", "mask_ratio", "ema_teacher")
 _RESUMED_UNCHANGED_TRAINER = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
-_RESUMED_FREELY = ("model.compile",)  # how fast a run is, not what it computes
+# How fast a run is, where its files lie and what is predicted; files move, so another cache is the user's to answer for.
+_RESUMED_FREELY = (
+    "model.compile",
+    "data.cache",
+    "data.num_workers",
+    "data.pin_memory",
+    "data.prefetch",
+    "data.predict_split",
+)
 _KEYWORD_CHECKPOINTS = ("last", "best", "hpc", "registry")
 
 
