@@ -58,7 +58,7 @@ _EXPECTED_WARNINGS = (
 # What a run computes; all schedules are shares of max_steps.
 _RESUMED_UNCHANGED = ("seed_everything", "model", "backbone", "views", "data", "mask_ratio", "ema_teacher")
 _RESUMED_UNCHANGED_TRAINER = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
-# How fast a run is, where its files lie and what is predicted; files move, so another cache is the user's to answer for.
+# How fast a run is, where its files lie, what is predicted. Files move: another cache is the user's to answer for.
 _RESUMED_FREELY = (
     "model.compile",
     "data.cache",
