@@ -64,6 +64,12 @@ def test_claim__says_so_without_permission(tmp_path: Path, monkeypatch: pytest.M
         claim(tmp_path / "run", resuming=False)
 
 
+def test_claim__place_that_cannot_be_made_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/run cannot be made: .*name another --trainer.default_root_dir"):
+        claim(tmp_path / "file" / "run", resuming=False)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_claim__real_directory_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)

@@ -59,7 +59,12 @@ def claim(directory: Path, resuming: bool) -> None:
             f"{directory} already holds a run ({', '.join(used)}); name another --trainer.default_root_dir, or "
             f"continue that run with --ckpt_path {directory / CHECKPOINTS / 'last.ckpt'}"
         )
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the run directory {directory} cannot be made: {error.strerror}; name another --trainer.default_root_dir"
+        ) from error
     if not os.access(directory, os.W_OK):
         raise PermissionError(f"no permission to write in {directory}; name another --trainer.default_root_dir")
 
