@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,40 @@ def _run(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
     return prepare.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    folder = tmp_path / "many"
+    for seed in range(30):
+        _save(folder / f"p{seed:02d}.nii.gz", _head(seed, (24, 26, 22)))
+    return folder
+
+
+def test_prepare__forecast_is_near_what_comes(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "c.h5"
+    assert _run(many, "--out", out) == 0
+    text = capsys.readouterr().out
+    found = re.search(r"forecast from 4 of 30 scans: ([0-9.]+) MiB, \d+ s, reading [0-9.]+ MiB/s; .* free", text)
+    assert found is not None
+    actual = out.stat().st_size / 2**20
+    assert abs(float(found[1]) - actual) < 0.15 * actual + 0.1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.h5", "many"]
+    assert _run(many, "--out", out, "--overwrite", "--no-forecast") == 0
+    assert "forecast from" not in capsys.readouterr().out
+
+
+def test_prepare__disk_that_cannot_hold_the_cache_ends_the_build_before_it_begins(
+    many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    out = tmp_path / "c.h5"
+    assert _run(many, "--out", out) == 1
+    error = capsys.readouterr().err
+    assert "choose another --out" in error and "free" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["many"]
+    assert not (many / ".agssd-salt").exists()
+    assert _run(many, "--out", out, "--no-forecast") == 0
 
 
 def test_prepare__spacing_that_swallows_the_source_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from agssd.scans.sources import Job, Plan
 
 
+_FORECAST_FROM = 30  # scans; below that the build is as quick as a forecast
+_FORECAST_SAMPLE = 4
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``agssd prepare``."""
     parser.add_argument("source", nargs="+", type=Path, help="file, folder (searched recursively) or CSV manifest")
@@ -45,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=1, metavar="N", help="processes; the result does not depend on it"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing cache")
+    parser.add_argument(
+        "--no-forecast",
+        action="store_true",
+        help=f"start at once; otherwise, from {_FORECAST_FROM} scans on, bytes and hours are forecast from a few, "
+        "and a disk that cannot hold the cache ends the build before it begins",
+    )
     parser.add_argument(
         "--salt",
         type=Path,
@@ -88,6 +98,8 @@ def _prepare(args: argparse.Namespace) -> int:
     if not plan.jobs:
         raise ValueError("no scan to prepare; no cache was written")
     salt_path = salt_place(args.source[0], out, args.salt)
+    if len(plan.jobs) >= _FORECAST_FROM and not args.no_forecast:
+        _forecast(plan.jobs, recipe, out, args.workers)
     with CacheWriter(out, _class_names(plan), overwrite=args.overwrite) as writer:
         report = _write_cases(writer, plan, recipe, salt_path, args.workers)
         refused = len(plan.refused) + report.refused
@@ -98,6 +110,63 @@ def _prepare(args: argparse.Namespace) -> int:
         _write_key_map(args.key_map, report.rows)
     _print_summary(out, infos, report, refused, plan.ignored)
     return 3 if refused else 0
+
+
+def _forecast(jobs: Sequence[Job], recipe: Recipe, out: Path, workers: int) -> None:
+    """Print bytes, time and reading rate as a few scans, spread over the plan and prepared for it, let expect them.
+
+    Raises:
+        ValueError: if the disk has less room than that.
+    """
+    import shutil
+    import tempfile
+    import time
+
+    from agssd.data_modules.build import CacheWriter
+
+    chosen = [jobs[i * (len(jobs) - 1) // (_FORECAST_SAMPLE - 1)] for i in range(_FORECAST_SAMPLE)]
+    seconds, read = 0.0, 0
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        with CacheWriter(Path(folder) / "sample.h5") as writer:
+            for number, job in enumerate(chosen):
+                started = time.perf_counter()
+                case = _work(job, recipe)
+                if not isinstance(case, str):
+                    writer.add(case, str(number), str(number))
+                if number:  # the first one pays for imports
+                    seconds += time.perf_counter() - started
+                    read += sum(path.stat().st_size for path in job.paths)
+            cached, size = len(writer), writer.size_bytes
+    if not cached:
+        return  # the build will say why
+    total = size / cached * len(jobs)
+    free = shutil.disk_usage(out.parent).free
+    time_needed = _hours(seconds / (_FORECAST_SAMPLE - 1) * len(jobs) / workers)
+    rate = read / 2**20 / seconds * workers
+    print(
+        f"forecast from {cached} of {len(jobs)} scans: {_bytes(total)}, {time_needed}, reading {rate:.1f} MiB/s; "
+        f"{_bytes(free)} free"
+    )
+    if total > free:
+        raise ValueError(
+            f"the cache would take about {_bytes(total)} and {out.parent} has {_bytes(free)} free; choose another "
+            "--out, a larger --spacing-mm, or --no-forecast to try all the same"
+        )
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _hours(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 90
+        else f"{minutes} min"
+    )
 
 
 class _Report(NamedTuple):

@@ -129,6 +129,11 @@ class CacheWriter:
         """Return the number of cases written so far."""
         return len(self._infos)
 
+    @property
+    def size_bytes(self) -> int:
+        """Return the bytes written so far."""
+        return self._temporary.stat().st_size
+
     def add(
         self, case: PreparedCase, key: str, subject: str, split: str | None = None, class_name: str | None = None
     ) -> CaseInfo:
