@@ -6,12 +6,40 @@ import multiprocessing
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
+from agssd.data_modules.build import LAYOUTS
 from agssd.data_modules.cache import CaseInfo, VolumeCache
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def tiny_cache(request: pytest.FixtureRequest, make_cache: Callable[..., Path], tmp_path_factory: Any) -> Path:
+    """Return the small cache in each layout: every test of reading holds for both."""
+    return make_cache(tmp_path_factory.mktemp("cache") / "tiny.h5", layout=request.param)
+
+
+def test_read__layouts_hold_the_same_and_give_arrays_of_their_own(
+    make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    chunked, whole = (VolumeCache(make_cache(tmp_path / f"{layout}.h5", layout=layout)) for layout in LAYOUTS)
+    assert chunked.cases == whole.cases
+    rng = np.random.default_rng(1)
+    for what in ("image", "label", "foreground"):
+        for _ in range(20):
+            start = tuple(int(v) for v in rng.integers(-9, 39, 3))
+            size = tuple(int(v) for v in rng.integers(1, 40, 3))
+            mine = whole.read(3, start, size, what)
+            assert np.array_equal(mine, chunked.read(3, start, size, what)) and mine.flags.writeable
+            assert type(mine) is np.ndarray and mine.base is None
+        assert np.array_equal(whole.read_whole(3, what), chunked.read_whole(3, what))
+    assert np.array_equal(whole.foreground_chunks(3), chunked.foreground_chunks(3))
+    before = whole.read_whole(3)
+    whole.read_whole(3)[:] = 0
+    assert np.array_equal(whole.read_whole(3), before)
 
 
 def test_read__any_box_equals_the_padded_whole(tiny_cache: Path) -> None:

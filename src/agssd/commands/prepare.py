@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes; the result does not depend on it"
     )
+    parser.add_argument(
+        "--layout",
+        choices=("chunks", "contiguous"),
+        default="chunks",
+        help="compressed chunks (default), or voxels as they are: two to three times the bytes, read without decoding",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing cache")
     parser.add_argument(
         "--no-forecast",
@@ -99,8 +105,8 @@ def _prepare(args: argparse.Namespace) -> int:
         raise ValueError("no scan to prepare; no cache was written")
     salt_path = salt_place(args.source[0], out, args.salt)
     if len(plan.jobs) >= _FORECAST_FROM and not args.no_forecast:
-        _forecast(plan.jobs, recipe, out, args.workers)
-    with CacheWriter(out, _class_names(plan), overwrite=args.overwrite) as writer:
+        _forecast(plan.jobs, recipe, out, args.workers, args.layout)
+    with CacheWriter(out, _class_names(plan), overwrite=args.overwrite, layout=args.layout) as writer:
         report = _write_cases(writer, plan, recipe, salt_path, args.workers)
         refused = len(plan.refused) + report.refused
         if not len(writer):
@@ -112,7 +118,7 @@ def _prepare(args: argparse.Namespace) -> int:
     return 3 if refused else 0
 
 
-def _forecast(jobs: Sequence[Job], recipe: Recipe, out: Path, workers: int) -> None:
+def _forecast(jobs: Sequence[Job], recipe: Recipe, out: Path, workers: int, layout: str) -> None:
     """Print bytes, time and reading rate as a few scans, spread over the plan and prepared for it, let expect them.
 
     Raises:
@@ -127,7 +133,7 @@ def _forecast(jobs: Sequence[Job], recipe: Recipe, out: Path, workers: int) -> N
     chosen = [jobs[i * (len(jobs) - 1) // (_FORECAST_SAMPLE - 1)] for i in range(_FORECAST_SAMPLE)]
     seconds, read = 0.0, 0
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        with CacheWriter(Path(folder) / "sample.h5") as writer:
+        with CacheWriter(Path(folder) / "sample.h5", layout=layout) as writer:
             for number, job in enumerate(chosen):
                 started = time.perf_counter()
                 case = _work(job, recipe)

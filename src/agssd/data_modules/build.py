@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from agssd.data_modules.cache import CHUNK, FORMAT, SPLITS, VERSION, Affine, CaseInfo
 from agssd.scans.case import PreparedCase
 
+LAYOUTS = ("chunks", "contiguous")
 FILTERS = ("blosc-lz4", "bitshuffle-lz4", "blosc2-lz4", "lz4", "none")
 
 
@@ -81,6 +82,8 @@ class CacheWriter:
         class_names: names of the classes, in the order of their indices.
         compression: a name in ``FILTERS``.
         overwrite: replace an existing file instead of refusing.
+        layout: ``"chunks"``, compressed; or ``"contiguous"``, as the voxels are, which the reader maps into memory:
+            two to three times the bytes for crops that cost no decoding.
 
     Raises:
         ValueError: ``path`` exists and ``overwrite`` is off, or its folder is missing or not writable.
@@ -92,12 +95,16 @@ class CacheWriter:
         class_names: Sequence[str] = (),
         compression: str = FILTERS[0],
         overwrite: bool = False,
+        layout: str = LAYOUTS[0],
     ) -> None:
         """Check the place and open a temporary file beside it."""
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout is {layout!r}; use one of {', '.join(LAYOUTS)}")
         self.path = Path(path)
         check_place(self.path, overwrite)
         self.class_names = tuple(class_names)
         self._filter = filter_arguments(compression)
+        self._layout = layout
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         self._infos: list[CaseInfo] = []
         self._file: Any = None
@@ -189,10 +196,12 @@ class CacheWriter:
     def _write_arrays(self, key: str, case: PreparedCase) -> None:
         group = self._file.create_group(f"cases/{key}")
         chunk = chunk_shape(case.foreground.shape)
-        group.create_dataset("image", data=case.image, chunks=(1, *chunk), **self._filter)
-        group.create_dataset("foreground", data=case.foreground, chunks=chunk, **self._filter)
+        arrays = {"image": (case.image, (1, *chunk)), "foreground": (case.foreground, chunk)}
         if case.label is not None:
-            group.create_dataset("label", data=case.label, chunks=chunk, **self._filter)
+            arrays["label"] = (case.label, chunk)
+        for name, (array, chunks) in arrays.items():
+            settings = {"chunks": chunks, **self._filter} if self._layout == "chunks" else {}
+            group.create_dataset(name, data=array, **settings)
         group.create_dataset("foreground_chunks", data=chunk_fractions(case.foreground))
         self._file.flush()
 

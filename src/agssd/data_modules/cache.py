@@ -209,7 +209,9 @@ class VolumeCache:
 
     def _slice(self, data: Any, case: int, what: str, box: tuple[Any, ...]) -> NDArray[Any]:
         try:
-            return cast("NDArray[Any]", data[box])
+            part = data[box]
+            # a mapped file is copied from, so that nothing keeps it open or finds it read-only
+            return np.array(part) if isinstance(part, np.memmap) else cast("NDArray[Any]", part)
         except OSError as error:
             key = self.cases[case].key
             raise ValueError(f"{self.path}: cannot read {what} of case {key}: {error}; rebuild the cache") from error
@@ -227,6 +229,8 @@ class VolumeCache:
             handle = self._file[name]
         except KeyError as error:
             raise ValueError(f"{self.path}: case {self.cases[case].key} has no {what!r}") from error
+        if handle.chunks is None and handle.id.get_offset() is not None:  # voxels as they are, in one piece
+            handle = np.memmap(self.path, handle.dtype, "r", handle.id.get_offset(), handle.shape)
         self._open[case, what] = handle
         while len(self._open) > _MAX_OPEN_CASES:
             self._open.popitem(last=False)
