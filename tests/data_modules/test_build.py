@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agssd.data_modules import build
 from agssd.data_modules.build import FILTERS, CacheWriter, assign_splits, bounding_box, chunk_shape
 from agssd.data_modules.cache import VolumeCache
 from agssd.scans.case import PreparedCase
@@ -98,7 +99,7 @@ def test_writer__full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytes
             def full(*args: object) -> None:
                 raise OSError(28, "No space left on device")
 
-            monkeypatch.setattr(writer, "_write_arrays", full)
+            monkeypatch.setattr(build, "write_arrays", full)
             writer.add(_case(), "k", "s")
     assert list(tmp_path.iterdir()) == []
 

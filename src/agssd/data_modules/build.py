@@ -164,46 +164,29 @@ class CacheWriter:
         if key in self._file["cases"]:
             raise ValueError(f"case {key} is in the cache already")
         try:
-            self._write_arrays(key, case)
+            write_arrays(self._file.create_group(f"cases/{key}"), case, self._layout, self._filter)
+            self._file.flush()
         except OSError as error:
             raise ValueError(f"cannot write {self.path}: {error}") from error
-        info = CaseInfo(
-            key=key,
-            subject=subject,
-            split=split or "",
-            modality=case.modality,
-            shape=(int(shape[0]), int(shape[1]), int(shape[2])),
-            channels=int(case.image.shape[0]),
-            spacing_mm=case.spacing_mm,
-            affine=_nested(case.affine),
-            source_shape=case.source_shape,
-            source_affine=_nested(case.source_affine),
-            source_sha256=case.source_sha256,
-            scale=case.scale,
-            offset=case.offset,
-            low=case.low,
-            high=case.high,
-            fill=tuple(int(channel.min()) for channel in case.image),
-            edge_q99=case.edge_q99,
-            foreground_fraction=float(np.count_nonzero(case.foreground) / case.foreground.size),
-            foreground_box=bounding_box(case.foreground),
-            label_values=None if case.label is None else tuple(int(value) for value in np.unique(case.label)),
-            class_index=None if class_name is None else self.class_names.index(class_name),
-        )
+        info = case_info(case, key, subject, split)
+        if class_name is not None:
+            info = replace(info, class_index=self.class_names.index(class_name))
         self._infos.append(info)
         return info
 
-    def _write_arrays(self, key: str, case: PreparedCase) -> None:
-        group = self._file.create_group(f"cases/{key}")
-        chunk = chunk_shape(case.foreground.shape)
-        arrays = {"image": (case.image, (1, *chunk)), "foreground": (case.foreground, chunk)}
-        if case.label is not None:
-            arrays["label"] = (case.label, chunk)
-        for name, (array, chunks) in arrays.items():
-            settings = {"chunks": chunks, **self._filter} if self._layout == "chunks" else {}
-            group.create_dataset(name, data=array, **settings)
-        group.create_dataset("foreground_chunks", data=chunk_fractions(case.foreground))
-        self._file.flush()
+    def copy(self, group: Any, info: CaseInfo) -> None:
+        """Take over the arrays of a case as another HDF5 file holds them, without decoding; ``info`` is of this cache.
+
+        Raises:
+            ValueError: a repeated key, or a full disk.
+        """
+        if info.key in self._file["cases"]:
+            raise ValueError(f"case {info.key} is in the cache already")
+        try:
+            group.file.copy(group, self._file["cases"], name=info.key)
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path}: {error}") from error
+        self._infos.append(info)
 
     def finish(
         self, splits: Mapping[str, str] | None = None, salt_fingerprint: str | None = None
@@ -221,6 +204,15 @@ class CacheWriter:
             ValueError: no case was added, a subject is in two splits, "train" is empty, or the disk is full.
         """
         infos = resolve_splits(self._infos, splits)
+        self.finish_shard(infos, salt_fingerprint)
+        return infos
+
+    def finish_shard(self, infos: Sequence[CaseInfo], salt_fingerprint: str | None = None) -> None:
+        """Do as ``finish``, with cases whose splits are decided, perhaps over several files.
+
+        Raises:
+            ValueError: the disk is full.
+        """
         index = {"version": VERSION, "class_names": self.class_names, "cases": [info.to_json() for info in infos]}
         text = json.dumps(index, separators=(",", ":"), allow_nan=False).encode()
         try:
@@ -230,12 +222,57 @@ class CacheWriter:
             self._file.attrs["complete"] = True
             self._file.close()
             self._file = None
-            _sync(self._temporary)
+            sync(self._temporary)
             os.replace(self._temporary, self.path)
-            _sync(self.path.parent)
+            sync(self.path.parent)
         except OSError as error:
             raise ValueError(f"cannot write {self.path}: {error}") from error
-        return infos
+
+
+def write_arrays(group: Any, case: PreparedCase, layout: str, compression: Mapping[str, Any]) -> None:
+    """Write the arrays of a case into an HDF5 group.
+
+    Args:
+        group: open and empty.
+        case: arrays.
+        layout: one of ``LAYOUTS``.
+        compression: what ``filter_arguments`` returned; for ``"chunks"``.
+    """
+    chunk = chunk_shape(case.foreground.shape)
+    arrays = {"image": (case.image, (1, *chunk)), "foreground": (case.foreground, chunk)}
+    if case.label is not None:
+        arrays["label"] = (case.label, chunk)
+    for name, (array, chunks) in arrays.items():
+        settings = {"chunks": chunks, **compression} if layout == "chunks" else {}
+        group.create_dataset(name, data=array, **settings)
+    group.create_dataset("foreground_chunks", data=chunk_fractions(case.foreground))
+
+
+def case_info(case: PreparedCase, key: str, subject: str, split: str | None) -> CaseInfo:
+    """Return what the index will say of a case; its split may be decided later, and its class too."""
+    shape = case.foreground.shape
+    return CaseInfo(
+        key=key,
+        subject=subject,
+        split=split or "",
+        modality=case.modality,
+        shape=(int(shape[0]), int(shape[1]), int(shape[2])),
+        channels=int(case.image.shape[0]),
+        spacing_mm=case.spacing_mm,
+        affine=_nested(case.affine),
+        source_shape=case.source_shape,
+        source_affine=_nested(case.source_affine),
+        source_sha256=case.source_sha256,
+        scale=case.scale,
+        offset=case.offset,
+        low=case.low,
+        high=case.high,
+        fill=tuple(int(channel.min()) for channel in case.image),
+        edge_q99=case.edge_q99,
+        foreground_fraction=float(np.count_nonzero(case.foreground) / case.foreground.size),
+        foreground_box=bounding_box(case.foreground),
+        label_values=None if case.label is None else tuple(int(value) for value in np.unique(case.label)),
+    )
 
 
 def resolve_splits(infos: Sequence[CaseInfo], splits: Mapping[str, str] | None = None) -> tuple[CaseInfo, ...]:
@@ -299,7 +336,8 @@ def _nested(affine: NDArray[np.float64]) -> Affine:
     return tuple((float(row[0]), float(row[1]), float(row[2]), float(row[3])) for row in affine)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from agssd.scans.case import RefusedError
-from agssd.scans.files import list_folder, stem_of
+from agssd.scans.files import data_files, list_folder, stem_of
 from agssd.scans.read import canonical_geometry
 
 COLUMNS = ("path", "subject", "modality", "label_path", "class", "split")
@@ -44,6 +44,10 @@ class Job:
     modality: str | None = None
     class_name: str | None = None
     split: str | None = None
+
+    def files(self) -> list[Path]:
+        """Return every file whose bytes the case depends on."""
+        return [file for path in (*self.paths, *([self.label] if self.label else [])) for file in data_files(path)]
 
 
 @dataclass
