@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agssd.data_modules.cache import CHUNK, FORMAT, SPLITS, VERSION, Affine, CaseInfo
+from agssd.data_modules.cache import CHUNK, FORMAT, INDEX_NAME, SPLITS, VERSION, Affine, CaseInfo
 from agssd.scans.case import PreparedCase
 
 LAYOUTS = ("chunks", "contiguous")
@@ -322,8 +322,8 @@ def bounding_box(mask: NDArray[np.uint8]) -> tuple[tuple[int, int], tuple[int, i
 
 def check_place(path: Path, overwrite: bool) -> None:
     """Raise ValueError unless a cache can be written at ``path``."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; --out names the cache file itself, for example {path / 'scans.h5'}")
+    if path.is_dir() and not (path / INDEX_NAME).is_file():
+        raise ValueError(f"{path} is a folder; --out names the cache itself, for example {path / 'scans.h5'}")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another name or pass --overwrite")
     if not path.parent.is_dir():

@@ -1,10 +1,13 @@
-"""The cache of volumes: one HDF5 file, read by crops, opened lazily in each process.
+"""The cache of volumes: one HDF5 file or a folder of them, read by crops, opened lazily in each process.
 
 Layout of the file: ``/cases/<key>`` holds ``image`` (C, D, H, W) int16, ``foreground`` (D, H, W) uint8, optionally
 ``label`` (D, H, W) uint8 or int16, all in compressed chunks of 32 voxels a side, and ``foreground_chunks``
 (cD, cH, cW) float32, the share of foreground in each chunk. ``/index`` is one JSON text with every ``CaseInfo``, so
 that opening costs one read however many cases there are. The attribute ``salt_fingerprint`` tells which salt made the
 keys; caches of early versions have none. ``agssd.data_modules.build`` writes it.
+
+A large set is a folder: ``index.json`` with every ``CaseInfo``, the names and sizes of the files, and which of them
+holds a case. Each of the files is a cache of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from agssd.types import Triple
 FORMAT = "agssd-cache"
 VERSION = 1
 CHUNK = 32
+INDEX_NAME = "index.json"
 Kind = Literal["image", "foreground", "label"]
 Affine = tuple[tuple[float, float, float, float], ...]
 SPLITS = ("train", "val", "test")
@@ -96,13 +100,14 @@ def _tuples(value: Any) -> Any:
 
 
 class VolumeCache:
-    """Volumes of one cache file, read crop by crop.
+    """Volumes of one cache, read crop by crop.
 
-    No handle is open after construction: the file opens on the first read of each process and opens again after a
+    No handle is open after construction: a file opens on the first read of each process and opens again after a
     fork, so one object may be handed to any number of loader workers, by fork or by pickle.
 
     Attributes:
-        path: of the file.
+        path: of the file or folder.
+        files: the HDF5 files, one or several.
         class_names: names of the classes, in the order of their indices.
         cases: ordered by key.
         salt_fingerprint: equal in caches whose subject keys can be compared; None where it is not known.
@@ -114,13 +119,15 @@ class VolumeCache:
     def __init__(self, path: str | Path) -> None:
         """Read the index of the cache at ``path``."""
         self.path = Path(path)
-        index, self.salt_fingerprint = _read_index(self.path)
+        read = _read_folder_index if self.path.is_dir() else _read_index
+        index, self.salt_fingerprint, self.files = read(self.path)
         self.class_names: tuple[str, ...] = tuple(index["class_names"])
         self.cases: tuple[CaseInfo, ...] = tuple(CaseInfo.from_json(case) for case in index["cases"])
+        self._file_of: tuple[int, ...] = tuple(int(case.get("file", 0)) for case in index["cases"])
         self._reset()
 
     def _reset(self) -> None:
-        self._file: Any = None
+        self._handles: dict[int, Any] = {}
         self._pid = -1
         self._open: OrderedDict[tuple[int, str], Any] = OrderedDict()
 
@@ -130,7 +137,7 @@ class VolumeCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the handles behind when pickled."""
-        names = ("path", "class_names", "cases", "salt_fingerprint")
+        names = ("path", "files", "class_names", "cases", "salt_fingerprint", "_file_of")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -203,9 +210,13 @@ class VolumeCache:
 
     def close(self) -> None:
         """Close what this process has open; the next read opens it again."""
-        if self._file is not None:
-            self._file.close()
+        for handle in self._handles.values():
+            handle.close()
         self._reset()
+
+    def size_bytes(self) -> int:
+        """Return the bytes of its files."""
+        return sum(path.stat().st_size for path in self.files)
 
     def _slice(self, data: Any, case: int, what: str, box: tuple[Any, ...]) -> NDArray[Any]:
         try:
@@ -218,7 +229,8 @@ class VolumeCache:
 
     def _dataset(self, case: int, what: str) -> Any:
         if self._pid != os.getpid():
-            self._open_here()
+            self.close()  # what was inherited over a fork: closes this process's copy only
+            self._pid = os.getpid()
         handle = self._open.get((case, what))
         if handle is not None:
             return handle
@@ -226,32 +238,66 @@ class VolumeCache:
             raise ValueError(f"case is {case}; {self.path} has cases 0 to {len(self.cases) - 1}")
         name = f"cases/{self.cases[case].key}/{what}"
         try:
-            handle = self._file[name]
+            handle = self._hdf5(self._file_of[case])[name]
         except KeyError as error:
             raise ValueError(f"{self.path}: case {self.cases[case].key} has no {what!r}") from error
         if handle.chunks is None and handle.id.get_offset() is not None:  # voxels as they are, in one piece
-            handle = np.memmap(self.path, handle.dtype, "r", handle.id.get_offset(), handle.shape)
+            handle = np.memmap(self.files[self._file_of[case]], handle.dtype, "r", handle.id.get_offset(), handle.shape)
         self._open[case, what] = handle
         while len(self._open) > _MAX_OPEN_CASES:
             self._open.popitem(last=False)
         return handle
 
-    def _open_here(self) -> None:
-        import h5py
-        import hdf5plugin  # noqa: F401  (registers the filters)
+    def _hdf5(self, number: int) -> Any:
+        handle = self._handles.get(number)
+        if handle is None:
+            import h5py
+            import hdf5plugin  # noqa: F401  (registers the filters)
 
-        if self._file is not None:
-            self._file.close()  # inherited over a fork: closes this process's copy of the handle only
-        self._reset()
-        try:
-            self._file = h5py.File(self.path, "r", locking=False, rdcc_nbytes=8 * CHUNK**3, rdcc_nslots=37, rdcc_w0=1.0)
-        except OSError as error:
-            raise ValueError(f"{self.path} cannot be opened as a cache: {error}") from error
-        self._pid = os.getpid()
+            path = self.files[number]
+            try:
+                handle = h5py.File(path, "r", locking=False, rdcc_nbytes=8 * CHUNK**3, rdcc_nslots=37, rdcc_w0=1.0)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be opened as a cache: {error}") from error
+            self._handles[number] = handle
+        return handle
 
 
-def _read_index(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Return the index and the fingerprint of the salt."""
+_Index = tuple[dict[str, Any], str | None, tuple[Path, ...]]
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version != VERSION:
+        raise ValueError(f"{path} is a cache of version {version}; this agssd reads version {VERSION}: rebuild it")
+
+
+def _read_folder_index(path: Path) -> _Index:
+    """Return the index of a folder, the fingerprint of its salt and its files, whose presence and size are checked."""
+    place = path / INDEX_NAME
+    if not place.is_file():
+        raise ValueError(
+            f"{path} is a folder and no agssd cache (it has no {INDEX_NAME}); build one with: agssd prepare"
+        )
+    try:
+        index = json.loads(place.read_bytes())
+        if index["format"] != FORMAT:
+            raise KeyError("format")
+        _check_version(path, int(index["version"]))
+        files = [(path / file["name"], int(file["bytes"])) for file in index["files"]]
+        fingerprint = index["salt_fingerprint"]
+    except OSError as error:
+        raise ValueError(f"{place} cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is a damaged cache: its {INDEX_NAME} cannot be read ({error}); rebuild it") from error
+    for file, size in files:
+        if not file.is_file() or file.stat().st_size != size:
+            state = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
+            raise ValueError(f"{path} is incomplete: {file.name} {state}, its index says {size} bytes; copy it again")
+    return index, fingerprint, tuple(file for file, _ in files)
+
+
+def _read_index(path: Path) -> _Index:
+    """Return the index of a file, the fingerprint of its salt, and the file."""
     import h5py
 
     if not path.is_file():
@@ -262,15 +308,12 @@ def _read_index(path: Path) -> tuple[dict[str, Any], str | None]:
         with h5py.File(path, "r", locking=False) as file:
             if file.attrs.get("format") != FORMAT:
                 raise ValueError(f"{path} is an HDF5 file but no agssd cache; build one with: agssd prepare")
-            version = int(file.attrs.get("version", 0))
-            if version != VERSION:
-                raise ValueError(
-                    f"{path} is a cache of version {version}; this agssd reads version {VERSION}: rebuild it"
-                )
+            _check_version(path, int(file.attrs.get("version", 0)))
             if not bool(file.attrs.get("complete", False)):
                 raise ValueError(f"{path} is an unfinished cache; build it again with: agssd prepare")
             fingerprint = file.attrs.get("salt_fingerprint")
-            return json.loads(bytes(file["index"][()])), None if fingerprint is None else str(fingerprint)
+            index = json.loads(bytes(file["index"][()]))
+            return index, None if fingerprint is None else str(fingerprint), (path,)
     except OSError as error:
         raise ValueError(f"{path} is a truncated or damaged cache ({error}); rebuild it") from error
     except (KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
