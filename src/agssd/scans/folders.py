@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from agssd.scans.bids import modality_of, owners_by_name, set_aside, why_no_image
 from agssd.scans.case import RefusedError
 from agssd.scans.decathlon import read_dataset
 from agssd.scans.files import list_folder, stem_of
@@ -25,7 +26,15 @@ def add_folder(
 ) -> None:
     """Add the scans of a folder, searched recursively, to the plan; files that match ``globs`` are labels."""
     scans, refused, ignored = list_folder(folder)
-    plan.refused += refused
+    aside = set_aside([*scans, *(path for path, _ in refused)], folder)
+    aside -= {path for path in scans if _matches(path, folder, globs)}
+    scans = [path for path in scans if path not in aside]
+    if aside:
+        plan.notes.append(
+            f"{folder}: {len(aside)} scans in derivatives/ and sourcedata/ are left out; name such a folder as a "
+            "source to prepare it"
+        )
+    plan.refused += [(path, reason) for path, reason in refused if path not in aside]
     plan.ignored += ignored
     listed: dict[Path, Job] = {}
     spoken_for: set[Path] = set()
@@ -36,7 +45,13 @@ def add_folder(
         plan.ignored -= 1
     free = [path for path in scans if path not in spoken_for]
     named = [path for path in free if _matches(path, folder, globs)]
-    images = [path for path in scans if path in listed or (path not in spoken_for and path not in named)]
+    images = [path for path in scans if path in listed]
+    for path in sorted({*free} - {*named}):
+        reason = why_no_image(path)
+        if reason is None:
+            images.append(path)
+        else:
+            plan.refused.append((path, reason))
     label_of = _pair(plan, named, images, {path: job.label for path, job in listed.items() if job.label})
     persons = _folder_subjects([path for path in images if path not in listed], folder)
     by_folder: list[str] = []
@@ -50,7 +65,7 @@ def add_folder(
                 continue
             if pattern is None and path in persons and name == default:
                 by_folder.append(name)
-            job = Job((path,), name)
+            job = Job((path,), name, modality=modality or modality_of(path))
         plan.jobs.append(replace(job, label=job.label or label_of.get(path)))
     if len(by_folder) > len(set(by_folder)):
         plan.notes.append(
@@ -86,7 +101,8 @@ def _pair(plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, 
     """Return the label of each image.
 
     A label belongs to the image of the same name in another folder, else to the image of its folder whose name is the
-    longest beginning of its own, else to all images of its folder that lie on its grid.
+    longest beginning of its own, else to those that its BIDS name names, else to all images of its folder that lie on
+    its grid.
     """
     by_stem: dict[str, list[Path]] = defaultdict(list)
     by_folder: dict[Path, list[Path]] = defaultdict(list)
@@ -94,6 +110,7 @@ def _pair(plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, 
         by_stem[stem_of(image)].append(image)
         by_folder[image.parent].append(image)
     chosen = dict(taken)
+    by_name = owners_by_name(images, _same_grid)
     for label in labels:
         owners = [image for image in by_stem[stem_of(label)] if image.parent != label.parent]
         if len(owners) > 1:
@@ -102,6 +119,7 @@ def _pair(plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, 
             starts = [image for image in by_folder[label.parent] if stem_of(label).startswith(stem_of(image))]
             longest = max((len(stem_of(image)) for image in starts), default=0)
             owners = [image for image in starts if len(stem_of(image)) == longest]
+        owners = owners or by_name(label)
         if not owners:
             owners = [image for image in by_folder[label.parent] if _same_grid(image, label)]
         free = [image for image in owners if image not in chosen]
