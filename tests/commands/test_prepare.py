@@ -279,7 +279,7 @@ def test_prepare__one_subject_in_two_splits_stops_before_work(
 ) -> None:
     (tmp_path / "m.csv").write_text("path,subject,split\na.nii,x,train\nb.nii,x,test\n")
     assert _run(tmp_path / "m.csv", "--out", tmp_path / "c.h5") == 1
-    assert "subject 'x' is in two splits" in capsys.readouterr().err
+    assert "subject 'x' is in test here and in train in line 2" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["m.csv"]
 
 

@@ -154,13 +154,14 @@ def test_plan__dataset_json_gives_labels_subjects_and_modality(tmp_path: Path) -
 
 
 def test_plan__given_modality_wins_over_dataset_json_but_not_over_a_manifest(tmp_path: Path) -> None:
-    _dataset(tmp_path)
+    _dataset(tmp_path / "set")
     (tmp_path / "m.csv").write_text("path,modality\nother.nii,mri\n")
-    plan = plan_sources([tmp_path, tmp_path / "m.csv"], modality="ct")
+    _touch(tmp_path, "other.nii")
+    plan = plan_sources([tmp_path / "set", tmp_path / "m.csv"], modality="ct")
     assert [job.modality for job in plan.jobs] == ["ct"] * 5 + ["mri"]
-    note = f"{tmp_path / 'dataset.json'} says mri; its scans are taken for ct, as --modality says"
+    note = f"{tmp_path / 'set/dataset.json'} says mri; its scans are taken for ct, as --modality says"
     assert plan.notes == [note]
-    assert plan_sources([tmp_path], modality="mri").notes == []
+    assert plan_sources([tmp_path / "set"], modality="mri").notes == []
 
 
 def test_plan__suggested_split_by_image_or_subject_becomes_test(tmp_path: Path) -> None:
@@ -194,39 +195,6 @@ def test_plan__dataset_json_names_what_is_missing(tmp_path: Path) -> None:
     plan = plan_sources([tmp_path])
     assert [reason.split(",")[-1] for _, reason in plan.refused] == [" but missing"] * 2
     assert len(plan.jobs) == 3
-
-
-def test_plan__manifest_rows(tmp_path: Path) -> None:
-    (tmp_path / "m.csv").write_text(
-        "path,subject,modality,label_path,class,split,age\n"
-        "a.nii,p1,MR,a_l.nii,sick,train,7\n"
-        "sub/b.nii;sub/c.nii,p2,CT,,,,8\n"
-        "/abs/d.nii,,,,well,test,\n"
-    )
-    plan = plan_sources([tmp_path / "m.csv"], modality="mri")
-    one, two, three = plan.jobs
-    assert one.paths == (tmp_path / "a.nii",) and one.label == tmp_path / "a_l.nii"
-    assert (one.subject, one.modality, one.class_name, one.split) == ("p1", "mri", "sick", "train")
-    assert two.paths == (tmp_path / "sub/b.nii", tmp_path / "sub/c.nii") and (two.modality, two.split) == ("ct", None)
-    assert (three.paths, three.subject, three.modality, three.split) == ((Path("/abs/d.nii"),), "d", "mri", "test")
-    assert "columns not used: age" in plan.notes[0]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("file\na.nii\n", "has no column 'path'; its columns are file"),
-        ("path,modality\na.nii,PET\n", "line 2, column modality: 'pet' is neither ct nor mri"),
-        ("path,split\na.nii,train\nb.nii,dev\n", "line 3, column split: 'dev' is none of train, val, test"),
-        ("path,subject\n,p1\n", "line 2, column path: empty"),
-        ("path,subject,split\na.nii,p1,train\nb.nii,p1,test\n", "subject 'p1' is in two splits, train and test"),
-        ("", "has no column 'path'; its columns are none"),
-    ],
-)
-def test_plan__bad_manifest_is_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "m.csv").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        plan_sources([tmp_path / "m.csv"])
 
 
 def test_plan__a_file_named_twice_is_cached_once(tmp_path: Path) -> None:

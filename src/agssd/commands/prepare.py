@@ -23,8 +23,20 @@ _FORECAST_SAMPLE = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``agssd prepare``."""
-    parser.add_argument("source", nargs="+", type=Path, help="file, folder (searched recursively) or CSV manifest")
+    parser.add_argument(
+        "source",
+        nargs="+",
+        type=Path,
+        help="file, folder (searched recursively), CSV manifest, or a public set by name: msd:Task04_Hippocampus, "
+        "medmnist3d:organ, ixi-tiny, ixi:T1, ... (an unknown name, such as msd:, lists all)",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="CACHE", help="cache file to write, used as given")
+    parser.add_argument(
+        "--download-dir",
+        type=Path,
+        metavar="DIR",
+        help="where public sets are, or are downloaded to once; default: the folder downloads beside the cache",
+    )
     parser.add_argument("--modality", choices=("ct", "mri", "auto"), default="auto", help="default: decide per file")
     parser.add_argument(
         "--spacing-mm",
@@ -108,6 +120,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from agssd.data_modules.parts import Workshop
     from agssd.scans.keys import open_salt, salt_fingerprint, salt_place
     from agssd.scans.prepare import Recipe
+    from agssd.scans.public import local_sources
     from agssd.scans.sources import plan_sources
 
     out: Path = args.out
@@ -117,15 +130,16 @@ def _prepare(args: argparse.Namespace) -> int:
         raise ValueError(f"--workers is {args.workers}; it must be at least 1")
     # A cache beside its build folder may be of that build, killed before it could take the folder away.
     check_place(out, args.overwrite or build_path(out).is_dir())
-    plan = plan_sources(args.source, args.labels, args.subject, None if args.modality == "auto" else args.modality)
-    for note in plan.notes:
+    sources, about_sets = local_sources(args.source, args.download_dir or out.parent / "downloads")
+    plan = plan_sources(sources, args.labels, args.subject, None if args.modality == "auto" else args.modality)
+    for note in [*about_sets, *plan.notes]:
         print(f"note: {note}")
     for path, reason in plan.refused:
         print(f"refused: {path}: {reason}")
     if not plan.jobs:
         raise ValueError("no scan to prepare; no cache was written")
     with BuildFolder(out, args.shard) as folder:
-        salt_path = salt_place(args.source[0], out, args.salt)
+        salt_path = salt_place(sources[0], out, args.salt)
         salt, created = open_salt(salt_path)
         try:
             workshop = Workshop(folder.parts, salt, recipe, args.layout, FILTERS[0])

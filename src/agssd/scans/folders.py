@@ -1,0 +1,139 @@
+"""From a folder to jobs: which files are images, whose they are, and which label belongs to which image."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from agssd.scans.bids import modality_of, owners_by_name, set_aside, why_no_image
+from agssd.scans.case import RefusedError
+from agssd.scans.decathlon import read_dataset
+from agssd.scans.files import list_folder, stem_of
+from agssd.scans.jobs import Job, Plan, subject_of
+from agssd.scans.read import canonical_geometry
+
+_DATASET_FOLDER = re.compile(r"^(images|labels)(tr|ts|va)?$", re.IGNORECASE)
+
+
+def add_folder(
+    plan: Plan, folder: Path, globs: Sequence[str], pattern: re.Pattern[str] | None, modality: str | None
+) -> None:
+    """Add the scans of a folder, searched recursively, to the plan; files that match ``globs`` are labels."""
+    scans, refused, ignored = list_folder(folder)
+    aside = set_aside([*scans, *(path for path, _ in refused)], folder)
+    aside -= {path for path in scans if _matches(path, folder, globs)}
+    scans = [path for path in scans if path not in aside]
+    if aside:
+        plan.notes.append(
+            f"{folder}: {len(aside)} scans in derivatives/ and sourcedata/ are left out; name such a folder as a "
+            "source to prepare it"
+        )
+    plan.refused += [(path, reason) for path, reason in refused if path not in aside]
+    plan.ignored += ignored
+    listed: dict[Path, Job] = {}
+    spoken_for: set[Path] = set()
+    for path in sorted(folder.rglob("dataset.json")):
+        ours, named_there = read_dataset(plan, path, pattern, modality)
+        listed.update({job.paths[0]: job for job in ours})
+        spoken_for |= named_there
+        plan.ignored -= 1
+    free = [path for path in scans if path not in spoken_for]
+    named = [path for path in free if _matches(path, folder, globs)]
+    images = [path for path in scans if path in listed]
+    for path in sorted({*free} - {*named}):
+        reason = why_no_image(path)
+        if reason is None:
+            images.append(path)
+        else:
+            plan.refused.append((path, reason))
+    label_of = _pair(plan, named, images, {path: job.label for path, job in listed.items() if job.label})
+    persons = _folder_subjects([path for path in images if path not in listed], folder)
+    by_folder: list[str] = []
+    for path in sorted({*images, *listed}):
+        job = listed.get(path)
+        if job is None:
+            default = persons.get(path, stem_of(path))
+            name = subject_of(path.relative_to(folder).as_posix(), default, pattern)
+            if name is None:
+                plan.refused.append((path, f"its path does not match --subject {pattern.pattern!r}" if pattern else ""))
+                continue
+            if pattern is None and path in persons and name == default:
+                by_folder.append(name)
+            job = Job((path,), name, modality=modality or modality_of(path))
+        plan.jobs.append(replace(job, label=job.label or label_of.get(path)))
+    if len(by_folder) > len(set(by_folder)):
+        plan.notes.append(
+            f"{folder}: {len(by_folder)} files taken as {len(set(by_folder))} subjects by folder; "
+            "use --subject REGEX if a file is a subject"
+        )
+
+
+def _matches(path: Path, folder: Path, globs: Sequence[str]) -> bool:
+    relative = path.relative_to(folder).as_posix()
+    return any(fnmatch.fnmatch(relative if "/" in glob else path.name, glob) for glob in globs)
+
+
+def _folder_subjects(images: list[Path], folder: Path) -> dict[Path, str]:
+    """Return the images whose folder is taken for a person, with its name; for the others the file is the subject.
+
+    Either one folder holds the scans of one person (``patient7/T1.nii.gz``), or of all persons (``imagesTr/7.nii.gz``).
+    A subfolder is a person if it holds at most 10 images or shares a file name with another, and is not called
+    imagesTr or the like. In doubt two persons count as one: that costs a little balance, the contrary leaks.
+    """
+    inside: dict[Path, list[Path]] = defaultdict(list)
+    places: dict[str, set[Path]] = defaultdict(set)
+    for path in images:
+        if path.parent != folder and not _DATASET_FOLDER.match(path.parent.name):
+            inside[path.parent].append(path)
+            places[stem_of(path)].add(path.parent)
+    persons = {place for place, found in inside.items() if len(found) <= 10}
+    persons |= {place for found in places.values() if len(found) > 1 for place in found}
+    return {path: path.parent.relative_to(folder).as_posix() for path in images if path.parent in persons}
+
+
+def _pair(plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, Path]) -> dict[Path, Path]:
+    """Return the label of each image.
+
+    A label belongs to the image of the same name in another folder, else to the image of its folder whose name is the
+    longest beginning of its own, else to those that its BIDS name names, else to all images of its folder that lie on
+    its grid.
+    """
+    by_stem: dict[str, list[Path]] = defaultdict(list)
+    by_folder: dict[Path, list[Path]] = defaultdict(list)
+    for image in images:
+        by_stem[stem_of(image)].append(image)
+        by_folder[image.parent].append(image)
+    chosen = dict(taken)
+    by_name = owners_by_name(images, _same_grid)
+    for label in labels:
+        owners = [image for image in by_stem[stem_of(label)] if image.parent != label.parent]
+        if len(owners) > 1:
+            owners = [image for image in owners if image.parent.parent == label.parent.parent]
+        if not owners:
+            starts = [image for image in by_folder[label.parent] if stem_of(label).startswith(stem_of(image))]
+            longest = max((len(stem_of(image)) for image in starts), default=0)
+            owners = [image for image in starts if len(stem_of(image)) == longest]
+        owners = owners or by_name(label)
+        if not owners:
+            owners = [image for image in by_folder[label.parent] if _same_grid(image, label)]
+        free = [image for image in owners if image not in chosen]
+        if not owners:
+            plan.refused.append((label, "matches --labels, but no image of its name or on its grid lies beside it"))
+        elif not free:
+            plan.refused.append((label, f"{owners[0]} has a label already ({chosen[owners[0]].name}); narrow --labels"))
+        chosen.update(dict.fromkeys(free, label))
+    return chosen
+
+
+def _same_grid(one: Path, two: Path) -> bool:
+    try:
+        (shape, affine), (other_shape, other) = canonical_geometry(one), canonical_geometry(two)
+    except RefusedError:
+        return False
+    return shape == other_shape and bool(np.allclose(affine, other, atol=1e-2))
