@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 
+from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
-from agssd.data_modules.pretrain import PretrainDataModule, cache_contract
+from agssd.data_modules.pretrain import PretrainDataModule
 from agssd.scans import prepare as scans
 
 PARENT = (32, 40, 32)

@@ -190,7 +190,7 @@ def _encoders(args: argparse.Namespace) -> list[tuple[str, Backbone]]:
 def _check_contracts(
     encoders: Sequence[tuple[str, Backbone]], cache: VolumeCache, rows: Sequence[int], ignore: bool
 ) -> None:
-    from agssd.data_modules.pretrain import cache_contract
+    from agssd.data_modules.agreement import cache_contract
     from agssd.evaluation.contract import check_contract
 
     contract = cache_contract([cache.cases[row] for row in rows])

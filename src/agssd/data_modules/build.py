@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from agssd.data_modules.cache import CHUNK, FORMAT, INDEX_NAME, SPLITS, VERSION, Affine, CaseInfo
 from agssd.scans.case import PreparedCase
+from agssd.scans.foreground import bounding_box
 
 LAYOUTS = ("chunks", "contiguous")
 FILTERS = ("blosc-lz4", "bitshuffle-lz4", "blosc2-lz4", "lz4", "none")
@@ -269,6 +270,7 @@ def case_info(case: PreparedCase, key: str, subject: str, split: str | None) -> 
         high=case.high,
         fill=tuple(int(channel.min()) for channel in case.image),
         edge_q99=case.edge_q99,
+        perceptual_hash=case.perceptual_hash,
         foreground_fraction=float(np.count_nonzero(case.foreground) / case.foreground.size),
         foreground_box=bounding_box(case.foreground),
         label_values=None if case.label is None else tuple(int(value) for value in np.unique(case.label)),
@@ -309,15 +311,6 @@ def chunk_fractions(foreground: NDArray[np.uint8]) -> NDArray[np.float32]:
         counts = np.add.reduceat(counts, starts, axis=axis)
         sizes = np.multiply.outer(sizes, np.diff(np.append(starts, length)).astype(np.float32))
     return np.asarray(counts / sizes, dtype=np.float32)
-
-
-def bounding_box(mask: NDArray[np.uint8]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Return [start, end) per axis of the non-zero voxels; the whole array where there are none."""
-    box = []
-    for axis, length in enumerate(mask.shape):
-        used = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        box.append((int(used[0]), int(used[-1]) + 1) if used.size else (0, int(length)))
-    return box[0], box[1], box[2]
 
 
 def check_place(path: Path, overwrite: bool) -> None:

@@ -60,6 +60,8 @@ class CaseInfo:
         foreground_box: smallest box around the foreground, [start, end) per axis.
         label_values: sorted values in the label map, or None without one.
         class_index: row in ``VolumeCache.class_names``, or None without a class.
+        perceptual_hash: of the first channel, see ``agssd.scans.perceptual``; None where it would tell nothing, and in
+            caches of early versions.
     """
 
     key: str
@@ -83,6 +85,7 @@ class CaseInfo:
     foreground_box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     label_values: tuple[int, ...] | None = None
     class_index: int | None = None
+    perceptual_hash: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists, numbers and strings."""

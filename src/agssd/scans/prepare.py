@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from agssd.scans.case import PreparedCase, RefusedError
 from agssd.scans.foreground import constant_background, ct_foreground, mri_foreground, stripped_foreground
+from agssd.scans.perceptual import perceptual_hash
 from agssd.scans.read import Scan, looks_like_labels, read_scan
 from agssd.types import Triple
 
@@ -112,6 +113,7 @@ def prepare_case(
         low=low,
         high=high,
         edge_q99=edge_constants(image, scale, offset, foreground, spacing, modality == "ct"),
+        perceptual_hash=perceptual_hash(image[0] * scale[0] + offset[0], foreground, low[0], high[0]),
         modality_reason=reason,
         notes=tuple(note for scan in scans for note in scan.notes),
     )
