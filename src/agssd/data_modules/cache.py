@@ -2,14 +2,17 @@
 
 Layout of the file: ``/cases/<key>`` holds ``image`` (C, D, H, W) int16, ``foreground`` (D, H, W) uint8, optionally
 ``label`` (D, H, W) uint8 or int16, all in compressed chunks of 32 voxels a side, and ``foreground_chunks``
-(cD, cH, cW) float32, the share of foreground in each chunk. ``/index`` is one JSON text with every ``CaseInfo``, so
-that opening costs one read however many cases there are. The attribute ``salt_fingerprint`` tells which salt made the
-keys; caches of early versions have none. ``agssd.data_modules.build`` writes it.
+(cD, cH, cW) float32, the share of foreground in each chunk. ``image_extents`` and the like say where the chunks lie in
+the file (``agssd.data_modules.chunk_reader``); a file without them is read through HDF5. ``/index`` is one JSON text
+with every ``CaseInfo``, so that opening costs one read however many cases there are. The attribute
+``salt_fingerprint`` tells which salt made the keys; caches of early versions have none. ``agssd.data_modules.build``
+writes it.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +22,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from agssd.data_modules.chunk_reader import open_chunks
 from agssd.types import Triple
 
 FORMAT = "agssd-cache"
@@ -121,6 +125,7 @@ class VolumeCache:
 
     def _reset(self) -> None:
         self._file: Any = None
+        self._mapped = memoryview(b"")
         self._pid = -1
         self._open: OrderedDict[tuple[int, str], Any] = OrderedDict()
 
@@ -231,6 +236,8 @@ class VolumeCache:
             raise ValueError(f"{self.path}: case {self.cases[case].key} has no {what!r}") from error
         if handle.chunks is None and handle.id.get_offset() is not None:  # voxels as they are, in one piece
             handle = np.memmap(self.path, handle.dtype, "r", handle.id.get_offset(), handle.shape)
+        elif handle.chunks is not None:
+            handle = open_chunks(handle.parent, what, self._mapped) or handle
         self._open[case, what] = handle
         while len(self._open) > _MAX_OPEN_CASES:
             self._open.popitem(last=False)
@@ -245,6 +252,8 @@ class VolumeCache:
         self._reset()
         try:
             self._file = h5py.File(self.path, "r", locking=False, rdcc_nbytes=8 * CHUNK**3, rdcc_nslots=37, rdcc_w0=1.0)
+            with self.path.open("rb") as file:
+                self._mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except OSError as error:
             raise ValueError(f"{self.path} cannot be opened as a cache: {error}") from error
         self._pid = os.getpid()
