@@ -79,6 +79,7 @@ def build_cache(
     cases_per_subject: int = 1,
     seed: int = 0,
     layout: str = "chunks",
+    compression: str = "blosc-lz4",
 ) -> Path:
     """Write a cache of synthetic cases and return its path.
 
@@ -91,7 +92,7 @@ def build_cache(
         splits = ["train"] * num_train + [("val", "test")[row % 2] for row in range(num_subjects - num_train)]
     shapes = shape if isinstance(shape, list) else [shape] * num_cases
     names = [f"class{row}" for row in range(num_classes)]
-    with CacheWriter(path, class_names=names, layout=layout) as writer:
+    with CacheWriter(path, class_names=names, compression=compression, layout=layout) as writer:
         for row in range(num_cases):
             subject = row // cases_per_subject
             kind = row % num_classes if num_classes else 0

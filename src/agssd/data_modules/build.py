@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agssd.data_modules.cache import CHUNK, FORMAT, INDEX_NAME, SPLITS, VERSION, Affine, CaseInfo
+from agssd.data_modules.chunk_reader import write_extents
 from agssd.scans.case import PreparedCase
 from agssd.scans.foreground import bounding_box
 
@@ -217,6 +218,10 @@ class CacheWriter:
         index = {"version": VERSION, "class_names": self.class_names, "cases": [info.to_json() for info in infos]}
         text = json.dumps(index, separators=(",", ":"), allow_nan=False).encode()
         try:
+            for group in self._file["cases"].values():
+                for name in ("image", "foreground", "label"):
+                    if name in group:
+                        write_extents(group, name)
             self._file.create_dataset("index", data=np.frombuffer(text, dtype=np.uint8))
             if salt_fingerprint is not None:
                 self._file.attrs["salt_fingerprint"] = salt_fingerprint

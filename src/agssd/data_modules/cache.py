@@ -2,9 +2,11 @@
 
 Layout of the file: ``/cases/<key>`` holds ``image`` (C, D, H, W) int16, ``foreground`` (D, H, W) uint8, optionally
 ``label`` (D, H, W) uint8 or int16, all in compressed chunks of 32 voxels a side, and ``foreground_chunks``
-(cD, cH, cW) float32, the share of foreground in each chunk. ``/index`` is one JSON text with every ``CaseInfo``, so
-that opening costs one read however many cases there are. The attribute ``salt_fingerprint`` tells which salt made the
-keys; caches of early versions have none. ``agssd.data_modules.build`` writes it.
+(cD, cH, cW) float32, the share of foreground in each chunk. ``image_extents`` and the like say where the chunks lie in
+the file (``agssd.data_modules.chunk_reader``); a file without them is read through HDF5. ``/index`` is one JSON text
+with every ``CaseInfo``, so that opening costs one read however many cases there are. The attribute
+``salt_fingerprint`` tells which salt made the keys; caches of early versions have none. ``agssd.data_modules.build``
+writes it.
 
 A large set is a folder: ``index.json`` with every ``CaseInfo``, the names and sizes of the files, and which of them
 holds a case. Each of the files is a cache of its own.
@@ -13,6 +15,7 @@ holds a case. Each of the files is a cache of its own.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +25,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from agssd.data_modules.chunk_reader import open_chunks
 from agssd.types import Triple
 
 FORMAT = "agssd-cache"
@@ -130,7 +134,7 @@ class VolumeCache:
         self._reset()
 
     def _reset(self) -> None:
-        self._handles: dict[int, Any] = {}
+        self._handles: dict[int, tuple[Any, memoryview]] = {}  # by file: HDF5, and its bytes mapped into memory
         self._pid = -1
         self._open: OrderedDict[tuple[int, str], Any] = OrderedDict()
 
@@ -213,8 +217,8 @@ class VolumeCache:
 
     def close(self) -> None:
         """Close what this process has open; the next read opens it again."""
-        for handle in self._handles.values():
-            handle.close()
+        for file, _ in self._handles.values():
+            file.close()
         self._reset()
 
     def size_bytes(self) -> int:
@@ -241,17 +245,21 @@ class VolumeCache:
             raise ValueError(f"case is {case}; {self.path} has cases 0 to {len(self.cases) - 1}")
         name = f"cases/{self.cases[case].key}/{what}"
         try:
-            handle = self._hdf5(self._file_of[case])[name]
+            file, mapped = self._hdf5(self._file_of[case])
+            handle = file[name]
         except KeyError as error:
             raise ValueError(f"{self.path}: case {self.cases[case].key} has no {what!r}") from error
         if handle.chunks is None and handle.id.get_offset() is not None:  # voxels as they are, in one piece
-            handle = np.memmap(self.files[self._file_of[case]], handle.dtype, "r", handle.id.get_offset(), handle.shape)
+            place = self.files[self._file_of[case]]
+            handle = np.memmap(place, handle.dtype, "r", handle.id.get_offset(), handle.shape)
+        elif handle.chunks is not None:
+            handle = open_chunks(handle.parent, what, mapped) or handle
         self._open[case, what] = handle
         while len(self._open) > _MAX_OPEN_CASES:
             self._open.popitem(last=False)
         return handle
 
-    def _hdf5(self, number: int) -> Any:
+    def _hdf5(self, number: int) -> tuple[Any, memoryview]:
         handle = self._handles.get(number)
         if handle is None:
             import h5py
@@ -259,10 +267,12 @@ class VolumeCache:
 
             path = self.files[number]
             try:
-                handle = h5py.File(path, "r", locking=False, rdcc_nbytes=8 * CHUNK**3, rdcc_nslots=37, rdcc_w0=1.0)
+                file = h5py.File(path, "r", locking=False, rdcc_nbytes=8 * CHUNK**3, rdcc_nslots=37, rdcc_w0=1.0)
+                with path.open("rb") as plain:
+                    mapped = memoryview(mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ))
             except OSError as error:
                 raise ValueError(f"{path} cannot be opened as a cache: {error}") from error
-            self._handles[number] = handle
+            handle = self._handles[number] = (file, mapped)
         return handle
 
 
