@@ -23,7 +23,12 @@ _FORECAST_SAMPLE = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``agssd prepare``."""
-    parser.add_argument("source", nargs="+", type=Path, help="file, folder (searched recursively) or CSV manifest")
+    parser.add_argument(
+        "source",
+        nargs="+",
+        type=Path,
+        help="file, folder (searched recursively; DICOM series in it are found) or CSV manifest",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="CACHE", help="cache file to write, used as given")
     parser.add_argument("--modality", choices=("ct", "mri", "auto"), default="auto", help="default: decide per file")
     parser.add_argument(
@@ -44,6 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--subject",
         metavar="REGEX",
         help="searched in the relative path; its first group, or the match, is the subject",
+    )
+    parser.add_argument(
+        "--volume",
+        type=int,
+        metavar="I",
+        help="of 4D files and DICOM series of several volumes take volume I, from 0; otherwise they are refused",
+    )
+    parser.add_argument("--pet", action="store_true", help="take DICOM PET too, stored as MRI is (no SUV)")
+    parser.add_argument(
+        "--unshear",
+        action="store_true",
+        help="resample grids whose axes are not at right angles, as under gantry tilt; otherwise they are refused",
     )
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes; the result does not depend on it"
@@ -92,11 +109,12 @@ def _prepare(args: argparse.Namespace) -> int:
     from agssd.scans.sources import plan_sources
 
     out: Path = args.out
-    recipe = Recipe(spacing_mm=_spacing(args.spacing_mm))
+    recipe = Recipe(spacing_mm=_spacing(args.spacing_mm), unshear=args.unshear)
     if args.workers < 1:
         raise ValueError(f"--workers is {args.workers}; it must be at least 1")
     check_place(out, args.overwrite)
-    plan = plan_sources(args.source, args.labels, args.subject, None if args.modality == "auto" else args.modality)
+    modality = None if args.modality == "auto" else args.modality
+    plan = plan_sources(args.source, args.labels, args.subject, modality, args.volume, args.pet)
     for note in plan.notes:
         print(f"note: {note}")
     for path, reason in plan.refused:
@@ -141,7 +159,7 @@ def _forecast(jobs: Sequence[Job], recipe: Recipe, out: Path, workers: int, layo
                     writer.add(case, str(number), str(number))
                 if number:  # the first one pays for imports
                     seconds += time.perf_counter() - started
-                    read += sum(path.stat().st_size for path in job.paths)
+                    read += sum(path.stat().st_size for path in job.files())
             cached, size = len(writer), writer.size_bytes
     if not cached:
         return  # the build will say why
@@ -269,7 +287,7 @@ def _work(job: Job, recipe: Recipe) -> PreparedCase | str:
     from agssd.scans.prepare import prepare_case
 
     try:
-        return prepare_case(job.paths, job.label, job.modality, recipe)
+        return prepare_case(job.paths, job.label, job.modality, recipe, job.series, job.volume)
     except RefusedError as error:
         return str(error)
     except MemoryError:

@@ -14,17 +14,22 @@ import numpy as np
 from agssd.scans.case import RefusedError
 from agssd.scans.decathlon import read_dataset
 from agssd.scans.files import list_folder, stem_of
-from agssd.scans.jobs import Job, Plan, subject_of
+from agssd.scans.jobs import Job, Plan, add_series, subject_of
 from agssd.scans.read import canonical_geometry
 
 _DATASET_FOLDER = re.compile(r"^(images|labels)(tr|ts|va)?$", re.IGNORECASE)
 
 
 def add_folder(
-    plan: Plan, folder: Path, globs: Sequence[str], pattern: re.Pattern[str] | None, modality: str | None
+    plan: Plan,
+    folder: Path,
+    globs: Sequence[str],
+    pattern: re.Pattern[str] | None,
+    modality: str | None,
+    pet: bool = False,
 ) -> None:
     """Add the scans of a folder, searched recursively, to the plan; files that match ``globs`` are labels."""
-    scans, refused, ignored = list_folder(folder)
+    scans, dicom, refused, ignored = list_folder(folder)
     plan.refused += refused
     plan.ignored += ignored
     listed: dict[Path, Job] = {}
@@ -37,7 +42,9 @@ def add_folder(
     free = [path for path in scans if path not in spoken_for]
     named = [path for path in free if _matches(path, folder, globs)]
     images = [path for path in scans if path in listed or (path not in spoken_for and path not in named)]
-    label_of = _pair(plan, named, images, {path: job.label for path, job in listed.items() if job.label})
+    series = {job.paths[0]: job for job in add_series(plan, dicom, folder, pattern, pet)}
+    taken = {path: job.label for path, job in listed.items() if job.label}
+    label_of = _pair(plan, named, [*images, *series], taken)
     persons = _folder_subjects([path for path in images if path not in listed], folder)
     by_folder: list[str] = []
     for path in sorted({*images, *listed}):
@@ -52,6 +59,7 @@ def add_folder(
                 by_folder.append(name)
             job = Job((path,), name)
         plan.jobs.append(replace(job, label=job.label or label_of.get(path)))
+    plan.jobs += [replace(job, label=label_of.get(path)) for path, job in series.items()]
     if len(by_folder) > len(set(by_folder)):
         plan.notes.append(
             f"{folder}: {len(by_folder)} files taken as {len(set(by_folder))} subjects by folder; "
@@ -93,6 +101,8 @@ def _pair(plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, 
     for image in images:
         by_stem[stem_of(image)].append(image)
         by_folder[image.parent].append(image)
+        if image.is_dir():  # a DICOM series, beside which or in which its label may lie
+            by_folder[image].append(image)
     chosen = dict(taken)
     for label in labels:
         owners = [image for image in by_stem[stem_of(label)] if image.parent != label.parent]
