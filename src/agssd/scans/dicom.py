@@ -126,8 +126,8 @@ def find_series(files: Iterable[Path], pet: bool = False) -> tuple[list[Series],
     """Return the series of CT and MR among DICOM files, and (place, reason) of everything else.
 
     The files of a SeriesInstanceUID belong together wherever they lie. Only where one image lies in several folders
-    each folder counts as a copy of its own. Without the UID the files of one folder and SeriesNumber belong together. Files of a series that can be no part of a scan, as its localiser, are
-    refused apart from the others.
+    each folder counts as a copy of its own. Without the UID the files of one folder and SeriesNumber belong together.
+    Files of a series that can be no part of a scan, as its localiser, are refused apart from the others.
 
     Args:
         files: DICOM files, in any order.

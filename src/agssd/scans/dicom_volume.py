@@ -219,8 +219,8 @@ def _check_gaps(along: NDArray[np.float64]) -> None:
         first = int(wide[0])
         more = f" (the first of {len(wide)} such gaps)" if len(wide) > 1 else ""
         raise RefusedError(
-            f"missing slices: a gap of {gaps[first]:.2f} mm after slice {first + 1} of {len(along)}{more}, where others "
-            f"are {usual:.2f} mm apart"
+            f"missing slices: a gap of {gaps[first]:.2f} mm after slice {first + 1} of {len(along)}{more}, where "
+            f"others are {usual:.2f} mm apart"
         )
     first = int(np.abs(gaps - usual).argmax())
     raise RefusedError(
