@@ -238,7 +238,9 @@ def _check_alike(planes: Sequence[Plane]) -> None:
         raise RefusedError(f"mixed orientations: {max(len(counts), 2)} in {len(planes)} slices (a localiser?)")
     if len({plane.shape for plane in planes}) > 1:
         sizes = Counter(f"{plane.shape[0]}x{plane.shape[1]}" for plane in planes)
-        raise RefusedError("mixed matrix sizes: " + ", ".join(f"{count} of {size}" for size, count in sizes.items()))
+        raise RefusedError(
+            "mixed matrix sizes: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common())
+        )
     spacings = np.array([plane.spacing_mm for plane in planes])
     if np.abs(spacings / spacings[0] - 1).max() > 1e-3:
         low, high = spacings.min(axis=0), spacings.max(axis=0)

@@ -97,8 +97,8 @@ def _about_patients(root: Path, found: Sequence[Series]) -> list[str]:
     unnamed = sum(not series.patient for series in found)
     if unnamed:
         notes.append(
-            f"{root}: {unnamed} DICOM series name no PatientID; each study, or else series, is taken for a subject; use "
-            "--subject REGEX if a person has several"
+            f"{root}: {unnamed} DICOM series name no PatientID; each study, or else series, is taken for a subject; "
+            "use --subject REGEX if a person has several"
         )
     patients = {series.patient for series in found if series.patient}
     studies = {series.study for series in found if series.patient}

@@ -214,6 +214,9 @@ def target_grid(volume: Volume, spacing_mm: Spacing) -> Grid:
         raise RefusedError(
             f"{'x'.join(map(str, shape))} voxels at this spacing are too many; choose a larger --spacing-mm"
         )
+    if shape.min() < 2:
+        size_text = "x".join(map(str, shape))
+        raise RefusedError(f"{size_text} voxels at this spacing: too thin; choose a smaller --spacing-mm")
     affine = volume.affine.copy()
     affine[:3, :3] = volume.affine[:3, :3] / old * new
     centre = volume.affine @ np.append((size - 1) / 2, 1.0)
