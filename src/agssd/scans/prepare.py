@@ -294,8 +294,10 @@ def _read_label(path: Path, image: Volume, sheared: bool) -> Volume:
     array = scan.array
     if array.dtype.kind == "f" and not np.array_equal(array, np.round(array)):
         raise RefusedError(f"its label {path} holds values that are no integers")
-    if array.min() < 0 or array.max() > np.iinfo(np.int16).max:
-        raise RefusedError(f"its label {path} holds values outside 0 to 32767")
+    if array.min() < 0:
+        raise RefusedError(f"its label {path} holds values below 0, down to {int(array.min())}")
+    if array.max() > np.iinfo(np.int16).max:
+        raise RefusedError(f"its label {path} holds values above 32767, up to {int(array.max())}")
     volume = right_angled(canonical(scan), nearest=True)
     volume.array = volume.array.astype(np.uint8 if array.max() < 256 else np.int16)
     return _on_same_grid(volume, image, path, "its label")
