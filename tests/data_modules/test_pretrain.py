@@ -42,7 +42,7 @@ def fake_trainer(rank: int = 0, world: int = 1, accumulate: int = 1, step: int =
 
 def batches(data: PretrainDataModule, count: int) -> list[dict[str, torch.Tensor]]:
     data.setup("fit")
-    return list(islice(iter(data.train_dataloader()), count))  # type: ignore[arg-type]
+    return list(islice(iter(data.train_dataloader()), count))
 
 
 def test_train_dataloader__delivers_parent_batches_as_stored(tiny_cache: Path) -> None:
@@ -120,7 +120,7 @@ def test_val_dataloader__is_one_fixed_pass_that_no_cut_changes(tiny_cache: Path)
     def draw(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
         data = module(tiny_cache, fake_trainer(rank, world))
         data.setup("fit")
-        return list(data.val_dataloader())  # type: ignore[arg-type]
+        return list(data.val_dataloader())
 
     first, again = draw(0, 1), draw(0, 1)
     assert len(first) == 1  # 2 cases, global batch 4
