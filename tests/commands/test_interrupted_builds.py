@@ -117,7 +117,7 @@ def _build_and_die(arguments: tuple[object, ...], moment: int) -> None:
     os.replace = around(os.replace)
     os.fsync = around(os.fsync)
     shutil.rmtree = around(shutil.rmtree)
-    Path.unlink = around(Path.unlink)  # type: ignore[method-assign]
+    Path.unlink = around(Path.unlink)
     h5py.Group.copy = around(h5py.Group.copy)
     _build(arguments)
 
