@@ -212,13 +212,11 @@ def target_grid(volume: Volume, spacing_mm: Spacing) -> Grid:
     new = np.where(np.abs(old / np.asarray(spacing_mm) - 1) < SAME_SPACING, old, spacing_mm)
     size = np.asarray(volume.array.shape)
     shape = np.maximum(np.floor(size * old / new + 1e-3), 1).astype(int)
+    told = f"{'x'.join(map(str, shape))} voxels at this spacing"
     if shape.astype(float).prod() > MAX_VOXELS:
-        raise RefusedError(
-            f"{'x'.join(map(str, shape))} voxels at this spacing are too many; choose a larger --spacing-mm"
-        )
+        raise RefusedError(f"{told} are too many; choose a larger --spacing-mm")
     if shape.min() < 2:
-        size_text = "x".join(map(str, shape))
-        raise RefusedError(f"{size_text} voxels at this spacing: too thin; choose a smaller --spacing-mm")
+        raise RefusedError(f"{told} are too thin; choose a smaller --spacing-mm")
     affine = volume.affine.copy()
     affine[:3, :3] = volume.affine[:3, :3] / old * new
     centre = volume.affine @ np.append((size - 1) / 2, 1.0)
