@@ -318,7 +318,8 @@ def test_fit__broken_scan_stops_the_run_with_its_name_and_resumes_without_it(
 ) -> None:
     broken, run = spoil_cache(tiny_cache, ["case001"], tmp_path / "broken.h5"), tmp_path / "run"
     every_step = ("--checkpoint.every_n_train_steps", "1", "--data_stream.every_n_steps", "1")
-    settings = ("--data.cache", str(broken), "--trainer.max_steps", "4", *every_step)
+    length = ("--data.global_batch_size", "2", "--trainer.max_steps", "8")
+    settings = ("--data.cache", str(broken), *length, *every_step)
     assert fit(conf, run, *settings, "--data.num_workers", "1") == 2
     error = capsys.readouterr().err
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
@@ -330,7 +331,7 @@ def test_fit__broken_scan_stops_the_run_with_its_name_and_resumes_without_it(
     with (run / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("data/source0_samples")]
     assert float(rows[-1]["data/source0_samples"]) == 16 and float(rows[-1]["data/source0_passes"]) == 16 / 5
-    assert float(rows[-1]["data/replaced_samples"]) == 3  # the stopped run met the first of them in its second step
+    assert float(rows[-1]["data/replaced_samples"]) == 3  # the stopped run met the first of them in its third step
 
 
 def test_differences__compiling_or_not_is_free_on_resuming() -> None:
