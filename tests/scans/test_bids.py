@@ -62,7 +62,7 @@ def test_bids__derivatives_and_sourcedata_only_where_asked(tmp_path: Path) -> No
     (root / "derivatives/freesurfer/brain.mgz").write_bytes(b"x")
     plan = plan_sources([root])
     assert _owners(plan, root) == {names[0]: None} and plan.refused == []
-    left_out = "scans in derivatives/ and sourcedata/ are left out; name such a folder as a source to prepare it"
+    left_out = "files in derivatives/ and sourcedata/ are left out; name such a folder as a source to prepare it"
     assert plan.notes == [f"{root}: 4 {left_out}"]
     labelled = plan_sources([root], labels=["*_dseg.nii.gz"])
     assert _owners(labelled, root) == {names[0]: names[2]} and labelled.notes == [f"{root}: 3 {left_out}"]
@@ -99,6 +99,8 @@ def test_bids__what_is_no_image_of_anatomy_has_its_own_reason(tmp_path: Path, na
     plan = plan_sources([root])
     assert [path.name for path, _ in plan.refused] == [f"{name.split('/')[1]}.nii.gz"]
     assert plan.refused[0][1].startswith(reason) and [job.paths[0].name for job in plan.jobs] == ["sub-01_T1w.nii.gz"]
+    if name.startswith("pet"):
+        assert [job.modality for job in plan_sources([root], pet=True).jobs] == ["mri", "mri"]
     asked = plan_sources([root / f"sub-01/{name}.nii.gz"])  # a file that is named is not refused by its name
     assert len(asked.jobs) == 1 and asked.jobs[0].subject == "01"
 

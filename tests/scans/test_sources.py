@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from agssd.scans.files import DICOM_REASON, list_folder, stem_of, suffix_of
+from agssd.scans.files import list_folder, stem_of, suffix_of
 from agssd.scans.sources import Plan, plan_sources
 
 
@@ -44,15 +44,16 @@ def test_list_folder__sorts_scans_refusals_and_the_rest(tmp_path: Path) -> None:
     _touch(tmp_path, "b.nii.gz", "a.mha", "README.md", "other.csv", ".hidden.nii", ".git/x.nii", "pair.img", "pair.hdr")
     _touch(tmp_path, "alone.hdr", "p.PAR", "series/1.dcm", "series/2.dcm")
     (tmp_path / "loose").write_bytes(b"\0" * 128 + b"DICM")
-    scans, refused, ignored = list_folder(tmp_path)
+    (tmp_path / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    (tmp_path / "bare").write_bytes(b"\x08\0\x05\0" + b"\0" * 200)
+    scans, dicom, refused, ignored = list_folder(tmp_path)
+    assert [path.name for path in dicom] == ["bare", "loose", "1.dcm", "2.dcm"]
     assert [path.name for path in scans] == ["a.mha", "b.nii.gz", "pair.img"]
     assert {path.name: reason for path, reason in refused} == {
         "alone.hdr": "a NIfTI or Analyze header without its .img",
-        "loose": f"DICOM file: {DICOM_REASON}",
         "p.PAR": "Philips PAR/REC is not read; convert it to NIfTI",
-        "series": f"2 DICOM files: {DICOM_REASON}",
     }
-    assert ignored == 2
+    assert ignored == 3
 
 
 def test_plan__subjects_from_files_folders_bids_and_expression(tmp_path: Path) -> None:

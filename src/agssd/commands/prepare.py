@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="+",
         type=Path,
-        help="file, folder (searched recursively), CSV manifest, or a public set by name: msd:Task04_Hippocampus, "
-        "medmnist3d:organ, ixi-tiny, ixi:T1, ... (an unknown name, such as msd:, lists all)",
+        help="file, folder (searched recursively; DICOM series in it are found), CSV manifest, or public set by name: "
+        "msd:Task04_Hippocampus, medmnist3d:organ, ixi-tiny, ixi:T1, ... (an unknown name, such as msd:, lists all)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="CACHE", help="cache file to write, used as given")
     parser.add_argument(
@@ -56,6 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--subject",
         metavar="REGEX",
         help="searched in the relative path; its first group, or the match, is the subject",
+    )
+    parser.add_argument(
+        "--volume",
+        type=int,
+        metavar="I",
+        help="of 4D files and DICOM series of several volumes take volume I, from 0; otherwise they are refused",
+    )
+    parser.add_argument("--pet", action="store_true", help="take DICOM PET too, stored as MRI is (no SUV)")
+    parser.add_argument(
+        "--unshear",
+        action="store_true",
+        help="resample grids whose axes are not at right angles, as under gantry tilt; otherwise they are refused",
     )
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes; the result does not depend on it"
@@ -124,14 +136,15 @@ def _prepare(args: argparse.Namespace) -> int:
     from agssd.scans.sources import plan_sources
 
     out: Path = args.out
-    recipe = Recipe(spacing_mm=_spacing(args.spacing_mm))
+    recipe = Recipe(spacing_mm=_spacing(args.spacing_mm), unshear=args.unshear)
     shard_bytes = None if args.shard_gib is None else int(args.shard_gib * 2**30)
     if args.workers < 1:
         raise ValueError(f"--workers is {args.workers}; it must be at least 1")
     # A cache beside its build folder may be of that build, killed before it could take the folder away.
     check_place(out, args.overwrite or build_path(out).is_dir())
     sources, about_sets = local_sources(args.source, args.download_dir or out.parent / "downloads")
-    plan = plan_sources(sources, args.labels, args.subject, None if args.modality == "auto" else args.modality)
+    modality = None if args.modality == "auto" else args.modality
+    plan = plan_sources(sources, args.labels, args.subject, modality, args.volume, args.pet)
     for note in [*about_sets, *plan.notes]:
         print(f"note: {note}")
     for path, reason in plan.refused:

@@ -130,7 +130,7 @@ class Workshop:
 def prepare_or_refuse(job: Job, recipe: Recipe) -> PreparedCase | Refusal:
     """Return the case of a job, or why there is none."""
     try:
-        return prepare_case(job.paths, job.label, job.modality, recipe)
+        return prepare_case(job.paths, job.label, job.modality, recipe, job.series, job.volume)
     except RefusedError as error:
         return Refusal(str(error))
     except MemoryError:

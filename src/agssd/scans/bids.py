@@ -16,7 +16,7 @@ from agssd.scans.files import stem_of
 _ASIDE = ("derivatives", "sourcedata")
 _FIELD_MAPS = ("phasediff", "phase1", "phase2", "magnitude", "magnitude1", "magnitude2", "fieldmap", "TB1map")
 _LABELS = ("dseg", "probseg", "mask", "defacemask", "roi")
-_MRI_FOLDERS = ("anat", "func", "dwi", "perf", "swi")
+_MRI_FOLDERS = ("anat", "func", "dwi", "perf", "swi", "pet")  # PET that was asked for is stored as MRI is
 _PARTS = {"phase": "phase", "real": "real part", "imag": "imaginary part"}
 
 
@@ -61,8 +61,8 @@ def set_aside(paths: Iterable[Path], folder: Path) -> set[Path]:
     return aside
 
 
-def why_no_image(path: Path) -> str | None:
-    """Return why a file is no image of anatomy by its name, or None where it is one or has no BIDS name."""
+def why_no_image(path: Path, pet: bool = False) -> str | None:
+    """Return why a file is no image of anatomy by its name, or None where it is one, a wanted PET, or no BIDS name."""
     name = parse_name(path)
     if name is None:
         return None
@@ -74,8 +74,8 @@ def why_no_image(path: Path) -> str | None:
         return f"the {part} of a complex image by its BIDS name; name the file itself to take it"
     if suffix in _LABELS:
         return f"a BIDS label map (its name ends in {suffix}); name such files with --labels"
-    if suffix == "pet":
-        return "a PET scan by its BIDS name; it is neither CT nor MRI"
+    if suffix == "pet" and not pet:
+        return "a PET scan by its BIDS name; pass --pet to take it"
     return None
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 READABLE = (".nii", ".nii.gz", ".img", ".img.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 REFUSED = {
@@ -14,7 +14,6 @@ REFUSED = {
     ".mnc": "MINC is not read; convert it to NIfTI",
     ".gipl": "GIPL is not read; convert it to NIfTI",
 }
-DICOM_REASON = "DICOM series come in a later version; convert to NIfTI"
 
 
 def suffix_of(path: Path) -> str:
@@ -34,16 +33,25 @@ def stem_of(path: Path) -> str:
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether a file is DICOM, by its extension or by the mark after its preamble."""
-    if suffix_of(path) in (".dcm", ".ima", ".dicom"):
-        return True
-    if path.name.upper() == "DICOMDIR":
+    """Return whether a file is DICOM: by its extension, by the mark after its preamble, or by its first element.
+
+    Without a preamble a file without extension counts where its first element is of group 2 or 8, as DICOM demands.
+    """
+    suffix = suffix_of(path)
+    if suffix in (".dcm", ".ima", ".dicom"):
         return True
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            start = file.read(132)
     except OSError:
         return False
+    bare = len(start) == 132 and start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00"
+    return start[128:] == b"DICM" or (bare and not suffix.strip(".0123456789"))
+
+
+def holds_dicom(path: Path) -> bool:
+    """Return whether a path is to be read as DICOM: a folder, or a file of no other type."""
+    return path.is_dir() or (suffix_of(path) not in READABLE and is_dicom(path))
 
 
 def data_files(path: Path) -> list[Path]:
@@ -59,6 +67,14 @@ def data_files(path: Path) -> list[Path]:
     return [path]
 
 
+def lacks_data(path: Path) -> bool:
+    """Return whether a text header (MetaImage, NRRD) names one data file beside it that is not there."""
+    detached = _detached(path) if suffix_of(path) in (".mhd", ".nhdr") else None
+    if detached is None or detached.name.startswith(("LOCAL", "LIST")) or "%" in detached.name:
+        return False
+    return not detached.is_file()
+
+
 def _detached(path: Path) -> Path | None:
     """Return the data file that a text header names, or None."""
     try:
@@ -72,19 +88,34 @@ def _detached(path: Path) -> Path | None:
     return None
 
 
-def list_folder(folder: Path) -> tuple[list[Path], list[tuple[Path, str]], int]:
-    """Search a folder for scans, in the order of their paths; hidden files and folders are passed over.
+class Listing(NamedTuple):
+    """What a folder holds.
 
-    Returns:
-        The files that ``read_scan`` may take; the refused ones with their reasons, a folder of DICOM files as one;
-        and the number of files that are no scans.
+    Attributes:
+        scans: files that ``read_scan`` may take, DICOM apart.
+        dicom: DICOM files.
+        refused: (path, reason) of files that are scans, but not read.
+        ignored: number of files that are no scans.
     """
+
+    scans: list[Path]
+    dicom: list[Path]
+    refused: list[tuple[Path, str]]
+    ignored: int
+
+
+def list_folder(folder: Path) -> Listing:
+    """Search a folder for scans, in the order of their paths; hidden files and folders are passed over."""
     scans: list[Path] = []
+    dicom: list[Path] = []
     refused: list[tuple[Path, str]] = []
-    dicom: dict[Path, list[Path]] = defaultdict(list)
     ignored = 0
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+    def note(error: OSError) -> None:
+        refused.append((Path(error.filename), f"this folder cannot be listed: {error.strerror}"))
+
+    for root, folders, names in os.walk(folder, onerror=note, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _leads_back(root, name))
         for name in sorted(names):
             path = Path(root) / name
             suffix = suffix_of(path)
@@ -97,17 +128,19 @@ def list_folder(folder: Path) -> tuple[list[Path], list[tuple[Path, str]], int]:
             elif suffix in (".hdr", ".hdr.gz"):
                 if not _has_data(path):
                     refused.append((path, "a NIfTI or Analyze header without its .img"))
+            elif name.upper() == "DICOMDIR":  # an index of other files
+                ignored += 1
             elif is_dicom(path):
-                dicom[Path(root)].append(path)
+                dicom.append(path)
             else:
                 ignored += 1
-    for place, files in dicom.items():
-        mixed = any(scan.parent == place for scan in scans) or len(files) == 1
-        if mixed:
-            refused.extend((file, f"DICOM file: {DICOM_REASON}") for file in files)
-        else:
-            refused.append((place, f"{len(files)} DICOM files: {DICOM_REASON}"))
-    return sorted(scans), sorted(refused), ignored
+    return Listing(sorted(scans), sorted(dicom), sorted(refused), ignored)
+
+
+def _leads_back(root: str, name: str) -> bool:
+    """Return whether a subfolder is a link to a folder that it lies in."""
+    place = os.path.join(root, name)
+    return os.path.islink(place) and Path(os.path.realpath(root)).is_relative_to(os.path.realpath(place))
 
 
 def _has_data(header: Path) -> bool:

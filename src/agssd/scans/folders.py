@@ -14,27 +14,24 @@ import numpy as np
 from agssd.scans.bids import modality_of, owners_by_name, set_aside, why_no_image
 from agssd.scans.case import RefusedError
 from agssd.scans.decathlon import read_dataset
-from agssd.scans.files import list_folder, stem_of
-from agssd.scans.jobs import Job, Plan, subject_of
+from agssd.scans.files import Listing, list_folder, stem_of
+from agssd.scans.jobs import Job, Plan, add_series, subject_of
 from agssd.scans.read import canonical_geometry
 
 _DATASET_FOLDER = re.compile(r"^(images|labels)(tr|ts|va)?$", re.IGNORECASE)
 
 
 def add_folder(
-    plan: Plan, folder: Path, globs: Sequence[str], pattern: re.Pattern[str] | None, modality: str | None
+    plan: Plan,
+    folder: Path,
+    globs: Sequence[str],
+    pattern: re.Pattern[str] | None,
+    modality: str | None,
+    pet: bool = False,
 ) -> None:
     """Add the scans of a folder, searched recursively, to the plan; files that match ``globs`` are labels."""
-    scans, refused, ignored = list_folder(folder)
-    aside = set_aside([*scans, *(path for path, _ in refused)], folder)
-    aside -= {path for path in scans if _matches(path, folder, globs)}
-    scans = [path for path in scans if path not in aside]
-    if aside:
-        plan.notes.append(
-            f"{folder}: {len(aside)} scans in derivatives/ and sourcedata/ are left out; name such a folder as a "
-            "source to prepare it"
-        )
-    plan.refused += [(path, reason) for path, reason in refused if path not in aside]
+    scans, dicom, refused, ignored = _without_derivatives(plan, folder, list_folder(folder), globs)
+    plan.refused += refused
     plan.ignored += ignored
     listed: dict[Path, Job] = {}
     spoken_for: set[Path] = set()
@@ -47,12 +44,14 @@ def add_folder(
     named = [path for path in free if _matches(path, folder, globs)]
     images = [path for path in scans if path in listed]
     for path in sorted({*free} - {*named}):
-        reason = why_no_image(path)
+        reason = why_no_image(path, pet)
         if reason is None:
             images.append(path)
         else:
             plan.refused.append((path, reason))
-    label_of = _pair(plan, named, images, {path: job.label for path, job in listed.items() if job.label})
+    series = {job.paths[0]: job for job in add_series(plan, dicom, folder, pattern, pet)}
+    taken = {path: job.label for path, job in listed.items() if job.label}
+    label_of = _pair(plan, named, [*images, *series], taken)
     persons = _folder_subjects([path for path in images if path not in listed], folder)
     by_folder: list[str] = []
     for path in sorted({*images, *listed}):
@@ -67,11 +66,29 @@ def add_folder(
                 by_folder.append(name)
             job = Job((path,), name, modality=modality or modality_of(path))
         plan.jobs.append(replace(job, label=job.label or label_of.get(path)))
+    plan.jobs += [replace(job, label=label_of.get(path)) for path, job in series.items()]
     if len(by_folder) > len(set(by_folder)):
         plan.notes.append(
             f"{folder}: {len(by_folder)} files taken as {len(set(by_folder))} subjects by folder; "
             "use --subject REGEX if a file is a subject"
         )
+
+
+def _without_derivatives(plan: Plan, folder: Path, listing: Listing, globs: Sequence[str]) -> Listing:
+    """Return the listing without what BIDS sets aside, labels excepted, and say so in the plan."""
+    aside = set_aside([*listing.scans, *listing.dicom, *(path for path, _ in listing.refused)], folder)
+    aside -= {path for path in listing.scans if _matches(path, folder, globs)}
+    if aside:
+        plan.notes.append(
+            f"{folder}: {len(aside)} files in derivatives/ and sourcedata/ are left out; name such a folder as a "
+            "source to prepare it"
+        )
+    return Listing(
+        [path for path in listing.scans if path not in aside],
+        [path for path in listing.dicom if path not in aside],
+        [(path, reason) for path, reason in listing.refused if path not in aside],
+        listing.ignored,
+    )
 
 
 def _matches(path: Path, folder: Path, globs: Sequence[str]) -> bool:
@@ -109,6 +126,8 @@ def _pair(plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, 
     for image in images:
         by_stem[stem_of(image)].append(image)
         by_folder[image.parent].append(image)
+        if image.is_dir():  # a DICOM series, beside which or in which its label may lie
+            by_folder[image].append(image)
     chosen = dict(taken)
     by_name = owners_by_name(images, _same_grid)
     for label in labels:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
-from agssd.scans.files import stem_of
+from agssd.scans.case import RefusedError
+from agssd.scans.dicom import series_at
+from agssd.scans.files import holds_dicom, stem_of
 from agssd.scans.jobs import SPLITS, Job, Plan, subject_of
 
-COLUMNS = ("path", "subject", "modality", "label_path", "class", "split")
+COLUMNS = ("path", "subject", "modality", "label_path", "class", "split", "volume")
 _MODALITIES = {"ct": "ct", "mri": "mri", "mr": "mri"}
 _SYNONYMS = {
     "path": ("image", "file", "filename", "scan"),
@@ -24,11 +28,12 @@ _SHOWN = 10  # errors printed of one manifest
 Row = tuple[int, dict[str, str]]  # line in the file (of the end of the row), value by column
 
 
-def add_manifest(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> None:
+def add_manifest(plan: Plan, path: Path, pattern: re.Pattern[str] | None, pet: bool = False) -> None:
     """Add the rows of a CSV manifest to the plan.
 
     Paths are relative to its folder, several channels are parted by ``;``. Columns are ``COLUMNS``, of which only
-    ``path`` is needed.
+    ``path`` is needed. A path may be a folder that holds one DICOM series; its PatientID is the subject unless the row
+    names one.
 
     Raises:
         ValueError: the file is no UTF-8 table with commas, a column is repeated or misspelt, or rows are wrong; the
@@ -38,7 +43,7 @@ def add_manifest(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> Non
     unknown = [name for name in columns if name not in COLUMNS]
     if unknown:
         plan.notes.append(f"manifest {path}: columns not used: {', '.join(unknown)}; known are {', '.join(COLUMNS)}")
-    seen: dict[tuple[Path, ...], int] = {}
+    seen: dict[tuple[str, ...], int] = {}
     split_of: dict[str, tuple[int, str]] = {}
     for line, row in rows:
         names = [name.strip() for name in row["path"].split(";") if name.strip()]
@@ -47,7 +52,11 @@ def add_manifest(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> Non
             continue
         paths = tuple(path.parent / name for name in names)
         errors += [(line, "path", f"{given} does not exist") for given in paths if not given.exists()]
-        same = seen.setdefault(tuple(given.resolve() for given in paths), line)
+        volume = row.get("volume", "")
+        if volume and not volume.isdecimal():
+            errors.append((line, "volume", f"{volume!r} is no number from 0"))
+            volume = ""
+        same = seen.setdefault((*(os.path.realpath(given) for given in paths), volume), line)
         if same != line:
             errors.append((line, "path", f"{row['path']} stands in line {same} already"))
         elif len(set(paths)) < len(paths):
@@ -62,14 +71,23 @@ def add_manifest(plan: Plan, path: Path, pattern: re.Pattern[str] | None) -> Non
             errors.append((line, "label_path", f"{label} is the image itself"))
         elif label is not None and not label.exists():
             errors.append((line, "label_path", f"{label} does not exist"))
-        subject = row.get("subject") or subject_of(names[0], stem_of(paths[0]), pattern)
+        try:
+            series = series_at(paths[0], pet) if len(paths) == 1 and holds_dicom(paths[0]) else None
+            if series is not None and modality in _MODALITIES and _MODALITIES[modality] != series.modality:
+                raise RefusedError(f"its header says {series.modality}, line {line} of the manifest {modality}")
+        except RefusedError as error:
+            plan.refused.append((paths[0], str(error)))
+            continue
+        default = stem_of(paths[0]) if series is None else series.subject
+        subject = row.get("subject") or subject_of(names[0], default, pattern)
         if subject is None:
             plan.refused.append((paths[0], "its path does not match --subject"))
             continue
         first, other = split_of.setdefault(subject, (line, split)) if split else (line, split)
         if other != split:
             errors.append((line, "split", f"subject {subject!r} is in {split} here and in {other} in line {first}"))
-        plan.jobs.append(Job(paths, subject, label, _MODALITIES.get(modality), row.get("class") or None, split or None))
+        job = Job(paths, subject, label, _MODALITIES.get(modality), row.get("class") or None, split or None, series)
+        plan.jobs.append(replace(job, volume=int(volume)) if volume else job)
     if errors:
         errors.sort(key=lambda error: error[0])
         shown = "; ".join(f"line {line}, column {column}: {reason}" for line, column, reason in errors[:_SHOWN])

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agssd.scans.case import PreparedCase, RefusedError
+from agssd.scans.dicom import Series
 from agssd.scans.foreground import constant_background, ct_foreground, mri_foreground, stripped_foreground
 from agssd.scans.perceptual import perceptual_hash
-from agssd.scans.read import Scan, looks_like_labels, read_scan
+from agssd.scans.read import MAX_SHEAR, Scan, looks_like_labels, read_scan, shear_degrees
 from agssd.types import Triple
 
 DEFAULT_SPACING_MM = {"ct": 1.5, "mri": 1.0}
@@ -37,9 +38,11 @@ class Recipe:
 
     Attributes:
         spacing_mm: of the stored voxels (D, H, W), or None for ``DEFAULT_SPACING_MM`` of the modality.
+        unshear: resample grids without right angles (gantry tilt) instead of refusing them.
     """
 
     spacing_mm: Spacing | None = None
+    unshear: bool = False
 
 
 @dataclass
@@ -51,7 +54,12 @@ class Volume:
 
 
 def prepare_case(
-    paths: Sequence[Path], label: Path | None = None, modality: str | None = None, recipe: Recipe | None = None
+    paths: Sequence[Path],
+    label: Path | None = None,
+    modality: str | None = None,
+    recipe: Recipe | None = None,
+    series: Series | None = None,
+    volume: int | None = None,
 ) -> PreparedCase:
     """Return a scan made ready for the cache.
 
@@ -60,22 +68,27 @@ def prepare_case(
         label: file of the label map on the same grid, or None.
         modality: "ct", "mri", or None to decide by header and intensity range.
         recipe: how to prepare it.
+        series: the DICOM series that the one path stands for, or None.
+        volume: which volume, from 0, of files and series that hold several.
 
     Raises:
         RefusedError: a file cannot be used; the message is the reason.
     """
     recipe = recipe or Recipe()
-    scans = [_read_image(path) for path in paths]
-    first = canonical(scans[0])
+    scans = [_read_image(path, volume, series, recipe.unshear) for path in paths]
+    first = right_angled(canonical(scans[0]))
     volumes = [first] + [
-        _on_same_grid(canonical(scan), first, path) for scan, path in zip(scans[1:], paths[1:], strict=True)
+        _on_same_grid(right_angled(canonical(scan)), first, path)
+        for scan, path in zip(scans[1:], paths[1:], strict=True)
     ]
     reason = None
     if modality is None:
         modality, reason = guess_modality(scans[0])
     if modality == "ct":
         _check_hounsfield(first.array)
-    labels = None if label is None else _read_label(label, first)
+        for item in volumes:  # padding far below air must not be mixed into what lies beside it
+            np.maximum(item.array, CT_CLIP_HU[0], out=item.array)
+    labels = None if label is None else _read_label(label, first, recipe.unshear)
 
     target = recipe.spacing_mm or (DEFAULT_SPACING_MM[modality],) * 3
     grid = target_grid(first, (target[2], target[1], target[0]))
@@ -144,6 +157,41 @@ def canonical(scan: Scan) -> Volume:
     return Volume(image.data[0].numpy(), np.asarray(image.affine, dtype=np.float64))
 
 
+def right_angled(volume: Volume, nearest: bool = False) -> Volume:
+    """Return the volume on a right-angled grid that holds all of it; itself where its axes are at right angles.
+
+    The axes are made perpendicular in the order of their spacing, the finest first (Gram-Schmidt). Slices of a tilted
+    gantry thus stay what they are and are shifted within their planes; their distance becomes that along the normal.
+    What lies outside the source gets its lowest value, or 0 with ``nearest``.
+    """
+    from scipy.ndimage import affine_transform
+
+    if shear_degrees(volume.affine) <= np.degrees(MAX_SHEAR):
+        return volume
+    axes = volume.affine[:3, :3]
+    order = np.argsort(np.linalg.norm(axes, axis=0), kind="stable")
+    turned, length = np.linalg.qr(axes[:, order])
+    affine = np.eye(4)
+    affine[:3, order] = turned * np.diag(length)  # QR leaves the signs open; this turns every axis along its old one
+    old_size = np.asarray(volume.array.shape)
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], dtype=np.float64)
+    corners[:, :3] *= old_size - 1
+    inside = corners @ (np.linalg.inv(affine) @ volume.affine).T  # in voxels of the new axes, of unknown origin
+    low, high = inside[:, :3].min(axis=0), inside[:, :3].max(axis=0)
+    affine[:3, 3] = (affine @ np.append(low, 1.0))[:3]
+    to_old = np.linalg.inv(volume.affine) @ affine
+    moved = affine_transform(
+        volume.array,
+        to_old[:3, :3],
+        to_old[:3, 3],
+        output_shape=tuple(np.ceil(high - low - 1e-6).astype(int) + 1),
+        order=0 if nearest else 1,
+        mode="constant",
+        cval=0.0 if nearest else float(volume.array.min()),
+    )
+    return Volume(moved, affine)
+
+
 @dataclass(frozen=True)
 class Grid:
     """Shape (I, J, K) and affine of the stored voxels in canonical orientation; ``keep`` where nothing moves."""
@@ -164,10 +212,11 @@ def target_grid(volume: Volume, spacing_mm: Spacing) -> Grid:
     new = np.where(np.abs(old / np.asarray(spacing_mm) - 1) < SAME_SPACING, old, spacing_mm)
     size = np.asarray(volume.array.shape)
     shape = np.maximum(np.floor(size * old / new + 1e-3), 1).astype(int)
+    told = f"{'x'.join(map(str, shape))} voxels at this spacing"
     if shape.astype(float).prod() > MAX_VOXELS:
-        raise RefusedError(
-            f"{'x'.join(map(str, shape))} voxels at this spacing are too many; choose a larger --spacing-mm"
-        )
+        raise RefusedError(f"{told} are too many; choose a larger --spacing-mm")
+    if shape.min() < 2:
+        raise RefusedError(f"{told} are too thin; choose a smaller --spacing-mm")
     affine = volume.affine.copy()
     affine[:3, :3] = volume.affine[:3, :3] / old * new
     centre = volume.affine @ np.append((size - 1) / 2, 1.0)
@@ -228,24 +277,26 @@ def _digest(digests: list[str]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _read_image(path: Path) -> Scan:
-    scan = read_scan(path)
+def _read_image(path: Path, volume: int | None, series: Series | None, sheared: bool) -> Scan:
+    scan = read_scan(path, volume, series, sheared)
     if looks_like_labels(scan.array):
         raise RefusedError("looks like a label map; name label files with --labels or in a manifest")
     return scan
 
 
-def _read_label(path: Path, image: Volume) -> Volume:
+def _read_label(path: Path, image: Volume, sheared: bool) -> Volume:
     try:
-        scan = read_scan(path)
+        scan = read_scan(path, sheared=sheared)
     except RefusedError as error:
         raise RefusedError(f"its label {path}: {error}") from error
     array = scan.array
     if array.dtype.kind == "f" and not np.array_equal(array, np.round(array)):
         raise RefusedError(f"its label {path} holds values that are no integers")
-    if array.min() < 0 or array.max() > np.iinfo(np.int16).max:
-        raise RefusedError(f"its label {path} holds values outside 0 to 32767")
-    volume = canonical(scan)
+    if array.min() < 0:
+        raise RefusedError(f"its label {path} holds values below 0, down to {int(array.min())}")
+    if array.max() > np.iinfo(np.int16).max:
+        raise RefusedError(f"its label {path} holds values above 32767, up to {int(array.max())}")
+    volume = right_angled(canonical(scan), nearest=True)
     volume.array = volume.array.astype(np.uint8 if array.max() < 256 else np.int16)
     return _on_same_grid(volume, image, path, "its label")
 

@@ -1,12 +1,13 @@
 """Reading one scan: its voxels, its place in the world, and a reason where it cannot be used.
 
-NIfTI is read by nibabel, NRRD and MetaImage by SimpleITK.
+NIfTI is read by nibabel, NRRD and MetaImage by SimpleITK, DICOM by pydicom (``dicom_volume.py``).
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import stat
 import zlib
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,10 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agssd.scans.case import RefusedError
-from agssd.scans.files import DICOM_REASON, READABLE, REFUSED, data_files, is_dicom, suffix_of
+from agssd.scans.dicom import Series, series_at, series_reason
+from agssd.scans.files import READABLE, REFUSED, data_files, holds_dicom, lacks_data, suffix_of
 
 MIN_SPACING_MM = 0.01
 MAX_SPACING_MM = 100.0
+MAX_EXTENT_MM = 4000.0  # along one axis
+_TAKEN = "one of several volumes is taken:"
 MAX_SHEAR = 1e-3  # largest |cosine| between two axes of a grid that still counts as right-angled
 
 
@@ -31,7 +35,9 @@ class Scan:
     Attributes:
         array: (I, J, K), float32, or the integer type of the file where no scaling applies.
         affine: (4, 4) float64, voxel (i, j, k, 1) to world mm, RAS+.
-        sha256: of the bytes of the file (header and data one after another where they are two).
+        sha256: of the bytes of the file (header and data one after another where they are two), of a DICOM series over
+            the sorted hashes of its files, whatever their names; where one of several volumes is taken, of that and
+            its number.
         modality: what the header says, "ct" or "mri", or None.
         notes: what the user should know.
     """
@@ -43,39 +49,79 @@ class Scan:
     notes: tuple[str, ...]
 
 
-def read_scan(path: Path) -> Scan:
-    """Return the 3D image of a file.
+def read_scan(path: Path, volume: int | None = None, series: Series | None = None, sheared: bool = False) -> Scan:
+    """Return a 3D image.
+
+    Args:
+        path: a file, or a DICOM file or folder that holds one series.
+        volume: which volume, from 0, where there are several; a 3D image is taken as it is.
+        series: the DICOM series at ``path``, where it is known already.
+        sheared: take axes that are not at right angles, too.
 
     Raises:
         RefusedError: the file is missing, empty, truncated, damaged, not 3D, coloured, complex, has no usable
-            geometry, or holds NaN, infinite or only equal values.
+            geometry, or holds NaN, infinite or only equal values; or the slices of a DICOM series are no volume.
     """
-    digest = hashlib.sha256()
     try:
-        if path.is_dir():
-            raise RefusedError(f"a folder; {DICOM_REASON}")
+        if series is None and holds_dicom(path):
+            series = series_at(path)
+        if series is not None:
+            return _read_series(series, volume, sheared)
+        digest = hashlib.sha256()
         files = data_files(path)
         for file in files:
-            if file.stat().st_size == 0:
+            facts = file.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                raise RefusedError("no regular file")
+            if facts.st_size == 0:
                 raise RefusedError("empty file")
             digest.update(file.read_bytes())
     except OSError as error:
         raise RefusedError(f"cannot be opened: {error.strerror}") from error
     suffix = suffix_of(path)
     if suffix in (".nii", ".nii.gz", ".img", ".img.gz"):
-        array, affine, modality, notes = _read_nifti(path, files)
+        array, affine, modality, notes = _read_nifti(path, files, volume)
     elif suffix in READABLE:
-        array, affine, modality, notes = _read_itk(path)
-    elif is_dicom(path):
-        raise RefusedError(f"DICOM file: {DICOM_REASON}")
+        array, affine, modality, notes = _read_itk(path, volume)
     else:
-        raise RefusedError(REFUSED.get(suffix, f"files of type {suffix or 'without extension'} are not read"))
-    _check_affine(affine)
+        raise RefusedError(_why_not_read(path, suffix))
+    _check_affine(affine, sheared)
+    _check_extent(array.shape, affine)
     _check_values(array)
-    return Scan(array, affine, digest.hexdigest(), modality, tuple(notes))
+    sha256 = digest.hexdigest()
+    if any(note.startswith(_TAKEN) for note in notes):
+        sha256 = hashlib.sha256(f"{sha256} volume {volume}".encode()).hexdigest()
+    return Scan(array, affine, sha256, modality, tuple(notes))
 
 
-def _read_nifti(path: Path, files: list[Path]) -> tuple[NDArray[Any], NDArray[np.float64], str | None, list[str]]:
+def _why_not_read(path: Path, suffix: str) -> str:
+    with path.open("rb") as file:
+        start = file.read(8)
+    if suffix in (".hdr", ".hdr.gz"):
+        return "a header; name its .img"
+    if suffix not in REFUSED and start == b"\x89HDF\r\n\x1a\n":
+        return "an HDF5 file, such as an agssd cache, is no scan"
+    return REFUSED.get(suffix, f"files of type {suffix or 'without extension'} are not read")
+
+
+def _read_series(series: Series, volume: int | None, sheared: bool) -> Scan:
+    from agssd.scans.dicom_volume import read_series
+
+    try:
+        array, affine, sha256, notes = read_series(series.files, series.modality, volume)
+        _check_affine(affine, sheared, "gantry tilt: slices are stacked {:.1f} degrees off their normal")
+        _check_extent(array.shape, affine)
+        _check_values(array)
+    except RefusedError as error:
+        raise RefusedError(series_reason(series.files, str(error))) from error
+    if series.pet:
+        notes.append("PET, stored as MRI is: by percentiles of its own values, without SUV")
+    return Scan(array, affine, sha256, series.modality, tuple(notes))
+
+
+def _read_nifti(
+    path: Path, files: list[Path], volume: int | None
+) -> tuple[NDArray[Any], NDArray[np.float64], str | None, list[str]]:
     nib: Any = import_module("nibabel")
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
@@ -91,21 +137,23 @@ def _read_nifti(path: Path, files: list[Path]) -> tuple[NDArray[Any], NDArray[np
             data = path.read_bytes()
             if data[:2] == b"\x1f\x8b":
                 data = gzip.decompress(data)  # to the end, so that its checksum is verified
+            _check_header(data)
             image = (nib.Nifti2Image if _is_nifti2(data) else nib.Nifti1Image).from_bytes(data)
         if not isinstance(image, nib.Nifti1Pair):
             raise RefusedError("Analyze 7.5 has no orientation, so left and right are unknown; convert it to NIfTI")
-        shape = _check_shape(image.shape)
+        shape, taken, note = _choose_volume(image.shape, volume)
         kind = image.get_data_dtype()
         if kind.names is not None:
             raise RefusedError("a colour image")
         if kind.kind not in "iuf":
             raise RefusedError(f"voxels of type {kind} are not read")
-        array = image.dataobj.get_unscaled() if _unscaled(image) else np.asarray(image.dataobj, dtype=np.float64)
-        return array.reshape(shape), _nifti_affine(image), None, _nifti_notes(image)
+        stored = image.dataobj[taken]
+        array = stored if _unscaled(image) else np.asarray(stored, dtype=np.float64)
+        return array.reshape(shape), _nifti_affine(image), None, _nifti_notes(image) + note
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise RefusedError(f"truncated or damaged: {error}") from error
     except (ImageFileError, HeaderDataError, WrapStructError) as error:
-        raise RefusedError("no valid NIfTI header: the file is truncated, damaged or of another type") from error
+        raise RefusedError(f"no valid NIfTI header: {_first_line(error)}") from error
     except RefusedError:
         raise
     except (OSError, ValueError, TypeError, MemoryError) as error:
@@ -115,15 +163,20 @@ def _read_nifti(path: Path, files: list[Path]) -> tuple[NDArray[Any], NDArray[np
 def read_geometry(path: Path) -> tuple[tuple[int, ...], NDArray[np.float64]]:
     """Return shape (I, J, K) and affine of a file from its header alone; raises RefusedError as ``read_scan``."""
     try:
+        if holds_dicom(path):
+            from agssd.scans.dicom_volume import arrange, choose_volume, read_planes
+
+            affine, planes = arrange(choose_volume(read_planes(series_at(path).files))[0])
+            return (*planes[0].shape, len(planes)), affine
         if suffix_of(path) in (".nii", ".nii.gz", ".img", ".img.gz"):
             nib: Any = import_module("nibabel")
             image = nib.load(path)
-            return _check_shape(image.shape), _nifti_affine(image)
+            return _choose_volume(image.shape, 0)[0], _nifti_affine(image)
         sitk: Any = import_module("SimpleITK")
         reader = sitk.ImageFileReader()
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
-        return _check_shape(reader.GetSize()), _itk_affine(reader)
+        return _choose_volume(reader.GetSize(), 0)[0], _itk_affine(reader)
     except RefusedError:
         raise
     except Exception as error:
@@ -147,6 +200,19 @@ def _itk_affine(image: Any) -> NDArray[np.float64]:
     affine[:3, 3] = image.GetOrigin()[:3]
     affine[:2] *= -1
     return affine
+
+
+def _check_header(data: bytes) -> None:
+    """Refuse what is no NIfTI file in one piece, before nibabel tries to mend it."""
+    size = 540 if _is_nifti2(data) else 348
+    if len(data) < size:
+        raise RefusedError(f"cut off within its header: {len(data)} bytes, of which the header alone takes {size}")
+    if size == 348 and data[:4] not in (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c"):
+        raise RefusedError("no NIfTI file: its header does not begin with its size")
+    mark = data[4:8] if size == 540 else data[344:348]
+    if mark[:3] not in (b"n+1", b"n+2"):
+        text = mark.rstrip(b"\0").decode("ascii", "replace")
+        raise RefusedError(f"no NIfTI file: its mark is {text!r}, not 'n+1' or 'n+2'")
 
 
 def _is_nifti2(data: bytes) -> bool:
@@ -186,9 +252,11 @@ def _nifti_notes(image: Any) -> list[str]:
     return notes
 
 
-def _read_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], str | None, list[str]]:
+def _read_itk(path: Path, volume: int | None) -> tuple[NDArray[Any], NDArray[np.float64], str | None, list[str]]:
     sitk: Any = import_module("SimpleITK")
 
+    if lacks_data(path):
+        raise RefusedError("the data file that its header names is missing")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -202,16 +270,16 @@ def _read_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], str | None
         raise RefusedError("complex voxels are not read")
     if any(key.startswith("Seq_Frame") for key in meta) and reader.GetDimension() > 2:
         raise RefusedError("a sequence of tracked 2D frames: its third axis is time, not space")
-    shape = _check_shape(reader.GetSize())
+    shape, taken, note = _choose_volume(reader.GetSize(), volume)
     try:
         image = reader.Execute()
     except RuntimeError as error:
         raise RefusedError(f"truncated or damaged: {_itk_reason(error)}") from error
-    array = sitk.GetArrayFromImage(image).transpose().reshape(shape)
+    array = sitk.GetArrayFromImage(image).transpose()[taken].reshape(shape)
     affine = _itk_affine(image)
     stated = (meta.get("Modality", "") + meta.get("modality", "")).upper()
     modality = "ct" if stated in ("MET_MOD_CT", "CT") else "mri" if stated in ("MET_MOD_MR", "MR", "MRI") else None
-    notes = []
+    notes = note
     if suffix_of(path) in (".nrrd", ".nhdr") and "NRRD_space" not in meta:
         notes.append("the header names no space; ITK's (left, posterior, superior) is assumed")
     return array, affine, modality, notes
@@ -228,47 +296,81 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _check_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Return the three axes of a shape whose further axes have length 1."""
+def _choose_volume(
+    shape: tuple[int, ...], volume: int | None
+) -> tuple[tuple[int, int, int], tuple[slice | int, ...], list[str]]:
+    """Return the axes of one volume, the index that takes it, and a note where it is one of several.
+
+    Further axes of length 1 are dropped.
+    """
     size = tuple(int(n) for n in shape)
     if any(n < 1 for n in size):
         raise RefusedError(f"an empty image of shape {_times(size)}")
     while len(size) > 3 and size[-1] == 1:
         size = size[:-1]
-    if len(size) > 3:
+    if len(size) > 4:
         raise RefusedError(f"{len(size)}D image ({_times(size)}); save one 3D volume of it")
     if len(size) < 3:
         raise RefusedError(f"2D image ({_times(size)})")
-    if min(size) == 1:
+    if min(size[:3]) == 1:
         raise RefusedError(f"single slice ({_times(size)})")
-    return size[0], size[1], size[2]
+    taken: list[slice | int] = [slice(None)] * 3 + [0] * (len(shape) - 3)
+    notes = []
+    if len(size) == 4:
+        if volume is None:
+            raise RefusedError(f"4D image ({_times(size)}); --volume I (from 0) takes one of its {size[3]} volumes")
+        if not 0 <= volume < size[3]:
+            raise RefusedError(f"4D image ({_times(size)}); --volume {volume} is none of its {size[3]} volumes")
+        taken[3] = volume
+        notes.append(f"{_TAKEN} {volume} of {size[3]}")
+    return (size[0], size[1], size[2]), tuple(taken), notes
 
 
 def _times(shape: tuple[int, ...]) -> str:
     return "x".join(str(n) for n in shape)
 
 
-def _check_affine(affine: NDArray[np.float64]) -> None:
+def _check_affine(
+    affine: NDArray[np.float64],
+    sheared: bool = False,
+    reason: str = "sheared affine: two axes are {:.1f} degrees off a right angle (gantry tilt?)",
+) -> None:
     axes = affine[:3, :3]
     if not np.isfinite(affine).all():
         raise RefusedError("its affine has NaN or infinite entries")
     spacing = np.sqrt((axes**2).sum(axis=0))
-    if spacing.min() == 0 or abs(np.linalg.det(axes / np.maximum(spacing, 1e-30))) < 1e-3:
+    if spacing.min() == 0:
+        raise RefusedError(f"its affine is degenerate: the spacing along axis {int(spacing.argmin()) + 1} is 0")
+    if abs(np.linalg.det(axes / np.maximum(spacing, 1e-30))) < 1e-3:
         raise RefusedError("its affine is degenerate: the axes do not span space")
     if spacing.min() < MIN_SPACING_MM or spacing.max() > MAX_SPACING_MM:
         text = " x ".join(f"{value:.3g}" for value in spacing)
         raise RefusedError(f"its spacing of {text} mm is outside {MIN_SPACING_MM} to {MAX_SPACING_MM} mm")
-    cosines = np.abs((axes / spacing).T @ (axes / spacing) - np.eye(3)).max()
-    if cosines > MAX_SHEAR:
-        degrees = float(np.degrees(np.arcsin(min(cosines, 1.0))))
-        raise RefusedError(f"sheared affine: two axes are {degrees:.1f} degrees off a right angle (gantry tilt?)")
+    shear = shear_degrees(affine)
+    if not sheared and shear > np.degrees(MAX_SHEAR):
+        raise RefusedError(f"{reason.format(shear)}; --unshear resamples it")
+
+
+def _check_extent(shape: tuple[int, ...], affine: NDArray[np.float64]) -> None:
+    extent = np.asarray(shape) * np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    if extent.max() > MAX_EXTENT_MM:
+        text = " x ".join(f"{value:.0f}" for value in extent)
+        raise RefusedError(f"its field of view of {text} mm is larger than any body ({MAX_EXTENT_MM:.0f} mm)")
+
+
+def shear_degrees(affine: NDArray[np.float64]) -> float:
+    """Return by how much the two most skewed axes of a grid miss a right angle."""
+    axes = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    return float(np.degrees(np.arcsin(min(np.abs(axes.T @ axes - np.eye(3)).max(), 1.0))))
 
 
 def _check_values(array: NDArray[Any]) -> None:
     if array.dtype.kind == "f":
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
-            raise RefusedError(f"{bad} voxels are NaN or infinite")
+            nan = int(np.count_nonzero(np.isnan(array)))
+            kind = "NaN" if nan == bad else "NaN or infinite" if nan else "infinite"
+            raise RefusedError(f"{bad} voxels are {kind}")
     low, high = array.min(), array.max()
     if low == high:
         raise RefusedError("all voxels are 0" if low == 0 else f"constant: all voxels are {float(low):g}")
