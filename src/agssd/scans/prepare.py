@@ -51,7 +51,11 @@ class Volume:
 
 
 def prepare_case(
-    paths: Sequence[Path], label: Path | None = None, modality: str | None = None, recipe: Recipe | None = None
+    paths: Sequence[Path],
+    label: Path | None = None,
+    modality: str | None = None,
+    recipe: Recipe | None = None,
+    seen: list[Scan] | None = None,
 ) -> PreparedCase:
     """Return a scan made ready for the cache.
 
@@ -60,12 +64,13 @@ def prepare_case(
         label: file of the label map on the same grid, or None.
         modality: "ct", "mri", or None to decide by header and intensity range.
         recipe: how to prepare it.
+        seen: gets every image as it was read, also of a scan that is refused then; for who wants to look at it.
 
     Raises:
         RefusedError: a file cannot be used; the message is the reason.
     """
     recipe = recipe or Recipe()
-    scans = [_read_image(path) for path in paths]
+    scans = [_read_image(path, seen) for path in paths]
     first = canonical(scans[0])
     volumes = [first] + [
         _on_same_grid(canonical(scan), first, path) for scan, path in zip(scans[1:], paths[1:], strict=True)
@@ -228,8 +233,10 @@ def _digest(digests: list[str]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _read_image(path: Path) -> Scan:
+def _read_image(path: Path, seen: list[Scan] | None) -> Scan:
     scan = read_scan(path)
+    if seen is not None:
+        seen.append(scan)
     if looks_like_labels(scan.array):
         raise RefusedError("looks like a label map; name label files with --labels or in a manifest")
     return scan
