@@ -79,6 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do the I-th (from 0) of N parts of the work, for example --shard $SLURM_ARRAY_TASK_ID/16 in a job array, "
         "and leave the rest to `agssd merge CACHE`; the result does not depend on N",
     )
+    parser.add_argument(
+        "--quarantine",
+        type=Path,
+        metavar="FILE.csv",
+        help="leave out the scans listed there, columns path and reason; agssd doctor writes such a list",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing cache")
     parser.add_argument(
         "--no-forecast",
@@ -121,6 +127,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from agssd.scans.keys import open_salt, salt_fingerprint, salt_place
     from agssd.scans.prepare import Recipe
     from agssd.scans.public import local_sources
+    from agssd.scans.quarantine import apply_quarantine
     from agssd.scans.sources import plan_sources
 
     out: Path = args.out
@@ -132,6 +139,8 @@ def _prepare(args: argparse.Namespace) -> int:
     check_place(out, args.overwrite or build_path(out).is_dir())
     sources, about_sets = local_sources(args.source, args.download_dir or out.parent / "downloads")
     plan = plan_sources(sources, args.labels, args.subject, None if args.modality == "auto" else args.modality)
+    if args.quarantine is not None:
+        apply_quarantine(plan, args.quarantine)
     for note in [*about_sets, *plan.notes]:
         print(f"note: {note}")
     for path, reason in plan.refused:

@@ -73,7 +73,7 @@ CHECKS = {
     "foreground": Check("Little or no body", "look at the scan; leave it out if there is no body in it"),
     "flat": Check("No edges", "look at the scan; leave it out if it shows nothing"),
     "anisotropy": Check("Thick slices", "interpolated to the stored spacing; --spacing-mm can keep the slices"),
-    "mixed-spacing": Check("Mixed spacings", "nothing, if one --spacing-mm suits all"),
+    "mixed-spacing": Check("Mixed spacings", "choose one --spacing-mm that suits all, or prepare the kinds apart"),
     "label-map": Check("Looks like a label map", "name label files with --labels or in a manifest"),
     "label-file": Check("Label cannot be read", "fetch or mend the label, or list the scan without it"),
     "label-grid": Check("Label on another grid", "resample the label to its image, or pair it with the right one"),
@@ -127,7 +127,8 @@ _REASONS = (
     ),
     (rf"its channel FILE has shape {_SHAPE}, the image has {_SHAPE}", "channel-grid"),
     (rf"its channel FILE lies up to {_NUMBER} voxels off the image in space", "channel-grid"),
-    (r"named twice|its name does not match|its path does not match|matches --labels, but no image", "not-used"),
+    (r"named twice|its name does not match|its path does not match", "not-used"),
+    (r"matches --labels, but no image of its name or on its grid lies beside it", "not-used"),
     (r"not enough memory", "memory"),
     (r"Analyze 7\.5 has no orientation", "type"),
     (r"\d+ DICOM files|DICOM file|files of type", "type"),
@@ -152,7 +153,7 @@ def refusal(reason: str, paths: Sequence[Path] = ()) -> Finding:
 
     Args:
         reason: as ``prepare`` says it.
-        paths: of the scan and its label, which the reason may name.
+        paths: of the scan and its label, which the reason may quote.
     """
     plain = reason
     for path in sorted((str(path) for path in paths), key=len, reverse=True):

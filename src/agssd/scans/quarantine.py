@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agssd.scans.files import data_files
-from agssd.scans.sources import Plan
+from agssd.scans.jobs import Plan
 
 COLUMNS = ("path", "sha256", "reason")
 

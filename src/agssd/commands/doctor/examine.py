@@ -59,7 +59,8 @@ class SourceExaminer:
         if isinstance(case, Refusal):
             done.findings.append(refusal(case.reason, [*job.paths, *([job.label] if job.label else [])]))
             for scan in seen[:1]:
-                done.findings += check_geometry(scan.array.shape, scan.affine)
+                if done.findings[0].check != "label-map":
+                    done.findings += check_geometry(scan.array.shape, scan.affine)
                 done.picture = self._picture_of_scan(scan)
             return done
         done.findings += [note(text) for text in case.notes]

@@ -130,7 +130,7 @@ def _card(
         alt = f"Three planes of {who}"
         picture = f'<img alt="{alt}" width="{WIDTH}" height="{HEIGHT}" src="data:image/jpeg;base64,{data}">'
     elif number:
-        picture = '<div class="blank">no picture: it cannot be read</div>'
+        picture = '<div class="blank">no picture</div>'
     return f'<li>{picture}<p><b class="id">{who}</b> {named}{escape(text)}</p></li>'
 
 
@@ -165,8 +165,8 @@ a:focus-visible, summary:focus-visible { outline: 3px solid var(--info); outline
 .cards { list-style: none; margin: 0 0 16px; padding: 0; display: grid; gap: 14px;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)); }
 .cards li { border: 1px solid var(--line); border-radius: 6px; overflow: hidden; }
-.cards img, .blank { display: block; width: 100%; height: auto; aspect-ratio: 388 / 128; background: #0c0c0c; }
-.blank { display: grid; place-items: center; color: #b8c0cb; font-size: .85rem; }
+.cards img { display: block; width: 100%; height: auto; background: #000; }
+.blank { padding: 6px 12px; border-bottom: 1px dashed var(--line); color: var(--soft); font-size: .85rem; }
 .cards p { margin: 0; padding: 8px 12px; font-size: .92rem; }
 .id { font-variant-numeric: tabular-nums; }
 .name { color: var(--soft); }

@@ -41,7 +41,7 @@ def draw(
     """
     from PIL import Image
 
-    canvas = np.full((HEIGHT, WIDTH, 3), 12, dtype=np.uint8)
+    canvas = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     middle = _middle(image.shape, foreground, label)
     millimetres = max(size * step for size, step in zip(image.shape, spacing_mm, strict=True))
     for axis in range(3):
