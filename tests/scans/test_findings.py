@@ -56,7 +56,11 @@ def test_refusal__names_the_check_and_nobody(reason: str, check: str, message: s
     ("text", "check", "severity"),
     [
         ("sform and qform disagree by up to 3.2 mm; the sform is used", "sform-qform", "warning"),
-        ("the header gives no orientation (sform and qform codes 0); NIfTI's default is used", "orientation", "warning"),
+        (
+            "the header gives no orientation (sform and qform codes 0); NIfTI's default is used",
+            "orientation",
+            "warning",
+        ),
         ("DOE^JANE was here", "note", "info"),
     ],
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agssd.scans.quarantine import Entry, apply_quarantine, quarantine_text, read_quarantine, source_sha256
 from agssd.scans.jobs import Job, Plan
+from agssd.scans.quarantine import Entry, apply_quarantine, quarantine_text, read_quarantine, source_sha256
 
 
 def _plan(folder: Path, count: int = 4) -> Plan:
@@ -53,7 +53,9 @@ def test_quarantine__list_written_by_hand(tmp_path: Path) -> None:
 def test_quarantine__file_that_changed_is_tried_again_and_it_says_so(tmp_path: Path) -> None:
     plan = _plan(tmp_path)
     file = tmp_path / "q.csv"
-    file.write_text(quarantine_text([Entry(job.paths[0], "bad", source_sha256(job.paths[0])) for job in plan.jobs], file))
+    file.write_text(
+        quarantine_text([Entry(job.paths[0], "bad", source_sha256(job.paths[0])) for job in plan.jobs], file)
+    )
     (tmp_path / "p2.nii").write_bytes(b"mended")
     apply_quarantine(plan, file)
     assert [job.subject for job in plan.jobs] == ["p2"]
@@ -65,9 +67,7 @@ def test_quarantine__entry_that_matches_nothing_is_reported(tmp_path: Path) -> N
     (tmp_path / "q.csv").write_text("path,reason\np0.nii,bad\nq0.nii,bad\n")
     apply_quarantine(plan, tmp_path / "q.csv")
     assert len(plan.jobs) == 3
-    assert plan.notes == [
-        f"quarantine {tmp_path / 'q.csv'}, line 3: {tmp_path / 'q0.nii'} is no scan of these sources"
-    ]
+    assert plan.notes == [f"quarantine {tmp_path / 'q.csv'}, line 3: {tmp_path / 'q0.nii'} is no scan of these sources"]
 
 
 def test_quarantine__label_and_channel_take_their_scan_out(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from agssd.commands.doctor.across import Found, Member
     from agssd.commands.doctor.examine import Examined
     from agssd.commands.doctor.page import Report
+    from agssd.scans.jobs import Plan
     from agssd.scans.quarantine import Entry
-    from agssd.scans.sources import Plan
 
 EXIT_FOUND = 3
 _EXAMPLES = 2  # per check on the terminal, without --all

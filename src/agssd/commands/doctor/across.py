@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from agssd.data_modules.agreement import check_agreement
 from agssd.data_modules.cache import SPLITS, CaseInfo, VolumeCache
-from agssd.data_modules.pretrain import check_agreement
-from agssd.scans.findings import Finding
+from agssd.scans.findings import SEVERITIES, Finding
+from agssd.scans.perceptual import NUM_BITS, near_duplicates
 
 MANY_SCANS = 10  # of one subject, and five times as many as of others
 RARE_LABEL = 0.05  # share of the labelled cases
@@ -74,11 +75,28 @@ def _copies(members: Sequence[Member], refused: bool) -> Iterator[Found]:
             continue
         leak = _apart(member, other)
         severity = "error" if refused or leak else "warning"
-        yield member.number, _like("duplicate", severity, "Same bytes as", member, other, leak)
+        yield member.number, _like("duplicate", severity, "Same bytes as", other, leak)
+    hashes = [member.info.perceptual_hash for member in kept]
+    earlier: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for one, two, bits in near_duplicates(hashes, hashes):
+        if one < two:
+            earlier[two].append((bits, one))
+    for row, near in earlier.items():
+        member = kept[row]
+        bits, one = min(near, key=lambda pair: (SEVERITIES.index(_of_pair(member, kept[pair[1]])), pair))
+        other = kept[one]
+        leak = _apart(member, other) + (" of the same subject" if member.info.subject == other.info.subject else "")
+        what = f"{NUM_BITS - bits} of {NUM_BITS} bits of its hash are those of"
+        yield member.number, _like("near-duplicate", _of_pair(member, other), what, other, leak)
 
 
-def _like(check: str, severity: str, what: str, member: Member, other: Member, leak: str) -> Finding:
-    return Finding(check, severity, f"{what} #{other.number}{leak}.", f"{what} {other.name}{leak}.")
+def _of_pair(one: Member, two: Member) -> str:
+    """Return the severity of two near duplicates."""
+    return "error" if _apart(one, two) else "info" if one.info.subject == two.info.subject else "warning"
+
+
+def _like(check: str, severity: str, what: str, other: Member, more: str) -> Finding:
+    return Finding(check, severity, f"{what} #{other.number}{more}.", f"{what} #{other.number} {other.name}{more}.")
 
 
 def _apart(one: Member, two: Member) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agssd.commands.doctor.picture import draw
-from agssd.data_modules.build import bounding_box, case_info, chunk_fractions
+from agssd.data_modules.build import case_info, chunk_fractions
 from agssd.data_modules.cache import CaseInfo, Kind, VolumeCache
 from agssd.data_modules.parts import Refusal, prepare_or_refuse
 from agssd.scans.checks import check_geometry, check_intensities, check_prepared
 from agssd.scans.findings import Finding, note, refusal
+from agssd.scans.foreground import bounding_box
+from agssd.scans.perceptual import perceptual_hash
 from agssd.scans.prepare import Recipe, canonical
 
 if TYPE_CHECKING:
+    from agssd.scans.jobs import Job
     from agssd.scans.read import Scan
-    from agssd.scans.sources import Job
 
 
 @dataclass
@@ -116,6 +118,9 @@ class CacheExaminer:
             done.findings.append(Finding("decode", "error", message, str(error)))
         done.findings += check_arrays(info, arrays)
         image, foreground, label = (arrays.get(kind) for kind in ("image", "foreground", "label"))
+        if image is not None and foreground is not None and info.perceptual_hash is None:  # a cache of an early version
+            values = image[0] * info.scale[0] + info.offset[0]
+            done.info = replace(info, perceptual_hash=perceptual_hash(values, foreground, info.low[0], info.high[0]))
         if foreground is not None:
             done.findings += check_prepared(foreground, label, info.edge_q99, info.modality)
         if self.pictures and image is not None:
