@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ MANY_SCANS = 10  # of one subject, and five times as many as of others
 RARE_LABEL = 0.05  # share of the labelled cases
 ODD_HANDEDNESS = 0.2
 UNBALANCED = 20.0  # cases of the most frequent class over those of the rarest
+_FEW_LABELS = 10
 _ENOUGH = 10  # cases, before what is rare can be told
 
 
@@ -126,20 +127,18 @@ def _splits(members: Sequence[Member]) -> Iterator[Found]:
 def _label_values(members: Sequence[Member], known: Collection[int] | None) -> Iterator[Found]:
     labelled = [(member, member.info.label_values) for member in members if member.info.label_values is not None]
     counts: Counter[int] = Counter(value for _, values in labelled for value in values or ())
-    foreign: Callable[[int], bool]
     if known is not None:
-        allowed = set(known) | {0}
-        foreign, severity = (lambda value: value not in allowed), "error"
+        allowed, severity = {0, *known}, "error"
         what = f"none of {_list(sorted(allowed))}"
     elif len(labelled) >= _ENOUGH:
-        limit = RARE_LABEL * len(labelled)
-        foreign = lambda value: counts[value] <= limit  # noqa: E731
-        severity = "warning" if sum(count > limit for count in counts.values()) <= 10 else "info"
-        what = f"held by at most {RARE_LABEL:.0%} of the {len(labelled)} labelled cases"
+        limit = max(1, int(RARE_LABEL * len(labelled)))
+        allowed = {0} | {value for value, count in counts.items() if count > limit}
+        severity = "warning" if len(allowed) <= _FEW_LABELS else "info"  # of many organs some are always rare
+        what = f"held by at most {limit} of the {len(labelled)} labelled cases"
     else:
         return
     for member, values in labelled:
-        if strange := [value for value in values or () if value and foreign(value)]:
+        if strange := [value for value in values or () if value not in allowed]:
             few = "value" if len(strange) == 1 else "values"
             yield member.number, Finding("label-values", severity, f"Label {few} {_list(strange)}: {what}.")
     if known is None and counts and max(counts) >= 4 * len(counts) and max(counts) > 8:

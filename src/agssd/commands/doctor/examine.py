@@ -104,9 +104,10 @@ class CacheExaminer:
         info = cache.cases[row]
         name = None if info.class_index is None else cache.class_names[info.class_index]
         done = Examined(check_index(info), info, class_name=name)
-        kinds: list[Kind] = ["image", "foreground", *(["label"] if info.label_values is not None else [])]  # type: ignore[list-item]
+        sane = not any(finding.check == "constants" for finding in done.findings)
+        kinds: tuple[Kind, ...] = ("image", "foreground", "label")
         arrays: dict[str, Any] = {}
-        for kind in kinds:
+        for kind in kinds if info.label_values is not None else kinds[:2]:
             try:
                 arrays[kind] = cache.read_whole(row, kind)
             except ValueError as error:
@@ -118,12 +119,13 @@ class CacheExaminer:
             done.findings.append(Finding("decode", "error", message, str(error)))
         done.findings += check_arrays(info, arrays)
         image, foreground, label = (arrays.get(kind) for kind in ("image", "foreground", "label"))
-        if image is not None and foreground is not None and info.perceptual_hash is None:  # a cache of an early version
-            values = image[0] * info.scale[0] + info.offset[0]
-            done.info = replace(info, perceptual_hash=perceptual_hash(values, foreground, info.low[0], info.high[0]))
         if foreground is not None:
             done.findings += check_prepared(foreground, label, info.edge_q99, info.modality)
-        if self.pictures and image is not None:
+            if info.perceptual_hash is None and sane and image is not None:  # caches of early versions have none
+                values = image[0] * info.scale[0] + info.offset[0]
+                code = perceptual_hash(values, foreground, info.low[0], info.high[0])
+                done.info = replace(info, perceptual_hash=code)
+        if self.pictures and sane and image is not None:
             done.picture = _picture_of_case(info, image, foreground, label)
         return done
 
