@@ -127,6 +127,9 @@ def _splits(members: Sequence[Member]) -> Iterator[Found]:
 def _label_values(members: Sequence[Member], known: Collection[int] | None) -> Iterator[Found]:
     labelled = [(member, member.info.label_values) for member in members if member.info.label_values is not None]
     counts: Counter[int] = Counter(value for _, values in labelled for value in values or ())
+    if known is None and counts and len(counts) <= _FEW_LABELS and max(counts) >= 8 * len(counts):
+        message = f"{len(counts)} different label values reach up to {max(counts)}: a task counts all up to the highest"
+        yield 0, Finding("label-values", "warning", f"{message}, so number them from 0 on without gaps.")
     if known is not None:
         allowed, severity = {0, *known}, "error"
         what = f"none of {_list(sorted(allowed))}"
@@ -141,9 +144,6 @@ def _label_values(members: Sequence[Member], known: Collection[int] | None) -> I
         if strange := [value for value in values or () if value not in allowed]:
             few = "value" if len(strange) == 1 else "values"
             yield member.number, Finding("label-values", severity, f"Label {few} {_list(strange)}: {what}.")
-    if known is None and counts and max(counts) >= 4 * len(counts) and max(counts) > 8:
-        message = f"{len(counts)} different label values reach up to {max(counts)}: a task counts all up to the highest"
-        yield 0, Finding("label-values", "warning", f"{message}, so number them from 0 on without gaps.")
 
 
 def _subjects(members: Sequence[Member]) -> Iterator[Found]:
