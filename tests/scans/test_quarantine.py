@@ -20,7 +20,7 @@ def _plan(folder: Path, count: int = 4) -> Plan:
 def test_quarantine__written_list_takes_its_scans_out_and_no_other(tmp_path: Path) -> None:
     plan = _plan(tmp_path)
     bad = [tmp_path / "p1.nii", tmp_path / "p3.nii"]
-    entries = [Entry(path, f"reason, of {path.stem}\n'odd'", source_sha256(path)) for path in bad]
+    entries = [Entry(path, f"reason, of {path.stem}\n'odd'", source_sha256([path])) for path in bad]
     file = tmp_path / "lists/q.csv"
     file.parent.mkdir()
     file.write_text(quarantine_text(entries, file))
@@ -53,9 +53,7 @@ def test_quarantine__list_written_by_hand(tmp_path: Path) -> None:
 def test_quarantine__file_that_changed_is_tried_again_and_it_says_so(tmp_path: Path) -> None:
     plan = _plan(tmp_path)
     file = tmp_path / "q.csv"
-    file.write_text(
-        quarantine_text([Entry(job.paths[0], "bad", source_sha256(job.paths[0])) for job in plan.jobs], file)
-    )
+    file.write_text(quarantine_text([Entry(job.paths[0], "bad", source_sha256(job.paths)) for job in plan.jobs], file))
     (tmp_path / "p2.nii").write_bytes(b"mended")
     apply_quarantine(plan, file)
     assert [job.subject for job in plan.jobs] == ["p2"]
@@ -111,12 +109,13 @@ def test_read_quarantine__malformed_list_is_one_error(tmp_path: Path, text: str,
         read_quarantine(tmp_path / "none.csv")
 
 
-def test_source_sha256__is_of_all_bytes_of_a_scan(tmp_path: Path) -> None:
+def test_quarantine__hash_is_of_header_and_data(tmp_path: Path) -> None:
     (tmp_path / "a.hdr").write_bytes(b"head")
     (tmp_path / "a.img").write_bytes(b"data")
-    assert source_sha256(tmp_path / "a.img") == hashlib.sha256(b"headdata").hexdigest()
-    (tmp_path / "s").mkdir()
-    for name, data in (("2", b"two"), ("1", b"one")):
-        (tmp_path / "s" / name).write_bytes(data)
-    assert source_sha256(tmp_path / "s") == hashlib.sha256(b"onetwo").hexdigest()
-    assert source_sha256(tmp_path / "none.nii") is None
+    digest = hashlib.sha256(b"headdata").hexdigest()
+    for expected, row in ((0, digest), (1, hashlib.sha256(b"data").hexdigest())):
+        (tmp_path / "q.csv").write_text(f"path,reason,sha256\na.img,bad,{row}\n")
+        plan = Plan([Job((tmp_path / "a.img",), "a")])
+        apply_quarantine(plan, tmp_path / "q.csv")
+        assert len(plan.jobs) == len(plan.notes) == expected
+    assert source_sha256([tmp_path / "none.nii"]) is None

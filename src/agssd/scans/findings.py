@@ -54,6 +54,8 @@ CHECKS = {
     "damaged": Check("Damaged or truncated", "fetch the file again from where it came; until then leave it out"),
     "missing": Check("Named, but not there", "correct the path in the list that names it"),
     "type": Check("File type that is not read", "convert it to NIfTI"),
+    "series": Check("DICOM series that is no volume", "export the series again, whole and by itself, or leave it out"),
+    "no-scan": Check("DICOM that is no scan", "nothing: it is left out"),
     "dimensions": Check("Not one grey 3D volume", "save one 3D volume of it, or leave it out"),
     "non-finite": Check("NaN or infinite voxels", "mend them where the file is made, or leave it out"),
     "constant": Check("Constant image", "leave it out"),
@@ -101,6 +103,13 @@ CHECKS = {
 
 _NUMBER = r"[-+]?[\d.]+(?:e[-+]?\d+)?"
 _SHAPE = r"\d+(?:x\d+)*"
+_OBJECTS = (  # in DICOM beside scans
+    "localiser|projection|Siemens mosaic|screen dump|secondary capture|derived image|radiograph|mammogram|"
+    "intra-oral radiograph|structured report|segmentation|surface segmentation|label map segmentation|"
+    "presentation state|parametric map|spatial registration|deformation field|encapsulated document|"
+    "radiotherapy object|radiotherapy image|radiotherapy dose|radiotherapy plan|key object selection|waveform|"
+    "value mapping|surface scan|photograph|table of values"
+)
 _REASONS = (
     (r"empty file", "damaged"),
     (r"truncated or damaged", "damaged"),
@@ -115,7 +124,7 @@ _REASONS = (
     (r"its affine has NaN or infinite entries|its affine is degenerate", "affine"),
     (rf"sheared affine: two axes are {_NUMBER} degrees off a right angle", "affine"),
     (rf"its spacing of {_NUMBER} x {_NUMBER} x {_NUMBER} mm is outside {_NUMBER} to {_NUMBER} mm", "spacing"),
-    (rf"{_SHAPE} voxels at this spacing are too many", "spacing"),
+    (rf"{_SHAPE} voxels at this spacing are too (?:many|thin)", "spacing"),
     (r"looks like a label map", "label-map"),
     (rf"values {_NUMBER} to {_NUMBER} are not HU", "modality"),
     (r"no body found: no voxel is above -500 HU", "foreground"),
@@ -131,12 +140,29 @@ _REASONS = (
     (r"matches --labels, but no image of its name or on its grid lies beside it", "not-used"),
     (r"not enough memory", "memory"),
     (r"Analyze 7\.5 has no orientation", "type"),
-    (r"\d+ DICOM files|DICOM file|files of type", "type"),
+    (r"files of type", "type"),
+    # DICOM
+    (r"(?:no readable|damaged|no valid) DICOM header|(?:truncated|damaged) pixel data|no pixel data", "damaged"),
+    (r"unsupported transfer syntax", "type"),
+    (r"no DICOM image|a folder without DICOM files", "type"),
+    (r"duplicate slices: \d+ (?:files repeat an image of the series|of \d+ positions hold up to \d+ images)", "series"),
+    (rf"missing slices: a gap of {_NUMBER} mm after slice \d+ of \d+|one slice only", "series"),
+    (rf"variable slice distance: {_NUMBER} to {_NUMBER} mm", "series"),
+    (rf"slices shifted sideways: one lies {_NUMBER} mm off the line of the others", "series"),
+    (r"mixed orientations: \d+ in \d+ slices|mixed matrix sizes|mixed pixel spacing", "series"),
+    (r"\d+ volumes in one series|\d+ frames without a place for each|a folder of \d+ DICOM series", "series"),
+    (r"missing position|missing pixel spacing|its ImageOrientationPatient is not two unit vectors", "series"),
+    (rf"its pixel spacing is {_NUMBER} x {_NUMBER} mm", "spacing"),
+    (r"gantry tilt[\w ]*", "affine"),
+    (r"inverted grey values|PET, which is taken only with --pet", "no-scan"),
+    (rf"an? (?:{_OBJECTS})\b", "no-scan"),
+    (r"MR spectroscopy|ultrasound|nuclear medicine|raw data|3D X-ray|X-ray angiography|tractography", "no-scan"),
 )
 _NAMING = (  # reasons that quote names, and what the page says instead
     (r".* listed in .*, but missing", "missing", "Listed, but missing."),
     (r".* has a label already", "not-used", "Its image has another label already."),
     (r"[\w/ .]+ is not read; convert it to NIfTI", "type", "A type of file that is not read."),
+    (r"CT in .*, not in HU", "modality", "A CT whose values are not in HU."),
 )
 _NOTES = (
     (r"sform and qform differ in handedness", "sform-qform", "error"),
@@ -158,6 +184,7 @@ def refusal(reason: str, paths: Sequence[Path] = ()) -> Finding:
     plain = reason
     for path in sorted((str(path) for path in paths), key=len, reverse=True):
         plain = plain.replace(path, "FILE")
+    plain = re.sub(r"^(?:DICOM file|series of \d+ DICOM files|\d+ DICOM files): ", "", plain)
     for pattern, check in _REASONS:
         if match := re.match(pattern, plain):
             return Finding(check, "error", _sentence(match.group(0).replace("FILE", "file")), reason)

@@ -1,8 +1,8 @@
 """Quarantine: a CSV of scans that are to be left out, written by ``agssd doctor`` or by hand, read by ``prepare``.
 
-Columns: ``path`` (absolute, or relative to the folder of the list), ``reason``, and optionally ``sha256`` of the file's
-bytes (of header and data one after another where they are two). An entry with a hash stops to hold when the bytes
-change: a file that was mended is tried again, and ``prepare`` says so.
+Columns: ``path`` (absolute, or relative to the folder of the list), ``reason``, and optionally ``sha256`` of the bytes of
+the scan, of all its files one after another where they are several. An entry with a hash stops to hold when the bytes
+change: a scan that was mended is tried again, and ``prepare`` says so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agssd.scans.files import data_files
@@ -51,12 +51,14 @@ def apply_quarantine(plan: Plan, file: Path) -> None:
     kept = []
     for job in plan.jobs:
         hits = []
+        files = replace(job, label=None).files()
         for path in (*job.paths, *([job.label] if job.label else [])):
             entry = by_path.get(path.resolve())
             if entry is None:
                 continue
             met.add(path.resolve())
-            if entry.sha256 is not None and entry.sha256 != source_sha256(path):
+            read = files if path in job.paths else data_files(path)
+            if entry.sha256 is not None and entry.sha256 != source_sha256(read):
                 if path.resolve() not in mended:
                     plan.notes.append(f"{path} has changed since it was put into quarantine; it is tried again")
                 mended.add(path.resolve())
@@ -122,11 +124,10 @@ def quarantine_text(entries: Iterable[Entry], file: Path) -> str:
     return text.getvalue()
 
 
-def source_sha256(path: Path) -> str | None:
-    """Return the hash of a scan's bytes, of a folder's files in the order of their names; None if it cannot be read."""
+def source_sha256(files: Iterable[Path]) -> str | None:
+    """Return the hash of the bytes of files, one after another; None if one of them cannot be read."""
     digest = hashlib.sha256()
     try:
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else data_files(path)
         for file in files:
             with file.open("rb") as data:
                 while block := data.read(1 << 20):

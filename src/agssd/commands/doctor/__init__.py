@@ -212,6 +212,9 @@ def _add(report: Report, found: list[Found]) -> None:
 
 def _entries(report: Report, plan: Plan, warnings: bool) -> list[Entry]:
     """Return what belongs into quarantine: scans with errors, and with warnings if asked for."""
+    from dataclasses import replace
+
+    from agssd.scans.files import data_files
     from agssd.scans.quarantine import Entry, source_sha256
 
     severities = ("error", "warning") if warnings else ("error",)
@@ -219,11 +222,13 @@ def _entries(report: Report, plan: Plan, warnings: bool) -> list[Entry]:
     for number, finding in report.found:
         if number and finding.severity in severities and finding.check not in _MIGHT_BE_RIGHT:
             reasons.setdefault(number, []).append(finding.text)
-    paths = [*(job.paths[0] for job in plan.jobs), *(path for path, _ in plan.refused)]
-    return [
-        Entry(paths[number - 1], "; ".join(texts), source_sha256(paths[number - 1]))
-        for number, texts in sorted(reasons.items())
-    ]
+    scans = [(job.paths[0], replace(job, label=None).files()) for job in plan.jobs]
+    scans += [(path, [] if path.is_dir() else data_files(path)) for path, _ in plan.refused]
+    entries = []
+    for number, texts in sorted(reasons.items()):
+        path, files = scans[number - 1]
+        entries.append(Entry(path, "; ".join(texts), source_sha256(files) if files else None))
+    return entries
 
 
 def as_table(report: Report, everything: bool = False) -> str:
