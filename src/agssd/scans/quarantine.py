@@ -1,7 +1,7 @@
 """Quarantine: a CSV of scans that are to be left out, written by ``agssd doctor`` or by hand, read by ``prepare``.
 
-Columns: ``path`` (absolute, or relative to the folder of the list), ``reason``, and optionally ``sha256`` of the bytes of
-the scan, of all its files one after another where they are several. An entry with a hash stops to hold when the bytes
+Columns: ``path`` (absolute, or relative to the folder of the list), ``reason``, and optionally ``sha256`` of the scan's
+bytes, of all its files one after another where they are several. An entry with a hash stops to hold when the bytes
 change: a scan that was mended is tried again, and ``prepare`` says so.
 """
 
