@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import pickle
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -16,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import h5py
-import hdf5plugin  # noqa: F401  (registers the filters)
 import numpy as np
 import pytest
 import torch
@@ -28,6 +26,7 @@ from agssd.data_modules.pretrain import PretrainDataModule
 from agssd.scans import prepare as scans
 
 PARENT = (32, 40, 32)
+SpoilCache = Callable[[Path, list[str], Path], Path]
 
 
 def module(cache: Path | list[str], trainer: Any = None, **changes: Any) -> PretrainDataModule:
@@ -223,40 +222,24 @@ def test_fold__left_out_by_subject_as_the_downstream_modules_cut_it(
     assert sorted(held) == [f"subject{n:03d}" for n in range(6)]
 
 
-def broken_copy(path: Path, cases: list[int], out: Path) -> Path:
-    """Return a copy of a cache in which no chunk of the image of ``cases`` can be decoded."""
-    shutil.copyfile(path, out)
-    info = VolumeCache(out).cases
-    with h5py.File(out, "r") as file:
-        images = [file["cases"][info[case].key]["image"].id for case in cases]
-        places = [
-            (image.get_chunk_info(n).byte_offset, image.get_chunk_info(n).size)
-            for image in images
-            for n in range(image.get_num_chunks())
-        ]
-    with out.open("r+b") as raw:
-        for place, size in places:
-            raw.seek(place)
-            raw.write(b"\xff" * size)
-    return out
-
-
 def drawn_cases(data: PretrainDataModule, count: int) -> list[int]:
     assert data.train_crops is not None
     return [data.train_crops.row_of(sample) for sample in range(count)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_case__stops_with_its_name(tiny_cache: Path, tmp_path: Path, workers: int) -> None:
-    path = broken_copy(tiny_cache, [2], tmp_path / "broken.h5")
+def test_broken_case__stops_with_its_name(
+    tiny_cache: Path, tmp_path: Path, spoil_cache: SpoilCache, workers: int
+) -> None:
+    path = spoil_cache(tiny_cache, ["case002"], tmp_path / "broken.h5")
     with pytest.raises(ValueError, match=r"broken\.h5: cannot read image of case case002"):
         batches(module(path, num_workers=workers), 3)
 
 
 def test_quarantine__replaced_within_the_source_counted_listed_and_warned_of_once(
-    two_caches: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    two_caches: list[str], tmp_path: Path, spoil_cache: SpoilCache, caplog: pytest.LogCaptureFixture
 ) -> None:
-    paths = [str(broken_copy(Path(two_caches[0]), [1, 3], tmp_path / "a.h5")), two_caches[1]]
+    paths = [str(spoil_cache(Path(two_caches[0]), ["case001", "case003"], tmp_path / "a.h5")), two_caches[1]]
     good = global_batches(two_caches, 3, **MIXED)
     trainer = fake_trainer()
     trainer.default_root_dir = str(tmp_path / "run")
@@ -286,16 +269,20 @@ def test_quarantine__replaced_within_the_source_counted_listed_and_warned_of_onc
     assert (tmp_path / "run" / "quarantine.csv").read_text().splitlines() == listed  # resumed: not listed twice
 
 
-def test_quarantine__the_stream_is_one_for_all_workers_and_ranks(two_caches: list[str], tmp_path: Path) -> None:
-    paths = [str(broken_copy(Path(two_caches[0]), [1, 3], tmp_path / "a.h5")), two_caches[1]]
+def test_quarantine__the_stream_is_one_for_all_workers_and_ranks(
+    two_caches: list[str], tmp_path: Path, spoil_cache: SpoilCache
+) -> None:
+    paths = [str(spoil_cache(Path(two_caches[0]), ["case001", "case003"], tmp_path / "a.h5")), two_caches[1]]
     settings = {"on_broken": "quarantine", **MIXED}
     wanted = digest(global_batches(paths, 3, **settings))
     assert digest(global_batches(paths, 3, 2, num_workers=2, **settings)) == wanted
     assert digest(global_batches(two_caches, 3, **settings)) != wanted
 
 
-def test_quarantine__a_source_that_is_all_broken__stops(two_caches: list[str], tmp_path: Path) -> None:
-    paths = [two_caches[0], str(broken_copy(Path(two_caches[1]), [0, 1], tmp_path / "b.h5"))]
+def test_quarantine__a_source_that_is_all_broken__stops(
+    two_caches: list[str], tmp_path: Path, spoil_cache: SpoilCache
+) -> None:
+    paths = [two_caches[0], str(spoil_cache(Path(two_caches[1]), ["case000", "case001"], tmp_path / "b.h5"))]
     with pytest.raises(ValueError, match="2 cases drawn for one sample cannot be read.*check the disk.*case00[01]"):
         global_batches(paths, 3, on_broken="quarantine", weights=[1.0, 1.0])
 

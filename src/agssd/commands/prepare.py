@@ -7,11 +7,9 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from agssd.data_modules.build_folder import BuildFolder, Shard
     from agssd.data_modules.parts import Part, Refusal, Workshop
     from agssd.scans.sources import Job, Plan
@@ -91,6 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do the I-th (from 0) of N parts of the work, for example --shard $SLURM_ARRAY_TASK_ID/16 in a job array, "
         "and leave the rest to `agssd merge CACHE`; the result does not depend on N",
     )
+    parser.add_argument(
+        "--quarantine",
+        type=Path,
+        metavar="FILE.csv",
+        help="leave out the scans listed there, columns path and reason; agssd doctor writes such a list",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing cache")
     parser.add_argument(
         "--no-forecast",
@@ -133,6 +137,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from agssd.scans.keys import open_salt, salt_fingerprint, salt_place
     from agssd.scans.prepare import Recipe
     from agssd.scans.public import local_sources
+    from agssd.scans.quarantine import apply_quarantine
     from agssd.scans.sources import plan_sources
 
     out: Path = args.out
@@ -145,6 +150,8 @@ def _prepare(args: argparse.Namespace) -> int:
     sources, about_sets = local_sources(args.source, args.download_dir or out.parent / "downloads")
     modality = None if args.modality == "auto" else args.modality
     plan = plan_sources(sources, args.labels, args.subject, modality, args.volume, args.pet)
+    if args.quarantine is not None:
+        apply_quarantine(plan, args.quarantine)
     for note in [*about_sets, *plan.notes]:
         print(f"note: {note}")
     for path, reason in plan.refused:
@@ -315,59 +322,21 @@ def _hours(seconds: float) -> str:
 
 def _results(jobs: Sequence[tuple[Job, str]], workshop: Workshop, workers: int) -> Iterator[tuple[Job, Part | Refusal]]:
     """Yield every job with what it gave, in the order of the jobs; what an earlier build left is not done again."""
-    from agssd.data_modules.parts import Refusal
+    from functools import partial
 
-    def left(digest: str) -> Part | Refusal | None:
-        found = workshop.found(digest)
+    from agssd.data_modules.parts import Refusal
+    from agssd.scans.parallel import in_order
+
+    def left(item: tuple[Job, str]) -> Part | Refusal | None:
+        found = workshop.found(item[1])
         return None if isinstance(found, Refusal) and not found.final else found
 
-    if workers == 1:
-        for job, digest in jobs:
-            yield job, left(digest) or workshop.make(job, digest)
-        return
-    from collections import deque
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
-        waiting: deque[tuple[Job, Part | Refusal | Future[Any]]] = deque()
-        try:
-            for job, digest in jobs:
-                waiting.append((job, left(digest) or pool.submit(workshop.make, job, digest)))
-                if len(waiting) >= 4 * workers:
-                    yield _wait(*waiting.popleft())
-            while waiting:
-                yield _wait(*waiting.popleft())
-        except BrokenProcessPool as error:
-            raise ValueError("a worker died, most likely for want of memory; use fewer --workers") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for (job, _), result in in_order(partial(_make, workshop), jobs, workers, left):
+        yield job, result
 
 
-def _wait(job: Job, result: Part | Refusal | Future[Any]) -> tuple[Job, Part | Refusal]:
-    from concurrent.futures import Future
-
-    return job, result.result() if isinstance(result, Future) else result
-
-
-def _start_worker() -> None:
-    """Give each worker one thread, since the processes are the parallelism, and let it end when the build is killed."""
-    import os
-    import threading
-    from multiprocessing import parent_process
-
-    import torch
-
-    torch.set_num_threads(1)
-    parent = parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+def _make(workshop: Workshop, item: tuple[Job, str]) -> Part | Refusal:
+    return workshop.make(*item)
 
 
 def _millimetres(text: str) -> float:

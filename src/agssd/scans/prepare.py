@@ -60,6 +60,7 @@ def prepare_case(
     recipe: Recipe | None = None,
     series: Series | None = None,
     volume: int | None = None,
+    seen: list[Scan] | None = None,
 ) -> PreparedCase:
     """Return a scan made ready for the cache.
 
@@ -70,12 +71,13 @@ def prepare_case(
         recipe: how to prepare it.
         series: the DICOM series that the one path stands for, or None.
         volume: which volume, from 0, of files and series that hold several.
+        seen: gets every image as it was read, also of a scan that is refused then; for who wants to look at it.
 
     Raises:
         RefusedError: a file cannot be used; the message is the reason.
     """
     recipe = recipe or Recipe()
-    scans = [_read_image(path, volume, series, recipe.unshear) for path in paths]
+    scans = [_read_image(path, volume, series, recipe.unshear, seen) for path in paths]
     first = right_angled(canonical(scans[0]))
     volumes = [first] + [
         _on_same_grid(right_angled(canonical(scan)), first, path)
@@ -277,8 +279,10 @@ def _digest(digests: list[str]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _read_image(path: Path, volume: int | None, series: Series | None, sheared: bool) -> Scan:
+def _read_image(path: Path, volume: int | None, series: Series | None, sheared: bool, seen: list[Scan] | None) -> Scan:
     scan = read_scan(path, volume, series, sheared)
+    if seen is not None:
+        seen.append(scan)
     if looks_like_labels(scan.array):
         raise RefusedError("looks like a label map; name label files with --labels or in a manifest")
     return scan

@@ -247,7 +247,9 @@ def _nifti_notes(image: Any) -> list[str]:
             gap = np.abs(corners @ (header.get_sform() - header.get_qform()).T).max()
         except ValueError:
             return [*notes, "the qform is invalid; the sform is used"]
-        if gap > 0.5 * min(header.get_zooms()[:3]):
+        if np.linalg.det(header.get_sform()[:3, :3]) * np.linalg.det(header.get_qform()[:3, :3]) < 0:
+            notes.append("sform and qform differ in handedness: one of them swaps left and right; the sform is used")
+        elif gap > 0.5 * min(header.get_zooms()[:3]):
             notes.append(f"sform and qform disagree by up to {gap:.1f} mm; the sform is used")
     return notes
 
