@@ -243,6 +243,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, dicom: Any) -> Iterator[dict[
         with h5py.File(work / "c.h5") as file:
             state["keys"] = sorted(file["cases"])
         assert _agssd(state, "extract", work / "c.h5", state["keys"][0], "--out", work / "x.nii.gz") == 0
+        assert _agssd(state, "doctor", work / "c.h5", "--out", work / "doctor") in (0, 3)
         yield state
 
 
@@ -280,7 +281,7 @@ def test_sources__every_planted_string_can_be_found(made: dict[str, Any]) -> Non
 def test_prepare__nothing_planted_is_in_cache_parts_pictures_or_extracts(made: dict[str, Any]) -> None:
     assert len(made["keys"]) == 3 + 2 + 1 + 2  # three NIfTI, NRRD and MetaImage, one DICOM series, two of the manifest
     names = {path.relative_to(made["work"]).as_posix() for path in made["work"].rglob("*")}
-    assert {"c.h5", "c.png", "x.nii.gz"} <= names
+    assert {"c.h5", "c.png", "x.nii.gz"} <= names and any(name.startswith("doctor/") for name in names)
     assert sum(name.endswith(".refused") for name in names) >= 2, "the notes on refused scans are searched too"
     assert search([made["work"], made["home"]], PLANTED) == {}
 
@@ -288,7 +289,7 @@ def test_prepare__nothing_planted_is_in_cache_parts_pictures_or_extracts(made: d
 def test_prepare__names_are_only_where_they_are_asked_for(made: dict[str, Any]) -> None:
     keys = (made["source"] / "keys.csv").read_text()
     assert PLANTED["file"] in keys and PLANTED["PatientID"] in keys and PLANTED["manifest subject"] in keys
-    for command in ("inspect", "extract"):
+    for command in ("inspect", "extract", "doctor"):
         text = made["printed"][command].lower()
         assert text and not [name for name, word in PLANTED.items() if word.lower() in text], command
 
