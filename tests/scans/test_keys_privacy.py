@@ -75,6 +75,7 @@ PLANTED = {
     "private tag": "Privatbesitzer",
     "refused DICOM file": "gapsvonhohenstein",
 }
+VISIBLE = "nameofthisrun"
 NOISE = "zqxjk-never-written-anywhere"
 
 
@@ -306,6 +307,7 @@ def test_fit_and_export__nothing_planted_is_in_logs_pictures_checkpoints_or_expo
         "trainer.default_root_dir": work / "run",
         "view_panels.every_n_steps": 1,
         "wandb.mode": "offline",
+        "wandb.name": VISIBLE,
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     assert _agssd_apart(made, "fit", "--config", ROOT / "conf/experiment/agssd_small.yaml", *words) == 0, made[
@@ -315,7 +317,10 @@ def test_fit_and_export__nothing_planted_is_in_logs_pictures_checkpoints_or_expo
     names = {path.relative_to(work / "run").as_posix() for path in (work / "run").rglob("*")}
     assert {"config.yaml", "metrics.csv", "checkpoints/last.ckpt", "panels/step_000002.png"} <= names
     assert any(name.endswith(".wandb") for name in names) and any((work / "encoder").iterdir())
-    assert search([work, made["home"]], PLANTED) == {}
+    found = search([work, made["home"]], {**PLANTED, "visible": VISIBLE})
+    kinds = {place.split("/")[-1].rpartition(".")[2] for place in found.pop("visible")}
+    assert {"yaml", "pkl", "wandb"} <= kinds, "what configuration, checkpoint and W&B hold is seen"
+    assert found == {}
     for command in ("fit", "export"):
         text = made["printed"][command].lower()
         assert not [name for name, word in PLANTED.items() if word.lower() in text], command
