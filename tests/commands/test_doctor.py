@@ -379,7 +379,7 @@ def test_quarantine__warnings_too_and_nothing_overwritten(
         ((".", "--quarantine-warnings"), "needs --quarantine"),
         ((".", "--quarantine", "none/q.csv"), "does not exist"),
         (("c.h5", "a.nii"), "a cache is examined alone"),
-        (("c.h5", "--quarantine", "q.csv"), "belong to sources"),
+        (("c.h5", "--quarantine", "q.csv", "--pet"), "--pet and --quarantine can be given for sources only"),
         ((".", "--out", "file"), "is a file"),
         (("empty",), "no scan was found"),
     ],
