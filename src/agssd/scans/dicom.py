@@ -133,9 +133,12 @@ def find_series(files: Iterable[Path], pet: bool = False) -> tuple[list[Series],
         files: DICOM files, in any order.
         pet: take PET too.
     """
+    from tqdm import tqdm
+
     groups: dict[str, list[_Header]] = defaultdict(list)
     refused: list[tuple[Path, str]] = []
-    for file in sorted(files):
+    # the bar appears only where headers take more than a few seconds
+    for file in tqdm(sorted(files), "DICOM headers", leave=False, unit="file", delay=5, dynamic_ncols=True):
         header = _read_header(file, pet)
         if header is not None:
             groups[header.series].append(header)
