@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
+import hdf5plugin  # noqa: F401  (registers the filters)
 import numpy as np
 import pytest
 
@@ -79,6 +82,7 @@ def build_cache(
     cases_per_subject: int = 1,
     seed: int = 0,
     layout: str = "chunks",
+    compression: str = "blosc-lz4",
 ) -> Path:
     """Write a cache of synthetic cases and return its path.
 
@@ -91,7 +95,7 @@ def build_cache(
         splits = ["train"] * num_train + [("val", "test")[row % 2] for row in range(num_subjects - num_train)]
     shapes = shape if isinstance(shape, list) else [shape] * num_cases
     names = [f"class{row}" for row in range(num_classes)]
-    with CacheWriter(path, class_names=names, layout=layout) as writer:
+    with CacheWriter(path, class_names=names, compression=compression, layout=layout) as writer:
         for row in range(num_cases):
             subject = row // cases_per_subject
             kind = row % num_classes if num_classes else 0
@@ -106,6 +110,28 @@ def build_cache(
 def make_cache() -> Callable[..., Path]:
     """Return ``build_cache``: make_cache(path, num_cases=8, shape=(40, 56, 40), ...) -> path."""
     return build_cache
+
+
+def spoil(path: Path, keys: list[str], out: Path) -> Path:
+    """Copy a cache to ``out`` with images that cannot be decoded in the cases ``keys``, and return ``out``."""
+    shutil.copyfile(path, out)
+    places = []
+    with h5py.File(out, "r") as file:
+        for key in keys:
+            image = file["cases"][key]["image"].id
+            chunks = [image.get_chunk_info(number) for number in range(image.get_num_chunks())]
+            places += [(chunk.byte_offset, chunk.size) for chunk in chunks]
+    with out.open("r+b") as raw:
+        for place, size in places:
+            raw.seek(place)
+            raw.write(b"\xff" * size)
+    return out
+
+
+@pytest.fixture(scope="session")
+def spoil_cache() -> Callable[[Path, list[str], Path], Path]:
+    """Return ``spoil``: spoil_cache(path, keys, out) -> out, a copy in which the images of some cases are broken."""
+    return spoil
 
 
 @pytest.fixture(scope="session")

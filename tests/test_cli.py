@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +311,27 @@ def test_fit__resuming_on_other_data_settings_is_refused_but_workers_are_free(
     assert "data.prob_foreground: 0.8 in the checkpoint, 0.1 now" in error and error.count("in the checkpoint") == 1
     monkeypatch.delenv("TOY_STOPS_AT")
     assert fit(conf, run, *again) == 0
+
+
+def test_fit__broken_scan_stops_the_run_with_its_name_and_resumes_without_it(
+    conf: Path, tmp_path: Path, tiny_cache: Path, spoil_cache: Callable[..., Path], capsys: Any
+) -> None:
+    broken, run = spoil_cache(tiny_cache, ["case001"], tmp_path / "broken.h5"), tmp_path / "run"
+    every_step = ("--checkpoint.every_n_train_steps", "1", "--data_stream.every_n_steps", "1")
+    length = ("--data.global_batch_size", "2", "--trainer.max_steps", "8")
+    settings = ("--data.cache", str(broken), *length, *every_step)
+    assert fit(conf, run, *settings, "--data.num_workers", "1") == 2
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert f"{broken}: cannot read image of case case001" in line and "Traceback" not in error
+    again = ("--data.on_broken", "quarantine", "--data.num_workers", "2")
+    assert fit(conf, run, *settings, *again, "--ckpt_path", "last") == 0
+    listed = (run / "quarantine.csv").read_text().splitlines()
+    assert listed[0] == "case,cache,first_sample" and len(listed) == 2 and listed[1].startswith("case001,0,")
+    with (run / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("data/source0_samples")]
+    assert float(rows[-1]["data/source0_samples"]) == 16 and float(rows[-1]["data/source0_passes"]) == 16 / 5
+    assert float(rows[-1]["data/replaced_samples"]) == 3  # the stopped run met the first of them in its third step
 
 
 def test_differences__compiling_or_not_is_free_on_resuming() -> None:

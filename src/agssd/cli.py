@@ -97,10 +97,11 @@ def _import_training() -> None:
     if "agssd.lightning_cli" in sys.modules:
         return
     import gc
+    from importlib import import_module
 
     gc.disable()
     try:
-        import agssd.lightning_cli  # noqa: F401
+        import_module("agssd.lightning_cli")
     finally:
         gc.freeze()
         gc.enable()

@@ -4,7 +4,8 @@ The contract is a flat dict of plain types, kept in the header of ``backbone.saf
 and, for readers, beside it in ``backbone.json``: ``format``, ``format_version``, ``backbone`` (class path and init
 arguments), ``patch_size``, ``channels``, ``spacing_mm``, ``orientation``, ``modality``, ``intensity`` (rule per
 modality), ``method`` (class path of the recipe), ``step``, ``agssd_version`` and ``weights_sha256``. The four fields on
-preparation are None if the training run did not know them.
+preparation are None if the training run did not know them. ``seen``, where it is known, tells which cases the encoder
+was trained on (``agssd.data_modules.leakage.seen_record``); ``backbone.json`` leaves its long lists out.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def export_backbone(
         "patch_size": list(backbone.patch_size),
         "channels": backbone.in_channels,
         **{name: known.get(name) for name in PREPARATION},
-        **({"adapted_from": known["adapted_from"]} if known.get("adapted_from") else {}),
+        **{name: known[name] for name in ("adapted_from", "seen") if known.get(name)},
         "weights_sha256": weights_digest(weights),
     }
     try:
@@ -85,7 +86,8 @@ def export_backbone(
         raise ValueError(f"the contract must hold plain finite types only: {error}") from None
     target = Path(out_dir) / FILE_NAME
     _write_whole(target, lambda path: save_file(weights, path, metadata={"agssd": text}))
-    _write_whole(target.with_suffix(".json"), lambda path: _write_text(path, text + "\n"))
+    short = {name: _without_lists(value) for name, value in full.items()}
+    _write_whole(target.with_suffix(".json"), lambda path: _write_text(path, json.dumps(short, indent=2) + "\n"))
     return target
 
 
@@ -280,6 +282,13 @@ def _adapt(
             kernel = resize_kernel(kernel, (d, h, w))
             init_args["patch_size"] = [d, h, w]
     return {**config, "init_args": init_args}, {**weights, kind.input_weight: kernel}, changes
+
+
+def _without_lists(value: Any) -> Any:
+    """Return an entry of the contract without the record's lists of subjects and hashes, which are for machines."""
+    if not isinstance(value, dict):
+        return value
+    return {name: item for name, item in value.items() if name not in ("subjects", "hashes")}
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -24,6 +24,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger
 
 from agssd.callbacks.collapse_monitor import CollapseMonitor
+from agssd.callbacks.data_stream import DataStream
 from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.callbacks.mask_ratio import MaskRatioSchedule
 from agssd.callbacks.standing import StandingCallback
@@ -49,6 +50,7 @@ STANDING: dict[str, type[Callback]] = {
     "collapse_monitor": CollapseMonitor,
     "view_panels": ViewPanels,
     "throughput": Throughput,
+    "data_stream": DataStream,
 }
 _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning on newer torch
@@ -66,6 +68,8 @@ _RESUMED_FREELY = (
     "data.pin_memory",
     "data.prefetch",
     "data.predict_split",
+    "data.leakage",
+    "data.on_broken",  # a run that a broken scan has stopped goes on without it
 )
 _KEYWORD_CHECKPOINTS = ("last", "best", "hpc", "registry")
 

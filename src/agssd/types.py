@@ -37,7 +37,8 @@ class ParentBatch(TypedDict):
     is_ct: Tensor  # (B,) bool
     spacing_mm: Tensor  # (B, 3) float32
     sample: Tensor  # (B,) int64: position in the endless stream; the key of every random draw
-    case: Tensor  # (B,) int64: row in the list of cases of the data module
+    case: Tensor  # (B,) int64: row in the list of cases of the data module, of the case that was read
+    broken: Tensor  # (B, 4) int64: rows drawn before it that could not be read (data.on_broken quarantine), else -1
 
 
 class LabelledBatch(TypedDict, total=False):

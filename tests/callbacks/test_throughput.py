@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch.profilers import SimpleProfiler
 from torch.utils.data import DataLoader, Dataset
 
-from agssd.callbacks.throughput import Throughput, _batch_size, _samples_per_step
+from agssd.callbacks.throughput import Throughput, _batch_size, _remedy, _samples_per_step
 
 
 class Clock:
@@ -80,7 +81,55 @@ def test_throughput__separates_data_wait_from_making_views(toy, make_trainer, tm
         assert 0.05 < row["throughput/peak_memory_gib"] < 64
     spoken = [record.getMessage() for record in caplog.records if record.name.startswith("agssd")]
     assert len(spoken) == 1
-    assert "40 % of the last 4 steps (4.00 of 10.00 s each) went by waiting for data, more than 3 %" in spoken[0]
+    assert "40 % of the last 4 steps (4.00 of 10.00 s each) went by waiting for data, more than 3 %; " in spoken[0]
+    assert spoken[0].endswith("the training process reads by itself: set data.num_workers to about 1")
+
+
+class Reading(Dataset):
+    """Each item takes 30 ms, asleep as in waiting for a disk or at work as in decoding."""
+
+    def __init__(self, asleep: bool) -> None:
+        self.asleep = asleep
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        end = time.thread_time() + 0.03
+        if self.asleep:
+            time.sleep(0.03)
+        while not self.asleep and time.thread_time() < end:
+            pass
+        return torch.ones(4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="only Linux tells what a process waited for")
+@pytest.mark.parametrize("asleep", [False, True])
+def test_throughput__tells_busy_workers_from_a_slow_disk(toy, make_trainer, caplog, asleep: bool) -> None:
+    trainer = make_trainer(Throughput(10), max_steps=20)
+    trainer.fit(toy(), DataLoader(Reading(asleep), batch_size=2, num_workers=2))
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("agssd")]
+    assert ("waited for the disk" in said) == asleep
+    assert asleep or ("workers" in said and "at work" in said)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ((0.75, 0, None, 8), "reads by itself: set data.num_workers to about 3"),
+        (
+            (0.5, 2, 0.9, 8),
+            "the 2 worker(s), which were at work 90 % of the time, are too few: set data.num_workers to about 4",
+        ),
+        ((0.05, 2, 1.4, 8), "at work 100 % of the time, are too few: set data.num_workers to about 3"),
+        ((0.5, 8, None, 8), "about 16 workers instead of 8, would keep up, but this process may use 8 processor(s)"),
+        ((0.5, 2, 0.1, 8), "at work 10 % of the time and waited for the disk"),
+        ((1.0, 2, 1.0, 999), "about 200"),
+        ((0.5, None, None, 8), "raise the number of workers"),
+    ],
+)
+def test_remedy__names_the_cause_and_a_number(case: tuple, said: str) -> None:
+    assert said in _remedy(*case)
 
 
 def test_throughput__says_nothing_when_data_is_in_time(toy, make_trainer, tmp_path, caplog, clock) -> None:

@@ -56,6 +56,7 @@ def test_run__writes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[s
     save_checkpoint(tmp_path / "run" / "last.ckpt", 40, contract={"spacing_mm": [1.5, 1.5, 1.5], "channels": 1})
     assert call(str(tmp_path / "run"), "--out", str(tmp_path / "out")) == 0
     printed = capsys.readouterr().out
+    assert "trained on  unknown: the run recorded none" in printed
     assert "step 40" in printed and "[1.5, 1.5, 1.5]" in printed and "orientation unknown" in printed
     assert str(tmp_path / "out" / "backbone.safetensors") in printed
     assert (load_backbone(tmp_path / "out").contract or {})["step"] == 40

@@ -16,8 +16,8 @@ from agssd.data_modules.cache import VolumeCache
 
 def run(command: object, *arguments: object) -> int:
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)  # type: ignore[attr-defined]
-    code: int = command.run(parser.parse_args([str(a) for a in arguments]))  # type: ignore[attr-defined]
+    command.add_arguments(parser)
+    code: int = command.run(parser.parse_args([str(a) for a in arguments]))
     return code
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from agssd.commands import prepare
+from agssd.data_modules import parts
 from agssd.data_modules.cache import VolumeCache
-from agssd.scans import prepare as prepare_module
 
 
 def _run(*arguments: object) -> int:
@@ -56,6 +56,7 @@ def test_prepare__disk_that_cannot_hold_the_cache_ends_the_build_before_it_begin
     assert "choose another --out" in error and "free" in error
     assert [path.name for path in tmp_path.iterdir()] == ["many"]
     assert not (many / ".agssd-salt").exists()
+    monkeypatch.undo()
     assert _run(many, "--out", out, "--no-forecast") == 0
 
 
@@ -131,14 +132,14 @@ def test_prepare__an_unexpected_error_costs_one_file(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    real = prepare_module.prepare_case
+    real = parts.prepare_case
 
     def fails_on_p2(paths: tuple[Path, ...], *rest: object) -> object:
         if paths[0].name == "p2.nii.gz":
             raise error
         return real(paths, *rest)
 
-    monkeypatch.setattr(prepare_module, "prepare_case", fails_on_p2)
+    monkeypatch.setattr(parts, "prepare_case", fails_on_p2)
     assert _run(folder, "--out", tmp_path / "c.h5", "--labels", "labels/*") == 3
     refused = [line for line in capsys.readouterr().out.splitlines() if line.startswith("refused: ")]
     reason = " ".join(str(error).split())
@@ -170,7 +171,7 @@ def test_prepare__no_cache_when_all_is_refused(tmp_path: Path, capsys: pytest.Ca
 def test_prepare__unusable_salt_stops_before_work(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(prepare, "_work", lambda job, recipe: pytest.fail("a scan was read"))
+    monkeypatch.setattr(parts, "prepare_case", lambda *job: pytest.fail("a scan was read"))
     (tmp_path / "salt").write_text("")
     for path, message in ((tmp_path / "salt", "is empty"), (tmp_path / "none/salt", "its folder does not exist")):
         assert _run(folder, "--out", tmp_path / "c.h5", "--salt", path) == 1

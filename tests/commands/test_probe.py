@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from agssd.cli import main
+from agssd.data_modules.pretrain import PretrainDataModule
 from agssd.hub import export_backbone
 from agssd.models.vit import ViT
 
@@ -53,6 +54,23 @@ def test_probe__two_seeds_and_random__table_pairs_and_json(
     assert pair["low"] <= pair["mean"] <= pair["high"]
     printed = capsys.readouterr().out
     assert "a - random" in printed and "5 subjects, 2 folds" in printed
+    assert a["held_out_seen"] == [None, None] and random["held_out_seen"] == []
+    assert "a has seen unknown how many of the 5 held-out subjects" in printed
+
+
+def test_probe__encoder_pretrained_on_held_out_subjects__counted(
+    tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = PretrainDataModule(str(tiny_cache), (16, 16, 16), 4, num_workers=0, num_folds=5, fold=0)
+    data.setup("fit")
+    vit = ViT(patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    export_backbone(vit, tmp_path / "e", contract=data.contract | {"seen": data.seen})
+    out = tmp_path / "probe.json"
+    arguments = ["--encoder", f"b={tmp_path / 'e'}", "--random", "--folds", "2", "--out", str(out)]
+    assert main(["probe", str(tiny_cache), *arguments]) == 0
+    assert "b has seen 4 of the 5 held-out subjects in its own training\n" in capsys.readouterr().out
+    found = json.loads(out.read_text())["encoders"]
+    assert found["b"]["held_out_seen"] == [{"subjects": 4, "near_duplicates": 0}]
 
 
 def test_probe__random_of_one_seed__depends_on_the_seed_alone(exported: Path) -> None:

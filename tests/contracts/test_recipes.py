@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,11 @@ def test_recipe__checkpoint_is_data_only_and_exports_to_equal_features(
     assert saved["agssd"]["contract"]["spacing_mm"] == [1.0, 1.0, 1.0]
     encoder = load_backbone(export_backbone(path, tmp_path))
     assert encoder.contract is not None and encoder.contract["modality"] == "mri"
+    seen = encoder.contract["seen"]
+    assert (seen["num_cases"], seen["num_subjects"]) == (5, 5)
+    assert seen == saved["agssd"]["contract"]["seen"]
+    beside = json.loads((tmp_path / "backbone.json").read_text())["seen"]
+    assert beside == {name: seen[name] for name in ("num_cases", "num_subjects", "salts")}
     volume = torch.randn(2, 1, 32, 24, 24, generator=torch.Generator().manual_seed(0))
     module.eval()
     with torch.no_grad():

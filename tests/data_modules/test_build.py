@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from agssd.data_modules import build
-from agssd.data_modules.build import FILTERS, CacheWriter, assign_splits, bounding_box, chunk_shape
+from agssd.data_modules.build import FILTERS, CacheWriter, assign_splits, chunk_shape
 from agssd.data_modules.cache import VolumeCache
 from agssd.scans.case import PreparedCase
 
@@ -33,6 +33,7 @@ def _case(seed: int = 0, shape: tuple[int, int, int] = (9, 10, 11)) -> PreparedC
         low=(-20.0,),
         high=(400.0,),
         edge_q99=(12.5,),
+        perceptual_hash="5a" * 64,
     )
 
 
@@ -59,6 +60,7 @@ def test_writer__arrays_and_constants_come_back(tmp_path: Path, compression: str
         (12.5,),
     )
     assert (info.class_index, info.label_values, info.split) == (1, (0, 1), "train")
+    assert info.perceptual_hash == "5a" * 64
     assert info.fill == (int(case.image.min()),)
     assert info.foreground_fraction == pytest.approx(case.foreground.mean())
 
@@ -154,13 +156,6 @@ def test_assign_splits__held_splits_get_no_more() -> None:
     subjects = [f"{row:02d}" for row in range(50)]
     assert Counter(assign_splits(subjects, ["test"]).values()) == {"train": 45, "val": 5}
     assert Counter(assign_splits(subjects, ["test", "val"]).values()) == {"train": 50}
-
-
-def test_bounding_box__is_tight() -> None:
-    mask = np.zeros((6, 7, 8), dtype=np.uint8)
-    mask[2:4, 1:7, 5] = 1
-    assert bounding_box(mask) == ((2, 4), (1, 7), (5, 6))
-    assert bounding_box(np.zeros((2, 3, 4), dtype=np.uint8)) == ((0, 2), (0, 3), (0, 4))
 
 
 def test_chunk_shape__small_axes_are_whole() -> None:

@@ -89,11 +89,11 @@ def test_read__touches_only_the_chunks_it_meets(make_cache: Callable[..., Path],
 
 def test_cache__opens_no_handle_before_the_first_read(tiny_cache: Path) -> None:
     cache = VolumeCache(tiny_cache)
-    assert cache._file is None
+    assert not cache._handles
     cache.read(0, (0, 0, 0), (4, 4, 4))
-    assert cache._file is not None
+    assert cache._handles
     cache.close()
-    assert cache._file is None
+    assert not cache._handles
     assert cache.read(0, (0, 0, 0), (4, 4, 4)).shape == (1, 4, 4, 4)
 
 

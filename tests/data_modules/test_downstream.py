@@ -174,7 +174,7 @@ def test_batch__after_transfer__range_dtypes_and_flips_move_image_and_label_toge
         training = True
 
     plain = made.on_after_batch_transfer(raw, 0)
-    made.trainer = Training()  # type: ignore[assignment]
+    made.trainer = Training()
     flipped = made.on_after_batch_transfer(raw, 0)
     made.trainer = None
     assert plain["image"].dtype == torch.float32 and plain["label"].dtype == torch.int64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -18,11 +19,14 @@ import numpy as np
 import pytest
 import torch
 
+from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
-from agssd.data_modules.pretrain import PretrainDataModule, cache_contract
+from agssd.data_modules.downstream import SegmentationDataModule
+from agssd.data_modules.pretrain import PretrainDataModule
 from agssd.scans import prepare as scans
 
 PARENT = (32, 40, 32)
+SpoilCache = Callable[[Path, list[str], Path], Path]
 
 
 def module(cache: Path | list[str], trainer: Any = None, **changes: Any) -> PretrainDataModule:
@@ -35,13 +39,19 @@ def module(cache: Path | list[str], trainer: Any = None, **changes: Any) -> Pret
 
 def fake_trainer(rank: int = 0, world: int = 1, accumulate: int = 1, step: int = 0, max_steps: int = 10) -> Any:
     return SimpleNamespace(
-        global_rank=rank, world_size=world, accumulate_grad_batches=accumulate, global_step=step, max_steps=max_steps
+        global_rank=rank,
+        world_size=world,
+        accumulate_grad_batches=accumulate,
+        global_step=step,
+        max_steps=max_steps,
+        default_root_dir="never written",
+        training=True,
     )
 
 
 def batches(data: PretrainDataModule, count: int) -> list[dict[str, torch.Tensor]]:
     data.setup("fit")
-    return list(islice(iter(data.train_dataloader()), count))  # type: ignore[arg-type]
+    return list(islice(iter(data.train_dataloader()), count))
 
 
 def test_train_dataloader__delivers_parent_batches_as_stored(tiny_cache: Path) -> None:
@@ -74,24 +84,207 @@ def test_train_dataloader__only_the_train_split_with_equal_weight(tiny_cache: Pa
     assert {data.train_crops.info(int(row)).split for row in drawn} == {"train"}
 
 
+MIXED = {"weights": [3.0, 1.0]}
+
+
+@pytest.fixture(scope="module")
+def two_caches(tmp_path_factory: pytest.TempPathFactory, make_cache: Callable[..., Path]) -> list[str]:
+    """Return a cache of 5 training cases and one of 2."""
+    folder = tmp_path_factory.mktemp("two")
+    shapes = [(40, 56, 40), (36, 44, 52)]
+    paths = [
+        make_cache(folder / f"{n}.h5", cases, shape, splits=["train"] * cases, seed=10 * n)
+        for n, (cases, shape) in enumerate(zip((5, 2), shapes, strict=True))
+    ]
+    return [str(path) for path in paths]
+
+
+def digest(parts: list[dict[str, torch.Tensor]]) -> str:
+    """Return a hash over every tensor of batches."""
+    found = hashlib.sha256()
+    for part in parts:
+        for name in sorted(part):
+            found.update(name.encode() + part[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def global_batches(
+    paths: list[str], steps: int, world: int = 1, accumulate: int = 1, first: int = 0, **changes: Any
+) -> list[dict[str, torch.Tensor]]:
+    """Return whole batches of 8 samples, joined from all ranks and accumulated batches in the order of samples."""
+    ranks = [
+        batches(
+            module(paths, fake_trainer(rank, world, accumulate, first), global_batch_size=8, **changes),
+            steps * accumulate,
+        )
+        for rank in range(world)
+    ]
+    joined = [part for parts in zip(*ranks, strict=True) for part in parts]
+    cut = world * accumulate
+    return [
+        {name: torch.cat([part[name] for part in joined[n * cut : (n + 1) * cut]]) for name in joined[0]}
+        for n in range(steps)
+    ]
+
+
+@pytest.mark.parametrize("mixing", [{}, MIXED, {"temperature": 3.0}])
+def test_stream__one_hash_for_every_number_of_workers_ranks_and_accumulated_batches(
+    two_caches: list[str], mixing: dict[str, Any]
+) -> None:
+    alone = global_batches(two_caches, 3, **mixing)
+    assert torch.cat([batch["sample"] for batch in alone]).tolist() == list(range(24))
+    wanted = digest(alone)
+    for workers, world, accumulate in [(1, 1, 1), (2, 1, 1), (4, 1, 1), (0, 2, 1), (2, 2, 1), (4, 2, 2)]:
+        cut = global_batches(two_caches, 3, world, accumulate, num_workers=workers, **mixing)
+        assert digest(cut) == wanted, f"{workers} workers, {world} ranks, {accumulate} accumulated"
+    assert digest(global_batches(two_caches, 3, seed=1, **mixing)) != wanted
+
+
+@pytest.mark.parametrize("mixing", [{}, MIXED])
+def test_stream__resumed_at_a_random_step__goes_on_exactly(two_caches: list[str], mixing: dict[str, Any]) -> None:
+    whole = global_batches(two_caches, 12, **mixing)
+    for first in np.random.default_rng(0).integers(1, 11, 3).tolist():
+        rest = global_batches(two_caches, 12 - first, 2, first=first, num_workers=2, **mixing)
+        assert digest(rest) == digest(whole[first:])
+
+
+def test_stream__any_sample_alone__is_what_the_stream_holds(two_caches: list[str]) -> None:
+    whole = global_batches(two_caches, 4, **MIXED)
+    data = module(two_caches, **MIXED)
+    data.setup("fit")
+    assert data.train_crops is not None
+    for sample in np.random.default_rng(1).permutation(32)[:9].tolist():
+        alone = data.train_crops[sample]
+        assert all(torch.equal(whole[sample // 8][name][sample % 8], alone[name]) for name in alone)
+
+
+def test_stream_figures__samples_and_passes_of_each_cache(two_caches: list[str]) -> None:
+    data = module(two_caches, **MIXED)
+    data.setup("fit")
+    drawn = torch.cat([batch["case"] for batch in global_batches(two_caches, 5, **MIXED)])
+    counts = [int((drawn < 5).sum()), int((drawn >= 5).sum())]
+    assert min(counts) > 0
+    assert data.stream_figures(40) == {
+        "data/source0_samples": counts[0],
+        "data/source0_passes": counts[0] / 5,
+        "data/source1_samples": counts[1],
+        "data/source1_passes": counts[1] / 2,
+    }
+    assert data.stream_figures(10_000)["data/source0_samples"] == 7500
+
+
+@pytest.mark.parametrize("changed", [{"weights": [1.0, 1.0]}, {"temperature": 2.0}, {}])
+def test_load_state_dict__refuses_other_shares(two_caches: list[str], changed: dict[str, Any]) -> None:
+    before, after = module(two_caches, **MIXED), module(two_caches, **changed)
+    for data in (before, after):
+        data.setup("fit")
+    before.load_state_dict(before.state_dict())
+    with pytest.raises(ValueError, match=r"samples_per_cache_and_block was \[7500, 2500\]"):
+        after.load_state_dict(before.state_dict())
+    early = {name: value for name, value in before.state_dict().items() if name in ("seed", "num_cases")}
+    if changed:  # a checkpoint without the entry knew no shares
+        with pytest.raises(ValueError, match="samples_per_cache_and_block was None"):
+            after.load_state_dict(early)
+    else:
+        after.load_state_dict(early)
+
+
+def test_load_state_dict__refuses_exchanged_caches(two_caches: list[str]) -> None:
+    before, after = module(two_caches), module(two_caches[::-1])
+    for data in (before, after):
+        data.setup("fit")
+    with pytest.raises(ValueError, match=r"cases_per_cache was \[5, 2\], is \[2, 5\]"):
+        after.load_state_dict(before.state_dict())
+
+
+def test_fold__left_out_by_subject_as_the_downstream_modules_cut_it(
+    make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    labelled = make_cache(
+        tmp_path / "a.h5", 14, cases_per_subject=2, shape=(20, 20, 20), splits=["train"] * 6 + ["val"]
+    )
+    plain = make_cache(tmp_path / "b.h5", 3, shape=(20, 20, 20), labelled=False, num_classes=0, splits=["train"] * 3)
+    rewritten(plain, lambda row, case: {"subject": f"other{row}"})
+    held = []
+    for fold in range(3):
+        data = module([str(labelled), str(plain)], num_folds=3, fold=fold, parent_vox=(16, 16, 16))
+        data.setup("fit")
+        down = SegmentationDataModule(
+            [str(labelled), str(plain)], crop_vox=(16, 16, 16), num_classes=3, num_folds=3, fold=fold
+        )
+        down.setup("fit")
+        assert data.train_crops is not None
+        seen = {data.train_crops.info(row).subject for row in range(len(data.train_crops.rows))}
+        out = {down.case_info(row).subject for row in down.members["val"]}
+        assert len(out) == 2 and not seen & out
+        assert seen | out == {f"subject{n:03d}" for n in range(6)} | {f"other{n}" for n in range(3)}
+        held += sorted(out)
+    assert sorted(held) == [f"subject{n:03d}" for n in range(6)]
+
+
+def drawn_cases(data: PretrainDataModule, count: int) -> list[int]:
+    assert data.train_crops is not None
+    return [data.train_crops.row_of(sample) for sample in range(count)]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_train_dataloader__ranks_and_accumulation_join_to_one_process(tiny_cache: Path, workers: int) -> None:
-    whole = batches(module(tiny_cache, fake_trainer()), 2)
-    for step in range(2):
-        parts = [
-            batches(module(tiny_cache, fake_trainer(rank, 2, 2), num_workers=workers), 4)[2 * step + micro]
-            for micro in range(2)
-            for rank in range(2)
-        ]
-        for name in whole[step]:
-            assert torch.equal(torch.cat([part[name] for part in parts]), whole[step][name]), name
+def test_broken_case__stops_with_its_name(
+    tiny_cache: Path, tmp_path: Path, spoil_cache: SpoilCache, workers: int
+) -> None:
+    path = spoil_cache(tiny_cache, ["case002"], tmp_path / "broken.h5")
+    with pytest.raises(ValueError, match=r"broken\.h5: cannot read image of case case002"):
+        batches(module(path, num_workers=workers), 3)
 
 
-def test_train_dataloader__continues_after_the_steps_done(tiny_cache: Path) -> None:
-    whole = batches(module(tiny_cache, fake_trainer()), 4)
-    rest = batches(module(tiny_cache, fake_trainer(step=2)), 2)
-    for there, here in zip(whole[2:], rest, strict=True):
-        assert all(torch.equal(there[name], here[name]) for name in there)
+def test_quarantine__replaced_within_the_source_counted_listed_and_warned_of_once(
+    two_caches: list[str], tmp_path: Path, spoil_cache: SpoilCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [str(spoil_cache(Path(two_caches[0]), ["case001", "case003"], tmp_path / "a.h5")), two_caches[1]]
+    good = global_batches(two_caches, 3, **MIXED)
+    trainer = fake_trainer()
+    trainer.default_root_dir = str(tmp_path / "run")
+    data = module(paths, trainer, global_batch_size=8, on_broken="quarantine", **MIXED)
+    with caplog.at_level(logging.WARNING):
+        found = [data.on_before_batch_transfer(batch, 0) for batch in batches(data, 3)]
+    drawn = drawn_cases(data, 24)
+    met = [sample for sample in range(24) if drawn[sample] in (1, 3)]
+    assert len(met) > 3 and {drawn[sample] for sample in met} == {1, 3}
+    for sample in range(24):
+        batch, row = found[sample // 8], sample % 8
+        if sample in met:
+            assert batch["broken"][row, 0] == drawn[sample] and int(batch["case"][row]) in (0, 2, 4)
+            assert set(batch["broken"][row].tolist()) <= {1, 3, -1}
+        else:
+            assert all(torch.equal(batch[name][row], good[sample // 8][name][row]) for name in batch)
+    assert data.quarantine is not None and data.quarantine.num_replaced == len(met)
+    listed = (tmp_path / "run" / "quarantine.csv").read_text().splitlines()
+    assert listed[0] == "case,cache,first_sample"
+    assert sorted(line.split(",")[0] for line in listed[1:]) == ["case001", "case003"]
+    assert f"{VolumeCache(paths[0]).cases[drawn[met[0]]].key},0,{met[0]}" in listed
+    for key in ("case001", "case003"):
+        assert caplog.text.count(f"case {key} of cache number 0") == 1
+    again = module(paths, trainer, global_batch_size=8, on_broken="quarantine", **MIXED)
+    for batch in batches(again, 3):
+        again.on_before_batch_transfer(batch, 0)
+    assert (tmp_path / "run" / "quarantine.csv").read_text().splitlines() == listed  # resumed: not listed twice
+
+
+def test_quarantine__the_stream_is_one_for_all_workers_and_ranks(
+    two_caches: list[str], tmp_path: Path, spoil_cache: SpoilCache
+) -> None:
+    paths = [str(spoil_cache(Path(two_caches[0]), ["case001", "case003"], tmp_path / "a.h5")), two_caches[1]]
+    settings = {"on_broken": "quarantine", **MIXED}
+    wanted = digest(global_batches(paths, 3, **settings))
+    assert digest(global_batches(paths, 3, 2, num_workers=2, **settings)) == wanted
+    assert digest(global_batches(two_caches, 3, **settings)) != wanted
+
+
+def test_quarantine__a_source_that_is_all_broken__stops(
+    two_caches: list[str], tmp_path: Path, spoil_cache: SpoilCache
+) -> None:
+    paths = [two_caches[0], str(spoil_cache(Path(two_caches[1]), ["case000", "case001"], tmp_path / "b.h5"))]
+    with pytest.raises(ValueError, match="2 cases drawn for one sample cannot be read.*check the disk.*case00[01]"):
+        global_batches(paths, 3, on_broken="quarantine", weights=[1.0, 1.0])
 
 
 def test_train_dataloader__pads_with_the_lowest_value_and_no_foreground(
@@ -119,7 +312,7 @@ def test_val_dataloader__is_one_fixed_pass_that_no_cut_changes(tiny_cache: Path)
     def draw(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
         data = module(tiny_cache, fake_trainer(rank, world))
         data.setup("fit")
-        return list(data.val_dataloader())  # type: ignore[arg-type]
+        return list(data.val_dataloader())
 
     first, again = draw(0, 1), draw(0, 1)
     assert len(first) == 1  # 2 cases, global batch 4
@@ -308,7 +501,16 @@ def test_setup__refuses_an_endless_run_and_a_remainder(tiny_cache: Path) -> None
 
 @pytest.mark.parametrize(
     "changes",
-    [{"parent_vox": (0, 8, 8)}, {"seed": -1}, {"prob_foreground": 1.5}, {"num_workers": -1}, {"prefetch": 0}],
+    [
+        {"parent_vox": (0, 8, 8)},
+        {"seed": -1},
+        {"prob_foreground": 1.5},
+        {"num_workers": -1},
+        {"prefetch": 0},
+        {"weights": [1.0], "temperature": 2.0},
+        {"num_folds": 3},
+        {"fold": 3, "num_folds": 3},
+    ],
 )
 def test_init__refuses_impossible_settings(tiny_cache: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"data.{next(iter(changes))}"):

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contracts"))
 
-import recipes  # noqa: E402
+import recipes  # noqa: E402  (torch's launcher starts this file as a script, which pytest's path does not reach)
 
 
 def main(cache: Path, out: Path) -> None:

@@ -40,7 +40,7 @@ class Voxels(Backbone):
         tokens = x.reshape(len(x), d, p, h, q, w, r).permute(0, 1, 3, 5, 2, 4, 6).reshape(len(x), d * h * w, -1)
         return Features(tokens.mean(1), tokens, grid, [])
 
-    def forward_views(self, views, masks=None, drop_noise=None):  # type: ignore[no-untyped-def]
+    def forward_views(self, views, masks=None, drop_noise=None):
         return [self(view) for view in views]
 
 
@@ -108,7 +108,7 @@ def test_probe_segmentation__labels_of_the_held_out_fold__have_no_influence() ->
     with pytest.MonkeyPatch.context() as patch:
         seen: list[set[str]] = []
 
-        def spy(chosen, num_classes):  # type: ignore[no-untyped-def]
+        def spy(chosen, num_classes):
             seen.append({case.subject for case in chosen})
             return readout
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from agssd.scans.foreground import constant_background, ct_foreground, mri_foreground, stripped_foreground
+from agssd.scans.foreground import bounding_box, constant_background, ct_foreground, mri_foreground, stripped_foreground
 
 GRID = np.stack(np.meshgrid(*(np.linspace(-1, 1, 48),) * 3, indexing="ij"))
 BODY = (GRID**2).sum(0) < 0.7
@@ -51,3 +51,10 @@ def test_stripped_foreground__keeps_dark_voxels_within() -> None:
     brain = np.where(BODY, 50.0, -3.0)
     brain[20:28, 20:28, 20:28] = -3.0
     assert np.array_equal(stripped_foreground(brain, -3.0) != 0, BODY)
+
+
+def test_bounding_box__is_tight() -> None:
+    mask = np.zeros((6, 7, 8), dtype=np.uint8)
+    mask[2:4, 1:7, 5] = 1
+    assert bounding_box(mask) == ((2, 4), (1, 7), (5, 6))
+    assert bounding_box(np.zeros((2, 3, 4), dtype=np.uint8)) == ((0, 2), (0, 3), (0, 4))

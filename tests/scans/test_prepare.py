@@ -92,7 +92,7 @@ def test_prepare_case__label_follows_its_image(tmp_path: Path) -> None:
     [
         (lambda: (np.zeros((40, 44, 35), np.uint8), np.eye(4)), "has shape 40x44x35, the image has 40x44x36"),
         (lambda: (np.zeros(SHAPE, np.uint8), np.diag([1.0, 1, 1.1, 1])), "voxels off the image in space"),
-        (lambda: (np.full(SHAPE, -1, np.int16), np.eye(4)), "outside 0 to 32767"),
+        (lambda: (np.full(SHAPE, -1, np.int16), np.eye(4)), "values below 0"),
         (lambda: (np.full(SHAPE, 0.5, np.float32), np.eye(4)), "no integers"),
         (lambda: (np.zeros((*SHAPE, 2), np.uint8), np.eye(4)), "4D image"),
     ],

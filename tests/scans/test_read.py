@@ -177,8 +177,8 @@ def _write(path: Path, data: bytes) -> Path:
 BAD = {
     "missing": (lambda d: d / "none.nii.gz", "cannot be opened: No such file"),
     "empty": (lambda d: _write(d / "a.nii.gz", b""), "empty file"),
-    "text": (lambda d: _write(d / "a.nii", b"no image at all" * 100), "no valid NIfTI header"),
-    "short header": (lambda d: _cut(d / "a.nii", 0.001), "no valid NIfTI header"),
+    "text": (lambda d: _write(d / "a.nii", b"no image at all" * 100), "no NIfTI file"),
+    "short header": (lambda d: _cut(d / "a.nii", 0.001), "cut off within its header"),
     "cut nii": (lambda d: _cut(d / "a.nii", 0.6), "truncated or damaged"),
     "cut gz": (lambda d: _cut(d / "a.nii.gz", 0.6), "truncated or damaged: Compressed file ended"),
     "bad checksum": (lambda d: _flip_byte(d / "a.nii.gz"), "truncated or damaged: CRC check failed"),
@@ -204,7 +204,10 @@ BAD = {
     "nrrd colour": (lambda d: _itk(d / "a.nrrd", _values((4, 8, 9, 3)), True), "3 values per voxel"),
     "mha 4D": (lambda d: _itk(d / "a.mha", _values((3, 4, 8, 9))), "4D image (9x8x4x3); --volume I"),
     "nrrd text": (lambda d: _write(d / "a.nrrd", b"hello"), "truncated or damaged"),
-    "mhd without data": (lambda d: (_itk(d / "a.mhd", _values()), (d / "a.raw").unlink())[0], "truncated or damaged"),
+    "mhd without data": (
+        lambda d: (_itk(d / "a.mhd", _values()), (d / "a.raw").unlink())[0],
+        "header names is missing",
+    ),
     "img alone": (lambda d: _write(d / "a.img", b"0" * 5000), "an .img without its .hdr"),
     "dicom": (lambda d: _write(d / "a.dcm", b"\0" * 128 + b"DICM"), "DICOM file: no valid DICOM header"),
     "dicom without suffix": (

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -35,7 +38,8 @@ class Throughput(StandingCallback):
 
     Args:
         every_n_steps: optimiser steps between figures.
-        max_data_wait: share of the time above which one sentence says what to do about it.
+        max_data_wait: share of the time above which one sentence says why the loop waits (too few workers, or a slow
+            disk) and how many workers would do.
     """
 
     needs: ClassVar[type[Any]] = pl.LightningModule
@@ -53,6 +57,7 @@ class Throughput(StandingCallback):
         self._paused = 0.0
         self._pause_began = 0.0
         self._warned = False
+        self._workers_wanted = 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to the time that Lightning's loop spends in the data loader."""
@@ -96,6 +101,7 @@ class Throughput(StandingCallback):
     def _restart(self, device: torch.device) -> None:
         _wait_for(device)
         self._began, self._began_step, self._paused = time.perf_counter(), self._step, 0.0
+        self._workers_wanted = _processor_seconds() or 0.0
         if self._clock is not None:
             self._clock.waited = 0.0
 
@@ -113,11 +119,64 @@ class Throughput(StandingCallback):
         log_figures(trainer, {f"throughput/{name}": value for name, value in figures.items()})
         if wait > self.max_data_wait and not self._warned and trainer.is_global_zero:
             self._warned = True
+            workers = getattr(trainer.train_dataloader, "num_workers", None)
+            wanted = _processor_seconds()
+            busy = None if wanted is None or not workers else (wanted - self._workers_wanted) / (workers * seconds)
             _LOG.warning(
                 "step %d: %.0f %% of the last %d steps (%.2f of %.2f s each) went by waiting for data, more than "
-                "%.0f %%; raise the number of workers of the data module, or put the cache on a local disk",
+                "%.0f %%; %s",
                 *(self._step, 100 * wait, steps, wait * seconds / steps, seconds / steps, 100 * self.max_data_wait),
+                _remedy(wait, workers, busy, _processors()),
             )
+
+
+def _remedy(wait: float, workers: int | None, busy: float | None, processors: int) -> str:
+    """Return why the loop waits and what helps, as the end of a sentence.
+
+    While the loop waits every worker is at work, so ``workers`` of them deliver one step's data in the time of a step,
+    and ``workers / (1 - wait)`` would deliver it in the time that the step takes without waiting.
+
+    Args:
+        wait: share of the time spent waiting for data, in (0, 1].
+        workers: of the loader; 0 where the training process reads, None where nobody knows.
+        busy: share of their time for which the workers had a processor or wanted one; None where it is not known.
+        processors: that this process may use.
+    """
+    if workers is None:
+        return "raise the number of workers of the data module, or put the cache on a local disk"
+    if workers == 0:
+        needed = max(1, math.ceil(wait / max(1 - wait, 0.01)))
+        return f"the training process reads by itself: set data.num_workers to about {needed}"
+    needed = max(workers + 1, math.ceil(workers / max(1 - wait, 0.01)))
+    if busy is not None and busy < 0.5:
+        return (
+            f"the {workers} worker(s) were at work {100 * busy:.0f} % of the time and waited for the disk else: "
+            "put the cache on a local disk, or on a machine whose memory holds it"
+        )
+    known = "" if busy is None else f", which were at work {min(100 * busy, 100):.0f} % of the time"
+    if needed <= processors:
+        return f"the {workers} worker(s){known}, are too few: set data.num_workers to about {needed}"
+    return (
+        f"about {needed} workers instead of {workers}{known}, would keep up, but this process may use {processors} "
+        "processor(s): ask for more, or prepare the cache with `--layout contiguous`, which needs no decoding"
+    )
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor_seconds() -> float | None:
+    """Return the seconds for which child processes had a processor or stood in line for one; None without Linux."""
+    total = 0
+    try:
+        for child in multiprocessing.active_children():
+            for task in Path(f"/proc/{child.pid}/task").iterdir():
+                running, waiting, _ = (task / "schedstat").read_text().split()
+                total += int(running) + int(waiting)
+    except (OSError, ValueError):  # another system, or a worker that ended
+        return None
+    return total / 1e9
 
 
 class _FetchClock(Profiler):

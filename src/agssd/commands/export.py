@@ -35,6 +35,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("channels", "patch_size", "spacing_mm", "orientation", "modality", "intensity"):
         value = contract[name]
         print(f"{name:<12}{'unknown: the run did not record it' if value is None else value}")
+    seen = contract.get("seen")
+    told = f"{seen['num_cases']} cases of {seen['num_subjects']} subjects" if seen else "unknown: the run recorded none"
+    print(f"{'trained on':<12}{told}")
     print(f'load with   agssd.load_backbone("{target}")')
     return 0
 

@@ -7,13 +7,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from agssd.data_modules.build import CacheWriter
-    from agssd.data_modules.cache import CaseInfo
-    from agssd.scans.case import PreparedCase
-    from agssd.scans.prepare import Recipe
+    from agssd.data_modules.build_folder import BuildFolder, Shard
+    from agssd.data_modules.parts import Part, Refusal, Workshop
     from agssd.scans.sources import Job, Plan
 
 
@@ -27,9 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="+",
         type=Path,
-        help="file, folder (searched recursively; DICOM series in it are found) or CSV manifest",
+        help="file, folder (searched recursively; DICOM series in it are found), CSV manifest, or public set by name: "
+        "msd:Task04_Hippocampus, medmnist3d:organ, ixi-tiny, ixi:T1, ... (an unknown name, such as msd:, lists all)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="CACHE", help="cache file to write, used as given")
+    parser.add_argument(
+        "--download-dir",
+        type=Path,
+        metavar="DIR",
+        help="where public sets are, or are downloaded to once; default: the folder downloads beside the cache",
+    )
     parser.add_argument("--modality", choices=("ct", "mri", "auto"), default="auto", help="default: decide per file")
     parser.add_argument(
         "--spacing-mm",
@@ -71,6 +76,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="chunks",
         help="compressed chunks (default), or voxels as they are: two to three times the bytes, read without decoding",
     )
+    parser.add_argument(
+        "--shard-gib",
+        type=positive,
+        metavar="G",
+        help="write a folder of files of about G GiB with one index instead of one file; for large sets",
+    )
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="do the I-th (from 0) of N parts of the work, for example --shard $SLURM_ARRAY_TASK_ID/16 in a job array, "
+        "and leave the rest to `agssd merge CACHE`; the result does not depend on N",
+    )
+    parser.add_argument(
+        "--quarantine",
+        type=Path,
+        metavar="FILE.csv",
+        help="leave out the scans listed there, columns path and reason; agssd doctor writes such a list",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing cache")
     parser.add_argument(
         "--no-forecast",
@@ -98,83 +122,186 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; no cache was written", file=sys.stderr)
+        from agssd.data_modules.build_folder import build_path
+
+        kept = build_path(args.out)
+        remains = f"; what is done is kept in {kept}: the same command goes on from there" if kept.is_dir() else ""
+        print(f"error: interrupted; no cache was written{remains}", file=sys.stderr)
         return 1
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from agssd.data_modules.build import CacheWriter, check_place
-    from agssd.scans.keys import salt_place
+    from agssd.data_modules.build import FILTERS, check_place
+    from agssd.data_modules.build_folder import BuildFolder, build_path
+    from agssd.data_modules.parts import Workshop
+    from agssd.scans.keys import open_salt, salt_fingerprint, salt_place
     from agssd.scans.prepare import Recipe
+    from agssd.scans.public import local_sources
+    from agssd.scans.quarantine import apply_quarantine
     from agssd.scans.sources import plan_sources
 
     out: Path = args.out
     recipe = Recipe(spacing_mm=_spacing(args.spacing_mm), unshear=args.unshear)
+    shard_bytes = None if args.shard_gib is None else int(args.shard_gib * 2**30)
     if args.workers < 1:
         raise ValueError(f"--workers is {args.workers}; it must be at least 1")
-    check_place(out, args.overwrite)
+    # A cache beside its build folder may be of that build, killed before it could take the folder away.
+    check_place(out, args.overwrite or build_path(out).is_dir())
+    sources, about_sets = local_sources(args.source, args.download_dir or out.parent / "downloads")
     modality = None if args.modality == "auto" else args.modality
-    plan = plan_sources(args.source, args.labels, args.subject, modality, args.volume, args.pet)
-    for note in plan.notes:
+    plan = plan_sources(sources, args.labels, args.subject, modality, args.volume, args.pet)
+    if args.quarantine is not None:
+        apply_quarantine(plan, args.quarantine)
+    for note in [*about_sets, *plan.notes]:
         print(f"note: {note}")
     for path, reason in plan.refused:
         print(f"refused: {path}: {reason}")
     if not plan.jobs:
         raise ValueError("no scan to prepare; no cache was written")
-    salt_path = salt_place(args.source[0], out, args.salt)
-    if len(plan.jobs) >= _FORECAST_FROM and not args.no_forecast:
-        _forecast(plan.jobs, recipe, out, args.workers, args.layout)
-    with CacheWriter(out, _class_names(plan), overwrite=args.overwrite, layout=args.layout) as writer:
-        report = _write_cases(writer, plan, recipe, salt_path, args.workers)
-        refused = len(plan.refused) + report.refused
-        if not len(writer):
-            raise ValueError(f"all {refused} scans were refused; no cache was written")
-        infos = writer.finish(salt_fingerprint=report.salt_fingerprint)
+    with BuildFolder(out, args.shard) as folder:
+        salt_path = salt_place(sources[0], out, args.salt)
+        salt, created = open_salt(salt_path)
+        try:
+            workshop = Workshop(folder.parts, salt, recipe, args.layout, FILTERS[0])
+            digests = [workshop.digest(job) for job in plan.jobs]
+            folder.write_plan(digests, _class_names(plan), salt_fingerprint(salt))
+            if not folder.published(shard_bytes):
+                check_place(out, args.overwrite)
+            print(f"salt: {salt_path} ({'created' if created else 'as found'}; keep it, and keep it private)")
+            report = _build(folder, workshop, list(zip(plan.jobs, digests, strict=True)), shard_bytes, args)
+            refused = len(plan.refused) + report.refused
+            if args.shard is None:
+                if not report.rows:
+                    raise ValueError(f"all {refused} scans were refused; no cache was written")
+                folder.merge(shard_bytes)
+        except ValueError:
+            if args.shard is None and not folder.ready():  # nothing that a key was made for
+                folder.remove()
+                if created:
+                    salt_path.unlink(missing_ok=True)
+            raise
     if args.key_map is not None:
         _write_key_map(args.key_map, report.rows)
-    _print_summary(out, infos, report, refused, plan.ignored)
+    _print_guesses(report)
+    if args.shard is not None:
+        print(f"shard {args.shard.number}/{args.shard.count}: {len(report.rows)} scans are ready, {refused} refused")
+        print(f"when all shards have ended: agssd merge {out}")
+    else:
+        print_summary(out)
+        print(f"{refused} refused, {plan.ignored} files ignored")
     return 3 if refused else 0
 
 
-def _forecast(jobs: Sequence[Job], recipe: Recipe, out: Path, workers: int, layout: str) -> None:
+class _Report:
+    """What a build did."""
+
+    def __init__(self) -> None:
+        self.refused = 0
+        self.rows: list[tuple[str, str, str]] = []  # case key, subject, path
+        self.guesses: dict[str, list[Path]] = defaultdict(list)  # what was decided and why -> files
+
+
+def _build(
+    folder: BuildFolder,
+    workshop: Workshop,
+    jobs: Sequence[tuple[Job, str]],
+    shard_bytes: int | None,
+    args: argparse.Namespace,
+) -> _Report:
+    """Prepare what is not ready and say what became of every scan."""
+    if not folder.locked:
+        print("note: this file system keeps no locks; make sure that no other process builds the same cache")
+    mine = list(jobs) if args.shard is None else list(jobs)[args.shard.number :: args.shard.count]
+    decided = {} if args.shard is not None else folder.decided(shard_bytes)
+    report = _Report()
+    if decided:
+        print("note: going on where an interrupted build stood: all scans are ready")
+        kept = [(job, decided[digest]) for job, digest in mine if digest in decided]
+        report.rows = [(info.key, job.subject, _names(job)) for job, info in kept]
+        report.refused = len(mine) - len(kept)
+    else:
+        ready = sum(workshop.path(digest).is_file() for _, digest in mine)
+        if ready:
+            print(f"note: going on where an interrupted build stood: {ready} of {len(mine)} scans are done")
+        elif len(mine) >= _FORECAST_FROM and not args.no_forecast:
+            _forecast([job for job, _ in mine], workshop, args.workers, folder.out.parent, shard_bytes)
+        try:
+            _make_parts(report, workshop, mine, args.workers)
+        except BrokenPipeError:  # stdout is gone, not the disk
+            raise
+        except OSError as error:
+            raise ValueError(f"cannot write {folder.parts}: {error.strerror}{folder.how_to_go_on(error)}") from error
+    return report
+
+
+def _make_parts(report: _Report, workshop: Workshop, jobs: Sequence[tuple[Job, str]], workers: int) -> None:
+    from tqdm import tqdm
+
+    from agssd.data_modules.parts import Refusal
+
+    known: dict[str, Path] = {}
+    quiet = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line every ten seconds
+    with tqdm(total=len(jobs), unit="scan", file=sys.stderr, dynamic_ncols=True, mininterval=quiet) as bar:
+        for job, result in _results(jobs, workshop, workers):
+            bar.update()
+            if isinstance(result, Refusal):
+                bar.write(f"refused: {job.paths[0]}: {result.reason}", file=sys.stdout)
+                report.refused += 1
+                continue
+            twin = known.setdefault(result.info.source_sha256, job.paths[0])
+            if twin != job.paths[0]:
+                bar.write(f"refused: {job.paths[0]}: same bytes as {twin}", file=sys.stdout)
+                report.refused += 1
+                continue
+            for note in result.notes:
+                bar.write(f"note: {job.paths[0]}: {note}", file=sys.stdout)
+            if result.modality_reason:
+                report.guesses[f"{result.info.modality}, because {result.modality_reason}"].append(job.paths[0])
+            report.rows.append((result.info.key, job.subject, _names(job)))
+
+
+def _names(job: Job) -> str:
+    return ";".join(str(path) for path in job.paths)
+
+
+def _forecast(jobs: Sequence[Job], workshop: Workshop, workers: int, place: Path, shard_bytes: int | None) -> None:
     """Print bytes, time and reading rate as a few scans, spread over the plan and prepared for it, let expect them.
 
     Raises:
-        ValueError: if the disk has less room than that.
+        ValueError: if the disk has less room than the build needs: the parts, and beside them the cache, or of a
+            cache of several files one file at a time.
     """
     import shutil
-    import tempfile
     import time
 
-    from agssd.data_modules.build import CacheWriter
+    from agssd.data_modules.parts import part_bytes
 
     chosen = [jobs[i * (len(jobs) - 1) // (_FORECAST_SAMPLE - 1)] for i in range(_FORECAST_SAMPLE)]
     seconds, read = 0.0, 0
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        with CacheWriter(Path(folder) / "sample.h5", layout=layout) as writer:
-            for number, job in enumerate(chosen):
-                started = time.perf_counter()
-                case = _work(job, recipe)
-                if not isinstance(case, str):
-                    writer.add(case, str(number), str(number))
-                if number:  # the first one pays for imports
-                    seconds += time.perf_counter() - started
-                    read += sum(path.stat().st_size for path in job.files())
-            cached, size = len(writer), writer.size_bytes
-    if not cached:
+    sizes = []
+    for number, job in enumerate(chosen):
+        started = time.perf_counter()
+        size = part_bytes(job, workshop.recipe, workshop.layout, workshop.compression)
+        if size is not None:
+            sizes.append(size)
+        if number:  # the first one pays for imports
+            seconds += time.perf_counter() - started
+            read += sum(path.stat().st_size for path in job.files())
+    if not sizes:
         return  # the build will say why
-    total = size / cached * len(jobs)
-    free = shutil.disk_usage(out.parent).free
+    total = sum(sizes) / len(sizes) * len(jobs)
+    needed = total + (total if shard_bytes is None else min(shard_bytes, total))
+    free = shutil.disk_usage(place).free
     time_needed = _hours(seconds / (_FORECAST_SAMPLE - 1) * len(jobs) / workers)
     rate = read / 2**20 / seconds * workers
     print(
-        f"forecast from {cached} of {len(jobs)} scans: {_bytes(total)}, {time_needed}, reading {rate:.1f} MiB/s; "
-        f"{_bytes(free)} free"
+        f"forecast from {len(sizes)} of {len(jobs)} scans: {_bytes(total)}, {time_needed}, reading {rate:.1f} MiB/s; "
+        f"{_bytes(needed)} needed while building, {_bytes(free)} free"
     )
-    if total > free:
+    if needed > free:
         raise ValueError(
-            f"the cache would take about {_bytes(total)} and {out.parent} has {_bytes(free)} free; choose another "
-            "--out, a larger --spacing-mm, or --no-forecast to try all the same"
+            f"building needs about {_bytes(needed)} and {place} has {_bytes(free)} free; choose another --out, a "
+            "larger --spacing-mm, --shard-gib (needs half), or --no-forecast to try all the same"
         )
 
 
@@ -193,108 +320,23 @@ def _hours(seconds: float) -> str:
     )
 
 
-class _Report(NamedTuple):
-    refused: int
-    rows: list[tuple[str, str, str]]  # case key, subject, path
-    guesses: dict[str, list[Path]]  # what was decided and why -> files
-    salt_fingerprint: str | None  # None where all was refused
+def _results(jobs: Sequence[tuple[Job, str]], workshop: Workshop, workers: int) -> Iterator[tuple[Job, Part | Refusal]]:
+    """Yield every job with what it gave, in the order of the jobs; what an earlier build left is not done again."""
+    from functools import partial
+
+    from agssd.data_modules.parts import Refusal
+    from agssd.scans.parallel import in_order
+
+    def left(item: tuple[Job, str]) -> Part | Refusal | None:
+        found = workshop.found(item[1])
+        return None if isinstance(found, Refusal) and not found.final else found
+
+    for (job, _), result in in_order(partial(_make, workshop), jobs, workers, left):
+        yield job, result
 
 
-def _write_cases(writer: CacheWriter, plan: Plan, recipe: Recipe, salt_path: Path, workers: int) -> _Report:
-    from tqdm import tqdm
-
-    from agssd.scans.keys import case_key, open_salt, salt_fingerprint, subject_key
-
-    salt: bytes | None = None
-    if salt_path.is_file():  # so that one that is no use stops the build before work
-        salt = open_salt(salt_path)[0]
-        print(_about_salt(salt_path, created=False))
-    refused = 0
-    rows: list[tuple[str, str, str]] = []
-    guesses: dict[str, list[Path]] = defaultdict(list)
-    known: dict[str, Path] = {}
-    quiet = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line every ten seconds
-    bar = tqdm(total=len(plan.jobs), unit="scan", file=sys.stderr, dynamic_ncols=True, mininterval=quiet)
-    for job, result in _results(plan.jobs, recipe, workers):
-        bar.update()
-        if isinstance(result, str):
-            bar.write(f"refused: {job.paths[0]}: {result}", file=sys.stdout)
-            refused += 1
-            continue
-        case = result
-        twin = known.setdefault(case.source_sha256, job.paths[0])
-        if twin != job.paths[0]:
-            bar.write(f"refused: {job.paths[0]}: same bytes as {twin}", file=sys.stdout)
-            refused += 1
-            continue
-        if salt is None:  # made for the first case that is accepted: where all is refused nothing is left behind
-            salt, created = open_salt(salt_path)
-            bar.write(_about_salt(salt_path, created), file=sys.stdout)
-        key = case_key(salt, job.subject, case.source_sha256)
-        for note in case.notes:
-            bar.write(f"note: {job.paths[0]}: {note}", file=sys.stdout)
-        if case.modality_reason:
-            guesses[f"{case.modality}, because {case.modality_reason}"].append(job.paths[0])
-        writer.add(case, key, subject_key(salt, job.subject), job.split, job.class_name)
-        rows.append((key, job.subject, ";".join(str(path) for path in job.paths)))
-    bar.close()
-    return _Report(refused, rows, guesses, None if salt is None else salt_fingerprint(salt))
-
-
-def _about_salt(path: Path, created: bool) -> str:
-    return f"salt: {path} ({'created' if created else 'as found'}; keep it, and keep it private)"
-
-
-def _results(jobs: Sequence[Job], recipe: Recipe, workers: int) -> Iterator[tuple[Job, PreparedCase | str]]:
-    """Yield every job with its case, or with the reason why it was refused, in the order of the jobs."""
-    if workers == 1:
-        for job in jobs:
-            yield job, _work(job, recipe)
-        return
-    from collections import deque
-    from concurrent.futures import Future, ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_limit_threads) as pool:
-        waiting: deque[tuple[Job, Future[Any]]] = deque()
-        remaining = iter(jobs)
-        try:
-            for job in remaining:
-                waiting.append((job, pool.submit(_work, job, recipe)))
-                if len(waiting) >= 2 * workers:  # so that finished volumes do not pile up in memory
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        except BrokenProcessPool as error:
-            raise ValueError("a worker died, most likely for want of memory; use fewer --workers") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _limit_threads() -> None:
-    """Give each worker one thread: the processes are the parallelism."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _work(job: Job, recipe: Recipe) -> PreparedCase | str:
-    """Return the case, or the reason for refusing it."""
-    from agssd.scans.case import RefusedError
-    from agssd.scans.prepare import prepare_case
-
-    try:
-        return prepare_case(job.paths, job.label, job.modality, recipe, job.series, job.volume)
-    except RefusedError as error:
-        return str(error)
-    except MemoryError:
-        return "not enough memory"
-    except Exception as error:  # a file no library foresaw must not cost the hours spent on the others
-        message = " ".join(str(error).split())
-        return f"unexpected {type(error).__name__}: {message}"
+def _make(workshop: Workshop, item: tuple[Job, str]) -> Part | Refusal:
+    return workshop.make(*item)
 
 
 def _millimetres(text: str) -> float:
@@ -302,6 +344,26 @@ def _millimetres(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number; name SOURCE before --spacing-mm") from None
+
+
+def positive(text: str) -> float:
+    """Return the positive number that an argument states."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return value
+
+
+def _shard(text: str) -> Shard:
+    from agssd.data_modules.build_folder import Shard
+
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no I/N with I from 0 to N - 1, for example 0/16")
+    return Shard(int(number), int(count))
 
 
 def _spacing(values: list[float] | None) -> tuple[float, float, float] | None:
@@ -328,19 +390,25 @@ def _write_key_map(path: Path, rows: list[tuple[str, str, str]]) -> None:
         raise ValueError(f"the cache is written, but not the key map {path}: {error.strerror}") from error
 
 
-def _print_summary(out: Path, infos: Sequence[CaseInfo], report: _Report, refused: int, ignored: int) -> None:
-    from agssd.scans.prepare import same_spacing
-
+def _print_guesses(report: _Report) -> None:
     for reason, paths in sorted(report.guesses.items()):
         names = ", ".join(path.name for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
         print(f"modality: {len(paths)} scans are {reason}: {names}")
+
+
+def print_summary(out: Path) -> None:
+    """Print what a cache holds."""
+    from agssd.data_modules.cache import VolumeCache
+    from agssd.scans.prepare import same_spacing
+
+    cache = VolumeCache(out)
+    infos = cache.cases
     parts = []
     for split in ("train", "val", "test"):
         cases = [info for info in infos if info.split == split]
         parts.append(f"{len(cases)} {split} ({len({info.subject for info in cases})} subjects)")
     voxels = sum(info.shape[0] * info.shape[1] * info.shape[2] * info.channels for info in infos)
     labelled = sum(info.label_values is not None for info in infos)
-    size = out.stat().st_size
     spacings = {info.modality: info.spacing_mm for info in reversed(infos)}  # of the first case of each
     if len(spacings) > 1 and not same_spacing(*spacings.values()):
         kinds = " and ".join(f"{kind} at {_numbers(spacings[kind])} mm" for kind in sorted(spacings))
@@ -348,8 +416,9 @@ def _print_summary(out: Path, infos: Sequence[CaseInfo], report: _Report, refuse
             f"note: {out} holds {kinds}, and one training takes one spacing: run agssd prepare once per --modality, or "
             "give one --spacing-mm"
         )
+    files = f" in {len(cache.files)} files" if len(cache.files) > 1 else ""
     print(f"{out}: {len(infos)} cases, {', '.join(parts)}; {labelled} with labels")
-    print(f"{size / 2**20:.1f} MiB, {voxels / 1e6:.1f} million voxels; {refused} refused, {ignored} files ignored")
+    print(f"{_bytes(cache.size_bytes())}{files}, {voxels / 1e6:.1f} million voxels")
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -146,6 +146,9 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
                 "dice_by_class": np.nanmean(np.stack(figures[name]), (0, 1)).tolist(),
                 "dice_by_seed": tables[name].mean(1).tolist(),
                 "dice_by_seed_and_subject": tables[name].tolist(),
+                "held_out_seen": [
+                    _seen(backbone, cache, rows) for known, backbone in encoders if known == name != RANDOM
+                ],
             }
             for name in tables
         },
@@ -190,7 +193,7 @@ def _encoders(args: argparse.Namespace) -> list[tuple[str, Backbone]]:
 def _check_contracts(
     encoders: Sequence[tuple[str, Backbone]], cache: VolumeCache, rows: Sequence[int], ignore: bool
 ) -> None:
-    from agssd.data_modules.pretrain import cache_contract
+    from agssd.data_modules.agreement import cache_contract
     from agssd.evaluation.contract import check_contract
 
     contract = cache_contract([cache.cases[row] for row in rows])
@@ -201,6 +204,17 @@ def _check_contracts(
             )
         if not ignore:
             check_contract(backbone.contract, contract, name, "--ignore-contract")
+
+
+def _seen(backbone: Backbone, cache: VolumeCache, rows: Sequence[int]) -> dict[str, int] | None:
+    """Return how many held-out subjects and copies of scans the encoder was trained on; None where nobody knows."""
+    from agssd.data_modules.leakage import overlap
+
+    seen = (backbone.contract or {}).get("seen")
+    if seen is None:
+        return None
+    found = overlap(seen, [cache], [(0, row) for row in rows])
+    return {"subjects": len(found.subjects), "near_duplicates": len(found.duplicates)}
 
 
 def _window(given: Sequence[int] | None, backbone: Backbone) -> Triple:
@@ -261,6 +275,15 @@ def print_report(report: dict[str, Any]) -> None:
         dice = row["dice"]
         classes = " ".join(f"{value:.3f}" for value in row["dice_by_class"])
         print(f"{name:<20}{row['seeds']:>6}{dice['mean']:>9.4f}{_interval(dice):>20}   {classes}")
+    for name, row in report["encoders"].items():
+        for found in row["held_out_seen"][:1]:  # seeds of one method are trained alike; the file holds all
+            told = "unknown how many" if found is None else str(found["subjects"])
+            copies = (
+                f" and of {found['near_duplicates']} further scans a copy" if found and found["near_duplicates"] else ""
+            )
+            print(
+                f"{name} has seen {told} of the {report['num_subjects']} held-out subjects in its own training{copies}"
+            )
     for row in report["differences"]:
         shown = "" if row["low"] > 0 or row["high"] < 0 else "   no difference shown"
         print(f"{row['first']} - {row['second']}: {row['mean']:+.4f} {_interval(row, '+')}{shown}")

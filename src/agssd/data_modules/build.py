@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agssd.data_modules.cache import CHUNK, FORMAT, SPLITS, VERSION, Affine, CaseInfo
+from agssd.data_modules.cache import CHUNK, FORMAT, INDEX_NAME, SPLITS, VERSION, Affine, CaseInfo
+from agssd.data_modules.chunk_reader import write_extents
 from agssd.scans.case import PreparedCase
+from agssd.scans.foreground import bounding_box
 
 LAYOUTS = ("chunks", "contiguous")
 FILTERS = ("blosc-lz4", "bitshuffle-lz4", "blosc2-lz4", "lz4", "none")
@@ -216,6 +218,10 @@ class CacheWriter:
         index = {"version": VERSION, "class_names": self.class_names, "cases": [info.to_json() for info in infos]}
         text = json.dumps(index, separators=(",", ":"), allow_nan=False).encode()
         try:
+            for group in self._file["cases"].values():
+                for name in ("image", "foreground", "label"):
+                    if name in group:
+                        write_extents(group, name)
             self._file.create_dataset("index", data=np.frombuffer(text, dtype=np.uint8))
             if salt_fingerprint is not None:
                 self._file.attrs["salt_fingerprint"] = salt_fingerprint
@@ -269,6 +275,7 @@ def case_info(case: PreparedCase, key: str, subject: str, split: str | None) -> 
         high=case.high,
         fill=tuple(int(channel.min()) for channel in case.image),
         edge_q99=case.edge_q99,
+        perceptual_hash=case.perceptual_hash,
         foreground_fraction=float(np.count_nonzero(case.foreground) / case.foreground.size),
         foreground_box=bounding_box(case.foreground),
         label_values=None if case.label is None else tuple(int(value) for value in np.unique(case.label)),
@@ -311,19 +318,10 @@ def chunk_fractions(foreground: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.asarray(counts / sizes, dtype=np.float32)
 
 
-def bounding_box(mask: NDArray[np.uint8]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Return [start, end) per axis of the non-zero voxels; the whole array where there are none."""
-    box = []
-    for axis, length in enumerate(mask.shape):
-        used = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        box.append((int(used[0]), int(used[-1]) + 1) if used.size else (0, int(length)))
-    return box[0], box[1], box[2]
-
-
 def check_place(path: Path, overwrite: bool) -> None:
     """Raise ValueError unless a cache can be written at ``path``."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; --out names the cache file itself, for example {path / 'scans.h5'}")
+    if path.is_dir() and not (path / INDEX_NAME).is_file():
+        raise ValueError(f"{path} is a folder; --out names the cache itself, for example {path / 'scans.h5'}")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another name or pass --overwrite")
     if not path.parent.is_dir():

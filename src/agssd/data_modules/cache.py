@@ -1,15 +1,21 @@
-"""The cache of volumes: one HDF5 file, read by crops, opened lazily in each process.
+"""The cache of volumes: one HDF5 file or a folder of them, read by crops, opened lazily in each process.
 
 Layout of the file: ``/cases/<key>`` holds ``image`` (C, D, H, W) int16, ``foreground`` (D, H, W) uint8, optionally
 ``label`` (D, H, W) uint8 or int16, all in compressed chunks of 32 voxels a side, and ``foreground_chunks``
-(cD, cH, cW) float32, the share of foreground in each chunk. ``/index`` is one JSON text with every ``CaseInfo``, so
-that opening costs one read however many cases there are. The attribute ``salt_fingerprint`` tells which salt made the
-keys; caches of early versions have none. ``agssd.data_modules.build`` writes it.
+(cD, cH, cW) float32, the share of foreground in each chunk. ``image_extents`` and the like say where the chunks lie in
+the file (``agssd.data_modules.chunk_reader``); a file without them is read through HDF5. ``/index`` is one JSON text
+with every ``CaseInfo``, so that opening costs one read however many cases there are. The attribute
+``salt_fingerprint`` tells which salt made the keys; caches of early versions have none. ``agssd.data_modules.build``
+writes it.
+
+A large set is a folder: ``index.json`` with every ``CaseInfo``, the names and sizes of the files, and which of them
+holds a case. Each of the files is a cache of its own.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
@@ -19,11 +25,13 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from agssd.data_modules.chunk_reader import open_chunks
 from agssd.types import Triple
 
 FORMAT = "agssd-cache"
 VERSION = 1
 CHUNK = 32
+INDEX_NAME = "index.json"
 Kind = Literal["image", "foreground", "label"]
 Affine = tuple[tuple[float, float, float, float], ...]
 SPLITS = ("train", "val", "test")
@@ -56,6 +64,8 @@ class CaseInfo:
         foreground_box: smallest box around the foreground, [start, end) per axis.
         label_values: sorted values in the label map, or None without one.
         class_index: row in ``VolumeCache.class_names``, or None without a class.
+        perceptual_hash: of the first channel, see ``agssd.scans.perceptual``; None where it would tell nothing, and in
+            caches of early versions.
     """
 
     key: str
@@ -79,6 +89,7 @@ class CaseInfo:
     foreground_box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     label_values: tuple[int, ...] | None = None
     class_index: int | None = None
+    perceptual_hash: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists, numbers and strings."""
@@ -96,13 +107,14 @@ def _tuples(value: Any) -> Any:
 
 
 class VolumeCache:
-    """Volumes of one cache file, read crop by crop.
+    """Volumes of one cache, read crop by crop.
 
-    No handle is open after construction: the file opens on the first read of each process and opens again after a
+    No handle is open after construction: a file opens on the first read of each process and opens again after a
     fork, so one object may be handed to any number of loader workers, by fork or by pickle.
 
     Attributes:
-        path: of the file.
+        path: of the file or folder.
+        files: the HDF5 files, one or several.
         class_names: names of the classes, in the order of their indices.
         cases: ordered by key.
         salt_fingerprint: equal in caches whose subject keys can be compared; None where it is not known.
@@ -114,13 +126,15 @@ class VolumeCache:
     def __init__(self, path: str | Path) -> None:
         """Read the index of the cache at ``path``."""
         self.path = Path(path)
-        index, self.salt_fingerprint = _read_index(self.path)
+        read = _read_folder_index if self.path.is_dir() else _read_index
+        index, self.salt_fingerprint, self.files = read(self.path)
         self.class_names: tuple[str, ...] = tuple(index["class_names"])
         self.cases: tuple[CaseInfo, ...] = tuple(CaseInfo.from_json(case) for case in index["cases"])
+        self._file_of: tuple[int, ...] = tuple(int(case.get("file", 0)) for case in index["cases"])
         self._reset()
 
     def _reset(self) -> None:
-        self._file: Any = None
+        self._handles: dict[int, tuple[Any, memoryview]] = {}  # by file: HDF5, and its bytes mapped into memory
         self._pid = -1
         self._open: OrderedDict[tuple[int, str], Any] = OrderedDict()
 
@@ -130,7 +144,7 @@ class VolumeCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the handles behind when pickled."""
-        names = ("path", "class_names", "cases", "salt_fingerprint")
+        names = ("path", "files", "class_names", "cases", "salt_fingerprint", "_file_of")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -203,9 +217,13 @@ class VolumeCache:
 
     def close(self) -> None:
         """Close what this process has open; the next read opens it again."""
-        if self._file is not None:
-            self._file.close()
+        for file, _ in self._handles.values():
+            file.close()
         self._reset()
+
+    def size_bytes(self) -> int:
+        """Return the bytes of its files."""
+        return sum(path.stat().st_size for path in self.files)
 
     def _slice(self, data: Any, case: int, what: str, box: tuple[Any, ...]) -> NDArray[Any]:
         try:
@@ -218,7 +236,8 @@ class VolumeCache:
 
     def _dataset(self, case: int, what: str) -> Any:
         if self._pid != os.getpid():
-            self._open_here()
+            self.close()  # what was inherited over a fork: closes this process's copy only
+            self._pid = os.getpid()
         handle = self._open.get((case, what))
         if handle is not None:
             return handle
@@ -226,32 +245,72 @@ class VolumeCache:
             raise ValueError(f"case is {case}; {self.path} has cases 0 to {len(self.cases) - 1}")
         name = f"cases/{self.cases[case].key}/{what}"
         try:
-            handle = self._file[name]
+            file, mapped = self._hdf5(self._file_of[case])
+            handle = file[name]
         except KeyError as error:
             raise ValueError(f"{self.path}: case {self.cases[case].key} has no {what!r}") from error
         if handle.chunks is None and handle.id.get_offset() is not None:  # voxels as they are, in one piece
-            handle = np.memmap(self.path, handle.dtype, "r", handle.id.get_offset(), handle.shape)
+            place = self.files[self._file_of[case]]
+            handle = np.memmap(place, handle.dtype, "r", handle.id.get_offset(), handle.shape)
+        elif handle.chunks is not None:
+            handle = open_chunks(handle.parent, what, mapped) or handle
         self._open[case, what] = handle
         while len(self._open) > _MAX_OPEN_CASES:
             self._open.popitem(last=False)
         return handle
 
-    def _open_here(self) -> None:
-        import h5py
-        import hdf5plugin  # noqa: F401  (registers the filters)
+    def _hdf5(self, number: int) -> tuple[Any, memoryview]:
+        handle = self._handles.get(number)
+        if handle is None:
+            import h5py
+            import hdf5plugin  # noqa: F401  (registers the filters)
 
-        if self._file is not None:
-            self._file.close()  # inherited over a fork: closes this process's copy of the handle only
-        self._reset()
-        try:
-            self._file = h5py.File(self.path, "r", locking=False, rdcc_nbytes=8 * CHUNK**3, rdcc_nslots=37, rdcc_w0=1.0)
-        except OSError as error:
-            raise ValueError(f"{self.path} cannot be opened as a cache: {error}") from error
-        self._pid = os.getpid()
+            path = self.files[number]
+            try:
+                file = h5py.File(path, "r", locking=False, rdcc_nbytes=8 * CHUNK**3, rdcc_nslots=37, rdcc_w0=1.0)
+                with path.open("rb") as plain:
+                    mapped = memoryview(mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ))
+            except OSError as error:
+                raise ValueError(f"{path} cannot be opened as a cache: {error}") from error
+            handle = self._handles[number] = (file, mapped)
+        return handle
 
 
-def _read_index(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Return the index and the fingerprint of the salt."""
+_Index = tuple[dict[str, Any], str | None, tuple[Path, ...]]
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version != VERSION:
+        raise ValueError(f"{path} is a cache of version {version}; this agssd reads version {VERSION}: rebuild it")
+
+
+def _read_folder_index(path: Path) -> _Index:
+    """Return the index of a folder, the fingerprint of its salt and its files, whose presence and size are checked."""
+    place = path / INDEX_NAME
+    if not place.is_file():
+        raise ValueError(
+            f"{path} is a folder and no agssd cache (it has no {INDEX_NAME}); build one with: agssd prepare"
+        )
+    try:
+        index = json.loads(place.read_bytes())
+        if index["format"] != FORMAT:
+            raise KeyError("format")
+        _check_version(path, int(index["version"]))
+        files = [(path / file["name"], int(file["bytes"])) for file in index["files"]]
+        fingerprint = index["salt_fingerprint"]
+    except OSError as error:
+        raise ValueError(f"{place} cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is a damaged cache: its {INDEX_NAME} cannot be read ({error}); rebuild it") from error
+    for file, size in files:
+        if not file.is_file() or file.stat().st_size != size:
+            state = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
+            raise ValueError(f"{path} is incomplete: {file.name} {state}, its index says {size} bytes; copy it again")
+    return index, fingerprint, tuple(file for file, _ in files)
+
+
+def _read_index(path: Path) -> _Index:
+    """Return the index of a file, the fingerprint of its salt, and the file."""
     import h5py
 
     if not path.is_file():
@@ -262,15 +321,12 @@ def _read_index(path: Path) -> tuple[dict[str, Any], str | None]:
         with h5py.File(path, "r", locking=False) as file:
             if file.attrs.get("format") != FORMAT:
                 raise ValueError(f"{path} is an HDF5 file but no agssd cache; build one with: agssd prepare")
-            version = int(file.attrs.get("version", 0))
-            if version != VERSION:
-                raise ValueError(
-                    f"{path} is a cache of version {version}; this agssd reads version {VERSION}: rebuild it"
-                )
+            _check_version(path, int(file.attrs.get("version", 0)))
             if not bool(file.attrs.get("complete", False)):
                 raise ValueError(f"{path} is an unfinished cache; build it again with: agssd prepare")
             fingerprint = file.attrs.get("salt_fingerprint")
-            return json.loads(bytes(file["index"][()])), None if fingerprint is None else str(fingerprint)
+            index = json.loads(bytes(file["index"][()]))
+            return index, None if fingerprint is None else str(fingerprint), (path,)
     except OSError as error:
         raise ValueError(f"{path} is a truncated or damaged cache ({error}); rebuild it") from error
     except (KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from agssd.data_modules.agreement import cache_contract, check_agreement, warn_of_subjects
 from agssd.data_modules.cache import CaseInfo, VolumeCache
 from agssd.data_modules.labelled import Item, LabelledVolumes, Row
-from agssd.data_modules.pretrain import cache_contract, check_agreement, warn_of_subjects
+from agssd.data_modules.leakage import check_leakage, record_after
 from agssd.data_modules.sampling import MicroBatches, micro_batch_size
-from agssd.data_modules.subsets import fold_subjects, nested_subset
+from agssd.data_modules.subsets import check_fold, fold_subjects, nested_subset
 from agssd.transforms.intensity import Appearance, to_model_range
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.types import LabelledBatch, Triple
@@ -51,9 +52,11 @@ class DownstreamDataModule(L.LightningDataModule):
         predict_split: split that ``agssd predict`` runs on; "all" for every case. Labels are not needed.
         num_workers: reading processes per device.
         pin_memory: page-locked batches where there is a GPU.
+        leakage: what happens where the encoder was pretrained on subjects, or on copies of scans, of val or test:
+            "error" or "warn". A fold of ``train`` is a leak too, unless pretraining left the same fold out.
 
     Raises:
-        ValueError: in ``setup``, for caches, subsets, folds or labels that cannot serve.
+        ValueError: in ``setup``, for caches, subsets, folds or labels that cannot serve, and for leakage.
     """
 
     kind: Literal["segmentation", "classification"]
@@ -77,6 +80,7 @@ class DownstreamDataModule(L.LightningDataModule):
         predict_split: Literal["train", "val", "test", "all"] = "test",
         num_workers: int = 2,
         pin_memory: bool = True,
+        leakage: Literal["error", "warn"] = "error",
     ) -> None:
         """Check what can be checked without a cache."""
         super().__init__()
@@ -93,6 +97,8 @@ class DownstreamDataModule(L.LightningDataModule):
         self.predict_split = predict_split
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.leakage = leakage
+        self._leakage_checked = False
         self.caches: list[VolumeCache] = []
         self.rows: list[Row] = []
         self.members: dict[str, list[int]] = {}
@@ -102,12 +108,7 @@ class DownstreamDataModule(L.LightningDataModule):
     def _check_arguments(self) -> None:
         if not self.cache:
             raise ValueError("data.cache is empty; name a cache written by `agssd prepare`")
-        if (self.num_folds is None) != (self.fold is None):
-            raise ValueError(f"data.num_folds is {self.num_folds} and data.fold {self.fold}; give both or neither")
-        if self.num_folds is not None and self.fold is not None and not 0 <= self.fold < self.num_folds:
-            raise ValueError(
-                f"data.fold is {self.fold}; with num_folds {self.num_folds} it is 0 to {self.num_folds - 1}"
-            )
+        check_fold(self.num_folds, self.fold)
         if any(axis not in (0, 1, 2) for axis in self.flip_axes):
             raise ValueError(f"data.flip_axes is {list(self.flip_axes)}; axes are 0 (D), 1 (H) and 2 (W)")
         if self.seed < 0:
@@ -130,6 +131,21 @@ class DownstreamDataModule(L.LightningDataModule):
         if check_data is not None:
             check_data(self.contract)
         self._check_stage(stage)
+        if stage != "predict" and not self._leakage_checked:
+            self._check_leakage()
+
+    def _check_leakage(self) -> None:
+        """Hold val and test, folds included, against what the encoder of the task has seen."""
+        task = getattr(self.trainer, "lightning_module", None)
+        contract = getattr(getattr(task, "backbone", None), "contract", None)
+        splits = {part: [self.rows[row] for row in self.members[part]] for part in ("val", "test")}
+        path = getattr(task, "encoder", None)
+        check_leakage(contract, f"the encoder {path}" if path else "the encoder", self.caches, splits, self.leakage)
+        self._leakage_checked = True
+
+    def seen_after(self, contract: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Return what the encoder of ``contract`` has seen after training here; see ``leakage.record_after``."""
+        return record_after(contract, self.caches, [self.rows[row] for row in self.members["train"]])
 
     def _take_from_task(self) -> None:
         """Fill what was left to the task: its number of classes and its window."""

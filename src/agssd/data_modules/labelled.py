@@ -12,17 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from agssd.data_modules.cache import CaseInfo, VolumeCache
-from agssd.data_modules.sampling import case_of_sample
+from agssd.data_modules.sampling import case_of_sample, keyed_generator
 from agssd.types import Triple
 
 Row = tuple[int, int]  # cache, case
 Item = dict[str, Tensor]
 _LABEL_CROP_STREAM, _VIEW_CROP_STREAM = 2, 3
 _MAX_VOXELS_PER_CLASS = 2048
-
-
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
 def _inside(wanted: Sequence[int], shape: Triple, crop_vox: Triple) -> Triple:
@@ -61,7 +57,7 @@ def label_crop_start(
     so that the voxel falls anywhere in the crop's middle half. Otherwise the crop is laid uniformly over the
     foreground box. Crops leave the volume only where it is smaller than the crop.
     """
-    rng = _generator(seed, _LABEL_CROP_STREAM, sample)
+    rng = keyed_generator(seed, _LABEL_CROP_STREAM, sample)
     if voxels and rng.random() < prob_label:
         places = voxels[sorted(voxels)[int(rng.integers(len(voxels)))]]
         voxel = places[int(rng.integers(len(places)))]
@@ -158,7 +154,7 @@ class LabelledVolumes(Dataset[Item]):
     def _start(self, row: int, cache: VolumeCache, case: int, info: CaseInfo, sample: int) -> Triple:
         assert self.crop_vox is not None
         if self.kind == "classification":
-            rng = _generator(self.seed, _VIEW_CROP_STREAM, sample)
+            rng = keyed_generator(self.seed, _VIEW_CROP_STREAM, sample)
             return view_crop_start(rng, info.shape, self.crop_vox, info.foreground_box)
         if row not in self._voxels:
             self._voxels[row] = label_voxels(self._classes(cache.read_whole(case, "label")))

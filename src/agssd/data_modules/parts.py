@@ -24,6 +24,7 @@ from agssd.data_modules.cache import VERSION, CaseInfo
 from agssd.scans.case import PreparedCase, RefusedError
 from agssd.scans.keys import case_key, subject_key
 from agssd.scans.prepare import Recipe, prepare_case
+from agssd.scans.read import Scan
 from agssd.scans.sources import Job
 
 
@@ -127,10 +128,10 @@ class Workshop:
         return Part(info, job.class_name, case.modality_reason, case.notes, stored)
 
 
-def prepare_or_refuse(job: Job, recipe: Recipe) -> PreparedCase | Refusal:
-    """Return the case of a job, or why there is none."""
+def prepare_or_refuse(job: Job, recipe: Recipe, seen: list[Scan] | None = None) -> PreparedCase | Refusal:
+    """Return the case of a job, or why there is none; ``seen`` as in ``prepare_case``."""
     try:
-        return prepare_case(job.paths, job.label, job.modality, recipe, job.series, job.volume)
+        return prepare_case(job.paths, job.label, job.modality, recipe, job.series, job.volume, seen)
     except RefusedError as error:
         return Refusal(str(error))
     except MemoryError:

@@ -2,107 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import lightning.pytorch as L
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from agssd.data_modules.cache import CaseInfo, VolumeCache
-from agssd.data_modules.sampling import (
-    MicroBatches,
-    case_of_sample,
-    check_padding,
-    crop_start,
-    micro_batch_size,
-)
-from agssd.scans.prepare import CT_RANGE_HU, MRI_PERCENTILES, same_spacing
+from agssd.data_modules.agreement import cache_contract, check_agreement, warn_of_subjects
+from agssd.data_modules.cache import VolumeCache
+from agssd.data_modules.leakage import seen_record
+from agssd.data_modules.mixing import Mixture, weights_by_temperature
+from agssd.data_modules.parents import ParentCrops
+from agssd.data_modules.quarantine import QuarantineList
+from agssd.data_modules.sampling import MicroBatches, check_padding, micro_batch_size
+from agssd.data_modules.subsets import check_fold, fold_subjects
 from agssd.types import ParentBatch, Triple
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_LOG = logging.getLogger(__name__)
-
-
-class ParentCrops(Dataset[dict[str, "Tensor"]]):
-    """Map-style dataset whose index is the number of a sample in the stream, so any index from 0 on is valid.
-
-    Args:
-        caches: open caches.
-        rows: (cache, case) of every case to draw from, all of one weight.
-        parent_vox: crop in voxels.
-        seed: of the stream.
-        prob_foreground: share of crops centred on foreground.
-        shuffle: each pass over the rows in a new order (training) or always in theirs (validation).
-    """
-
-    def __init__(
-        self,
-        caches: Sequence[VolumeCache],
-        rows: Sequence[tuple[int, int]],
-        parent_vox: Triple,
-        seed: int,
-        prob_foreground: float,
-        shuffle: bool,
-    ) -> None:
-        """Keep what a sample is computed from."""
-        self.caches = tuple(caches)
-        self.rows = tuple(rows)
-        self.parent_vox = parent_vox
-        self.seed = seed
-        self.prob_foreground = prob_foreground
-        self.shuffle = shuffle
-
-    def info(self, row: int) -> CaseInfo:
-        """Return what the cache says about case ``row``."""
-        cache, case = self.rows[row]
-        return self.caches[cache].cases[case]
-
-    def row_of(self, sample: int) -> int:
-        """Return the case of sample ``sample``."""
-        if self.shuffle:
-            return case_of_sample(self.seed, sample, len(self.rows))
-        return sample % len(self.rows)
-
-    def __getitem__(self, sample: int) -> dict[str, Tensor]:
-        """Return sample ``sample`` as a ParentBatch without its batch axis."""
-        row = self.row_of(sample)
-        cache_idx, case = self.rows[row]
-        cache, info = self.caches[cache_idx], self.info(row)
-        start = crop_start(
-            self.seed,
-            sample,
-            info.shape,
-            self.parent_vox,
-            _foreground_chunks(cache, case),
-            self.prob_foreground,
-        )
-        image = cache.read(case, start, self.parent_vox, "image")  # (C, D, H, W) int16
-        foreground = cache.read(case, start, self.parent_vox, "foreground")  # (D, H, W) uint8
-        return {
-            "image": torch.from_numpy(image),
-            "foreground": torch.from_numpy(foreground)[None],
-            "scale": torch.tensor(info.scale, dtype=torch.float32),
-            "offset": torch.tensor(info.offset, dtype=torch.float32),
-            "low": torch.tensor(info.low, dtype=torch.float32),
-            "high": torch.tensor(info.high, dtype=torch.float32),
-            "edge_q99": torch.tensor(info.edge_q99, dtype=torch.float32),
-            "is_ct": torch.tensor(info.modality == "ct"),
-            "spacing_mm": torch.tensor(info.spacing_mm, dtype=torch.float32),
-            "sample": torch.tensor(sample, dtype=torch.int64),
-            "case": torch.tensor(row, dtype=torch.int64),
-        }
-
-
-@lru_cache(maxsize=4096)
-def _foreground_chunks(cache: VolumeCache, case: int) -> np.ndarray:
-    return cache.foreground_chunks(case)
 
 
 class PretrainDataModule(L.LightningDataModule):
@@ -116,8 +31,8 @@ class PretrainDataModule(L.LightningDataModule):
     every case, so that the figures depend on the global batch only; without a ``val`` split there is none.
 
     Args:
-        cache: one path or several, written by ``agssd prepare``. Several are concatenated, each case with the same
-            weight; they must agree in channels and spacing.
+        cache: one path or several, written by ``agssd prepare``; they must agree in channels and spacing. Without
+            ``weights`` and ``temperature`` every case of all of them is drawn equally often.
         parent_vox: parent crop in voxels (D, H, W). Volumes that are smaller are padded on both sides.
         global_batch_size: samples per optimiser step over all devices and accumulated batches.
         num_workers: reading processes per device.
@@ -125,6 +40,16 @@ class PretrainDataModule(L.LightningDataModule):
         prob_foreground: share of crops centred on foreground rather than placed uniformly (source: ours).
         pin_memory: page-locked batches; takes effect where there is a GPU.
         prefetch: batches that each worker reads ahead.
+        weights: share of the samples that each cache gets, on any scale; exact in every 10 000 samples.
+        temperature: shares in proportion to (training cases of the cache) ** (1 / temperature): 1 draws every case
+            equally often, infinity every cache. Source: Arivazhagan et al. 2019, arXiv:1907.05019.
+        num_folds: with ``fold``, leave a fold of the ``train`` split out, by subject, to validate on it downstream with
+            the same two numbers and the same caches. Folds are cut from the subjects that have a label map or a class,
+            or from all where none has.
+        fold: the fold that is left out.
+        on_broken: what happens where a case cannot be read: "error" stops the run with its name; "quarantine" draws
+            the sample from another case of its cache, counts it (``data/replaced_samples``) and lists the case in
+            ``quarantine.csv`` of the run.
 
     Raises:
         ValueError: in ``setup``, for a missing, broken or unsuitable cache and for impossible sizes.
@@ -140,6 +65,11 @@ class PretrainDataModule(L.LightningDataModule):
         prob_foreground: float = 0.8,
         pin_memory: bool = True,
         prefetch: int = 2,
+        weights: list[float] | None = None,
+        temperature: float | None = None,
+        num_folds: int | None = None,
+        fold: int | None = None,
+        on_broken: Literal["error", "quarantine"] = "error",
     ) -> None:
         """Keep the settings; nothing is opened before ``setup``."""
         super().__init__()
@@ -152,9 +82,14 @@ class PretrainDataModule(L.LightningDataModule):
         self.prob_foreground = prob_foreground
         self.pin_memory = pin_memory
         self.prefetch = prefetch
+        self.weights, self.temperature = weights, temperature
+        self.num_folds, self.fold = num_folds, fold
+        self.on_broken = on_broken
+        self.quarantine: QuarantineList | None = None
         self.caches: list[VolumeCache] = []
         self.train_crops: ParentCrops | None = None
         self.val_crops: ParentCrops | None = None
+        self._seen: dict[str, Any] = {}
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -173,6 +108,9 @@ class PretrainDataModule(L.LightningDataModule):
                 f"data.num_workers is {self.num_workers} and data.prefetch {self.prefetch}; "
                 "give at least 0 workers and 1 batch"
             )
+        if self.weights is not None and self.temperature is not None:
+            raise ValueError("data.weights and data.temperature are both given; set one of them to null")
+        check_fold(self.num_folds, self.fold)
 
     # ------------------------------------------------------------------ setup
 
@@ -190,16 +128,39 @@ class PretrainDataModule(L.LightningDataModule):
         caches = [VolumeCache(path) for path in self.cache]
         check_agreement(caches)
         warn_of_subjects(caches)
-        train = [(i, case) for i, cache in enumerate(caches) for case in cache.select(split="train")]
+        train = self._without_fold(caches)
         val = [(i, case) for i, cache in enumerate(caches) for case in cache.select(split="val")]
         if not train:
             raise ValueError(f"no case of the split 'train' in data.cache {self.cache}; see `agssd inspect CACHE`")
         check_padding([caches[i].cases[case].shape for i, case in train], self.parent_vox)
         self._micro_batch_size()
-        self.caches = caches
-        self.train_crops = ParentCrops(caches, train, self.parent_vox, self.seed, self.prob_foreground, shuffle=True)
+        self.train_crops = self._crops(caches, train, shuffle=True)
         if val:
-            self.val_crops = ParentCrops(caches, val, self.parent_vox, self.seed, self.prob_foreground, shuffle=False)
+            self.val_crops = self._crops(caches, val, shuffle=False)
+        self.caches = caches
+        self._seen = seen_record(caches, train)
+        if self.on_broken == "quarantine":
+            self.quarantine = QuarantineList(Path(self.trainer.default_root_dir if self.trainer is not None else "."))
+
+    def _without_fold(self, caches: list[VolumeCache]) -> list[tuple[int, int]]:
+        """Return the cases of the ``train`` split, less those of the fold that is left out."""
+        rows = [(i, case) for i, cache in enumerate(caches) for case in cache.select(split="train")]
+        if self.num_folds is None or self.fold is None:
+            return rows
+        infos = [caches[i].cases[case] for i, case in rows]
+        known = [info.subject for info in infos if info.label_values is not None or info.class_index is not None]
+        held_out = set(fold_subjects(known or [info.subject for info in infos], self.num_folds)[self.fold])
+        return [row for row, info in zip(rows, infos, strict=True) if info.subject not in held_out]
+
+    def _crops(self, caches: list[VolumeCache], rows: list[tuple[int, int]], shuffle: bool) -> ParentCrops:
+        sizes = [sum(cache == source for cache, _ in rows) for source in range(len(caches))]
+        weights = self.weights if shuffle else None
+        if shuffle and self.temperature is not None:
+            weights = weights_by_temperature(sizes, self.temperature)
+        mixture = Mixture(self.seed, sizes, weights)
+        return ParentCrops(
+            caches, rows, self.parent_vox, self.seed, self.prob_foreground, mixture, shuffle, self.on_broken
+        )
 
     def _require_max_steps(self) -> None:
         if self.trainer is not None and self.trainer.max_steps < 1:
@@ -228,6 +189,11 @@ class PretrainDataModule(L.LightningDataModule):
         if self.train_crops is None:
             raise ValueError("the data module has not been set up; call setup('fit') before asking for its contract")
         return cache_contract([self.train_crops.info(row) for row in range(len(self.train_crops.rows))])
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """Return the record of the training cases that tells later whether a case was among them (after ``setup``)."""
+        return self._seen
 
     # ---------------------------------------------------------------- loaders
 
@@ -260,6 +226,33 @@ class PretrainDataModule(L.LightningDataModule):
         )
         return cast("DataLoader[ParentBatch]", loader)
 
+    # ------------------------------------------------------------------- log
+
+    def on_before_batch_transfer(self, batch: ParentBatch, dataloader_idx: int) -> ParentBatch:
+        """Note the broken cases of a batch."""
+        if self.quarantine is not None:
+            crops = self.train_crops if self.trainer is None or self.trainer.training else self.val_crops
+            assert crops is not None
+            for sample, rows in zip(batch["sample"].tolist(), batch["broken"].tolist(), strict=True):
+                for row in rows:
+                    if row >= 0:
+                        self.quarantine.note(sample, crops.rows[row][0], crops.info(row))
+                self.quarantine.num_replaced += rows[0] >= 0
+        return batch
+
+    def stream_figures(self, samples: int) -> dict[str, float]:
+        """Return, per cache by its number in ``cache``, the samples drawn among the first ``samples`` and its passes.
+
+        Keys: ``data/source0_samples`` and ``data/source0_passes``, samples over training cases, and so on.
+        """
+        assert self.train_crops is not None, "Lightning calls setup first"
+        mixture = self.train_crops.mixture
+        figures = {}
+        for source, drawn in enumerate(mixture.samples_per_source(samples)):
+            figures[f"data/source{source}_samples"] = float(drawn)
+            figures[f"data/source{source}_passes"] = drawn / max(mixture.sizes[source], 1)
+        return figures
+
     # ----------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
@@ -276,7 +269,14 @@ class PretrainDataModule(L.LightningDataModule):
             "parent_vox": list(self.parent_vox),
             "prob_foreground": self.prob_foreground,
             "num_cases": len(self.train_crops.rows) if self.train_crops is not None else 0,
+            "cases_per_cache": list(self.train_crops.mixture.sizes) if self.train_crops is not None else [],
+            "samples_per_cache_and_block": self._counts_per_block(),
         }
+
+    def _counts_per_block(self) -> list[int] | None:
+        """Return what ``weights`` or ``temperature`` came to; None without either, as in early checkpoints."""
+        counts = None if self.train_crops is None else self.train_crops.mixture.counts
+        return None if counts is None else list(counts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the stream of the checkpoint is this one; its place follows from ``trainer.global_step``.
@@ -285,108 +285,12 @@ class PretrainDataModule(L.LightningDataModule):
             ValueError: naming each setting that differs, since the run would go on with other samples.
         """
         now = self._stream()
+        before = {"samples_per_cache_and_block": None} | state_dict
         differing = [
-            f"{name} was {state_dict[name]}, is {now[name]}"
-            for name in now
-            if name in state_dict and state_dict[name] != now[name]
+            f"{name} was {before[name]}, is {now[name]}" for name in now if name in before and before[name] != now[name]
         ]
         if differing:
             raise ValueError(
                 f"the checkpoint was trained on another stream of samples: {'; '.join(differing)}; "
                 "resume with the settings of the run (its config.yaml), or start a new run"
             )
-
-
-def check_agreement(caches: Sequence[VolumeCache], modality: str | None = None) -> None:
-    """Refuse caches whose cases differ in channels or spacing.
-
-    Args:
-        caches: open caches.
-        modality: look at the cases of this one only.
-
-    Raises:
-        ValueError: naming a case of each kind, its cache and the remedy, or if there is no case at all.
-    """
-    cases = [(cache, cache.cases[row]) for cache in caches for row in cache.select(modality=modality)]
-    if not cases:
-        kind = "" if modality is None else f" of data.modality {modality}"
-        raise ValueError(
-            f"no cases{kind} in data.cache {[str(cache.path) for cache in caches]}; run `agssd prepare` again"
-        )
-    first_cache, first = cases[0]
-    for cache, info in cases:
-        inside = cache is first_cache
-        who = f"the cases of {cache.path}" if inside else "caches"
-        here, there = (
-            f"case {case.key} ({case.modality})" if inside else f"{place.path} (case {case.key}, {case.modality})"
-            for place, case in ((first_cache, first), (cache, info))
-        )
-        if info.channels != first.channels:
-            raise ValueError(
-                f"{who} disagree in channels: {here} has {first.channels}, {there} has {info.channels}; "
-                + ("prepare one cache for each number" if inside else "train on them separately")
-            )
-        if not same_spacing(info.spacing_mm, first.spacing_mm):
-            if info.modality != first.modality:
-                remedy = (
-                    "run `agssd prepare` once per --modality and train on one (a downstream task may choose with "
-                    "data.modality), or give all one --spacing-mm"
-                )
-            elif inside:
-                remedy = "prepare it again with one --spacing-mm"
-            else:
-                remedy = "prepare both with the same --spacing-mm"
-            raise ValueError(
-                f"{who} disagree in spacing: {here} has {list(first.spacing_mm)} mm, {there} has "
-                f"{list(info.spacing_mm)} mm; {remedy}"
-            )
-
-
-def warn_of_subjects(caches: Sequence[VolumeCache]) -> None:
-    """Warn where one person may be, or is, in different splits of joined caches.
-
-    Keys made with different salts, or with an unknown one, cannot be compared.
-    """
-    if len(caches) < 2:
-        return
-    names = ", ".join(str(cache.path) for cache in caches)
-    fingerprints = {cache.salt_fingerprint for cache in caches}
-    if None in fingerprints or len(fingerprints) > 1:
-        _LOG.warning(
-            "subjects cannot be matched across data.cache %s: their keys were made with different or unknown salts, so "
-            "one person may be in train of one and in val or test of another; prepare them with one salt file, "
-            "`agssd prepare --salt FILE`",
-            names,
-        )
-        return
-    splits: dict[str, set[str]] = defaultdict(set)
-    for cache in caches:
-        for info in cache.cases:
-            splits[info.subject].add(info.split)
-    torn = sorted(subject for subject, found in splits.items() if len(found) > 1)
-    if torn:
-        _LOG.warning(
-            "%d subjects are in different splits of data.cache %s, for example %s (%s); prepare all sources into one "
-            "cache, `agssd prepare SOURCE SOURCE --out CACHE`",
-            len(torn),
-            names,
-            torn[0],
-            ", ".join(sorted(splits[torn[0]])),
-        )
-
-
-def cache_contract(cases: Sequence[CaseInfo]) -> dict[str, Any]:
-    """Return the preprocessing contract of ``cases``, see :attr:`PretrainDataModule.contract`."""
-    modalities = sorted({info.modality for info in cases})
-    rules: dict[str, dict[str, Any]] = {
-        # Source: docs/method.md §1.5, intensity
-        "ct": {"rule": "window", "low": CT_RANGE_HU[0], "high": CT_RANGE_HU[1], "range": [0.0, 1.0]},
-        "mri": {"rule": "foreground_percentiles", "percentiles": list(MRI_PERCENTILES), "range": [-1.0, 1.0]},
-    }
-    return {
-        "spacing_mm": [float(s) for s in cases[0].spacing_mm],
-        "orientation": "SAR",
-        "modality": modalities[0] if len(modalities) == 1 else "mixed",
-        "intensity": {modality: rules[modality] for modality in modalities},
-        "channels": int(cases[0].channels),
-    }

@@ -18,24 +18,24 @@ _PASS_STREAM, _CROP_STREAM = 0, 1
 CHUNK_VOX = 32  # edge of the cache's chunks, to which ``foreground_chunks`` refers
 
 
-def _generator(*key: int) -> np.random.Generator:
+def keyed_generator(*key: int) -> np.random.Generator:
     """Return a generator that depends on ``key`` (non-negative integers) alone."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
-@lru_cache(maxsize=4)
-def _pass_order(seed: int, pass_number: int, num_cases: int) -> np.ndarray:
-    return _generator(seed, _PASS_STREAM, pass_number).permutation(num_cases)
+@lru_cache(maxsize=64)
+def _pass_order(seed: int, pass_number: int, num_cases: int, source: int) -> np.ndarray:
+    return keyed_generator(seed, _PASS_STREAM, pass_number, source).permutation(num_cases)
 
 
-def case_of_sample(seed: int, sample: int, num_cases: int) -> int:
+def case_of_sample(seed: int, sample: int, num_cases: int, source: int = 0) -> int:
     """Return the case in [0, num_cases) of sample ``sample``.
 
     Every pass of ``num_cases`` samples is a permutation of the cases, so each case weighs the same whatever cache it
-    came from; the permutation is a function of (seed, number of the pass).
+    came from; the permutation is a function of (seed, number of the pass, source).
     """
     pass_number, position = divmod(sample, num_cases)
-    return int(_pass_order(seed, pass_number, num_cases)[position])
+    return int(_pass_order(seed, pass_number, num_cases, source)[position])
 
 
 def crop_start(
@@ -61,7 +61,7 @@ def crop_start(
         foreground_chunks: (cD, cH, cW) float, share of foreground in each chunk of 32 voxels.
         prob_foreground: in [0, 1].
     """
-    rng = _generator(seed, _CROP_STREAM, sample)
+    rng = keyed_generator(seed, _CROP_STREAM, sample)
     room = [volume - crop for volume, crop in zip(shape, parent_vox, strict=True)]
     uniform = [int(rng.integers(0, max(free, 0) + 1)) for free in room]
     weights = np.asarray(foreground_chunks, dtype=np.float64).ravel()

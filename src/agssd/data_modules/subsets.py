@@ -31,6 +31,18 @@ def fold_subjects(subjects: Iterable[str], num_folds: int, seed: int = 0) -> lis
     return [sorted(ordered[fold::num_folds]) for fold in range(num_folds)]
 
 
+def check_fold(num_folds: int | None, fold: int | None) -> None:
+    """Refuse ``data.num_folds`` without ``data.fold`` and folds that do not exist.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if (num_folds is None) != (fold is None):
+        raise ValueError(f"data.num_folds is {num_folds} and data.fold {fold}; give both or neither")
+    if num_folds is not None and fold is not None and not 0 <= fold < num_folds:
+        raise ValueError(f"data.fold is {fold}; with num_folds {num_folds} it is 0 to {num_folds - 1}")
+
+
 def nested_subset(
     subjects: Iterable[str], num_subjects: int | None = None, label_fraction: float | None = None, seed: int = 0
 ) -> list[str]:

@@ -216,11 +216,12 @@ class PretrainModule(L.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what ``agssd export`` needs, in plain types."""
         data = getattr(self._trainer, "datamodule", None)
+        contract, seen = getattr(data, "contract", None), getattr(data, "seen", None)
         checkpoint["agssd"] = {
             "method": f"{type(self).__module__}.{type(self).__qualname__}",
             "backbone": self.backbone.config,
             "state_prefix": f"{'teacher' if self.has_teacher else 'student'}.backbone.",
-            "contract": getattr(data, "contract", None),
+            "contract": contract if contract is None or seen is None else contract | {"seen": seen},
         }
 
 

@@ -33,6 +33,7 @@ class PreparedCase:
         low: per channel, low end of the model's range.
         high: per channel, high end.
         edge_q99: per channel.
+        perceptual_hash: of the first channel, see ``agssd.scans.perceptual``, or None where it would tell nothing.
         modality_reason: why the modality was decided so, or None where it was given.
         notes: what the user should know of this scan.
     """
@@ -51,5 +52,6 @@ class PreparedCase:
     low: tuple[float, ...]
     high: tuple[float, ...]
     edge_q99: tuple[float, ...]
+    perceptual_hash: str | None = None
     modality_reason: str | None = None
     notes: tuple[str, ...] = ()

@@ -67,6 +67,14 @@ def data_files(path: Path) -> list[Path]:
     return [path]
 
 
+def lacks_data(path: Path) -> bool:
+    """Return whether a text header (MetaImage, NRRD) names one data file beside it that is not there."""
+    detached = _detached(path) if suffix_of(path) in (".mhd", ".nhdr") else None
+    if detached is None or detached.name.startswith(("LOCAL", "LIST")) or "%" in detached.name:
+        return False
+    return not detached.is_file()
+
+
 def _detached(path: Path) -> Path | None:
     """Return the data file that a text header names, or None."""
     try:
@@ -102,8 +110,12 @@ def list_folder(folder: Path) -> Listing:
     dicom: list[Path] = []
     refused: list[tuple[Path, str]] = []
     ignored = 0
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+    def note(error: OSError) -> None:
+        refused.append((Path(error.filename), f"this folder cannot be listed: {error.strerror}"))
+
+    for root, folders, names in os.walk(folder, onerror=note, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _leads_back(root, name))
         for name in sorted(names):
             path = Path(root) / name
             suffix = suffix_of(path)
@@ -123,6 +135,12 @@ def list_folder(folder: Path) -> Listing:
             else:
                 ignored += 1
     return Listing(sorted(scans), sorted(dicom), sorted(refused), ignored)
+
+
+def _leads_back(root: str, name: str) -> bool:
+    """Return whether a subfolder is a link to a folder that it lies in."""
+    place = os.path.join(root, name)
+    return os.path.islink(place) and Path(os.path.realpath(root)).is_relative_to(os.path.realpath(place))
 
 
 def _has_data(header: Path) -> bool:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from agssd.scans.bids import modality_of, owners_by_name, set_aside, why_no_image
 from agssd.scans.case import RefusedError
 from agssd.scans.decathlon import read_dataset
-from agssd.scans.files import list_folder, stem_of
+from agssd.scans.files import Listing, list_folder, stem_of
 from agssd.scans.jobs import Job, Plan, add_series, subject_of
 from agssd.scans.read import canonical_geometry
 
@@ -29,7 +30,7 @@ def add_folder(
     pet: bool = False,
 ) -> None:
     """Add the scans of a folder, searched recursively, to the plan; files that match ``globs`` are labels."""
-    scans, dicom, refused, ignored = list_folder(folder)
+    scans, dicom, refused, ignored = _without_derivatives(plan, folder, list_folder(folder), globs)
     plan.refused += refused
     plan.ignored += ignored
     listed: dict[Path, Job] = {}
@@ -41,7 +42,13 @@ def add_folder(
         plan.ignored -= 1
     free = [path for path in scans if path not in spoken_for]
     named = [path for path in free if _matches(path, folder, globs)]
-    images = [path for path in scans if path in listed or (path not in spoken_for and path not in named)]
+    images = [path for path in scans if path in listed]
+    for path in sorted({*free} - {*named}):
+        reason = why_no_image(path, pet)
+        if reason is None:
+            images.append(path)
+        else:
+            plan.refused.append((path, reason))
     series = {job.paths[0]: job for job in add_series(plan, dicom, folder, pattern, pet)}
     taken = {path: job.label for path, job in listed.items() if job.label}
     label_of = _pair(plan, named, [*images, *series], taken)
@@ -57,7 +64,7 @@ def add_folder(
                 continue
             if pattern is None and path in persons and name == default:
                 by_folder.append(name)
-            job = Job((path,), name)
+            job = Job((path,), name, modality=modality or modality_of(path))
         plan.jobs.append(replace(job, label=job.label or label_of.get(path)))
     plan.jobs += [replace(job, label=label_of.get(path)) for path, job in series.items()]
     if len(by_folder) > len(set(by_folder)):
@@ -65,6 +72,23 @@ def add_folder(
             f"{folder}: {len(by_folder)} files taken as {len(set(by_folder))} subjects by folder; "
             "use --subject REGEX if a file is a subject"
         )
+
+
+def _without_derivatives(plan: Plan, folder: Path, listing: Listing, globs: Sequence[str]) -> Listing:
+    """Return the listing without what BIDS sets aside, labels excepted, and say so in the plan."""
+    aside = set_aside([*listing.scans, *listing.dicom, *(path for path, _ in listing.refused)], folder)
+    aside -= {path for path in listing.scans if _matches(path, folder, globs)}
+    if aside:
+        plan.notes.append(
+            f"{folder}: {len(aside)} files in derivatives/ and sourcedata/ are left out; name such a folder as a "
+            "source to prepare it"
+        )
+    return Listing(
+        [path for path in listing.scans if path not in aside],
+        [path for path in listing.dicom if path not in aside],
+        [(path, reason) for path, reason in listing.refused if path not in aside],
+        listing.ignored,
+    )
 
 
 def _matches(path: Path, folder: Path, globs: Sequence[str]) -> bool:
@@ -94,7 +118,8 @@ def _pair(plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, 
     """Return the label of each image.
 
     A label belongs to the image of the same name in another folder, else to the image of its folder whose name is the
-    longest beginning of its own, else to all images of its folder that lie on its grid.
+    longest beginning of its own, else to those that its BIDS name names, else to all images of its folder that lie on
+    its grid.
     """
     by_stem: dict[str, list[Path]] = defaultdict(list)
     by_folder: dict[Path, list[Path]] = defaultdict(list)
@@ -104,6 +129,7 @@ def _pair(plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, 
         if image.is_dir():  # a DICOM series, beside which or in which its label may lie
             by_folder[image].append(image)
     chosen = dict(taken)
+    by_name = owners_by_name(images, _same_grid)
     for label in labels:
         owners = [image for image in by_stem[stem_of(label)] if image.parent != label.parent]
         if len(owners) > 1:
@@ -112,6 +138,7 @@ def _pair(plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, 
             starts = [image for image in by_folder[label.parent] if stem_of(label).startswith(stem_of(image))]
             longest = max((len(stem_of(image)) for image in starts), default=0)
             owners = [image for image in starts if len(stem_of(image)) == longest]
+        owners = owners or by_name(label)
         if not owners:
             owners = [image for image in by_folder[label.parent] if _same_grid(image, label)]
         free = [image for image in owners if image not in chosen]

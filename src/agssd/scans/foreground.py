@@ -118,3 +118,12 @@ def _fill_slices(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     from scipy import ndimage
 
     return np.stack([ndimage.binary_fill_holes(axial) for axial in mask])
+
+
+def bounding_box(mask: NDArray[np.uint8]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Return [start, end) per axis of the non-zero voxels; the whole array where there are none."""
+    box = []
+    for axis, length in enumerate(mask.shape):
+        used = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        box.append((int(used[0]), int(used[-1]) + 1) if used.size else (0, int(length)))
+    return box[0], box[1], box[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -42,7 +43,7 @@ def add_manifest(plan: Plan, path: Path, pattern: re.Pattern[str] | None, pet: b
     unknown = [name for name in columns if name not in COLUMNS]
     if unknown:
         plan.notes.append(f"manifest {path}: columns not used: {', '.join(unknown)}; known are {', '.join(COLUMNS)}")
-    seen: dict[tuple[Path | str, ...], int] = {}
+    seen: dict[tuple[str, ...], int] = {}
     split_of: dict[str, tuple[int, str]] = {}
     for line, row in rows:
         names = [name.strip() for name in row["path"].split(";") if name.strip()]
@@ -55,7 +56,7 @@ def add_manifest(plan: Plan, path: Path, pattern: re.Pattern[str] | None, pet: b
         if volume and not volume.isdecimal():
             errors.append((line, "volume", f"{volume!r} is no number from 0"))
             volume = ""
-        same = seen.setdefault((*(given.resolve() for given in paths), volume), line)
+        same = seen.setdefault((*(os.path.realpath(given) for given in paths), volume), line)
         if same != line:
             errors.append((line, "path", f"{row['path']} stands in line {same} already"))
         elif len(set(paths)) < len(paths):

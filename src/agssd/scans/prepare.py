@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from agssd.scans.case import PreparedCase, RefusedError
 from agssd.scans.dicom import Series
 from agssd.scans.foreground import constant_background, ct_foreground, mri_foreground, stripped_foreground
+from agssd.scans.perceptual import perceptual_hash
 from agssd.scans.read import MAX_SHEAR, Scan, looks_like_labels, read_scan, shear_degrees
 from agssd.types import Triple
 
@@ -59,6 +60,7 @@ def prepare_case(
     recipe: Recipe | None = None,
     series: Series | None = None,
     volume: int | None = None,
+    seen: list[Scan] | None = None,
 ) -> PreparedCase:
     """Return a scan made ready for the cache.
 
@@ -69,12 +71,13 @@ def prepare_case(
         recipe: how to prepare it.
         series: the DICOM series that the one path stands for, or None.
         volume: which volume, from 0, of files and series that hold several.
+        seen: gets every image as it was read, also of a scan that is refused then; for who wants to look at it.
 
     Raises:
         RefusedError: a file cannot be used; the message is the reason.
     """
     recipe = recipe or Recipe()
-    scans = [_read_image(path, volume, series, recipe.unshear) for path in paths]
+    scans = [_read_image(path, volume, series, recipe.unshear, seen) for path in paths]
     first = right_angled(canonical(scans[0]))
     volumes = [first] + [
         _on_same_grid(right_angled(canonical(scan)), first, path)
@@ -125,6 +128,7 @@ def prepare_case(
         low=low,
         high=high,
         edge_q99=edge_constants(image, scale, offset, foreground, spacing, modality == "ct"),
+        perceptual_hash=perceptual_hash(image[0] * scale[0] + offset[0], foreground, low[0], high[0]),
         modality_reason=reason,
         notes=tuple(note for scan in scans for note in scan.notes),
     )
@@ -275,8 +279,10 @@ def _digest(digests: list[str]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _read_image(path: Path, volume: int | None, series: Series | None, sheared: bool) -> Scan:
+def _read_image(path: Path, volume: int | None, series: Series | None, sheared: bool, seen: list[Scan] | None) -> Scan:
     scan = read_scan(path, volume, series, sheared)
+    if seen is not None:
+        seen.append(scan)
     if looks_like_labels(scan.array):
         raise RefusedError("looks like a label map; name label files with --labels or in a manifest")
     return scan
@@ -290,8 +296,10 @@ def _read_label(path: Path, image: Volume, sheared: bool) -> Volume:
     array = scan.array
     if array.dtype.kind == "f" and not np.array_equal(array, np.round(array)):
         raise RefusedError(f"its label {path} holds values that are no integers")
-    if array.min() < 0 or array.max() > np.iinfo(np.int16).max:
-        raise RefusedError(f"its label {path} holds values outside 0 to 32767")
+    if array.min() < 0:
+        raise RefusedError(f"its label {path} holds values below 0, down to {int(array.min())}")
+    if array.max() > np.iinfo(np.int16).max:
+        raise RefusedError(f"its label {path} holds values above 32767, up to {int(array.max())}")
     volume = right_angled(canonical(scan), nearest=True)
     volume.array = volume.array.astype(np.uint8 if array.max() < 256 else np.int16)
     return _on_same_grid(volume, image, path, "its label")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import stat
 import zlib
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 
 from agssd.scans.case import RefusedError
 from agssd.scans.dicom import Series, series_at, series_reason
-from agssd.scans.files import READABLE, REFUSED, data_files, holds_dicom, suffix_of
+from agssd.scans.files import READABLE, REFUSED, data_files, holds_dicom, lacks_data, suffix_of
 
 MIN_SPACING_MM = 0.01
 MAX_SPACING_MM = 100.0
+MAX_EXTENT_MM = 4000.0  # along one axis
 _TAKEN = "one of several volumes is taken:"
 MAX_SHEAR = 1e-3  # largest |cosine| between two axes of a grid that still counts as right-angled
 
@@ -68,7 +70,10 @@ def read_scan(path: Path, volume: int | None = None, series: Series | None = Non
         digest = hashlib.sha256()
         files = data_files(path)
         for file in files:
-            if file.stat().st_size == 0:
+            facts = file.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                raise RefusedError("no regular file")
+            if facts.st_size == 0:
                 raise RefusedError("empty file")
             digest.update(file.read_bytes())
     except OSError as error:
@@ -79,13 +84,24 @@ def read_scan(path: Path, volume: int | None = None, series: Series | None = Non
     elif suffix in READABLE:
         array, affine, modality, notes = _read_itk(path, volume)
     else:
-        raise RefusedError(REFUSED.get(suffix, f"files of type {suffix or 'without extension'} are not read"))
+        raise RefusedError(_why_not_read(path, suffix))
     _check_affine(affine, sheared)
+    _check_extent(array.shape, affine)
     _check_values(array)
     sha256 = digest.hexdigest()
     if any(note.startswith(_TAKEN) for note in notes):
         sha256 = hashlib.sha256(f"{sha256} volume {volume}".encode()).hexdigest()
     return Scan(array, affine, sha256, modality, tuple(notes))
+
+
+def _why_not_read(path: Path, suffix: str) -> str:
+    with path.open("rb") as file:
+        start = file.read(8)
+    if suffix in (".hdr", ".hdr.gz"):
+        return "a header; name its .img"
+    if suffix not in REFUSED and start == b"\x89HDF\r\n\x1a\n":
+        return "an HDF5 file, such as an agssd cache, is no scan"
+    return REFUSED.get(suffix, f"files of type {suffix or 'without extension'} are not read")
 
 
 def _read_series(series: Series, volume: int | None, sheared: bool) -> Scan:
@@ -94,6 +110,7 @@ def _read_series(series: Series, volume: int | None, sheared: bool) -> Scan:
     try:
         array, affine, sha256, notes = read_series(series.files, series.modality, volume)
         _check_affine(affine, sheared, "gantry tilt: slices are stacked {:.1f} degrees off their normal")
+        _check_extent(array.shape, affine)
         _check_values(array)
     except RefusedError as error:
         raise RefusedError(series_reason(series.files, str(error))) from error
@@ -120,6 +137,7 @@ def _read_nifti(
             data = path.read_bytes()
             if data[:2] == b"\x1f\x8b":
                 data = gzip.decompress(data)  # to the end, so that its checksum is verified
+            _check_header(data)
             image = (nib.Nifti2Image if _is_nifti2(data) else nib.Nifti1Image).from_bytes(data)
         if not isinstance(image, nib.Nifti1Pair):
             raise RefusedError("Analyze 7.5 has no orientation, so left and right are unknown; convert it to NIfTI")
@@ -135,7 +153,7 @@ def _read_nifti(
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise RefusedError(f"truncated or damaged: {error}") from error
     except (ImageFileError, HeaderDataError, WrapStructError) as error:
-        raise RefusedError("no valid NIfTI header: the file is truncated, damaged or of another type") from error
+        raise RefusedError(f"no valid NIfTI header: {_first_line(error)}") from error
     except RefusedError:
         raise
     except (OSError, ValueError, TypeError, MemoryError) as error:
@@ -184,6 +202,19 @@ def _itk_affine(image: Any) -> NDArray[np.float64]:
     return affine
 
 
+def _check_header(data: bytes) -> None:
+    """Refuse what is no NIfTI file in one piece, before nibabel tries to mend it."""
+    size = 540 if _is_nifti2(data) else 348
+    if len(data) < size:
+        raise RefusedError(f"cut off within its header: {len(data)} bytes, of which the header alone takes {size}")
+    if size == 348 and data[:4] not in (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c"):
+        raise RefusedError("no NIfTI file: its header does not begin with its size")
+    mark = data[4:8] if size == 540 else data[344:348]
+    if mark[:3] not in (b"n+1", b"n+2"):
+        text = mark.rstrip(b"\0").decode("ascii", "replace")
+        raise RefusedError(f"no NIfTI file: its mark is {text!r}, not 'n+1' or 'n+2'")
+
+
 def _is_nifti2(data: bytes) -> bool:
     return data[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
 
@@ -216,7 +247,9 @@ def _nifti_notes(image: Any) -> list[str]:
             gap = np.abs(corners @ (header.get_sform() - header.get_qform()).T).max()
         except ValueError:
             return [*notes, "the qform is invalid; the sform is used"]
-        if gap > 0.5 * min(header.get_zooms()[:3]):
+        if np.linalg.det(header.get_sform()[:3, :3]) * np.linalg.det(header.get_qform()[:3, :3]) < 0:
+            notes.append("sform and qform differ in handedness: one of them swaps left and right; the sform is used")
+        elif gap > 0.5 * min(header.get_zooms()[:3]):
             notes.append(f"sform and qform disagree by up to {gap:.1f} mm; the sform is used")
     return notes
 
@@ -224,6 +257,8 @@ def _nifti_notes(image: Any) -> list[str]:
 def _read_itk(path: Path, volume: int | None) -> tuple[NDArray[Any], NDArray[np.float64], str | None, list[str]]:
     sitk: Any = import_module("SimpleITK")
 
+    if lacks_data(path):
+        raise RefusedError("the data file that its header names is missing")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -306,7 +341,9 @@ def _check_affine(
     if not np.isfinite(affine).all():
         raise RefusedError("its affine has NaN or infinite entries")
     spacing = np.sqrt((axes**2).sum(axis=0))
-    if spacing.min() == 0 or abs(np.linalg.det(axes / np.maximum(spacing, 1e-30))) < 1e-3:
+    if spacing.min() == 0:
+        raise RefusedError(f"its affine is degenerate: the spacing along axis {int(spacing.argmin()) + 1} is 0")
+    if abs(np.linalg.det(axes / np.maximum(spacing, 1e-30))) < 1e-3:
         raise RefusedError("its affine is degenerate: the axes do not span space")
     if spacing.min() < MIN_SPACING_MM or spacing.max() > MAX_SPACING_MM:
         text = " x ".join(f"{value:.3g}" for value in spacing)
@@ -314,6 +351,13 @@ def _check_affine(
     shear = shear_degrees(affine)
     if not sheared and shear > np.degrees(MAX_SHEAR):
         raise RefusedError(f"{reason.format(shear)}; --unshear resamples it")
+
+
+def _check_extent(shape: tuple[int, ...], affine: NDArray[np.float64]) -> None:
+    extent = np.asarray(shape) * np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    if extent.max() > MAX_EXTENT_MM:
+        text = " x ".join(f"{value:.0f}" for value in extent)
+        raise RefusedError(f"its field of view of {text} mm is larger than any body ({MAX_EXTENT_MM:.0f} mm)")
 
 
 def shear_degrees(affine: NDArray[np.float64]) -> float:
@@ -326,7 +370,9 @@ def _check_values(array: NDArray[Any]) -> None:
     if array.dtype.kind == "f":
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
-            raise RefusedError(f"{bad} voxels are NaN or infinite")
+            nan = int(np.count_nonzero(np.isnan(array)))
+            kind = "NaN" if nan == bad else "NaN or infinite" if nan else "infinite"
+            raise RefusedError(f"{bad} voxels are {kind}")
     low, high = array.min(), array.max()
     if low == high:
         raise RefusedError("all voxels are 0" if low == 0 else f"constant: all voxels are {float(low):g}")

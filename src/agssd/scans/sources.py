@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def plan_sources(
 
     Raises:
         ValueError: a source is missing, a manifest or dataset.json is malformed, the expression is invalid, or one
-            subject is in two splits.
+            subject is in two splits or none in train.
     """
     try:
         pattern = re.compile(subject) if subject is not None else None
@@ -46,7 +47,11 @@ def plan_sources(
     plan = Plan()
     for source in sources:
         if source.is_dir():
+            before = len(plan.jobs) + len(plan.refused), plan.ignored
             add_folder(plan, source, labels, pattern, modality, pet)
+            if len(plan.jobs) + len(plan.refused) == before[0]:
+                others = plan.ignored - before[1]
+                plan.notes.append(f"{source} holds no scans: {f'{others} files of other types' if others else 'empty'}")
         elif not source.exists():
             raise ValueError(f"source {source} does not exist")
         elif source.suffix.lower() == ".csv":
@@ -82,10 +87,10 @@ def _refuse_other(plan: Plan, modality: str) -> None:
 
 def _check_repeats(plan: Plan) -> None:
     """Refuse a file that is named twice."""
-    counts: Counter[tuple[Path | int | None, ...]] = Counter()
+    counts: Counter[tuple[str | int | None, ...]] = Counter()
     kept = []
     for job in plan.jobs:
-        identity = (*(path.resolve() for path in job.paths), job.volume)
+        identity = (*(os.path.realpath(path) for path in job.paths), job.volume)
         counts[identity] += 1
         if counts[identity] > 1:
             plan.refused.append((job.paths[0], "named twice; it is cached once"))
@@ -102,3 +107,5 @@ def _check_splits(jobs: Sequence[Job]) -> None:
                 f"subject {job.subject!r} is in two splits, {given[job.subject]} and {job.split}; "
                 "all scans of a subject must be in one"
             )
+    if jobs and all(job.split in ("val", "test") for job in jobs):
+        raise ValueError("every case is in split val or test; at least one subject must be in train")

@@ -32,12 +32,12 @@ def random_like(encoder: Backbone, seed: int) -> Backbone:
     """Return an encoder of the same configuration with fresh weights, in evaluation mode.
 
     The weights depend on ``seed`` alone and the global random state stays as it was. The contract is that of
-    ``encoder``: both want the same data.
+    ``encoder``, both want the same data, but the new one has seen nothing.
     """
     module, _, name = encoder.config["class_path"].rpartition(".")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = getattr(import_module(module), name)(**encoder.config["init_args"])
     assert isinstance(fresh, Backbone)
-    fresh.contract = encoder.contract
+    fresh.contract = None if encoder.contract is None else {**encoder.contract, "seen": None}
     return fresh.eval()

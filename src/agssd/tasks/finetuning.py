@@ -161,11 +161,16 @@ class DownstreamTask(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave what rebuilds and exports the encoder, in plain types."""
+        data = getattr(self.trainer, "datamodule", None)
+        contract = self.backbone.contract or getattr(data, "contract", None)
+        seen_after = getattr(data, "seen_after", None)
+        if contract is not None and seen_after is not None and not self.freeze_encoder:
+            contract = contract | {"seen": seen_after(self.backbone.contract)}
         checkpoint["agssd"] = {
             "method": f"{type(self).__module__}.{type(self).__qualname__}",
             "backbone": self.backbone.config,
             "state_prefix": "backbone.",
-            "contract": self.backbone.contract or getattr(getattr(self.trainer, "datamodule", None), "contract", None),
+            "contract": contract,
         }
 
     def gather_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,247 @@
+"""Look for what is wrong with scans or with a cache, before a training does."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agssd.commands.doctor.across import Found, Member
+    from agssd.commands.doctor.examine import Examined
+    from agssd.commands.doctor.page import Report
+    from agssd.scans.jobs import Plan
+    from agssd.scans.quarantine import Entry
+
+EXIT_FOUND = 3
+_EXAMPLES = 2  # per check on the terminal, without --all
+_MIGHT_BE_RIGHT = ("label-map", "not-used", "missing", "memory")  # no fault of the scan: never put into quarantine
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``agssd doctor``."""
+    parser.add_argument(
+        "source", nargs="+", type=Path, help="files, folders (searched recursively) and CSV manifests; or one cache"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html and findings.csv there")
+    parser.add_argument("--names", action="store_true", help="show paths in report.html too, not only in findings.csv")
+    parser.add_argument("--all", action="store_true", help="print every finding, not only some of each kind")
+    parser.add_argument("--modality", choices=("ct", "mri", "auto"), default="auto", help="default: decide per file")
+    parser.add_argument(
+        "--labels",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="files whose name (with a slash: relative path) matches are label maps; may be repeated",
+    )
+    parser.add_argument(
+        "--subject",
+        metavar="REGEX",
+        help="searched in the relative path; its first group, or the match, is the subject",
+    )
+    parser.add_argument(
+        "--label-values",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="values that labels may hold; any other is an error. Without it those are named that few cases hold",
+    )
+    parser.add_argument(
+        "--quarantine",
+        type=Path,
+        metavar="FILE.csv",
+        help="write the scans with errors there, for agssd prepare --quarantine",
+    )
+    parser.add_argument("--quarantine-warnings", action="store_true", help="put scans with warnings there as well")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing quarantine file")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes; one scan in memory each")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine; return 0 without errors found, 3 with, 1 when nothing could be examined."""
+    try:
+        return _doctor(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 1
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from agssd.commands.doctor.page import as_csv, as_html, summary
+    from agssd.scans.quarantine import quarantine_text
+
+    _check_arguments(args)
+    report, entries = _of_cache(args) if is_cache(args.source[0]) else _of_source(args)
+    print(as_table(report, args.all))
+    print(summary(report))
+    if args.out is not None:
+        from agssd.data_modules.parts import write_whole
+
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_whole(args.out / "findings.csv", as_csv(report).encode())
+            write_whole(args.out / "report.html", as_html(report, args.names).encode())
+        except OSError as error:
+            raise ValueError(f"cannot write into {args.out}: {error.strerror}") from error
+        print(f"written: {args.out / 'report.html'}; {args.out / 'findings.csv'} (names files: keep it private)")
+    if args.quarantine is not None:
+        from agssd.data_modules.parts import write_whole
+
+        try:
+            write_whole(args.quarantine, quarantine_text(entries, args.quarantine).encode())
+        except OSError as error:
+            raise ValueError(f"cannot write {args.quarantine}: {error.strerror}") from error
+        print(f"written: {args.quarantine} with {len(entries)} scans, for agssd prepare --quarantine")
+    return EXIT_FOUND if report.count("error") else 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Refuse before hours of reading what would be refused after them."""
+    cache = any(is_cache(source) for source in args.source)
+    if cache and len(args.source) > 1:
+        raise ValueError("a cache is examined alone: give one cache, or sources only")
+    if cache and (args.labels or args.subject or args.modality != "auto" or args.quarantine):
+        raise ValueError("--labels, --subject, --modality and --quarantine belong to sources, not to a cache")
+    if args.workers < 1:
+        raise ValueError(f"--workers is {args.workers}; it must be at least 1")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; name a folder")
+    if args.quarantine_warnings and args.quarantine is None:
+        raise ValueError("--quarantine-warnings needs --quarantine FILE")
+    if args.quarantine is not None:
+        if args.quarantine.exists() and not args.overwrite:
+            raise ValueError(f"{args.quarantine} exists; name another file or pass --overwrite")
+        if not args.quarantine.parent.is_dir():
+            raise ValueError(f"the folder {args.quarantine.parent} does not exist; create it first")
+
+
+def is_cache(path: Path) -> bool:
+    """Return whether a path is meant as a cache: an HDF5 file, whole or damaged, or the folder of a large cache."""
+    if path.is_dir():
+        return (path / "index.json").is_file()
+    if path.suffix.lower() in (".h5", ".hdf5"):
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(8) == b"\x89HDF\r\n\x1a\n"
+    except OSError:
+        return False
+
+
+def _of_source(args: argparse.Namespace) -> tuple[Report, list[Entry]]:
+    from agssd.commands.doctor.across import check_source
+    from agssd.commands.doctor.examine import SourceExaminer
+    from agssd.commands.doctor.page import Report
+    from agssd.scans.findings import refusal
+    from agssd.scans.prepare import Recipe
+    from agssd.scans.sources import plan_sources
+
+    modality = None if args.modality == "auto" else args.modality
+    plan = plan_sources(args.source, args.labels, args.subject, modality)
+    for note in plan.notes:
+        print(f"note: {note}")
+    if not plan.jobs and not plan.refused:
+        raise ValueError("no scan was found")
+    names = [";".join(str(path) for path in job.paths) for job in plan.jobs]
+    examiner = SourceExaminer(Recipe(), pictures=args.out is not None)
+    report = Report("scans", len(names) + len(plan.refused), len({job.subject for job in plan.jobs}))
+    members = _examine(report, examiner, plan.jobs, names, args.workers)
+    for number, (path, reason) in enumerate(plan.refused, len(names) + 1):
+        report.names[number] = str(path)
+        report.found.append((number, refusal(reason, [path])))
+    _add(report, check_source(members, args.label_values))
+    return report, _entries(report, plan, args.quarantine_warnings) if args.quarantine else []
+
+
+def _of_cache(args: argparse.Namespace) -> tuple[Report, list[Entry]]:
+    from agssd.commands.doctor.across import check_cache
+    from agssd.commands.doctor.examine import CacheExaminer
+    from agssd.commands.doctor.page import Report
+    from agssd.data_modules.cache import VolumeCache
+    from agssd.scans.findings import Finding
+
+    path: Path = args.source[0]
+    try:
+        cache = VolumeCache(path)
+    except ValueError as error:
+        if not path.exists():
+            raise
+        found = [(0, Finding("cache", "error", "The cache cannot be opened.", str(error)))]
+        return Report("cases", 0, 0, found), []
+    report = Report("cases", len(cache), len({info.subject for info in cache.cases}))
+    names = [info.key for info in cache.cases]
+    examiner = CacheExaminer(path, pictures=args.out is not None)
+    members = _examine(report, examiner, range(len(cache)), names, args.workers)
+    _add(report, check_cache(cache, members, args.label_values))
+    return report, []
+
+
+def _examine(
+    report: Report, examiner: Callable[[Any], Examined], items: Iterable[Any], names: list[str], workers: int
+) -> list[Member]:
+    """Examine every item into the report, and return those that can be compared."""
+    from tqdm import tqdm
+
+    from agssd.commands.doctor.across import Member
+    from agssd.scans.parallel import in_order
+
+    members = []
+    quiet = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line every ten seconds
+    bar = tqdm(total=len(names), unit="scan", file=sys.stderr, dynamic_ncols=True, mininterval=quiet)
+    for number, (_, done) in enumerate(in_order(examiner, items, workers), 1):
+        bar.update()
+        report.names[number] = names[number - 1]
+        report.found += [(number, finding) for finding in done.findings]
+        if done.picture is not None:
+            report.pictures[number] = done.picture
+        if done.info is not None:
+            members.append(Member(number, names[number - 1], done.info, done.class_name))
+    bar.close()
+    return members
+
+
+def _add(report: Report, found: list[Found]) -> None:
+    report.found += found
+    report.found.sort(key=lambda item: item[0])
+
+
+def _entries(report: Report, plan: Plan, warnings: bool) -> list[Entry]:
+    """Return what belongs into quarantine: scans with errors, and with warnings if asked for."""
+    from dataclasses import replace
+
+    from agssd.scans.files import data_files
+    from agssd.scans.quarantine import Entry, source_sha256
+
+    severities = ("error", "warning") if warnings else ("error",)
+    reasons: dict[int, list[str]] = {}
+    for number, finding in report.found:
+        if number and finding.severity in severities and finding.check not in _MIGHT_BE_RIGHT:
+            reasons.setdefault(number, []).append(finding.text)
+    scans = [(job.paths[0], replace(job, label=None).files()) for job in plan.jobs]
+    scans += [(path, [] if path.is_dir() else data_files(path)) for path, _ in plan.refused]
+    entries = []
+    for number, texts in sorted(reasons.items()):
+        path, files = scans[number - 1]
+        entries.append(Entry(path, "; ".join(texts), source_sha256(files) if files else None))
+    return entries
+
+
+def as_table(report: Report, everything: bool = False) -> str:
+    """Return the findings by check: how many, some of them by name, and the remedy."""
+    from agssd.scans.findings import CHECKS
+
+    lines = []
+    for severity, check, items in report.groups():
+        lines.append(f"{severity:<8} {check:<15} {len(items):>5}  {CHECKS[check].title}")
+        for number, finding in items if everything else items[:_EXAMPLES]:
+            who = f"#{number} {report.names.get(number, '')}: " if number else ""
+            lines.append(f"         {who}{finding.text}")
+        if not everything and len(items) > _EXAMPLES:
+            lines.append(f"         and {len(items) - _EXAMPLES} more (--all)")
+        lines.append(f"         -> {CHECKS[check].remedy}")
+    return "\n".join(lines) if lines else "nothing found"

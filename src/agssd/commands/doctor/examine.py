@@ -1,0 +1,205 @@
+"""One case at a time: what is wrong with a scan of a source, or with a case of a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agssd.commands.doctor.picture import draw
+from agssd.data_modules.build import case_info, chunk_fractions
+from agssd.data_modules.cache import CaseInfo, Kind, VolumeCache
+from agssd.data_modules.parts import Refusal, prepare_or_refuse
+from agssd.scans.checks import check_geometry, check_intensities, check_prepared
+from agssd.scans.findings import Finding, note, refusal
+from agssd.scans.foreground import bounding_box
+from agssd.scans.perceptual import perceptual_hash
+from agssd.scans.prepare import Recipe, canonical
+
+if TYPE_CHECKING:
+    from agssd.scans.jobs import Job
+    from agssd.scans.read import Scan
+
+
+@dataclass
+class Examined:
+    """What one case told.
+
+    Attributes:
+        findings: of the case alone.
+        info: what a cache says, or would say, of the case; None where it cannot be prepared or its index is unusable.
+        picture: JPEG, or None where nothing can be drawn or no picture was asked for.
+        class_name: of the case, or None.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    info: CaseInfo | None = None
+    picture: bytes | None = None
+    class_name: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceExaminer:
+    """Examines jobs of a source by preparing them as ``agssd prepare`` would; each file is read once.
+
+    Attributes:
+        recipe: how to prepare.
+        pictures: whether to draw thumbnails.
+    """
+
+    recipe: Recipe
+    pictures: bool
+
+    def __call__(self, job: Job) -> Examined:
+        """Return what is wrong with the scan of a job."""
+        seen: list[Scan] = []
+        case = prepare_or_refuse(job, self.recipe, seen)
+        done = Examined(class_name=job.class_name)
+        if isinstance(case, Refusal):
+            done.findings.append(refusal(case.reason, [*job.paths, *([job.label] if job.label else [])]))
+            for scan in seen[:1]:
+                if done.findings[0].check != "label-map":
+                    done.findings += check_geometry(scan.array.shape, scan.affine)
+                done.picture = self._picture_of_scan(scan)
+            return done
+        done.findings += [note(text) for text in case.notes]
+        done.findings += check_geometry(seen[0].array.shape, seen[0].affine)
+        body = float(np.count_nonzero(case.foreground) / case.foreground.size)
+        stated = job.modality is not None or seen[0].modality is not None
+        for scan in seen:
+            done.findings += check_intensities(scan, case.modality, stated, body)
+        done.findings += check_prepared(case.foreground, case.label, case.edge_q99, case.modality)
+        done.info = case_info(case, "", job.subject, job.split)
+        if self.pictures:
+            done.picture = _picture_of_case(done.info, case.image, case.foreground, case.label)
+        return done
+
+    def _picture_of_scan(self, scan: Scan) -> bytes | None:
+        if not self.pictures:
+            return None
+        volume = canonical(scan)
+        spacing = np.sqrt((volume.affine[:3, :3] ** 2).sum(axis=0))
+        low, high = (float(value) for value in np.percentile(volume.array, (0.5, 99.5)))
+        return draw(volume.array.transpose(2, 1, 0), (spacing[2], spacing[1], spacing[0]), (low, high))
+
+
+@dataclass(frozen=True)
+class CacheExaminer:
+    """Examines cases of a cache; every array is decoded whole.
+
+    Attributes:
+        path: of the cache.
+        pictures: whether to draw thumbnails.
+    """
+
+    path: Path
+    pictures: bool
+
+    def __call__(self, row: int) -> Examined:
+        """Return what is wrong with the case in a row of the index."""
+        cache = _cache(self.path)
+        info = cache.cases[row]
+        name = None if info.class_index is None else cache.class_names[info.class_index]
+        done = Examined(check_index(info), info, class_name=name)
+        sane = not any(finding.check == "constants" for finding in done.findings)
+        kinds: tuple[Kind, ...] = ("image", "foreground", "label")
+        arrays: dict[str, Any] = {}
+        for kind in kinds if info.label_values is not None else kinds[:2]:
+            try:
+                arrays[kind] = cache.read_whole(row, kind)
+            except ValueError as error:
+                done.findings.append(Finding("decode", "error", f"The array {kind} cannot be decoded.", str(error)))
+        try:
+            arrays["foreground_chunks"] = cache.foreground_chunks(row)
+        except ValueError as error:
+            message = "The array foreground_chunks cannot be decoded."
+            done.findings.append(Finding("decode", "error", message, str(error)))
+        done.findings += check_arrays(info, arrays)
+        image, foreground, label = (arrays.get(kind) for kind in ("image", "foreground", "label"))
+        if foreground is not None:
+            done.findings += check_prepared(foreground, label, info.edge_q99, info.modality)
+            if info.perceptual_hash is None and sane and image is not None:  # caches of early versions have none
+                values = image[0] * info.scale[0] + info.offset[0]
+                code = perceptual_hash(values, foreground, info.low[0], info.high[0])
+                done.info = replace(info, perceptual_hash=code)
+        if self.pictures and sane and image is not None:
+            done.picture = _picture_of_case(info, image, foreground, label)
+        return done
+
+
+def check_index(info: CaseInfo) -> list[Finding]:
+    """Check the constants of a case: finite, of the right sign, in agreement with each other."""
+    wrong = []
+    numbers = np.concatenate(
+        [np.ravel(item) for item in (info.scale, info.offset, info.low, info.high, info.edge_q99, info.affine)]
+    )
+    if not np.isfinite(numbers).all():
+        wrong.append("a constant is NaN or infinite")
+    if min(info.scale) <= 0:
+        wrong.append(f"scale is {min(info.scale):g}, not positive")
+    if any(low >= high for low, high in zip(info.low, info.high, strict=True)):
+        wrong.append("the low end of the intensity range is not below the high end")
+    if min(info.edge_q99) < 0:
+        wrong.append(f"edge_q99 is {min(info.edge_q99):g}, below 0")
+    spacing = np.sqrt((np.asarray(info.affine)[:3, :3] ** 2).sum(axis=0))
+    if not np.allclose(spacing, info.spacing_mm, rtol=1e-3):
+        wrong.append("spacing and affine disagree")
+    if info.channels != len(info.scale) or len(info.fill) != info.channels:
+        wrong.append(f"{info.channels} channels, but constants of {len(info.scale)}")
+    found = [Finding("constants", "error", f"{text[0].upper()}{text[1:]}.") for text in wrong]
+    return [*found, *check_geometry(info.shape, np.asarray(info.affine))]
+
+
+def check_arrays(info: CaseInfo, arrays: dict[str, Any]) -> list[Finding]:
+    """Check whether arrays agree with the index.
+
+    Args:
+        info: of the case.
+        arrays: "image", "foreground", "label", "foreground_chunks", as far as they could be read.
+    """
+    wrong = []
+    shapes = {"image": (info.channels, *info.shape), "foreground": info.shape, "label": info.shape}
+    for kind, shape in shapes.items():
+        if kind in arrays and arrays[kind].shape != shape:
+            wrong.append(f"{kind} has shape {_times(arrays[kind].shape)}, the index says {_times(shape)}")
+            del arrays[kind]
+    if "image" in arrays and info.fill != (lowest := tuple(int(channel.min()) for channel in arrays["image"])):
+        wrong.append(f"the lowest values are {_list(lowest)}, the index says {_list(info.fill)}")
+    if "foreground" in arrays:
+        body = arrays["foreground"]
+        fraction = np.count_nonzero(body) / body.size
+        if abs(fraction - info.foreground_fraction) > 1e-6:
+            wrong.append(f"foreground fills {fraction:.4g}, the index says {info.foreground_fraction:.4g}")
+        if bounding_box(body) != info.foreground_box:
+            wrong.append("the foreground's box is not the index's")
+        chunks = arrays.get("foreground_chunks")
+        expected = chunk_fractions(body)
+        if chunks is not None and (chunks.shape != expected.shape or not np.allclose(chunks, expected, atol=1e-5)):
+            wrong.append("the shares of foreground per chunk are not the foreground's")
+    if "label" in arrays and info.label_values is not None:
+        values = tuple(int(value) for value in np.unique(arrays["label"]))
+        if values != info.label_values:
+            wrong.append(f"label values are {_list(values)}, the index says {_list(info.label_values)}")
+    return [Finding("index", "error", f"{text[0].upper()}{text[1:]}.") for text in wrong]
+
+
+@lru_cache(maxsize=1)
+def _cache(path: Path) -> VolumeCache:
+    return VolumeCache(path)
+
+
+def _picture_of_case(info: CaseInfo, image: Any, foreground: Any, label: Any) -> bytes:
+    window = tuple((value - info.offset[0]) / info.scale[0] for value in (info.low[0], info.high[0]))
+    return draw(image[0], info.spacing_mm, (window[0], window[1]), foreground, label)
+
+
+def _times(values: tuple[int, ...]) -> str:
+    return "x".join(map(str, values))
+
+
+def _list(values: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, values[:8]))
+    return f"{shown}, ..." if len(values) > 8 else shown

@@ -1,0 +1,86 @@
+"""From reasons and notes to findings: the right check, and no name in what a page shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agssd.scans.findings import CHECKS, SEVERITIES, note, refusal
+
+SCAN, LABEL = Path("clinic/DOE^JANE/19610704.nii.gz"), Path("clinic/DOE^JANE/19610704_seg.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("reason", "check", "message"),
+    [
+        ("empty file", "damaged", "Empty file."),
+        (f"truncated or damaged: cannot read {SCAN}", "damaged", "Truncated or damaged."),
+        ("408 voxels are NaN or infinite", "non-finite", "408 voxels are NaN or infinite."),
+        ("constant: all voxels are -1.5e+03", "constant", "Constant: all voxels are -1.5e+03."),
+        ("4D image (128x96x24x2); save one 3D volume of it", "dimensions", "4D image (128x96x24x2)."),
+        ("2D image (600x400)", "dimensions", "2D image (600x400)."),
+        (
+            "sheared affine: two axes are 18.5 degrees off a right angle (gantry tilt?)",
+            "affine",
+            "Sheared affine: two axes are 18.5 degrees off a right angle.",
+        ),
+        (
+            "its spacing of 1 x 1 x 500 mm is outside 0.01 to 100.0 mm",
+            "spacing",
+            "Its spacing of 1 x 1 x 500 mm is outside 0.01 to 100.0 mm.",
+        ),
+        ("values 0 to 4095 are not HU: a CT has negative values", "modality", "Values 0 to 4095 are not HU."),
+        (
+            f"its label {LABEL} has shape 4x5x6, the image has 4x5x7",
+            "label-grid",
+            "Its label file has shape 4x5x6, the image has 4x5x7.",
+        ),
+        (f"its label {LABEL}: all voxels are 0", "label-empty", "Its label: all voxels are 0."),
+        (f"its label {LABEL}: truncated or damaged: {LABEL}", "label-file", "Its label: truncated or damaged."),
+        (f"{SCAN} has a label already ({LABEL.name}); narrow --labels", "not-used", "Its image has another label"),
+        ("DICOM file: a localiser (scout)", "no-scan", "A localiser."),
+        ("series of 4 DICOM files: a secondary capture (a picture), not a scan", "no-scan", "A secondary capture."),
+        (
+            "series of 9 DICOM files: missing slices: a gap of 9.00 mm after slice 3 of 9, x",
+            "series",
+            "Missing slices:",
+        ),
+        ("DICOM file: CT in DOE^JANE, not in HU", "modality", "A CT whose values are not in HU."),
+        ("DICOM file: unsupported transfer syntax: DOE^JANE", "type", "Unsupported transfer syntax."),
+        ("DICOM file: DOE^JANE, which is not read", "refused", "Refused; the reason stands in findings.csv."),
+        ("unexpected KeyError: DOE^JANE", "refused", "Refused; the reason stands in findings.csv."),
+        (f"anything about {SCAN} by DOE^JANE", "refused", "Refused; the reason stands in findings.csv."),
+    ],
+)
+def test_refusal__names_the_check_and_nobody(reason: str, check: str, message: str) -> None:
+    found = refusal(reason, [SCAN, LABEL])
+    assert (found.check, found.severity) == (check, "error")
+    assert found.message.startswith(message)
+    assert found.text == reason
+    for name in ("DOE", "JANE", "19610704", "clinic"):
+        assert name not in found.message
+
+
+@pytest.mark.parametrize(
+    ("text", "check", "severity"),
+    [
+        ("sform and qform disagree by up to 3.2 mm; the sform is used", "sform-qform", "warning"),
+        (
+            "the header gives no orientation (sform and qform codes 0); NIfTI's default is used",
+            "orientation",
+            "warning",
+        ),
+        ("DOE^JANE was here", "note", "info"),
+    ],
+)
+def test_note__names_the_check_and_nobody(text: str, check: str, severity: str) -> None:
+    found = note(text)
+    assert (found.check, found.severity, found.text) == (check, severity, text)
+    assert "JANE" not in found.message
+
+
+def test_checks__every_one_has_a_remedy() -> None:
+    assert SEVERITIES == ("error", "warning", "info")
+    for check in CHECKS.values():
+        assert check.title and check.remedy and not check.remedy.endswith(".")
