@@ -229,6 +229,7 @@ def test_plan__a_label_beside_the_folder_or_in_it(tmp_path: Path, dicom: Any) ->
 def test_plan__a_single_file_and_a_manifest(tmp_path: Path, dicom: Any) -> None:
     whole = dicom.enhanced_of(dicom.stored())
     dicom.save(tmp_path, [whole], "whole.dcm")
+    assert [job.paths for job in plan_sources([tmp_path]).jobs] == [(tmp_path / "whole.dcm",)]
     plan = plan_sources([tmp_path / "whole.dcm"])
     assert [(job.subject, job.files()) for job in plan.jobs] == [("P-17", [tmp_path / "whole.dcm"])]
     dicom.save(tmp_path / "ct", dicom.series_of(dicom.stored()))

@@ -327,13 +327,15 @@ def test_read_scan__gantry_tilt_is_named_in_degrees(tmp_path: Path, dicom: Any) 
     assert "gantry tilt: slices are stacked 14.0 degrees off their normal; --unshear" in _reason(tmp_path)
 
 
-def test_prepare_case__unshear_keeps_every_voxel_at_its_place(tmp_path: Path, dicom: Any) -> None:
-    slices = _tilted(dicom, 14.0)
+@pytest.mark.parametrize("degrees", [14.0, -20.0])
+def test_prepare_case__unshear_keeps_every_voxel_at_its_place(tmp_path: Path, dicom: Any, degrees: float) -> None:
+    slices = _tilted(dicom, degrees)
     dicom.save(tmp_path, slices)
     scan = read_scan(tmp_path, sheared=True)
-    assert abs(shear_degrees(scan.affine) - 14.0) < 1e-3
+    assert abs(shear_degrees(scan.affine) - abs(degrees)) < 1e-3
     case = prepare_case([tmp_path], recipe=Recipe(spacing_mm=(1.0, 1.0, 1.0), unshear=True))
     assert np.allclose(case.source_affine, scan.affine) and case.source_shape == scan.array.shape
+    assert (np.diag(case.affine[[2, 1, 0]]) > 0).all()  # S, A and R increase
     at = np.argwhere(case.image[0] > 60)
     world_y = (case.affine @ np.c_[at, np.ones(len(at))].T)[1]
     assert world_y.max() < 0.5  # RAS: tissue lies where LPS y > 0
@@ -403,6 +405,16 @@ def test_read_scan__volumes_told_apart_by_two_attributes(
     dicom.save(tmp_path, slices)
     assert "4 volumes in one series (temporal positions and echo times: 1 and 1.0, 1 and 2.0" in _reason(tmp_path)
     assert np.array_equal(read_scan(tmp_path, 1).array, dicom.stored(seed=2).transpose(2, 1, 0))
+
+
+def test_read_scan__what_differs_in_every_file_tells_no_volumes_apart(
+    tmp_path: Path, dicom: Any, change: Callable[..., Any]
+) -> None:
+    slices = _repeat(dicom, change, "TriggerTime", [0, 50])
+    for row, data in enumerate(slices):
+        data.AcquisitionNumber = row
+    dicom.save(tmp_path, slices)
+    assert "2 volumes in one series (trigger times: 0.0, 50.0)" in _reason(tmp_path)
 
 
 def test_read_scan__an_acquisition_number_per_slice_is_one_volume(tmp_path: Path, dicom: Any) -> None:

@@ -104,6 +104,33 @@ def test_read_scan__no_orientation_is_said(tmp_path: Path) -> None:
     assert "no orientation" in read_scan(tmp_path / "a.nii").notes[0]
 
 
+def test_read_scan__one_volume_of_several(tmp_path: Path) -> None:
+    array = _values((8, 9, 10, 3))
+    image = sitk.JoinSeries([sitk.GetImageFromArray(array[..., row].transpose()) for row in range(3)])
+    sitk.WriteImage(image, str(tmp_path / "a.mha"))
+    paths = [
+        _save(tmp_path / "a.nii.gz", array),
+        _save(tmp_path / "b.nii", array[..., None, :, None]),
+        tmp_path / "a.mha",
+    ]
+    for path in paths[::2]:
+        scans = [read_scan(path, volume) for volume in range(3)]
+        for row, scan in enumerate(scans):
+            assert np.array_equal(scan.array, array[..., row])
+            assert scan.notes[0] == f"one of several volumes is taken: {row} of 3"
+        assert len({scan.sha256 for scan in scans}) == 3
+        with pytest.raises(RefusedError, match="--volume 3 is none of its 3 volumes"):
+            read_scan(path, 3)
+    assert "5D image (8x9x10x1x3)" in _reason(paths[1])
+    whole = _save(tmp_path / "whole.nii", array[..., 0])
+    assert read_scan(whole, 2).sha256 == read_scan(whole).sha256
+    scaled = nib.Nifti1Image(np.arange(2 * 3 * 4 * 2, dtype=np.int16).reshape(2, 3, 4, 2), AFFINE)
+    scaled.header.set_slope_inter(2.0, 5.0)
+    nib.save(scaled, tmp_path / "scaled.nii")
+    stored = np.asarray(nib.load(tmp_path / "scaled.nii").dataobj)
+    assert np.allclose(read_scan(tmp_path / "scaled.nii", 1).array, stored[..., 1])
+
+
 def _nan(path: Path) -> Path:
     array = _values()
     array[1, 2, 3] = np.nan

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agssd.scans.case import RefusedError
-from agssd.scans.files import is_dicom
+from agssd.scans.files import is_dicom, list_folder
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 _CT = {_STORAGE + end for end in ("2", "2.1", "2.2")}  # classic, enhanced, legacy converted enhanced
@@ -133,9 +133,12 @@ def find_series(files: Iterable[Path], pet: bool = False) -> tuple[list[Series],
         files: DICOM files, in any order.
         pet: take PET too.
     """
+    from tqdm import tqdm
+
     groups: dict[str, list[_Header]] = defaultdict(list)
     refused: list[tuple[Path, str]] = []
-    for file in sorted(files):
+    # the bar appears only where headers take more than a few seconds
+    for file in tqdm(sorted(files), "DICOM headers", leave=False, unit="file", delay=5, dynamic_ncols=True):
         header = _read_header(file, pet)
         if header is not None:
             groups[header.series].append(header)
@@ -172,10 +175,7 @@ def series_at(path: Path, pet: bool = False) -> Series:
     Raises:
         RefusedError: there is none or more than one; the message is the reason.
     """
-    names = (
-        sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")) if path.is_dir() else [path]
-    )
-    files = [name for name in names if is_dicom(name)]
+    files = list_folder(path).dicom if path.is_dir() else [path] if is_dicom(path) else []
     found, refused = find_series(files, pet)
     if len(found) == 1:
         return found[0]
