@@ -180,16 +180,24 @@ def _make(name: str, place: Path, say: Callable[[str], None]) -> None:
 @contextlib.contextmanager
 def _alone(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Let one process at a time download a set; a process that ends in whatever way lets go."""
-    with lock.open("w") as file:
+    while True:
+        file = lock.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say(f"another process downloads into {lock.parent}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        except OSError:
+            say(f"{lock.parent} keeps no locks; make sure that no other process downloads into it")
+        with contextlib.suppress(FileNotFoundError):  # where the process that had it has taken it away
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                break
+        file.close()
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
 
 
 def _download(url: str, md5: str, archive: Path, say: Callable[[str], None]) -> None:
