@@ -5,8 +5,9 @@ columns of manifests. Searched is everything below the folders that the commands
 folder included: names of files, their bytes, and what is packed in them (gzip, zip, PNG, HDF5), in UTF-8 and UTF-16.
 
 Not searched, since the user asks for it by name: the key map (``--key-map``), the salt, what ``agssd prepare`` prints,
-and the paths that the user types for cache and run directory, which ``config.yaml`` repeats. Not found by such a search
-are names burnt into voxels; whoever has such scans must not prepare them. Class names are stored as they are given.
+the report of ``agssd doctor`` on a source (that on a cache is searched), and the paths that the user types for cache
+and run directory, which ``config.yaml`` repeats. Not found by such a search are names burnt into voxels; whoever has
+such scans must not prepare them. Class names are stored as they are given.
 """
 
 from __future__ import annotations
