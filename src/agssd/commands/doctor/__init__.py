@@ -29,7 +29,7 @@ _OF_SOURCES: dict[str, Any] = {  # arguments that a cache has no use for, and th
     "unshear": False,
     "quarantine": None,
 }
-_MIGHT_BE_RIGHT = ("label-map", "not-used", "missing", "memory")  # no fault of the scan: never put into quarantine
+_NO_FAULT = ("label-map", "no-scan", "not-used", "missing", "memory")  # of a scan: never put into quarantine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -215,7 +215,7 @@ def _entries(report: Report, plan: Plan, warnings: bool) -> list[Entry]:
     severities = ("error", "warning") if warnings else ("error",)
     reasons: dict[int, list[str]] = {}
     for number, finding in report.found:
-        if number and finding.severity in severities and finding.check not in _MIGHT_BE_RIGHT:
+        if number and finding.severity in severities and finding.check not in _NO_FAULT:
             reasons.setdefault(number, []).append(finding.text)
     scans = [(job.paths[0], replace(job, label=None).files()) for job in plan.jobs]
     scans += [(path, [] if path.is_dir() else data_files(path)) for path, _ in plan.refused]
