@@ -262,6 +262,51 @@ def test_report__one_page_that_needs_nothing_and_names_nobody(clinic: Path, repo
     assert PATIENT in (report / "findings.csv").read_text()
 
 
+def _series(folder: Path, gap: int | None = None, **attributes: str) -> None:
+    """Write a CT of 24 slices with a name in every place that takes one; after slice ``gap`` one is missing."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    folder.mkdir(parents=True)
+    series = generate_uid()
+    head = (_head(0)[:, :, ::2] * 0.3 - 1000 * (_head(0)[:, :, ::2] < 100)).astype(np.int16)
+    for row in range(22):
+        if row == gap:
+            continue
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        data = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+        data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        data.SeriesInstanceUID, data.StudyInstanceUID, data.Modality = series, "1.2.19610704", "CT"
+        data.PatientName = data.PatientID = data.InstitutionName = data.SeriesDescription = PATIENT
+        data.ImageComments, data.PatientBirthDate, data.AccessionNumber = PATIENT, "19610704", PATIENT
+        data.ImageType = ["ORIGINAL", "PRIMARY", PATIENT]
+        data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, 2.0 * row], [1, 0, 0, 0, 1, 0]
+        data.PixelSpacing, data.RescaleSlope, data.RescaleIntercept = [1, 1], 1, 0
+        data.Rows, data.Columns, data.SamplesPerPixel, data.PhotometricInterpretation = 48, 52, 1, "MONOCHROME2"
+        data.BitsAllocated = data.BitsStored = 16
+        data.HighBit, data.PixelRepresentation, data.PixelData = 15, 1, head[:, :, row].tobytes()
+        for name, value in attributes.items():
+            setattr(data, name, value)
+        data.save_as(folder / f"{PATIENT}{row:03d}")
+
+
+def test_report__no_name_from_dicom_reaches_the_page(tmp_path: Path) -> None:
+    _series(tmp_path / "ct/whole")
+    _series(tmp_path / "ct/gap", gap=9)
+    _series(tmp_path / "ct/units", RescaleType=PATIENT)
+    _series(tmp_path / "ct/colour", PhotometricInterpretation="RGB")
+    assert _run(tmp_path / "ct", "--out", tmp_path / "out") == 3
+    found = _findings(tmp_path / "out")
+    assert found["gap"] == {("series", "error")} and found["units"] == {("modality", "error")}
+    assert found["colour"] == {("dimensions", "error")}
+    text = re.sub('base64,[^"]*', "", (tmp_path / "out/report.html").read_text())
+    for secret in (PATIENT, "DOE", "JANE", "19610704", "1.2."):
+        assert secret not in text
+    assert PATIENT in (tmp_path / "out/findings.csv").read_text()
+
+
 def test_report__names_only_where_asked_for(tmp_path: Path) -> None:
     _save(tmp_path / f"{PATIENT}.nii.gz", _head(0), np.diag([0.1, 0.1, 0.1, 1]))
     _run(tmp_path, "--out", tmp_path / "out")

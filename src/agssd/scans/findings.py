@@ -60,7 +60,9 @@ CHECKS = {
     "non-finite": Check("NaN or infinite voxels", "mend them where the file is made, or leave it out"),
     "constant": Check("Constant image", "leave it out"),
     "values": Check("Values that are no intensities", "look how the file was made; leave it out"),
-    "affine": Check("Axes that are no right-angled grid", "resample it to a right-angled grid"),
+    "affine": Check(
+        "Axes that are no right-angled grid", "let --unshear resample it if they are skewed; else leave it out"
+    ),
     "spacing": Check("Implausible spacing", "compare the header's voxel size (mm) with the scanner's protocol"),
     "field-of-view": Check("Implausible field of view", "compare shape and voxel size (mm) with the protocol"),
     "sform-qform": Check("sform and qform disagree", "find out which is right and write it into both"),
