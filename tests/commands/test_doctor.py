@@ -478,6 +478,16 @@ def test_doctor__healthy_caches_give_no_error_or_warning(tiny_cache: Path, tmp_p
     assert _of_cache(path) == {"": {("class-balance", "info")}}
 
 
+def test_doctor__cache_that_is_a_folder(tmp_path: Path) -> None:
+    _healthy(tmp_path / "scans", 3)
+    arguments = ("--labels", "labels/*", "--shard-gib", 0.0001, "--salt", tmp_path / "salt")
+    assert _prepare(tmp_path / "scans", *arguments, "--out", tmp_path / "cache") == 0
+    assert len(list((tmp_path / "cache").glob("*.h5"))) > 1
+    assert _of_cache(tmp_path / "cache") == {"": {("split", "info")}}
+    next((tmp_path / "cache").glob("*.h5")).unlink()
+    assert _of_cache(tmp_path / "cache") == {"": {("cache", "error")}}
+
+
 def test_doctor__array_that_cannot_be_decoded(cache: Path) -> None:
     key = VolumeCache(cache).cases[3].key
     with h5py.File(cache, "r") as file:

@@ -71,7 +71,7 @@ CHECKS = {
         "Stored with the other handedness",
         "legal, and undone by prepare where the header is right; look whether a converter swapped left and right",
     ),
-    "modality": Check("Modality in doubt", "say --modality, or state it per case in a manifest"),
+    "modality": Check("Modality in doubt", "say --modality or state it in a manifest; values of a CT must be HU"),
     "clipped": Check("Clipped intensities", "convert again from the original without a window"),
     "grey-levels": Check("Few grey levels", "convert again from the original, not from 8-bit pictures"),
     "foreground": Check("Little or no body", "look at the scan; leave it out if there is no body in it"),

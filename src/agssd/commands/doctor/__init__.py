@@ -35,7 +35,9 @@ _NO_FAULT = ("label-map", "no-scan", "not-used", "missing", "memory")  # of a sc
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``agssd doctor``."""
     add_source_arguments(parser, others="; or one cache")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html and findings.csv there")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write report.html and findings.csv there, in place of older ones"
+    )
     parser.add_argument("--names", action="store_true", help="show paths in report.html too, not only in findings.csv")
     parser.add_argument("--all", action="store_true", help="print every finding, not only some of each kind")
     parser.add_argument(
@@ -120,8 +122,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def is_cache(path: Path) -> bool:
     """Return whether a path is meant as a cache: an HDF5 file, whole or damaged, or the folder of a large cache."""
+    from agssd.data_modules.cache import INDEX_NAME
+
     if path.is_dir():
-        return (path / "index.json").is_file()
+        return (path / INDEX_NAME).is_file()
     if path.suffix.lower() in (".h5", ".hdf5"):
         return True
     try:
