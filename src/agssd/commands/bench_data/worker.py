@@ -37,7 +37,8 @@ def main(name: str, folder: Path) -> None:
 
     import torch
 
-    from agssd.commands.bench_data.rivals import RIVALS, Sizes
+    from agssd.commands.bench_data.rival import Sizes
+    from agssd.commands.bench_data.rivals import RIVALS
 
     torch.set_num_threads(1)
     kind = RIVALS[name]
