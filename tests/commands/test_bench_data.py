@@ -79,6 +79,8 @@ def test_rivals__views_are_ramps_of_the_right_sizes_both_ways(name: str, folder:
 def test_rivals__crops_are_boxes_of_the_volumes(name: str, folder: Path) -> None:
     rival = opened(name, folder)
     for kind, size in (("crop", 24), ("parent", 48)):
+        if kind not in rival.work:
+            continue
         crop = rival.work[kind][0]()
         crop = np.asarray(crop["image"] if isinstance(crop, dict) else crop).squeeze()
         assert crop.shape == (size,) * 3

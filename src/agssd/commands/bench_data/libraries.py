@@ -171,7 +171,8 @@ class TorchioQueue(Rival):
 
     def __init__(self, place: Path, sizes: Sizes) -> None:
         super().__init__(place, sizes)
-        self._waiting: dict[int, Any] = {}
+        self._patches: Any = None
+        del self.work["crop"]  # a queue holds patches of one size
         self.whole_turn = self.samples_per_volume * len(list(place.glob("*.nii.gz")))
 
     def _batches(self, size: int) -> Any:
@@ -186,13 +187,11 @@ class TorchioQueue(Rival):
             yield from tio.SubjectsLoader(queue, batch_size=1, num_workers=0)
 
     def crop(self, size: int) -> Any:
-        """Return the next patch, float32."""
+        """Return the next patch, float32; ``size`` is that of the first call."""
         import torchio as tio
 
-        for other in [waiting for waiting in self._waiting if waiting != size]:
-            del self._waiting[other]  # patches of another size would only take memory
-        batches = self._waiting.setdefault(size, self._batches(size))
-        return next(batches)["image"][tio.DATA]
+        self._patches = self._patches or self._batches(size)
+        return next(self._patches)["image"][tio.DATA]
 
     def views(self) -> list[Tensor]:
         """Return views of the next patch."""
