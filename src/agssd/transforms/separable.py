@@ -16,6 +16,7 @@ from agssd.types import Triple
 
 _NEGLIGIBLE = 2.0**-24  # weights below round off beside the largest, which is above 1/2 or has neighbours like it
 _FEW_TAPS = 4  # up to this many voxels per output position, sums of whole slices beat a matrix product
+_BLOCK_VOX = 2**18  # voxels worked on at once on the CPU: they stay in its cache, and their memory is used again
 _COLUMNS = 16  # output positions along the last axis that share a product
 
 
@@ -84,15 +85,18 @@ def _apply_banded(image: Tensor, matrices: tuple[Tensor, Tensor, Tensor]) -> Ten
     sizes = [matrix.shape[2] for matrix in matrices]
     out = torch.empty((batch, views, image.shape[1], *sizes), dtype=matrices[0].dtype)
     for b, v, c in product(range(batch), range(views), range(image.shape[1])):
-        used = [bands.columns(b, v) for bands in (depth, height, width)]
-        x = image[b, c, used[0], used[1], used[2]].to(out.dtype)
-        x = height.apply(depth.apply(x, 0, b, v), 1, b, v)
-        rows, target = x.reshape(-1, x.shape[2]), out[b, v, c].view(-1, sizes[2])
-        for left in range(0, sizes[2], _COLUMNS):
-            positions = slice(left, min(left + _COLUMNS, sizes[2]))
-            columns = width.columns(b, v, positions)
-            part = rows[:, columns.start - used[2].start : columns.stop - used[2].start]
-            torch.mm(part, width.matrix[b, v, positions, columns].mT, out=target[:, positions])
+        high, wide = height.columns(b, v), width.columns(b, v)
+        step = max(1, _BLOCK_VOX // ((high.stop - high.start) * (wide.stop - wide.start)))
+        for start in range(0, sizes[0], step):
+            block = slice(start, min(start + step, sizes[0]))
+            x = image[b, c, depth.columns(b, v, block), high, wide].to(out.dtype)
+            x = height.apply(depth.apply(x, 0, b, v, block), 1, b, v)
+            rows, target = x.reshape(-1, x.shape[2]), out[b, v, c, block].view(-1, sizes[2])
+            for left in range(0, sizes[2], _COLUMNS):
+                positions = slice(left, min(left + _COLUMNS, sizes[2]))
+                columns = width.columns(b, v, positions)
+                part = rows[:, columns.start - wide.start : columns.stop - wide.start]
+                torch.mm(part, width.matrix[b, v, positions, columns].mT, out=target[:, positions])
     return out
 
 
@@ -113,14 +117,14 @@ class _Bands:
         starts = self._starts[b][v][rows]
         return slice(min(starts), max(starts) + self._taps)
 
-    def apply(self, x: Tensor, dim: int, b: int, v: int) -> Tensor:
-        """Return (D, H, W) from x (D, H, W), of which axis ``dim`` (0 or 1) holds ``columns(b, v)``."""
-        columns = self.columns(b, v)
+    def apply(self, x: Tensor, dim: int, b: int, v: int, rows: slice = slice(None)) -> Tensor:
+        """Return (D, H, W) from x (D, H, W), of which axis ``dim`` (0 or 1) holds ``columns(b, v, rows)``."""
+        columns = self.columns(b, v, rows)
         if self._taps > _FEW_TAPS:
-            matrix = self.matrix[b, v, :, columns]
+            matrix = self.matrix[b, v, rows, columns]
             return matrix @ x if dim else (matrix @ x.flatten(1)).unflatten(1, x.shape[1:])
-        start = self._start[b, v] - columns.start
-        weights = self._weights[b, v].view(-1, *([1] * (2 - dim)), self._taps)
+        start = self._start[b, v, rows] - columns.start
+        weights = self._weights[b, v, rows].view(-1, *([1] * (2 - dim)), self._taps)
         total = x.index_select(dim, start).mul_(weights[..., 0])
         for tap in range(1, self._taps):
             total.addcmul_(x.index_select(dim, start + tap), weights[..., tap])

@@ -65,13 +65,16 @@ class OurChunks(Rival):
 
     def __init__(self, place: Path, sizes: Sizes) -> None:
         from agssd.data_modules.cache import VolumeCache
-        from agssd.data_modules.pretrain import ParentCrops
+        from agssd.data_modules.pretrain import PretrainDataModule
         from agssd.transforms.crops import OverlapCrops
 
         super().__init__(place, sizes)
         self.cache = VolumeCache(place / "cache.h5")
-        vox, rows = sizes.parent_vox, [(0, row) for row in range(len(self.cache))]
-        self.crops = ParentCrops([self.cache], rows, (vox, vox, vox), seed=0, prob_foreground=0.8, shuffle=True)
+        vox = sizes.parent_vox
+        data = PretrainDataModule(str(self.cache.path), (vox, vox, vox), global_batch_size=1)
+        data.setup("validate")
+        assert data.train_crops is not None
+        self.crops = data.train_crops
         view, half = sizes.view_vox, sizes.view_vox // 2
         self.overlap_crops = OverlapCrops(
             size_vox=(view, view, view),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -17,9 +16,10 @@ def _prepare(name: str, folder: Path) -> None:
     RIVALS[name].prepare(folder, folder / name.replace(" ", "_").replace(",", ""))
 
 
-def _resident_mib() -> float:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+def _memory_mib(field: str) -> float:
+    """Return resident memory of this process, now ("VmRSS") or at its peak ("VmHWM")."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))
 
 
 def main(name: str, folder: Path) -> None:
@@ -43,7 +43,7 @@ def main(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
     kind = RIVALS[name]
     kind.load_libraries()
-    before = _resident_mib()
+    before = _memory_mib("VmRSS")
     rival = kind(place, Sizes(**json.loads((folder / "settings.json").read_text())))
     disk = sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) / 2**20
     print(json.dumps({"settings": rival.settings, "kinds": list(rival.work), "disk_mib": disk}), flush=True)
@@ -58,7 +58,7 @@ def main(name: str, folder: Path) -> None:
             "count": count * per_call,
             "cpu_s": time.process_time() - cpu,
             "wall_s": time.perf_counter() - started,
-            "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before,
+            "memory_mib": _memory_mib("VmHWM") - before,
         }
         print(json.dumps(answer), flush=True)
 
