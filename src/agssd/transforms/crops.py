@@ -283,8 +283,9 @@ def _extract_separable(parent: Tensor, views: ViewGeometry, size_vox: Triple) ->
         positions = views.centre[..., axis, None] - 0.5 + views.edge[..., axis, None] / 2 * sign * u  # (B, V, n)
         length = parent.shape[2 + axis]
         weights = interpolation_matrix(positions, length)
-        if parent.device.type != "cpu" or float(sigma[..., axis].max()) > _NO_BLUR_VOX:
-            weights = weights @ gaussian_matrix(sigma[..., axis], length)
+        blurs = sigma[..., axis, None, None] > _NO_BLUR_VOX  # of each view by itself, whatever else is in the batch
+        if parent.device.type != "cpu" or blurs.any():
+            weights = torch.where(blurs, weights @ gaussian_matrix(sigma[..., axis], length), weights)
         matrices.append(weights)
     cut = apply_separable(parent, (matrices[0], matrices[1], matrices[2]))
     if len(set(size_vox)) > 1:

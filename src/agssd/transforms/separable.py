@@ -107,26 +107,26 @@ class _Bands:
         used = (matrix > _NEGLIGIBLE).to(torch.uint8)
         first, last = used.argmax(-1), matrix.shape[-1] - 1 - used.flip(-1).argmax(-1)  # (B, V, n)
         self.matrix = matrix
-        self._taps = int((last - first).max()) + 1
-        self._start = first.clamp_max(matrix.shape[-1] - self._taps)
+        taps = (last - first).amax(-1) + 1  # (B, V): a view's arithmetic depends on no other view of the batch
+        self._taps = taps.tolist()
+        self._start = torch.minimum(first, matrix.shape[-1] - taps[..., None])
         self._starts = self._start.tolist()
-        self._weights = matrix.gather(-1, self._start[..., None] + torch.arange(self._taps))
 
     def columns(self, b: int, v: int, rows: slice = slice(None)) -> slice:
         """Return the columns that ``rows`` read."""
         starts = self._starts[b][v][rows]
-        return slice(min(starts), max(starts) + self._taps)
+        return slice(min(starts), max(starts) + self._taps[b][v])
 
     def apply(self, x: Tensor, dim: int, b: int, v: int, rows: slice = slice(None)) -> Tensor:
         """Return (D, H, W) from x (D, H, W), of which axis ``dim`` (0 or 1) holds ``columns(b, v, rows)``."""
-        columns = self.columns(b, v, rows)
-        if self._taps > _FEW_TAPS:
-            matrix = self.matrix[b, v, rows, columns]
+        columns, taps = self.columns(b, v, rows), self._taps[b][v]
+        matrix = self.matrix[b, v, rows, columns]
+        if taps > _FEW_TAPS:
             return matrix @ x if dim else (matrix @ x.flatten(1)).unflatten(1, x.shape[1:])
         start = self._start[b, v, rows] - columns.start
-        weights = self._weights[b, v, rows].view(-1, *([1] * (2 - dim)), self._taps)
+        weights = matrix.gather(1, start[:, None] + torch.arange(taps)).view(-1, *([1] * (2 - dim)), taps)
         total = x.index_select(dim, start).mul_(weights[..., 0])
-        for tap in range(1, self._taps):
+        for tap in range(1, taps):
             total.addcmul_(x.index_select(dim, start + tap), weights[..., tap])
         return total
 
