@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -228,10 +229,11 @@ def box_share(mask: Tensor, low: Tensor, high: Tensor) -> Tensor:
     shape = constant(tuple(mask.shape[2:]), mask.device, torch.int64)
     a = torch.minimum(low.round().long().clamp_min(0), shape - 1)
     b = torch.maximum(torch.minimum(high.round().long(), shape), a + 1)
-    if mask.device.type == "cpu":  # counting ten boxes of 60³ takes 0.7 ms, the integral of 168³ 25 ms
+    if mask.device.type == "cpu":  # counting ten boxes of 60³ takes 0.5 ms, the integral of 168³ 25 ms
+        voxels = mask.numpy()
         corners = zip(a.flatten(0, 1).tolist(), b.flatten(0, 1).tolist(), strict=True)
-        boxes = [mask[row // a.shape[1], 0][tuple(map(slice, *pair))] for row, pair in enumerate(corners)]
-        counts = torch.tensor([int(box.sum(dtype=torch.int32)) for box in boxes], dtype=torch.float32)
+        boxes = (voxels[row // a.shape[1], 0][tuple(map(slice, *pair))] for row, pair in enumerate(corners))
+        counts = torch.tensor([np.count_nonzero(box) for box in boxes], dtype=torch.float32)
         return counts.view(a.shape[:2]) / (b - a).prod(-1)
     integral = F.pad(mask[:, 0].to(torch.int32), (1, 0, 1, 0, 1, 0))
     for dim in (1, 2, 3):
