@@ -136,8 +136,8 @@ def test_help__lists_every_subcommand_with_a_sentence(capsys: pytest.CaptureFixt
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
     folder = Path(main.__code__.co_filename).parent / "commands"
     files = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
-    commands = {name for name in files if not name.startswith("_")}
-    assert set(lines) == set(TRAINING) | commands
+    names = {name.replace("_", "-") for name in files if not name.startswith("_")}
+    assert set(lines) == set(TRAINING) | names
     assert all(len(line.split()) > 3 for line in lines.values())
 
 
