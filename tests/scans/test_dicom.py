@@ -101,6 +101,7 @@ HEADERS: dict[str, tuple[Callable[[list[Any]], None], str]] = {
     "mip": (lambda s: _set(s, ImageType=["DERIVED", "SECONDARY", "PROJECTION IMAGE"]), "a projection"),
     "screen": (lambda s: _set(s, ImageType=["DERIVED", "SECONDARY", "SCREEN SAVE"]), "a screen dump"),
     "position": (lambda s: _delete(s, "ImagePositionPatient"), "missing position"),
+    "empty position": (lambda s: _set(s, ImagePositionPatient=None), "missing position"),
     "orientation": (lambda s: _delete(s, "ImageOrientationPatient"), "missing position"),
     "derived": (
         lambda s: (_delete(s, "ImagePositionPatient"), _set(s, ImageType=["DERIVED", "SECONDARY"]))[0],

@@ -285,6 +285,8 @@ GEOMETRY: dict[str, tuple[Callable[[list[Any]], Any], str]] = {
         lambda s: [setattr(d, "ImageOrientationPatient", [1, 0, 0, 0.6, 0.8, 0]) for d in s],
         "not two unit vectors at a right angle",
     ),
+    "two numbers": (lambda s: setattr(s[1], "ImagePositionPatient", [1, 2]), "its ImagePositionPatient is not three"),
+    "zero slope": (lambda s: setattr(s[1], "RescaleSlope", 0), "its RescaleSlope is 0"),
     "zero spacing": (lambda s: [setattr(d, "PixelSpacing", [0, 2]) for d in s], "its pixel spacing is 0 x 2 mm"),
     "frames": (lambda s: [setattr(d, "NumberOfFrames", 3) for d in s], "3 frames without a place for each"),
     "truncated": (_cut_pixels, "truncated pixel data"),

@@ -288,11 +288,11 @@ def _reason(data: Any, modality: str | None, pet: bool) -> str | None:
     if any("SCREEN" in kind for kind in kinds):
         return "a screen dump, not a scan"
     if "PerFrameFunctionalGroupsSequence" not in data:
-        if "ImagePositionPatient" not in data or "ImageOrientationPatient" not in data:
+        if not data.get("ImagePositionPatient") or not data.get("ImageOrientationPatient"):
             if kinds[:2] == ["DERIVED", "SECONDARY"]:
                 return "a derived image without a place in the patient (a screen dump?)"
             return "missing position: no ImagePositionPatient or ImageOrientationPatient"
-        if "PixelSpacing" not in data:
+        if not data.get("PixelSpacing"):
             return "missing pixel spacing"
     if "ModalityLUTSequence" in data:
         return "a table of values (Modality LUT), which is not read"
