@@ -444,11 +444,15 @@ def test_traceback__flag_shows_where_a_refusal_came_from(conf: Path, tmp_path: P
 
 
 @pytest.mark.ddp
-def test_fit__two_processes_reach_the_weights_of_one(conf: Path, tmp_path: Path) -> None:
-    assert fit(conf, tmp_path / "one") == 0
+def test_fit__two_processes_reach_the_weights_of_one(
+    conf: Path, tmp_path: Path, tiny_cache: Path, spoil_cache: Callable[..., Path]
+) -> None:
+    broken = spoil_cache(tiny_cache, ["case001"], tmp_path / "broken.h5")
+    settings = ["--data.cache", str(broken), "--data.on_broken", "quarantine", "--data_stream.every_n_steps", "1"]
+    assert fit(conf, tmp_path / "one", *settings) == 0
     command = [sys.executable, "-m", "agssd.cli", "fit", "--config", str(conf / "experiment/ToyRecipe.yaml")]
     command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    command += ["--trainer.default_root_dir", str(tmp_path / "two")]
+    command += ["--trainer.default_root_dir", str(tmp_path / "two"), *settings]
     paths = os.pathsep.join([str(TOYS), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
@@ -456,3 +460,12 @@ def test_fit__two_processes_reach_the_weights_of_one(conf: Path, tmp_path: Path)
     one, two = (checkpoint(tmp_path / name)["state_dict"]["backbone.gain"] for name in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-7)
     assert (tmp_path / "two/config.yaml").is_file() and not (tmp_path / "two/config-2.yaml").exists()
+    replaced = []
+    for name in ("one", "two"):
+        assert [line.split(",")[0] for line in (tmp_path / name / "quarantine.csv").read_text().split()[1:2]] == [
+            "case001"
+        ]
+        with (tmp_path / name / "metrics.csv").open() as file:
+            rows = [row["data/replaced_samples"] for row in csv.DictReader(file) if row.get("data/replaced_samples")]
+        replaced.append([float(row) for row in rows])
+    assert replaced[0] == replaced[1] and replaced[0][-1] == 3  # summed over ranks

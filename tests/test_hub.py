@@ -69,6 +69,17 @@ def test_contract__in_header_and_json(tmp_path: Path) -> None:
     assert load_backbone(moved).contract == contract  # the file alone suffices
 
 
+def test_export__record_too_long_for_the_header__refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agssd.hub.MAX_HEADER", 5000)
+    seen = {"num_cases": 1, "num_subjects": 1, "salts": [], "subjects": "A" * 6000, "hashes": ""}
+    with pytest.raises(ValueError, match="--without-record"):
+        export_backbone(vit(), tmp_path, contract={"seen": seen})
+    assert not list(tmp_path.iterdir())
+    export_backbone(vit(), tmp_path, contract={"seen": None})
+
+
 def test_export__from_modules(tmp_path: Path) -> None:
     class Recipe(nn.Module):
         def __init__(self) -> None:

@@ -33,6 +33,7 @@ from agssd.types import HasBackbone, Triple
 FILE_NAME = "backbone.safetensors"
 FORMAT = "agssd-backbone"
 FORMAT_VERSION = 1
+MAX_HEADER = 95_000_000  # bytes; safetensors reads 100 MB
 PREPARATION = ("spacing_mm", "orientation", "modality", "intensity")
 
 
@@ -84,6 +85,11 @@ def export_backbone(
         text = json.dumps(full, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the contract must hold plain finite types only: {error}") from None
+    if len(text) > MAX_HEADER:  # a million cases
+        raise ValueError(
+            "the record of the cases that it was trained on does not fit into the header of a safetensors file "
+            f"({len(text) / 1e6:.0f} MB of at most {MAX_HEADER / 1e6:.0f}); leave it out with --without-record"
+        )
     target = Path(out_dir) / FILE_NAME
     _write_whole(target, lambda path: save_file(weights, path, metadata={"agssd": text}))
     short = {name: _without_lists(value) for name, value in full.items()}

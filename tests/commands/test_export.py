@@ -56,10 +56,24 @@ def test_run__writes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[s
     save_checkpoint(tmp_path / "run" / "last.ckpt", 40, contract={"spacing_mm": [1.5, 1.5, 1.5], "channels": 1})
     assert call(str(tmp_path / "run"), "--out", str(tmp_path / "out")) == 0
     printed = capsys.readouterr().out
-    assert "trained on  unknown: the run recorded none" in printed
+    assert "trained on  unknown: no record" in printed
     assert "step 40" in printed and "[1.5, 1.5, 1.5]" in printed and "orientation unknown" in printed
     assert str(tmp_path / "out" / "backbone.safetensors") in printed
     assert (load_backbone(tmp_path / "out").contract or {})["step"] == 40
+
+
+def test_run__record_of_the_training_cases_goes_along_unless_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = {"num_cases": 3, "num_subjects": 2, "salts": ["s"], "subjects": "AAECAwQFBgc=", "hashes": ""}
+    save_checkpoint(tmp_path / "run" / "last.ckpt", 40, contract={"channels": 1, "seen": seen})
+    assert call(str(tmp_path / "run"), "--out", str(tmp_path / "out")) == 0
+    assert "trained on  3 cases of 2 subjects" in capsys.readouterr().out
+    assert (load_backbone(tmp_path / "out").contract or {})["seen"] == seen
+    assert call(str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--without-record") == 0
+    assert "trained on  unknown" in capsys.readouterr().out
+    assert "seen" not in (load_backbone(tmp_path / "out").contract or {})
+    assert seen["subjects"].encode() not in (tmp_path / "out" / "backbone.safetensors").read_bytes()
 
 
 def test_run__errors_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

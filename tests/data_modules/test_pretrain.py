@@ -189,6 +189,14 @@ def test_load_state_dict__refuses_other_shares(two_caches: list[str], changed: d
         after.load_state_dict(early)
 
 
+def test_load_state_dict__refuses_another_fold(tiny_cache: Path) -> None:
+    before, after = (module(tiny_cache, num_folds=5, fold=fold) for fold in (0, 1))
+    for data in (before, after):
+        data.setup("fit")
+    with pytest.raises(ValueError, match=r"fold was \[5, 0\], is \[5, 1\]"):
+        after.load_state_dict(before.state_dict())
+
+
 def test_load_state_dict__refuses_exchanged_caches(two_caches: list[str]) -> None:
     before, after = module(two_caches), module(two_caches[::-1])
     for data in (before, after):

@@ -80,6 +80,7 @@ def test_check_intensities__wrong_modality() -> None:
     normalised = (_mri() - 100) / 100
     assert ("modality", "warning") in _kinds(check_intensities(_scan(normalised), "ct", True, 0.4))
     assert ("modality", "warning") in _kinds(check_intensities(_scan(_mri() * 40 - 600), "ct", True, 0.4))
+    assert ("modality", "warning") in _kinds(check_intensities(_scan(_mri() - 30), "ct", True, 0.4))  # nothing like fat
     assert ("modality", "warning") in _kinds(check_intensities(_scan(_ct()), "mri", True, 0.4))
     windowed = np.clip(_ct(), -160, 240)
     assert ("modality", "warning") in _kinds(check_intensities(_scan(windowed), "mri", False, 0.4))
@@ -149,6 +150,8 @@ def test_check_prepared__empty_things() -> None:
 def test_spike__share_of_a_saturated_value() -> None:
     values = np.random.default_rng(0).normal(size=100_000)
     assert spike(values, True) is None and spike(values, False) is None
+    even = np.arange(100_000) % 100  # extremes as frequent as all others
+    assert spike(even, True) is None and spike(even, False) is None
     cut = np.clip(values, -1.0, 2.0)
     top, bottom = spike(cut, True), spike(cut, False)
     assert top is not None and top.value == 2.0 and top.share == (values >= 2.0).mean()

@@ -17,6 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-class", action="store_true", help="import a backbone class outside agssd that the checkpoint names"
     )
+    parser.add_argument(
+        "--without-record",
+        action="store_true",
+        help="leave out the digests of subjects and scans that it was trained on: who has such a scan could tell from "
+        "them that it was used, and without them nobody can be warned of leakage",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         checkpoint = find_checkpoint(Path(args.run))
-        target = export_backbone(checkpoint, args.out, trust_class=args.trust_class)
+        contract = {"seen": None} if args.without_record else None
+        target = export_backbone(checkpoint, args.out, contract=contract, trust_class=args.trust_class)
         contract = load_backbone(target, trust_class=args.trust_class).contract or {}
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -36,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         value = contract[name]
         print(f"{name:<12}{'unknown: the run did not record it' if value is None else value}")
     seen = contract.get("seen")
-    told = f"{seen['num_cases']} cases of {seen['num_subjects']} subjects" if seen else "unknown: the run recorded none"
+    told = f"{seen['num_cases']} cases of {seen['num_subjects']} subjects" if seen else "unknown: no record"
     print(f"{'trained on':<12}{told}")
     print(f'load with   agssd.load_backbone("{target}")')
     return 0

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agssd.commands._sources import add_source_arguments, plan_of, recipe_of
+
 if TYPE_CHECKING:
     from agssd.data_modules.build_folder import BuildFolder, Shard
     from agssd.data_modules.parts import Part, Refusal, Workshop
@@ -21,52 +23,8 @@ _FORECAST_SAMPLE = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``agssd prepare``."""
-    parser.add_argument(
-        "source",
-        nargs="+",
-        type=Path,
-        help="file, folder (searched recursively; DICOM series in it are found), CSV manifest, or public set by name: "
-        "msd:Task04_Hippocampus, medmnist3d:organ, ixi-tiny, ixi:T1, ... (an unknown name, such as msd:, lists all)",
-    )
+    add_source_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="CACHE", help="cache file to write, used as given")
-    parser.add_argument(
-        "--download-dir",
-        type=Path,
-        metavar="DIR",
-        help="where public sets are, or are downloaded to once; default: the folder downloads beside the cache",
-    )
-    parser.add_argument("--modality", choices=("ct", "mri", "auto"), default="auto", help="default: decide per file")
-    parser.add_argument(
-        "--spacing-mm",
-        type=_millimetres,
-        nargs="+",
-        metavar="S",
-        help="voxel size, one number or three in the order superior, anterior, right; default 1.5 for CT, 1.0 for MRI",
-    )
-    parser.add_argument(
-        "--labels",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="files whose name (with a slash: relative path) matches are label maps; may be repeated",
-    )
-    parser.add_argument(
-        "--subject",
-        metavar="REGEX",
-        help="searched in the relative path; its first group, or the match, is the subject",
-    )
-    parser.add_argument(
-        "--volume",
-        type=int,
-        metavar="I",
-        help="of 4D files and DICOM series of several volumes take volume I, from 0; otherwise they are refused",
-    )
-    parser.add_argument("--pet", action="store_true", help="take DICOM PET too, stored as MRI is (no SUV)")
-    parser.add_argument(
-        "--unshear",
-        action="store_true",
-        help="resample grids whose axes are not at right angles, as under gantry tilt; otherwise they are refused",
-    )
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes; the result does not depend on it"
     )
@@ -135,24 +93,19 @@ def _prepare(args: argparse.Namespace) -> int:
     from agssd.data_modules.build_folder import BuildFolder, build_path
     from agssd.data_modules.parts import Workshop
     from agssd.scans.keys import open_salt, salt_fingerprint, salt_place
-    from agssd.scans.prepare import Recipe
-    from agssd.scans.public import local_sources
     from agssd.scans.quarantine import apply_quarantine
-    from agssd.scans.sources import plan_sources
 
     out: Path = args.out
-    recipe = Recipe(spacing_mm=_spacing(args.spacing_mm), unshear=args.unshear)
+    recipe = recipe_of(args)
     shard_bytes = None if args.shard_gib is None else int(args.shard_gib * 2**30)
     if args.workers < 1:
         raise ValueError(f"--workers is {args.workers}; it must be at least 1")
     # A cache beside its build folder may be of that build, killed before it could take the folder away.
     check_place(out, args.overwrite or build_path(out).is_dir())
-    sources, about_sets = local_sources(args.source, args.download_dir or out.parent / "downloads")
-    modality = None if args.modality == "auto" else args.modality
-    plan = plan_sources(sources, args.labels, args.subject, modality, args.volume, args.pet)
+    sources, plan = plan_of(args, out.parent / "downloads")
     if args.quarantine is not None:
         apply_quarantine(plan, args.quarantine)
-    for note in [*about_sets, *plan.notes]:
+    for note in plan.notes:
         print(f"note: {note}")
     for path, reason in plan.refused:
         print(f"refused: {path}: {reason}")
@@ -339,13 +292,6 @@ def _make(workshop: Workshop, item: tuple[Job, str]) -> Part | Refusal:
     return workshop.make(*item)
 
 
-def _millimetres(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number; name SOURCE before --spacing-mm") from None
-
-
 def positive(text: str) -> float:
     """Return the positive number that an argument states."""
     try:
@@ -364,14 +310,6 @@ def _shard(text: str) -> Shard:
     if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is no I/N with I from 0 to N - 1, for example 0/16")
     return Shard(int(number), int(count))
-
-
-def _spacing(values: list[float] | None) -> tuple[float, float, float] | None:
-    if values is None:
-        return None
-    if len(values) not in (1, 3) or min(values) <= 0:
-        raise ValueError(f"--spacing-mm is {' '.join(map(str, values))}; give one positive number or three")
-    return (values[0], values[0], values[0]) if len(values) == 1 else (values[0], values[1], values[2])
 
 
 def _class_names(plan: Plan) -> list[str]:

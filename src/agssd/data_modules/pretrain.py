@@ -271,6 +271,7 @@ class PretrainDataModule(L.LightningDataModule):
             "num_cases": len(self.train_crops.rows) if self.train_crops is not None else 0,
             "cases_per_cache": list(self.train_crops.mixture.sizes) if self.train_crops is not None else [],
             "samples_per_cache_and_block": self._counts_per_block(),
+            "fold": None if self.fold is None else [self.num_folds, self.fold],
         }
 
     def _counts_per_block(self) -> list[int] | None:
@@ -285,7 +286,7 @@ class PretrainDataModule(L.LightningDataModule):
             ValueError: naming each setting that differs, since the run would go on with other samples.
         """
         now = self._stream()
-        before = {"samples_per_cache_and_block": None} | state_dict
+        before = {"samples_per_cache_and_block": None, "fold": None} | state_dict  # early checkpoints knew neither
         differing = [
             f"{name} was {before[name]}, is {now[name]}" for name in now if name in before and before[name] != now[name]
         ]

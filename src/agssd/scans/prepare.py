@@ -128,7 +128,9 @@ def prepare_case(
         low=low,
         high=high,
         edge_q99=edge_constants(image, scale, offset, foreground, spacing, modality == "ct"),
-        perceptual_hash=perceptual_hash(image[0] * scale[0] + offset[0], foreground, low[0], high[0]),
+        perceptual_hash=perceptual_hash(
+            image[0], foreground, (low[0] - offset[0]) / scale[0], (high[0] - offset[0]) / scale[0]
+        ),
         modality_reason=reason,
         notes=tuple(note for scan in scans for note in scan.notes),
     )

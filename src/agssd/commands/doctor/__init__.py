@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agssd.commands._sources import add_source_arguments, plan_of, recipe_of
+
 if TYPE_CHECKING:
     from agssd.commands.doctor.across import Found, Member
     from agssd.commands.doctor.examine import Examined
@@ -17,30 +19,25 @@ if TYPE_CHECKING:
 
 EXIT_FOUND = 3
 _EXAMPLES = 2  # per check on the terminal, without --all
+_OF_SOURCES: dict[str, Any] = {  # arguments that a cache has no use for, and their defaults
+    "labels": [],
+    "subject": None,
+    "modality": "auto",
+    "spacing_mm": None,
+    "volume": None,
+    "pet": False,
+    "unshear": False,
+    "quarantine": None,
+}
 _MIGHT_BE_RIGHT = ("label-map", "not-used", "missing", "memory")  # no fault of the scan: never put into quarantine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``agssd doctor``."""
-    parser.add_argument(
-        "source", nargs="+", type=Path, help="files, folders (searched recursively) and CSV manifests; or one cache"
-    )
+    add_source_arguments(parser, others="; or one cache")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html and findings.csv there")
     parser.add_argument("--names", action="store_true", help="show paths in report.html too, not only in findings.csv")
     parser.add_argument("--all", action="store_true", help="print every finding, not only some of each kind")
-    parser.add_argument("--modality", choices=("ct", "mri", "auto"), default="auto", help="default: decide per file")
-    parser.add_argument(
-        "--labels",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="files whose name (with a slash: relative path) matches are label maps; may be repeated",
-    )
-    parser.add_argument(
-        "--subject",
-        metavar="REGEX",
-        help="searched in the relative path; its first group, or the match, is the subject",
-    )
     parser.add_argument(
         "--label-values",
         type=int,
@@ -105,8 +102,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
     cache = any(is_cache(source) for source in args.source)
     if cache and len(args.source) > 1:
         raise ValueError("a cache is examined alone: give one cache, or sources only")
-    if cache and (args.labels or args.subject or args.modality != "auto" or args.quarantine):
-        raise ValueError("--labels, --subject, --modality and --quarantine belong to sources, not to a cache")
+    if cache and (given := [name for name, default in _OF_SOURCES.items() if getattr(args, name) != default]):
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{names} can be given for sources only; {args.source[0]} is a cache")
     if args.workers < 1:
         raise ValueError(f"--workers is {args.workers}; it must be at least 1")
     if args.out is not None and args.out.exists() and not args.out.is_dir():
@@ -138,17 +136,14 @@ def _of_source(args: argparse.Namespace) -> tuple[Report, list[Entry]]:
     from agssd.commands.doctor.examine import SourceExaminer
     from agssd.commands.doctor.page import Report
     from agssd.scans.findings import refusal
-    from agssd.scans.prepare import Recipe
-    from agssd.scans.sources import plan_sources
 
-    modality = None if args.modality == "auto" else args.modality
-    plan = plan_sources(args.source, args.labels, args.subject, modality)
+    _, plan = plan_of(args, (args.out or Path()) / "downloads")
     for note in plan.notes:
         print(f"note: {note}")
     if not plan.jobs and not plan.refused:
         raise ValueError("no scan was found")
     names = [";".join(str(path) for path in job.paths) for job in plan.jobs]
-    examiner = SourceExaminer(Recipe(), pictures=args.out is not None)
+    examiner = SourceExaminer(recipe_of(args), pictures=args.out is not None)
     report = Report("scans", len(names) + len(plan.refused), len({job.subject for job in plan.jobs}))
     members = _examine(report, examiner, plan.jobs, names, args.workers)
     for number, (path, reason) in enumerate(plan.refused, len(names) + 1):
