@@ -3,8 +3,8 @@
 Headers and uncompressed and RLE pixels are read by pydicom, all other transfer syntaxes decoded by GDCM behind it.
 Measured on the shared series, ms a slice (2-core x86-64 CPU, 2026-11-21): uncompressed 512x512 4.2 so and 4.1 by
 SimpleITK; JPEG 2000 512x512 20 and 20 (28 by OpenJPEG); JPEG-LS 256x256 4.2 and 3.7; RLE 256x256 0.6 and 8.4. Being no
-slower, pydicom serves better here: it gives stored values, by which padding is known, and single frames, where SimpleITK
-gives the four volumes of the shared enhanced MR as one stack of 32 slices.
+slower, pydicom serves better here: it gives stored values, by which padding is known, and single frames, where
+SimpleITK gives the four volumes of the shared enhanced MR as one stack of 32 slices.
 
 Positions, orientations and spacings are DICOM's: mm in the patient's space, LPS.
 """
