@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from agssd import __version__
+from agssd import __version__, commands
 from agssd.cli import TRAINING, main, refusal
 from agssd.lightning_cli import differences
 
@@ -139,6 +139,13 @@ def test_help__lists_every_subcommand_with_a_sentence(capsys: pytest.CaptureFixt
     commands = {name for name in files if not name.startswith("_")}
     assert set(lines) == set(TRAINING) | commands
     assert all(len(line.split()) > 3 for line in lines.values())
+
+
+def test_commands__loading_one_hides_no_other() -> None:
+    before = commands.summaries()
+    for name in before:
+        assert callable(commands.load(name).run)
+    assert commands.summaries() == before and all(commands.exists(name) for name in before)
 
 
 def test_dispatch__unknown_subcommand_is_refused_with_the_choice(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ class Command(Protocol):
         ...
 
 
-def _sources() -> dict[str, Path]:
+def _command_files() -> dict[str, Path]:
     here = Path(__file__).parent
     modules = {path.stem: path for path in here.glob("*.py")}
     packages = {path.parent.name: path for path in here.glob("*/__init__.py")}
@@ -42,7 +42,7 @@ def _sources() -> dict[str, Path]:
 def summaries() -> dict[str, str]:
     """Return the first line of the docstring of every command, by the name to type."""
     lines = {}
-    for name, path in _sources().items():
+    for name, path in _command_files().items():
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         lines[name] = text.partition("\n")[0]
     return lines
@@ -50,7 +50,7 @@ def summaries() -> dict[str, str]:
 
 def exists(name: str) -> bool:
     """Return whether ``agssd NAME`` is a command of this package."""
-    return name in _sources()
+    return name in _command_files()
 
 
 def load(name: str) -> Command:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agssd.commands._sources import add_source_arguments, plan_of, recipe_of
+from agssd.commands._which_scans import add_source_arguments, plan_of, recipe_of
 
 if TYPE_CHECKING:
     from agssd.data_modules.build_folder import BuildFolder, Shard

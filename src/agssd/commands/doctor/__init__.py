@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agssd.commands._sources import add_source_arguments, plan_of, recipe_of
+from agssd.commands._which_scans import add_source_arguments, plan_of, recipe_of
 
 if TYPE_CHECKING:
     from agssd.commands.doctor.across import Found, Member
