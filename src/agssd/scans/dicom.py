@@ -235,7 +235,8 @@ def _read_header(file: Path, pet: bool) -> _Header | None:
         return _Header(file, str(file), str(file), "", "", "", str(error))
     except Exception as error:  # a value that pydicom cannot convert
         return _Header(file, str(file), str(file), "", "", "", f"damaged DICOM header: {type(error).__name__}")
-    series = uid or f"{file.parent} {data.get('SeriesNumber')}"  # UIDs may have been removed with the names
+    # UIDs may have been removed with the names; what is no DICOM at all stands for itself
+    series = uid or (f"{file.parent} {data.get('SeriesNumber')}" if modality or _sop_class(data) else str(file))
     return _Header(file, series, instance or str(file), modality or "", patient, study, reason)
 
 
