@@ -96,7 +96,19 @@ def test_near_duplicates__equals_comparing_all_pairs(monkeypatch: pytest.MonkeyP
     assert near_duplicates([], two) == near_duplicates([None], two) == []
 
 
-def test_shared_hippocampus__no_two_crops_are_near(shared_data: Path) -> None:
-    paths = sorted((shared_data / "hippocampus" / "imagesTr").glob("*.nii.gz"))[::4]
-    hashes = [prepare_case([path], modality="mri").perceptual_hash for path in paths]
-    assert len(near_duplicates(hashes, hashes)) == len(paths) > 40
+@pytest.mark.slow
+def test_shared_hippocampus__copies_at_another_spacing_are_found_and_no_two_people(shared_data: Path) -> None:
+    paths = sorted((shared_data / "hippocampus" / "imagesTr").glob("*.nii.gz"))
+    one, two = (
+        [prepare_case([path], modality="mri", recipe=Recipe((spacing,) * 3)).perceptual_hash for path in paths]
+        for spacing in (1.0, 1.25)
+    )
+    itself = [(row, row) for row in range(len(paths))]
+    assert len(paths) == 194 and [pair[:2] for pair in near_duplicates(one, one)] == itself
+    assert [pair[:2] for pair in near_duplicates(one, two)] == itself
+
+
+@pytest.mark.slow
+def test_shared_orientations__one_head_in_other_storage_orders_has_one_hash(shared_data: Path) -> None:
+    paths = sorted((shared_data / "odd" / "orientations").glob("*.nii.gz"))[::5]
+    assert len(paths) == 5 and len({prepare_case([path], modality="mri").perceptual_hash for path in paths}) == 1
