@@ -7,13 +7,14 @@ DEMO_OUT ?= demo
 BENCH_OUT ?= runs/bench
 TEST_WORKERS ?= auto
 DEMO_FLAGS ?=
+BENCH_FLAGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow fmt lint types smoke conf bench bench-gpu wheel
+.PHONY: help install demo test test-slow fmt lint types smoke conf bench bench-gpu bench-data wheel
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +59,10 @@ bench: $(STAMP) ## Time the hot paths against their alternatives, side by side, 
 
 bench-gpu: $(STAMP) ## The same on a CUDA device
 	$(BIN)/agssd bench --device cuda --out $(BENCH_OUT)
+
+bench-data: $(STAMP) ## Compare crops and training views per second with other data engines
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
+	$(BIN)/agssd bench-data --out $(BENCH_OUT) $(BENCH_FLAGS)
 
 wheel: $(STAMP) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .

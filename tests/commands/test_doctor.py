@@ -149,9 +149,9 @@ def clinic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(clinic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What doctor writes of the clinic."""
+    """What doctor writes of the clinic, and the quarantine beside it."""
     out = tmp_path_factory.mktemp("report") / "new"
-    assert _run(clinic, "--labels", "labels/*", "--out", out) == 3
+    assert _run(clinic, "--labels", "labels/*", "--out", out, "--quarantine", out.parent / "q.csv") == 3
     assert sorted(path.name for path in out.iterdir()) == ["findings.csv", "report.html"]
     return out
 
@@ -262,6 +262,51 @@ def test_report__one_page_that_needs_nothing_and_names_nobody(clinic: Path, repo
     assert PATIENT in (report / "findings.csv").read_text()
 
 
+def _series(folder: Path, gap: int | None = None, **attributes: str) -> None:
+    """Write a CT of 24 slices with a name in every place that takes one; after slice ``gap`` one is missing."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    folder.mkdir(parents=True)
+    series = generate_uid()
+    head = (_head(0)[:, :, ::2] * 0.3 - 1000 * (_head(0)[:, :, ::2] < 100)).astype(np.int16)
+    for row in range(22):
+        if row == gap:
+            continue
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        data = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+        data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        data.SeriesInstanceUID, data.StudyInstanceUID, data.Modality = series, "1.2.19610704", "CT"
+        data.PatientName = data.PatientID = data.InstitutionName = data.SeriesDescription = PATIENT
+        data.ImageComments, data.PatientBirthDate, data.AccessionNumber = PATIENT, "19610704", PATIENT
+        data.ImageType = ["ORIGINAL", "PRIMARY", PATIENT]
+        data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, 2.0 * row], [1, 0, 0, 0, 1, 0]
+        data.PixelSpacing, data.RescaleSlope, data.RescaleIntercept = [1, 1], 1, 0
+        data.Rows, data.Columns, data.SamplesPerPixel, data.PhotometricInterpretation = 48, 52, 1, "MONOCHROME2"
+        data.BitsAllocated = data.BitsStored = 16
+        data.HighBit, data.PixelRepresentation, data.PixelData = 15, 1, head[:, :, row].tobytes()
+        for name, value in attributes.items():
+            setattr(data, name, value)
+        data.save_as(folder / f"{PATIENT}{row:03d}")
+
+
+def test_report__no_name_from_dicom_reaches_the_page(tmp_path: Path) -> None:
+    _series(tmp_path / "ct/whole")
+    _series(tmp_path / "ct/gap", gap=9)
+    _series(tmp_path / "ct/units", RescaleType=PATIENT)
+    _series(tmp_path / "ct/colour", PhotometricInterpretation="RGB")
+    assert _run(tmp_path / "ct", "--out", tmp_path / "out") == 3
+    found = _findings(tmp_path / "out")
+    assert found["gap"] == {("series", "error")} and found["units"] == {("modality", "error")}
+    assert found["colour"] == {("dimensions", "error")}
+    text = re.sub('base64,[^"]*', "", (tmp_path / "out/report.html").read_text())
+    for secret in (PATIENT, "DOE", "JANE", "19610704", "1.2."):
+        assert secret not in text
+    assert PATIENT in (tmp_path / "out/findings.csv").read_text()
+
+
 def test_report__names_only_where_asked_for(tmp_path: Path) -> None:
     _save(tmp_path / f"{PATIENT}.nii.gz", _head(0), np.diag([0.1, 0.1, 0.1, 1]))
     _run(tmp_path, "--out", tmp_path / "out")
@@ -270,16 +315,17 @@ def test_report__names_only_where_asked_for(tmp_path: Path) -> None:
     assert str(tmp_path / PATIENT) in (tmp_path / "out/report.html").read_text()
 
 
-def test_report__pictures_show_planes_and_label(healthy: Path, tmp_path: Path) -> None:
+def test_report__pictures_show_planes_and_label(tmp_path: Path) -> None:
     import base64
     import io
 
     from PIL import Image
 
-    _run(healthy, "--labels", "labels/*", "--label-values", 0, 1, "--out", tmp_path)
+    _healthy(tmp_path / "scans", 2)
+    _run(tmp_path / "scans", "--labels", "labels/*", "--label-values", 0, 1, "--out", tmp_path)
     text = (tmp_path / "report.html").read_text()
     pictures = re.findall(r"base64,([^\"]+)", text)
-    assert len(pictures) == 12
+    assert len(pictures) == 2
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[0])))).astype(int)
     assert pixels.shape == (128, 388, 3)
     orange = pixels[..., 0] - pixels[..., 2] > 60  # label 1; the body's outline is blue
@@ -289,10 +335,11 @@ def test_report__pictures_show_planes_and_label(healthy: Path, tmp_path: Path) -
     assert orange.mean() > 0.01
 
 
-def test_doctor__label_values_that_are_named_decide(healthy: Path, tmp_path: Path) -> None:
-    assert _run(healthy, "--labels", "labels/*", "--label-values", 1, 2) == 0
-    assert _run(healthy, "--labels", "labels/*", "--label-values", 1, "--out", tmp_path) == 3
-    assert set(_findings(tmp_path)) == {f"p{row:02d}" for row in range(12)}
+def test_doctor__label_values_that_are_named_decide(tmp_path: Path) -> None:
+    _healthy(tmp_path / "scans", 2)
+    assert _run(tmp_path / "scans", "--labels", "labels/*", "--label-values", 1, 2) == 0
+    assert _run(tmp_path / "scans", "--labels", "labels/*", "--label-values", 1, "--out", tmp_path) == 3
+    assert _findings(tmp_path) == {name: {("label-values", "error")} for name in ("p00", "p01")}
 
 
 def test_doctor__modality_that_is_wrong(tmp_path: Path) -> None:
@@ -310,8 +357,9 @@ def test_doctor__modality_that_is_wrong(tmp_path: Path) -> None:
     assert not any("modality" in str(item) for item in _findings(tmp_path / "auto").values())
 
 
-def test_doctor__subject_with_all_scans(healthy: Path, tmp_path: Path) -> None:
-    _run(healthy, "--labels", "labels/*", "--subject", "p", "--out", tmp_path)
+def test_doctor__subject_with_all_scans(tmp_path: Path) -> None:
+    _healthy(tmp_path / "scans", 2)
+    _run(tmp_path / "scans", "--labels", "labels/*", "--subject", "p", "--out", tmp_path)
     assert _findings(tmp_path)["p00"] == {("subject", "warning")}
 
 
@@ -325,20 +373,16 @@ def test_doctor__copy_in_another_split_is_a_leak(tmp_path: Path) -> None:
 
 
 def test_quarantine__doctor_writes_what_prepare_leaves_out(
-    clinic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clinic: Path, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "q.csv"
-    assert _run(clinic, "--labels", "labels/*", "--quarantine", file) == 3
-    printed = capsys.readouterr().out
-    assert re.search(r"^error    damaged +3  Damaged or truncated$", printed, re.MULTILINE)
-    assert f"{clinic / 'images/crc.nii.gz'}: truncated or damaged" in printed and "and 1 more (--all)" in printed
+    file = report.parent / "q.csv"
     with file.open(newline="") as text:
         rows = list(csv.DictReader(text))
     errors = {name for name, (check, severity) in EXPECTED.items() if severity == "error" and check != "label-map"}
     assert {Path(row["path"]).name.partition(".")[0] for row in rows} == errors
     assert all(row["reason"] and len(row["sha256"]) == 64 for row in rows)
-    arguments = (clinic, "--labels", "labels/*", "--no-forecast", "--salt", tmp_path / "salt", "--quarantine", file)
-    assert _prepare(*arguments, "--out", tmp_path / "c.h5") == 3
+    arguments = ("--labels", "labels/*", "--no-forecast", "--salt", tmp_path / "salt", "--quarantine", file)
+    assert _prepare(clinic, *arguments, "--out", tmp_path / "c.h5") == 3
     printed = capsys.readouterr().out
     refused = re.findall(r"^refused: (\S+): (.*)$", printed, re.MULTILINE)
     assert {Path(path).name.partition(".")[0] for path, _ in refused} == errors | {"a_mask"}
@@ -347,27 +391,31 @@ def test_quarantine__doctor_writes_what_prepare_leaves_out(
     left = _of_cache(tmp_path / "c.h5")  # a near duplicate is no error until it meets its twin across splits
     assert {check for found in left.values() for check, severity in found if severity == "error"} <= {"near-duplicate"}
 
-    (clinic / "images/constant.nii.gz").write_bytes((clinic / "images/p03.nii.gz").read_bytes())
-    try:
-        assert _prepare(*arguments, "--out", tmp_path / "d.h5") == 3
-    finally:
-        _save(clinic / "images/constant.nii.gz", np.full(SHAPE, 7, dtype=np.int16))
+
+def test_quarantine__warnings_too_and_nothing_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scans, file = tmp_path / "scans", tmp_path / "q.csv"
+    for row in range(3):
+        _save(scans / f"clipped{row}.nii.gz", np.minimum(_head(row), 480))
+    _save(scans / "thick.nii.gz", _head(3), np.diag([1, 1, 4, 1.0]))
+    (scans / "empty.nii.gz").touch()
+    assert _run(scans, "--quarantine", file, "--quarantine-warnings") == 3
     printed = capsys.readouterr().out
-    assert f"note: {clinic / 'images/constant.nii.gz'} has changed since it was put into quarantine" in printed
-
-
-def test_quarantine__warnings_too_and_nothing_overwritten(
-    clinic: Path, healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "q.csv"
-    _run(clinic, "--labels", "labels/*", "--quarantine", file, "--quarantine-warnings")
-    assert "clipped.nii.gz" in file.read_text() and "thick.nii.gz" not in file.read_text()
+    assert re.search(r"^warning  clipped +3  Clipped intensities$", printed, re.MULTILINE)
+    assert f"#1 {scans / 'clipped0.nii.gz'}: The highest value, 480" in printed and "and 1 more (--all)" in printed
+    with file.open(newline="") as text:
+        assert [row["path"] for row in csv.DictReader(text)] == [
+            "scans/clipped0.nii.gz",
+            "scans/clipped1.nii.gz",
+            "scans/clipped2.nii.gz",
+            "scans/empty.nii.gz",
+        ]
     before = file.read_bytes()
-    assert _run(healthy, "--quarantine", file) == 1
+    assert _run(scans, "--quarantine", file) == 1
     assert "exists; name another file or pass --overwrite" in capsys.readouterr().err
     assert file.read_bytes() == before
-    assert _run(healthy, "--labels", "labels/*", "--quarantine", file, "--overwrite") == 0
-    assert file.read_text() == "path,sha256,reason\n"
+    (scans / "empty.nii.gz").unlink()
+    assert _run(scans, "--quarantine", file, "--overwrite", "--all") == 0
+    assert file.read_text() == "path,sha256,reason\n" and "more (--all)" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -428,6 +476,16 @@ def _of_cache(path: Path, *arguments: object) -> dict[str, set[tuple[str, str]]]
 def test_doctor__healthy_caches_give_no_error_or_warning(tiny_cache: Path, tmp_path: Path) -> None:
     path = Path(shutil.copyfile(tiny_cache, tmp_path / "c.h5"))
     assert _of_cache(path) == {"": {("class-balance", "info")}}
+
+
+def test_doctor__cache_that_is_a_folder(tmp_path: Path) -> None:
+    _healthy(tmp_path / "scans", 3)
+    arguments = ("--labels", "labels/*", "--shard-gib", 0.0001, "--salt", tmp_path / "salt")
+    assert _prepare(tmp_path / "scans", *arguments, "--out", tmp_path / "cache") == 0
+    assert len(list((tmp_path / "cache").glob("*.h5"))) > 1
+    assert _of_cache(tmp_path / "cache") == {"": {("split", "info")}}
+    next((tmp_path / "cache").glob("*.h5")).unlink()
+    assert _of_cache(tmp_path / "cache") == {"": {("cache", "error")}}
 
 
 def test_doctor__array_that_cannot_be_decoded(cache: Path) -> None:

@@ -66,6 +66,7 @@ def test_check_source__rare_label_values() -> None:
     assert _kinds(_change(_members(60), [7, 9, 11, 13], label_values=(0, 1, 4))) == []
     organs = _change(_members(60, label_values=tuple(range(100))), [3], label_values=(0, 1, 117))
     assert _kinds(organs) == [(3, "label-values", "info")]
+    assert _kinds(_change(_members(60), [3], label_values=(0, 3, 4, 5, 6))) == [(3, "label-values", "info")]
     assert _kinds(_change(_members(5), [2], label_values=(0, 7))) == []  # too few to say what is rare
 
 

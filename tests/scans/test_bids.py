@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from agssd.commands import prepare
+from agssd.data_modules.cache import VolumeCache
 from agssd.scans.bids import modality_of, parse_name
 from agssd.scans.sources import Plan, plan_sources
 
@@ -160,6 +163,25 @@ def test_bids__same_subject_of_another_data_set_gets_no_foreign_label(tmp_path: 
     _image(label)
     plan = plan_sources([tmp_path], labels=["*_dseg*"])
     assert [(job.paths[0].parts[-4], job.label) for job in plan.jobs] == [("one", None), ("two", label)]
+
+
+def test_bids__series_over_time_is_refused_unless_a_volume_is_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    for name, shape in (("anat/sub-1_T1w", (12, 14, 10)), ("func/sub-1_task-rest_bold", (12, 14, 10, 5))):
+        path = tmp_path / "set/sub-1" / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True)
+        nib.save(nib.Nifti1Image(rng.normal(300, 40, shape).astype(np.float32), np.eye(4)), path)
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    for more, code, count in (([], 3, 1), (["--volume", "2"], 0, 2)):
+        out = tmp_path / f"{count}.h5"
+        assert prepare.run(parser.parse_args([str(tmp_path / "set"), "--out", str(out), *more])) == code
+        cache = VolumeCache(out)
+        assert len(cache) == count and len({case.subject for case in cache.cases}) == 1
+    reason = "bold.nii.gz: 4D image (12x14x10x5); --volume I (from 0) takes one of its 5 volumes"
+    assert capsys.readouterr().out.count(reason) == 1
 
 
 def test_parse_name__takes_names_apart() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 
+from agssd.scans import findings
 from agssd.scans.findings import CHECKS, SEVERITIES, note, refusal
 
 SCAN, LABEL = Path("clinic/DOE^JANE/19610704.nii.gz"), Path("clinic/DOE^JANE/19610704_seg.nii.gz")
@@ -17,6 +19,18 @@ SCAN, LABEL = Path("clinic/DOE^JANE/19610704.nii.gz"), Path("clinic/DOE^JANE/196
         ("empty file", "damaged", "Empty file."),
         (f"truncated or damaged: cannot read {SCAN}", "damaged", "Truncated or damaged."),
         ("408 voxels are NaN or infinite", "non-finite", "408 voxels are NaN or infinite."),
+        ("1 voxels are infinite", "non-finite", "1 voxels are infinite."),
+        ("9x9x1 voxels at this spacing are too thin; choose", "spacing", "9x9x1 voxels at this spacing are too thin."),
+        (
+            "its field of view of 8100 x 9 x 9 mm is larger than any body (3000 mm)",
+            "field-of-view",
+            "Its field of view of 8100 x 9 x 9 mm is larger than any body.",
+        ),
+        (
+            "its header says ct, line 3 of the manifest mri",
+            "modality",
+            "Its header says ct, line 3 of the manifest mri.",
+        ),
         ("constant: all voxels are -1.5e+03", "constant", "Constant: all voxels are -1.5e+03."),
         ("4D image (128x96x24x2); save one 3D volume of it", "dimensions", "4D image (128x96x24x2)."),
         ("2D image (600x400)", "dimensions", "2D image (600x400)."),
@@ -78,6 +92,46 @@ def test_note__names_the_check_and_nobody(text: str, check: str, severity: str) 
     found = note(text)
     assert (found.check, found.severity, found.text) == (check, severity, text)
     assert "JANE" not in found.message
+
+
+def _reasons() -> list[tuple[str, str]]:
+    """Return (place, text) of every reason that the package gives as one piece of text, with 1 for what it fills in."""
+
+    def text(node: ast.expr) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(text(value) for value in node.values)
+        return str(node.value) if isinstance(node, ast.Constant) else "1"
+
+    found = []
+    for path in sorted(Path(findings.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "RefusedError":
+                found.append((f"{path.name}:{node.lineno}", text(node.args[0])))
+    return found
+
+
+def test_refusal__every_reason_of_the_package_has_its_check() -> None:
+    reasons = _reasons()
+    assert len(reasons) > 50
+    filled = {  # what stands for 1 is words, and other tests have them
+        "1",
+        "1 1 has shape 1, the image has 1",
+        "1 1 lies up to 1 voxels off the image in space",
+        "1 are too many; choose a larger --spacing-mm",
+        "1 are too thin; choose a smaller --spacing-mm",
+        "1 voxels are 1",
+        "1; --unshear resamples it",
+        "its field of view of 1 mm is larger than any body (1 mm)",
+        "its header says 1, line 1 of the manifest 1",
+        "its label 1: 1",
+        "its spacing of 1 mm is outside 1 to 1 mm",
+    }
+    unknown = [
+        (place, reason)
+        for place, reason in reasons
+        if reason not in filled and refusal(reason.replace("its label 1 ", "its label FILE ")).check == "refused"
+    ]
+    assert not unknown
 
 
 def test_checks__every_one_has_a_remedy() -> None:

@@ -261,7 +261,8 @@ def test_prepare__failed_download_is_one_line_and_leaves_nothing(
     reason = {"cut": "retrieval incomplete", "changed": "its checksum is not the published one", "gone": "Not Found"}
     assert reason.get(fault, "Connection refused") in captured.err
     assert len(captured.err.splitlines()) == 1 and captured.err.startswith(f"error: {server.url}")
-    assert "nothing was kept" in captured.err
+    place = tmp_path / "downloads" / name.replace(":", "-")
+    assert f"nothing was kept. The folder {place} from a machine that has it serves as well" in captured.err
     assert _left(tmp_path) == []
     if fault in ("cut", "changed"):  # and the next run starts afresh
         server.cut.clear()

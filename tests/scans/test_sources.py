@@ -165,6 +165,14 @@ def test_plan__given_modality_wins_over_dataset_json_but_not_over_a_manifest(tmp
     assert plan_sources([tmp_path / "set"], modality="mri").notes == []
 
 
+def test_plan__dataset_json_of_several_contrasts_says_how_to_take_one(tmp_path: Path) -> None:
+    _dataset(tmp_path, modality={"0": "FLAIR", "1": "T1w"})
+    plan = plan_sources([tmp_path], volume=1)
+    note = "its scans hold several contrasts (0 FLAIR, 1 T1w); --volume I takes one of them"
+    assert plan.notes == [f"{tmp_path / 'dataset.json'}: {note}"]
+    assert {(job.modality, job.volume) for job in plan.jobs} == {("mri", 1)}
+
+
 def test_plan__suggested_split_by_image_or_subject_becomes_test(tmp_path: Path) -> None:
     for row, held in enumerate((["003", "004"], ["2"])):
         given = {"train": ["001", "002"] if row == 0 else ["1"], "val": held}

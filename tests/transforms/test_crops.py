@@ -383,3 +383,18 @@ def test_box_in_view__surrounds_the_painted_box_in_every_orientation():
             last = 32 - profile.flip(1).float().argmax(1)
             assert ((first - box[:, axis, 0]).abs() <= slack).all()
             assert ((last - box[:, axis, 1]).abs() <= slack).all()
+
+
+def test_extract__a_view_does_not_depend_on_the_rest_of_the_batch():
+    generator = torch.Generator().manual_seed(11)
+    parent = torch.rand(3, 1, 30, 32, 34, generator=generator)
+    edge = torch.tensor([8.0, 9.0, 14.0, 26.0])[None, :, None].expand(3, -1, 3)  # magnified, as is, shrunk and blurred
+    extent = torch.tensor([30.0, 32.0, 34.0])
+    centre = edge / 2 + torch.rand(3, 4, 3, generator=generator) * (extent - edge)
+    centre[0, 1] = torch.tensor([15.5, 14.5, 12.5])  # at whole voxels
+    index = torch.randint(0, 48, (3, 4), generator=generator)
+    together = extract(parent, place(centre, edge, index), (9, 9, 9))
+    for b in range(3):
+        for v in range(4):
+            alone = place(centre[b : b + 1, v : v + 1], edge[b : b + 1, v : v + 1], index[b : b + 1, v : v + 1])
+            assert torch.equal(extract(parent[b : b + 1], alone, (9, 9, 9))[0, 0], together[b, v])

@@ -57,3 +57,25 @@ def test_smooth__spreads_an_impulse_by_its_own_width_per_sample_and_axis(axis):
         profile = out.sum([d + 1 for d in range(3) if d != other])
         spread = (profile * place**2).sum(-1).sqrt()
         torch.testing.assert_close(spread, torch.tensor([1.0, 3.0 if other == axis else 2.0]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 1.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+def test_apply_separable__bands_equal_the_whole_product(sigma, dtype):
+    generator = torch.Generator().manual_seed(5)
+    shape, sizes = (20, 31, 45), (17, 40, 33)
+    image = torch.randint(-1000, 1000, (2, 2, *shape), generator=generator, dtype=torch.int16)
+    image = image.to(dtype)
+    matrices = []
+    for length, n in zip(shape, sizes, strict=True):
+        ends = torch.rand(2, 5, 2, generator=generator) * (length + 6) - 3  # some beyond the border, half of them flips
+        ends[:, 0] = torch.tensor([0.0, n - 1.0])  # at voxel centres: one voxel of weight per position
+        steps = torch.linspace(0, 1, n)
+        positions = ends[..., :1] + steps * (ends[..., 1:] - ends[..., :1])
+        blur = gaussian_matrix(torch.full((2, 5), sigma), length)
+        matrices.append(interpolation_matrix(positions, length) @ blur)
+    d, h, w = matrices
+    wanted = torch.einsum("bcdhw,bvid,bvjh,bvkw->bvcijk", image.double(), d.double(), h.double(), w.double())
+    found = apply_separable(image, (d, h, w))
+    assert found.dtype == torch.float32
+    assert (found - wanted).abs().max() < 1e-3  # of values up to 1000

@@ -111,6 +111,8 @@ def _prepare(args: argparse.Namespace) -> int:
         print(f"refused: {path}: {reason}")
     if not plan.jobs:
         raise ValueError("no scan to prepare; no cache was written")
+    if all(job.split in ("val", "test") for job in plan.jobs):
+        raise ValueError("every case is in split val or test; at least one subject must be in train")
     with BuildFolder(out, args.shard) as folder:
         salt_path = salt_place(sources[0], out, args.salt)
         salt, created = open_salt(salt_path)

@@ -1,8 +1,8 @@
 """Compressed chunks of an HDF5 dataset, read and decoded outside HDF5.
 
 HDF5 reads, decodes and copies a chunk through its filter pipeline, under its own global lock and Python's. Here the
-place of every chunk in the file is a table beside the array, so each chunk of a box is decoded by numcodecs
-from the mapped file into a buffer that stays in the processor's cache, and copied to its place.
+place of every chunk in the file is a table beside the array, so numcodecs decodes each chunk of a box out
+of the mapped file into a buffer that stays in the processor's cache, from which it is copied to its place.
 
 Medians of 55 random boxes of a simulated CT of 320x384x384 voxels, in turn, in ms (2-core x86-64 CPU, one thread, warm
 file, 2026-11-21; ``make bench-data`` repeats the first, second and fourth column):

@@ -33,6 +33,9 @@ def read_dataset(
     if given is not None and modality not in (None, given):
         plan.notes.append(f"{path} says {modality}; its scans are taken for {given}, as --modality says")
     modality = given or modality
+    if isinstance(data.get("modality"), dict) and len(data["modality"]) > 1:
+        contrasts = ", ".join(f"{key} {name}" for key, name in data["modality"].items())
+        plan.notes.append(f"{path}: its scans hold several contrasts ({contrasts}); --volume I takes one of them")
     tests = data.get("test") or []
     jobs = []
     named: set[Path] = set()

@@ -132,7 +132,7 @@ def _check_name(name: str) -> None:
         raise ValueError(f"{name} is not offered: {_LEFT_OUT[name]}")
     lower = {known.lower(): known for known in SETS}
     near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
-    guess = f"; did you mean {lower[near[0]]}?" if near else ""
+    guess = f", did you mean {lower[near[0]]}?" if near else "."
     raise ValueError(f"{name} is neither a file nor a public set{guess} Known sets: {', '.join(SETS)}")
 
 
@@ -169,6 +169,10 @@ def _make(name: str, place: Path, say: Callable[[str], None]) -> None:
     makers = {"msd": _decathlon, "medmnist3d": _medmnist, "ixi": _ixi, "ixi-tiny": _ixi_tiny}
     try:
         os.replace(makers[family](part, partial, say), place)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; nothing was kept. The folder {place} from a machine that has it serves as well"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -176,16 +180,24 @@ def _make(name: str, place: Path, say: Callable[[str], None]) -> None:
 @contextlib.contextmanager
 def _alone(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Let one process at a time download a set; a process that ends in whatever way lets go."""
-    with lock.open("w") as file:
+    while True:
+        file = lock.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say(f"another process downloads into {lock.parent}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        except OSError:
+            say(f"{lock.parent} keeps no locks; make sure that no other process downloads into it")
+        with contextlib.suppress(FileNotFoundError):  # where the process that had it has taken it away
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                break
+        file.close()
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
 
 
 def _download(url: str, md5: str, archive: Path, say: Callable[[str], None]) -> None:
@@ -210,10 +222,7 @@ def _download(url: str, md5: str, archive: Path, say: Callable[[str], None]) -> 
         tempfile.tempdir = before[1]
         socket.setdefaulttimeout(before[2])
     if reason:
-        raise ValueError(
-            f"{url} could not be downloaded ({' '.join(reason.split())}); nothing was kept. Without network, copy the "
-            "folder from a machine that has it and name it with --download-dir"
-        )
+        raise ValueError(f"{url} could not be downloaded ({' '.join(reason.split())})")
 
 
 def _unpack(archive: Path, into: Path) -> None:
@@ -234,7 +243,7 @@ def _decathlon(task: str, partial: Path, say: Callable[[str], None]) -> Path:
     _download(table.resource[task], table.md5[task], archive, say)
     _unpack(archive, partial)
     if not (partial / task / "dataset.json").is_file():
-        raise ValueError(f"{table.resource[task]} holds no {task}/dataset.json; nothing was kept")
+        raise ValueError(f"{table.resource[task]} holds no {task}/dataset.json")
     return partial / task
 
 
@@ -283,7 +292,7 @@ def _ixi_tiny(_: str, partial: Path, say: Callable[[str], None]) -> Path:
     label_of = {_key(path): path for path in labels}
     missing = {_key(path) for path in images} ^ set(label_of)
     if missing:
-        raise ValueError(f"{table.url}: {len(missing)} images or labels have no partner; nothing was kept")
+        raise ValueError(f"{table.url}: {len(missing)} images or labels have no partner")
     rows = [(f"image/{path.name}", f"label/{label_of[_key(path)].name}", _person(path), "mri") for path in images]
     _write_manifest(place, ("path", "label_path", "subject", "modality"), rows)
     return place

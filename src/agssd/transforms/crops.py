@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -23,6 +24,7 @@ from agssd.types import Triple
 
 Orientations = Literal["none", "flips", "all"]
 _TRIES = 10
+_NO_BLUR_VOX = 0.17  # a Gaussian so narrow has weights below 2⁻²⁴ beside its centre: the identity in float32
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ class OverlapCrops:
 
 
 def box_share(mask: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return the share of True voxels in boxes, from one integral volume.
+    """Return the share of True voxels in boxes; on a GPU from one integral volume.
 
     Args:
         mask: (B, 1, D, H, W) bool or uint8.
@@ -224,12 +226,18 @@ def box_share(mask: Tensor, low: Tensor, high: Tensor) -> Tensor:
     Returns:
         (B, T) float32.
     """
-    integral = F.pad(mask[:, 0].to(torch.int32), (1, 0, 1, 0, 1, 0))
-    for dim in (1, 2, 3):
-        integral = integral.cumsum(dim, dtype=torch.int32)
     shape = constant(tuple(mask.shape[2:]), mask.device, torch.int64)
     a = torch.minimum(low.round().long().clamp_min(0), shape - 1)
     b = torch.maximum(torch.minimum(high.round().long(), shape), a + 1)
+    if mask.device.type == "cpu":  # counting ten boxes of 60³ takes 0.5 ms, the integral of 168³ 25 ms
+        voxels = mask.numpy()
+        corners = zip(a.flatten(0, 1).tolist(), b.flatten(0, 1).tolist(), strict=True)
+        boxes = (voxels[row // a.shape[1], 0][tuple(map(slice, *pair))] for row, pair in enumerate(corners))
+        counts = torch.tensor([np.count_nonzero(box) for box in boxes], dtype=torch.float32)
+        return counts.view(a.shape[:2]) / (b - a).prod(-1)
+    integral = F.pad(mask[:, 0].to(torch.int32), (1, 0, 1, 0, 1, 0))
+    for dim in (1, 2, 3):
+        integral = integral.cumsum(dim, dtype=torch.int32)
     rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
     total = torch.zeros(low.shape[:2], device=mask.device)
     for corner in range(8):
@@ -277,7 +285,10 @@ def _extract_separable(parent: Tensor, views: ViewGeometry, size_vox: Triple) ->
         positions = views.centre[..., axis, None] - 0.5 + views.edge[..., axis, None] / 2 * sign * u  # (B, V, n)
         length = parent.shape[2 + axis]
         weights = interpolation_matrix(positions, length)
-        matrices.append(weights @ gaussian_matrix(sigma[..., axis], length))
+        blurs = sigma[..., axis, None, None] > _NO_BLUR_VOX  # of each view by itself, whatever else is in the batch
+        if parent.device.type != "cpu" or blurs.any():
+            weights = torch.where(blurs, weights @ gaussian_matrix(sigma[..., axis], length), weights)
+        matrices.append(weights)
     cut = apply_separable(parent, (matrices[0], matrices[1], matrices[2]))
     if len(set(size_vox)) > 1:
         return cut  # quarter turns are refused for views that are not cubic
@@ -286,9 +297,13 @@ def _extract_separable(parent: Tensor, views: ViewGeometry, size_vox: Triple) ->
 
 def _permute(cut: Tensor, order: Tensor) -> Tensor:
     """Turn cubic views (B, V, C, n, n, n) from the parent's axis order to their own, by index (B, V) of the order."""
+    axes = signed_permutations()[::8].abs().argmax(-2)  # (6, 3): for every view axis the parent axis it runs along
+    if cut.device.type == "cpu":
+        for b, v in order.nonzero().tolist():
+            cut[b, v] = cut[b, v].permute(0, *(1 + axis for axis in axes[order[b, v]].tolist())).clone()
+        return cut
     n = cut.shape[-1]
     flat = torch.arange(n**3, device=cut.device).reshape(n, n, n)
-    axes = signed_permutations()[::8].abs().argmax(-2)  # (6, 3): for every view axis the parent axis it runs along
     table = torch.stack([flat.permute(*(int(a) for a in row)).reshape(-1) for row in axes])
     index = table[order][:, :, None].expand(-1, -1, cut.shape[2], -1)
     return cut.flatten(3).gather(3, index).reshape(cut.shape)

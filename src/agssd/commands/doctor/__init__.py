@@ -29,13 +29,15 @@ _OF_SOURCES: dict[str, Any] = {  # arguments that a cache has no use for, and th
     "unshear": False,
     "quarantine": None,
 }
-_MIGHT_BE_RIGHT = ("label-map", "not-used", "missing", "memory")  # no fault of the scan: never put into quarantine
+_NO_FAULT = ("label-map", "no-scan", "not-used", "missing", "memory")  # of a scan: never put into quarantine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``agssd doctor``."""
     add_source_arguments(parser, others="; or one cache")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html and findings.csv there")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write report.html and findings.csv there, in place of older ones"
+    )
     parser.add_argument("--names", action="store_true", help="show paths in report.html too, not only in findings.csv")
     parser.add_argument("--all", action="store_true", help="print every finding, not only some of each kind")
     parser.add_argument(
@@ -120,8 +122,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def is_cache(path: Path) -> bool:
     """Return whether a path is meant as a cache: an HDF5 file, whole or damaged, or the folder of a large cache."""
+    from agssd.data_modules.cache import INDEX_NAME
+
     if path.is_dir():
-        return (path / "index.json").is_file()
+        return (path / INDEX_NAME).is_file()
     if path.suffix.lower() in (".h5", ".hdf5"):
         return True
     try:
@@ -215,7 +219,7 @@ def _entries(report: Report, plan: Plan, warnings: bool) -> list[Entry]:
     severities = ("error", "warning") if warnings else ("error",)
     reasons: dict[int, list[str]] = {}
     for number, finding in report.found:
-        if number and finding.severity in severities and finding.check not in _MIGHT_BE_RIGHT:
+        if number and finding.severity in severities and finding.check not in _NO_FAULT:
             reasons.setdefault(number, []).append(finding.text)
     scans = [(job.paths[0], replace(job, label=None).files()) for job in plan.jobs]
     scans += [(path, [] if path.is_dir() else data_files(path)) for path, _ in plan.refused]

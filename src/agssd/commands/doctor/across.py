@@ -19,6 +19,7 @@ RARE_LABEL = 0.05  # share of the labelled cases
 ODD_HANDEDNESS = 0.2
 UNBALANCED = 20.0  # cases of the most frequent class over those of the rarest
 _FEW_LABELS = 10
+_STRAY = 3  # label values that one case has by mistake
 _ENOUGH = 10  # cases, before what is rare can be told
 
 
@@ -143,7 +144,9 @@ def _label_values(members: Sequence[Member], known: Collection[int] | None) -> I
     for member, values in labelled:
         if strange := [value for value in values or () if value not in allowed]:
             few = "value" if len(strange) == 1 else "values"
-            yield member.number, Finding("label-values", severity, f"Label {few} {_list(strange)}: {what}.")
+            other = known is None and len(strange) > _STRAY  # a label map of another kind, hardly a slip
+            finding = Finding("label-values", "info" if other else severity, f"Label {few} {_list(strange)}: {what}.")
+            yield member.number, finding
 
 
 def _subjects(members: Sequence[Member]) -> Iterator[Found]:

@@ -5,8 +5,9 @@ columns of manifests. Searched is everything below the folders that the commands
 folder included: names of files, their bytes, and what is packed in them (gzip, zip, PNG, HDF5), in UTF-8 and UTF-16.
 
 Not searched, since the user asks for it by name: the key map (``--key-map``), the salt, what ``agssd prepare`` prints,
-and the paths that the user types for cache and run directory, which ``config.yaml`` repeats. Not found by such a search
-are names burnt into voxels; whoever has such scans must not prepare them. Class names are stored as they are given.
+the report of ``agssd doctor`` on a source (that on a cache is searched), and the paths that the user types for cache
+and run directory, which ``config.yaml`` repeats. Not found by such a search are names burnt into voxels; whoever has
+such scans must not prepare them. Class names are stored as they are given.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ PLANTED = {
     "private tag": "Privatbesitzer",
     "refused DICOM file": "gapsvonhohenstein",
 }
+VISIBLE = "nameofthisrun"
 NOISE = "zqxjk-never-written-anywhere"
 
 
@@ -243,6 +245,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, dicom: Any) -> Iterator[dict[
         with h5py.File(work / "c.h5") as file:
             state["keys"] = sorted(file["cases"])
         assert _agssd(state, "extract", work / "c.h5", state["keys"][0], "--out", work / "x.nii.gz") == 0
+        assert _agssd(state, "doctor", work / "c.h5", "--out", work / "doctor") in (0, 3)
         yield state
 
 
@@ -280,7 +283,7 @@ def test_sources__every_planted_string_can_be_found(made: dict[str, Any]) -> Non
 def test_prepare__nothing_planted_is_in_cache_parts_pictures_or_extracts(made: dict[str, Any]) -> None:
     assert len(made["keys"]) == 3 + 2 + 1 + 2  # three NIfTI, NRRD and MetaImage, one DICOM series, two of the manifest
     names = {path.relative_to(made["work"]).as_posix() for path in made["work"].rglob("*")}
-    assert {"c.h5", "c.png", "x.nii.gz"} <= names
+    assert {"c.h5", "c.png", "x.nii.gz"} <= names and any(name.startswith("doctor/") for name in names)
     assert sum(name.endswith(".refused") for name in names) >= 2, "the notes on refused scans are searched too"
     assert search([made["work"], made["home"]], PLANTED) == {}
 
@@ -288,7 +291,7 @@ def test_prepare__nothing_planted_is_in_cache_parts_pictures_or_extracts(made: d
 def test_prepare__names_are_only_where_they_are_asked_for(made: dict[str, Any]) -> None:
     keys = (made["source"] / "keys.csv").read_text()
     assert PLANTED["file"] in keys and PLANTED["PatientID"] in keys and PLANTED["manifest subject"] in keys
-    for command in ("inspect", "extract"):
+    for command in ("inspect", "extract", "doctor"):
         text = made["printed"][command].lower()
         assert text and not [name for name, word in PLANTED.items() if word.lower() in text], command
 
@@ -305,6 +308,7 @@ def test_fit_and_export__nothing_planted_is_in_logs_pictures_checkpoints_or_expo
         "trainer.default_root_dir": work / "run",
         "view_panels.every_n_steps": 1,
         "wandb.mode": "offline",
+        "wandb.name": VISIBLE,
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     assert _agssd_apart(made, "fit", "--config", ROOT / "conf/experiment/agssd_small.yaml", *words) == 0, made[
@@ -314,7 +318,10 @@ def test_fit_and_export__nothing_planted_is_in_logs_pictures_checkpoints_or_expo
     names = {path.relative_to(work / "run").as_posix() for path in (work / "run").rglob("*")}
     assert {"config.yaml", "metrics.csv", "checkpoints/last.ckpt", "panels/step_000002.png"} <= names
     assert any(name.endswith(".wandb") for name in names) and any((work / "encoder").iterdir())
-    assert search([work, made["home"]], PLANTED) == {}
+    found = search([work, made["home"]], {**PLANTED, "visible": VISIBLE})
+    kinds = {place.split("/")[-1].rpartition(".")[2] for place in found.pop("visible")}
+    assert {"yaml", "pkl", "wandb"} <= kinds, "what configuration, checkpoint and W&B hold is seen"
+    assert found == {}
     for command in ("fit", "export"):
         text = made["printed"][command].lower()
         assert not [name for name, word in PLANTED.items() if word.lower() in text], command
