@@ -101,6 +101,7 @@ HEADERS: dict[str, tuple[Callable[[list[Any]], None], str]] = {
     "mip": (lambda s: _set(s, ImageType=["DERIVED", "SECONDARY", "PROJECTION IMAGE"]), "a projection"),
     "screen": (lambda s: _set(s, ImageType=["DERIVED", "SECONDARY", "SCREEN SAVE"]), "a screen dump"),
     "position": (lambda s: _delete(s, "ImagePositionPatient"), "missing position"),
+    "empty position": (lambda s: _set(s, ImagePositionPatient=None), "missing position"),
     "orientation": (lambda s: _delete(s, "ImageOrientationPatient"), "missing position"),
     "derived": (
         lambda s: (_delete(s, "ImagePositionPatient"), _set(s, ImageType=["DERIVED", "SECONDARY"]))[0],
@@ -259,6 +260,11 @@ def test_plan__the_volume_of_a_manifest_row_wins(tmp_path: Path, dicom: Any) -> 
 
 
 def test_series_at__damaged_files(tmp_path: Path) -> None:
+    for name in ("x.dcm", "y.dcm"):
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        (tmp_path / "bad" / name).write_bytes(b"\0" * 128 + b"DICM")
+    refused = find_series(_files(tmp_path / "bad"))[1]
+    assert [path.name for path, _ in refused] == ["x.dcm", "y.dcm"]
     (tmp_path / "a.dcm").write_bytes(b"")
     (tmp_path / "b.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\x08\0\x05\0CS\xff\xff" * 3)
     for name in ("a.dcm", "b.dcm"):

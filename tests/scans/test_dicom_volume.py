@@ -13,7 +13,7 @@ import SimpleITK as sitk
 
 from agssd.scans.case import RefusedError
 from agssd.scans.prepare import Recipe, prepare_case
-from agssd.scans.read import canonical_geometry, read_scan, shear_degrees
+from agssd.scans.read import Scan, canonical_geometry, read_scan, shear_degrees
 
 ORIENTATIONS = {
     "axial": (1, 0, 0, 0, 1, 0),
@@ -205,7 +205,9 @@ def test_prepare_case__padding_does_not_darken_its_neighbours(tmp_path: Path, di
     stored = np.full((8, 16, 16), 1064, "i2") + np.random.default_rng(0).integers(0, 9, (8, 16, 16)).astype("i2")
     stored[:, :, :8] = -2000  # -3024 HU, and no PixelPaddingValue that says so
     dicom.save(tmp_path, dicom.series_of(stored, spacing_mm=(1.0, 1.0, 1.0)))
-    image = prepare_case([tmp_path], recipe=Recipe(spacing_mm=(0.75, 0.75, 0.75))).image
+    seen: list[Scan] = []
+    image = prepare_case([tmp_path], recipe=Recipe(spacing_mm=(0.75, 0.75, 0.75)), seen=seen).image
+    assert seen[0].array.min() == -3024
     between = image[(image > -1000) & (image < 30)]
     assert between.size and between.min() > -1024
     half = image[image < -400].size / image.size
@@ -285,6 +287,8 @@ GEOMETRY: dict[str, tuple[Callable[[list[Any]], Any], str]] = {
         lambda s: [setattr(d, "ImageOrientationPatient", [1, 0, 0, 0.6, 0.8, 0]) for d in s],
         "not two unit vectors at a right angle",
     ),
+    "two numbers": (lambda s: setattr(s[1], "ImagePositionPatient", [1, 2]), "its ImagePositionPatient is not three"),
+    "zero slope": (lambda s: setattr(s[1], "RescaleSlope", 0), "its RescaleSlope is 0"),
     "zero spacing": (lambda s: [setattr(d, "PixelSpacing", [0, 2]) for d in s], "its pixel spacing is 0 x 2 mm"),
     "frames": (lambda s: [setattr(d, "NumberOfFrames", 3) for d in s], "3 frames without a place for each"),
     "truncated": (_cut_pixels, "truncated pixel data"),
@@ -335,6 +339,7 @@ def test_prepare_case__unshear_keeps_every_voxel_at_its_place(tmp_path: Path, di
     assert abs(shear_degrees(scan.affine) - abs(degrees)) < 1e-3
     case = prepare_case([tmp_path], recipe=Recipe(spacing_mm=(1.0, 1.0, 1.0), unshear=True))
     assert np.allclose(case.source_affine, scan.affine) and case.source_shape == scan.array.shape
+    assert case.notes == (f"axes {abs(degrees):.1f} degrees off a right angle are resampled",)
     assert (np.diag(case.affine[[2, 1, 0]]) > 0).all()  # S, A and R increase
     at = np.argwhere(case.image[0] > 60)
     world_y = (case.affine @ np.c_[at, np.ones(len(at))].T)[1]

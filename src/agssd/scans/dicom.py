@@ -235,7 +235,8 @@ def _read_header(file: Path, pet: bool) -> _Header | None:
         return _Header(file, str(file), str(file), "", "", "", str(error))
     except Exception as error:  # a value that pydicom cannot convert
         return _Header(file, str(file), str(file), "", "", "", f"damaged DICOM header: {type(error).__name__}")
-    series = uid or f"{file.parent} {data.get('SeriesNumber')}"  # UIDs may have been removed with the names
+    # UIDs may have been removed with the names; what is no DICOM at all stands for itself
+    series = uid or (f"{file.parent} {data.get('SeriesNumber')}" if modality or _sop_class(data) else str(file))
     return _Header(file, series, instance or str(file), modality or "", patient, study, reason)
 
 
@@ -288,11 +289,11 @@ def _reason(data: Any, modality: str | None, pet: bool) -> str | None:
     if any("SCREEN" in kind for kind in kinds):
         return "a screen dump, not a scan"
     if "PerFrameFunctionalGroupsSequence" not in data:
-        if "ImagePositionPatient" not in data or "ImageOrientationPatient" not in data:
+        if not data.get("ImagePositionPatient") or not data.get("ImageOrientationPatient"):
             if kinds[:2] == ["DERIVED", "SECONDARY"]:
                 return "a derived image without a place in the patient (a screen dump?)"
             return "missing position: no ImagePositionPatient or ImageOrientationPatient"
-        if "PixelSpacing" not in data:
+        if not data.get("PixelSpacing"):
             return "missing pixel spacing"
     if "ModalityLUTSequence" in data:
         return "a table of values (Modality LUT), which is not read"

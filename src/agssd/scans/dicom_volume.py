@@ -2,8 +2,9 @@
 
 Headers and uncompressed and RLE pixels are read by pydicom, all other transfer syntaxes decoded by GDCM behind it.
 Measured on the shared series, ms a slice (2-core x86-64 CPU, 2026-11-21): uncompressed 512x512 4.2 so and 4.1 by
-SimpleITK; JPEG 2000 512x512 20 and 20 (28 by OpenJPEG); JPEG-LS 256x256 4.2 and 3.7; RLE 256x256 0.6 and 8.4. SimpleITK
-takes no enhanced multi-frame geometry and applies rescaling only in part, which is why it is not used here.
+SimpleITK; JPEG 2000 512x512 20 and 20 (28 by OpenJPEG); JPEG-LS 256x256 4.2 and 3.7; RLE 256x256 0.6 and 8.4. Being no
+slower, pydicom serves better here: it gives stored values, by which padding is known, and single frames, where
+SimpleITK gives the four volumes of the shared enhanced MR as one stack of 32 slices.
 
 Positions, orientations and spacings are DICOM's: mm in the patient's space, LPS.
 """
@@ -16,8 +17,7 @@ import itertools
 import statistics
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,80 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agssd.scans.case import RefusedError
-from agssd.scans.dicom import read_attributes
+from agssd.scans.dicom_planes import TELLS, Plane, read_planes
 
 PADDING_HU = -1024.0  # value given to CT voxels outside the field of view: air
 MAX_OFF_GRID_MM = 0.1  # how far a slice may lie off a regular grid, at most a fifth of the slice distance
 SAME_PLACE_MM = 0.01
 SAME_DIRECTION = 1e-3  # largest difference between cosines of one orientation
 _HU = (-1000.0, 3071.0)
-
-# What tells the volumes of one series apart: name, and the attributes that may say so, the first that is there counts.
-# Tried alone and in pairs, in this order.
-_TELLS: dict[str, tuple[Any, ...]] = {
-    "temporal positions": ("TemporalPositionIndex", "TemporalPositionIdentifier"),
-    "echo times": ("EffectiveEchoTime", "EchoTime"),
-    "b-values": ("DiffusionBValue", 0x0019100C, 0x00431039, 0x20011003),
-    "image types": ("FrameType", "ImageType"),
-    "complex components": ("ComplexImageComponent",),
-    "acquisitions": ("FrameAcquisitionNumber", "AcquisitionNumber"),
-    "trigger times": ("NominalCardiacTriggerDelayTime", "TriggerTime"),
-    "inversion times": ("InversionTimes", "InversionTime"),
-    "flip angles": ("FlipAngle",),
-    "diffusion directions": ("DiffusionGradientOrientation",),
-    "stacks": ("StackID",),
-    "acquisition times": ("AcquisitionTime",),
-    "convolution kernels": ("ConvolutionKernel",),
-}
-_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-_PLANE = [
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "PixelSpacing",
-    "Rows",
-    "Columns",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "PixelPaddingValue",
-    "PixelPaddingRangeLimit",
-]
-_WANTED = [*_PLANE, *(name for names in _TELLS.values() for name in names)]
-
-
-@dataclass(frozen=True)
-class Plane:
-    """One image plane of a series.
-
-    Attributes:
-        file: where it is.
-        frame: number of the frame in the file.
-        position: (3,) mm, centre of the first pixel.
-        orientation: (2, 3) unit vectors along a row and along a column.
-        spacing_mm: between the pixels of a row, and of a column.
-        shape: pixels in a row, and in a column.
-        rescale: slope and intercept, or None where the header gives none.
-        padding: lowest and highest stored value of padding, or None.
-        tells: name in ``_TELLS`` -> value, for what may tell volumes apart.
-    """
-
-    file: Path
-    frame: int
-    position: NDArray[np.float64]
-    orientation: NDArray[np.float64]
-    spacing_mm: tuple[float, float]
-    shape: tuple[int, int]
-    rescale: tuple[float, float] | None
-    padding: tuple[int, int] | None
-    tells: dict[str, str]
-
-
-def read_planes(files: Sequence[Path]) -> list[Plane]:
-    """Return all image planes of files, from their headers.
-
-    Raises:
-        RefusedError: a file cannot be read or says too little.
-    """
-    return [plane for file in files for plane in _planes_of(file)]
 
 
 def read_series(
@@ -159,7 +92,7 @@ def choose_volume(planes: Sequence[Plane], volume: int | None = None) -> tuple[l
     most = int(counts.max())
     if most == 1:
         return list(planes), ""
-    for names in itertools.chain(*(itertools.combinations(_TELLS, count) for count in (1, 2))):
+    for names in itertools.chain(*(itertools.combinations(TELLS, count) for count in (1, 2))):
         volumes: dict[tuple[str, ...], list[Plane]] = defaultdict(list)
         for plane in planes:
             volumes[tuple(plane.tells[name] for name in names)].append(plane)
@@ -268,85 +201,6 @@ def _natural(value: str) -> tuple[int, float, str]:
         return 0, float(value), ""
     except ValueError:
         return 1, 0.0, value
-
-
-def _planes_of(file: Path) -> Iterator[Plane]:
-    data = read_attributes(file, [*_WANTED, *_GROUPS, "NumberOfFrames"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        common = {name: data[name].value for name in _WANTED if name in data}
-        frames = data.get(_GROUPS[1])
-        if frames is None:
-            if (data.get("NumberOfFrames") or 1) > 1:
-                raise RefusedError(f"{data.NumberOfFrames} frames without a place for each")
-            yield _plane(file, 0, common)
-            return
-        shared = dict(_flatten(data.get(_GROUPS[0]) or []))
-        for number, frame in enumerate(frames):
-            yield _plane(file, number, {**common, **shared, **dict(_flatten([frame]))})
-
-
-def _flatten(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield name and value of the wanted attributes in functional groups; private ones repeat them in other words."""
-    for item in items:
-        for element in item:
-            if element.tag.is_private:
-                continue
-            if element.VR == "SQ":
-                yield from _flatten(element.value)
-            elif element.keyword in _WANTED:
-                yield element.keyword, element.value
-
-
-def _plane(file: Path, frame: int, values: dict[Any, Any]) -> Plane:
-    try:
-        position = np.array([float(v) for v in values["ImagePositionPatient"]])
-        axes = np.array([float(v) for v in values["ImageOrientationPatient"]]).reshape(2, 3)
-        between_rows, between_columns = (float(v) for v in values["PixelSpacing"])
-        shape = int(values["Columns"]), int(values["Rows"])
-        slope, intercept = values.get("RescaleSlope"), values.get("RescaleIntercept")
-        rescale = None if slope is None and intercept is None else (float(slope or 1), float(intercept or 0))
-        padding = _padding(values.get("PixelPaddingValue"), values.get("PixelPaddingRangeLimit"))
-    except KeyError as error:
-        raise RefusedError(f"missing position: frame {frame + 1} has no {error.args[0]}") from error
-    except (TypeError, ValueError) as error:
-        raise RefusedError("damaged DICOM header: its position, orientation or spacing are no numbers") from error
-    lengths = np.linalg.norm(axes, axis=1)
-    if not (np.isfinite(position).all() and np.abs(lengths - 1).max() < 0.01 and abs(axes[0] @ axes[1]) < 1e-3):
-        raise RefusedError("its ImageOrientationPatient is not two unit vectors at a right angle")
-    if min(between_rows, between_columns) <= 0:
-        raise RefusedError(f"its pixel spacing is {between_rows:g} x {between_columns:g} mm")
-    tells = {name: _tell(values, attributes) for name, attributes in _TELLS.items()}
-    return Plane(
-        file,
-        frame,
-        position,
-        axes / lengths[:, None],
-        (between_columns, between_rows),
-        shape,
-        rescale,
-        padding,
-        tells,
-    )
-
-
-def _tell(values: dict[Any, Any], attributes: Sequence[Any]) -> str:
-    for name in attributes:
-        value = values.get(name)
-        if value is not None and not isinstance(value, bytes):
-            if name == 0x00431039 and not isinstance(value, str):  # of GE: the b-value is the first of four numbers
-                value = value[0]
-            return (
-                "\\".join(map(str, value)) if hasattr(value, "__iter__") and not isinstance(value, str) else str(value)
-            )
-    return ""
-
-
-def _padding(value: Any, limit: Any) -> tuple[int, int] | None:
-    if value is None or value == "":
-        return None
-    one, other = int(value), int(value if limit is None or limit == "" else limit)
-    return min(one, other), max(one, other)
 
 
 def _decode(data: bytes) -> NDArray[Any]:

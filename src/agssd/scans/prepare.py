@@ -89,7 +89,7 @@ def prepare_case(
     if modality == "ct":
         _check_hounsfield(first.array)
         for item in volumes:  # padding far below air must not be mixed into what lies beside it
-            np.maximum(item.array, CT_CLIP_HU[0], out=item.array)
+            item.array = np.maximum(item.array, CT_CLIP_HU[0])
     labels = None if label is None else _read_label(label, first, recipe.unshear)
 
     target = recipe.spacing_mm or (DEFAULT_SPACING_MM[modality],) * 3
@@ -132,7 +132,7 @@ def prepare_case(
             image[0], foreground, (low[0] - offset[0]) / scale[0], (high[0] - offset[0]) / scale[0]
         ),
         modality_reason=reason,
-        notes=tuple(note for scan in scans for note in scan.notes),
+        notes=tuple(note for scan in scans for note in (*scan.notes, *_about_shear(scan))),
     )
 
 
@@ -350,6 +350,11 @@ def _store_mri(
     scale = (high - low) / MRI_STEPS
     stored = np.round((np.clip(array, low, high).astype(np.float64) - low) / scale)
     return stored.astype(np.int16), scale, low, low, high
+
+
+def _about_shear(scan: Scan) -> list[str]:
+    degrees = shear_degrees(scan.affine)
+    return [f"axes {degrees:.1f} degrees off a right angle are resampled"] if degrees > np.degrees(MAX_SHEAR) else []
 
 
 def _tensor_order(array: NDArray[Any]) -> NDArray[Any]:

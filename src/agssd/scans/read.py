@@ -164,7 +164,8 @@ def read_geometry(path: Path) -> tuple[tuple[int, ...], NDArray[np.float64]]:
     """Return shape (I, J, K) and affine of a file from its header alone; raises RefusedError as ``read_scan``."""
     try:
         if holds_dicom(path):
-            from agssd.scans.dicom_volume import arrange, choose_volume, read_planes
+            from agssd.scans.dicom_planes import read_planes
+            from agssd.scans.dicom_volume import arrange, choose_volume
 
             affine, planes = arrange(choose_volume(read_planes(series_at(path).files))[0])
             return (*planes[0].shape, len(planes)), affine
