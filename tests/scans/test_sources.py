@@ -125,6 +125,51 @@ def test_plan__labels_meet_their_images(tmp_path: Path) -> None:
     assert "no image of its name or on its grid" in reasons["three/lesion.nii"]
 
 
+def _labels(folder: Path, *globs: str) -> tuple[dict[str, str | None], set[str], list[str]]:
+    """Return the label of every image, the refused files and the notes."""
+    plan = plan_sources([folder], labels=globs)
+    found = {job.paths[0].relative_to(folder).as_posix(): job.label and job.label.name for job in plan.jobs}
+    return found, {path.name for path, _ in plan.refused}, plan.notes
+
+
+def test_plan__a_stray_label_on_the_common_grid_is_nobodys(tmp_path: Path) -> None:
+    names = ("aaa_seg", "case0", "case0_seg", "case1", "case1_seg", "jones", "smith", "miller_seg")
+    for name in names:
+        _image(tmp_path / f"{name}.nii.gz")
+    found, refused, _ = _labels(tmp_path, "*_seg.nii.gz")
+    assert found == {
+        "case0.nii.gz": "case0_seg.nii.gz",
+        "case1.nii.gz": "case1_seg.nii.gz",
+        "jones.nii.gz": None,
+        "smith.nii.gz": None,
+    }
+    assert refused == {"aaa_seg.nii.gz", "miller_seg.nii.gz"}
+
+
+def test_plan__a_number_that_goes_on_is_another_case(tmp_path: Path) -> None:
+    for name in ("case1", "case1_seg", "case10_seg", "case1-b", "case1-b_seg"):
+        _image(tmp_path / f"{name}.nii.gz")
+    found, refused, _ = _labels(tmp_path, "*_seg.nii.gz")
+    assert found == {"case1.nii.gz": "case1_seg.nii.gz", "case1-b.nii.gz": "case1-b_seg.nii.gz"}
+    assert refused == {"case10_seg.nii.gz"}
+
+
+def test_plan__labels_by_grid_are_told_and_never_replace_one_by_name(tmp_path: Path) -> None:
+    for name in ("T1", "T2", "T1_seg", "lesion"):
+        _image(tmp_path / f"patient/{name}.nii")
+    found, refused, notes = _labels(tmp_path, "*_seg.nii", "lesion.nii")
+    assert found == {"patient/T1.nii": "T1_seg.nii", "patient/T2.nii": "lesion.nii"} and not refused
+    assert any("lesion.nii: no image of its name" in note and "T2.nii" in note for note in notes)
+
+
+def test_plan__labels_lie_in_a_folder_beside_that_of_the_images(tmp_path: Path) -> None:
+    for row in (1, 10):
+        _image(tmp_path / f"images/case{row}.nii.gz")
+        _image(tmp_path / f"masks/case{row}_mask.nii.gz")
+    found, refused, _ = _labels(tmp_path, "masks/*")
+    assert found == {f"images/case{row}.nii.gz": f"case{row}_mask.nii.gz" for row in (1, 10)} and not refused
+
+
 def _dataset(folder: Path, **more: object) -> None:
     names = ["hip_001", "hip_002", "hip_003", "hip_004"]
     entries = [

@@ -94,7 +94,8 @@ def owners_by_name(images: Sequence[Path], same_grid: Callable[[Path, Path], boo
 
     Subject and session are the image's, and no entity contradicts: of those images the ones that share the most
     entities, and of these the ones whose suffix the label names (``sub-1_T1w_desc-tumor_dseg``). Where that leaves
-    several, or label and image are said to be in different spaces, the grid decides.
+    several, or label and image are said to be in different spaces, the grid decides. A label in a folder of the name of
+    a kind of data (``anat``, ``dwi``) belongs to images of that kind where there are any.
     """
     known: dict[tuple[Path, str], list[tuple[Path, Name]]] = defaultdict(list)
     for path in images:
@@ -106,12 +107,14 @@ def owners_by_name(images: Sequence[Path], same_grid: Callable[[Path, Path], boo
         mine = parse_name(label)
         if mine is None:
             return []
-        ranked: dict[tuple[int, int, bool], list[Path]] = defaultdict(list)
+        ranked: dict[tuple[bool, int, int, bool], list[Path]] = defaultdict(list)
         for path, name in known[mine.home, mine.entities["sub"]]:
             shared = name.entities.keys() & mine.entities.keys()
             fits = all(name.entities[key] == mine.entities[key] for key in shared)
             if fits and name.entities.get("ses") == mine.entities.get("ses"):
-                ranked[len(shared), -len(name.entities), bool({*name.words} & {*mine.words})].append(path)
+                same_kind = path.parent.name == label.parent.name
+                rank = (same_kind, len(shared), -len(name.entities), bool({*name.words} & {*mine.words}))
+                ranked[rank].append(path)
         best = ranked[max(ranked)] if ranked else []
         moved = [path for path in best if _space(path) != _space(label)]
         return best if len(best) == 1 and not moved else [path for path in best if same_grid(path, label)]

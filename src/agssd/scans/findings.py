@@ -158,6 +158,7 @@ _REASONS = (
     (r"mixed orientations: \d+ in \d+ slices|mixed matrix sizes|mixed pixel spacing", "series"),
     (r"a folder of \d+ DICOM series", "series"),
     (r"missing position|missing pixel spacing|its ImageOrientationPatient is not two unit vectors", "series"),
+    (r"its ImagePositionPatient is not three numbers|its RescaleSlope is 0", "series"),
     (rf"its pixel spacing is {_NUMBER} x {_NUMBER} mm", "spacing"),
     (rf"gantry tilt: slices are stacked {_NUMBER} degrees off their normal", "affine"),
     (r"a BIDS field map|the (?:phase|real part|imaginary part) of a complex image by its BIDS name", "no-scan"),

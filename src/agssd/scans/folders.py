@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,8 +51,8 @@ def add_folder(
             plan.refused.append((path, reason))
     series = {job.paths[0]: job for job in add_series(plan, dicom, folder, pattern, pet)}
     taken = {path: job.label for path, job in listed.items() if job.label}
-    label_of = _pair(plan, named, [*images, *series], taken)
     persons = _folder_subjects([path for path in images if path not in listed], folder)
+    label_of = _pair(plan, named, [*images, *series], taken, persons)
     by_folder: list[str] = []
     for path in sorted({*images, *listed}):
         job = listed.get(path)
@@ -114,40 +114,70 @@ def _folder_subjects(images: list[Path], folder: Path) -> dict[Path, str]:
     return {path: path.parent.relative_to(folder).as_posix() for path in images if path.parent in persons}
 
 
-def _pair(plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, Path]) -> dict[Path, Path]:
-    """Return the label of each image.
+def _pair(
+    plan: Plan, labels: list[Path], images: list[Path], taken: dict[Path, Path], of_one: Collection[Path]
+) -> dict[Path, Path]:
+    """Return the label of each image; a wrong one would be worse than none, so names go before grids.
 
-    A label belongs to the image of the same name in another folder, else to the image of its folder whose name is the
-    longest beginning of its own, else to those that its BIDS name names, else to all images of its folder that lie on
-    its grid.
+    By its name a label belongs to the image of the same name in another folder; else to the image of its folder, or of
+    a folder beside that, whose name is the longest beginning of its own, up to a mark that is no letter or digit; else
+    to those that its BIDS name names. Of several labels that claim an image the one with the shortest name has it. What is left belongs by its grid
+    to the images of its folder that have no label yet, if they are one subject's; a note says so.
+
+    Args:
+        plan: gets the labels that belong to no image, and the notes.
+        labels: to be paired.
+        images: in all folders.
+        taken: label of the images that have one already.
+        of_one: the images whose folder is one subject's.
     """
     by_stem: dict[str, list[Path]] = defaultdict(list)
     by_folder: dict[Path, list[Path]] = defaultdict(list)
+    by_parent: dict[Path, list[Path]] = defaultdict(list)
     for image in images:
         by_stem[stem_of(image)].append(image)
         by_folder[image.parent].append(image)
+        by_parent[image.parent.parent].append(image)
         if image.is_dir():  # a DICOM series, beside which or in which its label may lie
             by_folder[image].append(image)
+    by_bids = owners_by_name(images, _same_grid)
     chosen = dict(taken)
-    by_name = owners_by_name(images, _same_grid)
-    for label in labels:
+    left: list[Path] = []
+    for label in sorted(labels, key=lambda path: (len(stem_of(path)), path)):
         owners = [image for image in by_stem[stem_of(label)] if image.parent != label.parent]
         if len(owners) > 1:
             owners = [image for image in owners if image.parent.parent == label.parent.parent]
-        if not owners:
-            starts = [image for image in by_folder[label.parent] if stem_of(label).startswith(stem_of(image))]
-            longest = max((len(stem_of(image)) for image in starts), default=0)
-            owners = [image for image in starts if len(stem_of(image)) == longest]
-        owners = owners or by_name(label)
-        if not owners:
-            owners = [image for image in by_folder[label.parent] if _same_grid(image, label)]
+        owners = owners or _longest(label, by_folder[label.parent]) or by_bids(label)
+        if not owners:  # images/case1.nii, masks/case1_mask.nii
+            owners = _longest(label, by_parent[label.parent.parent])
         free = [image for image in owners if image not in chosen]
         if not owners:
-            plan.refused.append((label, "matches --labels, but no image of its name or on its grid lies beside it"))
+            left.append(label)
         elif not free:
             plan.refused.append((label, f"{owners[0]} has a label already ({chosen[owners[0]].name}); narrow --labels"))
         chosen.update(dict.fromkeys(free, label))
+    for label in sorted(left):
+        beside = by_folder[label.parent]
+        free = [image for image in beside if image not in chosen and _same_grid(image, label)]
+        if free and (len(beside) == 1 or all(image in of_one for image in beside)):
+            chosen.update(dict.fromkeys(free, label))
+            plan.notes.append(
+                f"{label}: no image of its name lies beside it; taken as the label of {len(free)} on its grid, the first "
+                f"{free[0].name}"
+            )
+        else:
+            plan.refused.append((label, "matches --labels, but no image of its name or on its grid lies beside it"))
     return chosen
+
+
+def _longest(label: Path, images: Sequence[Path]) -> list[Path]:
+    """Return the images with the longest name that the label's goes on from: case10_seg from case10, not from case1."""
+    stem = stem_of(label)
+    length = max(
+        (len(name) for name in map(stem_of, images) if stem.startswith(name) and not stem[len(name) :][:1].isalnum()),
+        default=0,
+    )
+    return [image for image in images if length and stem_of(image) == stem[:length]]
 
 
 def _same_grid(one: Path, two: Path) -> bool:
