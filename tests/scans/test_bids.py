@@ -77,6 +77,18 @@ def test_bids__derivatives_and_sourcedata_only_where_asked(tmp_path: Path) -> No
     assert len(plan_sources([tmp_path / "plain"]).jobs) == 1
 
 
+def test_bids__a_label_in_a_folder_of_a_kind_belongs_to_images_of_that_kind(tmp_path: Path) -> None:
+    names = [
+        "sub-01/anat/sub-01_T1w.nii.gz",
+        "sub-01/anat/sub-01_FLAIR.nii.gz",
+        "sub-01/dwi/sub-01_dwi.nii.gz",
+        "derivatives/lesions/sub-01/anat/sub-01_desc-lesion_mask.nii.gz",
+    ]
+    root = _tree(tmp_path / "set", names)
+    owners = _owners(plan_sources([root], labels=["*_mask.nii.gz"]), root)
+    assert owners == {names[0]: names[3], names[1]: names[3], names[2]: None}
+
+
 def test_bids__a_description_alone_or_a_subject_alone_makes_a_tree(tmp_path: Path) -> None:
     for name in ("one/derivatives/x.nii.gz", "two/derivatives/x.nii.gz", "two/sub-1/anat/sub-1_T1w.nii.gz"):
         _image(tmp_path / name)

@@ -328,6 +328,7 @@ class BuildFolder:
         """Give the finished file or folder its name; what was there before is moved away first."""
         note = [self._plan_digest(), shard_bytes, merged.stat().st_ino]
         write_whole(self.path / "publishing", json.dumps(note).encode())
+        sync(self.path)
         if self.out.exists() and (self.out.is_dir() or merged.is_dir()):
             old = self.path / "replaced"
             shutil.rmtree(old, ignore_errors=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from agssd import __version__
-from agssd.data_modules.build import case_info, filter_arguments, sync, write_arrays
+from agssd.data_modules.build import case_info, filter_arguments, write_arrays
 from agssd.data_modules.cache import VERSION, CaseInfo
 from agssd.scans.case import PreparedCase, RefusedError
 from agssd.scans.keys import case_key, subject_key
@@ -134,8 +134,8 @@ def prepare_or_refuse(job: Job, recipe: Recipe, seen: list[Scan] | None = None) 
         return prepare_case(job.paths, job.label, job.modality, recipe, job.series, job.volume, seen)
     except RefusedError as error:
         return Refusal(str(error))
-    except MemoryError:
-        return Refusal("not enough memory", final=False)
+    except MemoryError as error:
+        return Refusal(f"not enough memory{f': {error}' if str(error) else ''}", final=False)
     except Exception as error:  # a file no library foresaw must not cost the hours spent on the others
         message = " ".join(str(error).split())
         return Refusal(f"unexpected {type(error).__name__}: {message}", final=False)
@@ -193,6 +193,8 @@ def _image_of_part(
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that appears under its name only when all of it is on disk.
 
+    The name itself is not forced to disk: a part that a power failure takes away is made again.
+
     Raises:
         OSError: if it cannot be written; nothing is left then.
     """
@@ -206,7 +208,6 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
 
 
 def is_full(error: OSError) -> bool:

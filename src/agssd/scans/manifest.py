@@ -108,8 +108,9 @@ def _read_rows(path: Path) -> tuple[list[str], list[Row], list[tuple[int, str, s
             if not any(field.strip() for field in fields):
                 continue
             if len(fields) != len(columns):
-                place = columns[min(len(fields), len(columns)) - 1]
-                errors.append((reader.line_num, place, f"{len(fields)} fields where the header has {len(columns)}"))
+                place = columns[min(len(fields), len(columns) - 1)]  # the first that is missing, else the last
+                count = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
+                errors.append((reader.line_num, place, f"{count} where the header has {len(columns)}"))
                 continue
             values = (field.strip() for field in fields)
             rows.append((reader.line_num, dict(zip(columns, values, strict=True))))

@@ -27,7 +27,8 @@ MRI_STEPS = 4095  # grey values of an MRI that is not stored exactly: 12 bits, a
 SAME_SPACING = 1e-3  # relative difference below which a grid is kept as it is
 # Two grids kept at one target may lie on both sides of it; the rest is rounding.
 SPACING_TOLERANCE = 2.5 * SAME_SPACING
-MAX_VOXELS = 2**31
+MAX_VOXELS = 2**30
+_BYTES_PER_VOXEL = 24  # while a scan is prepared: float32 copies of torchio and SimpleITK, masks and edges
 
 Spacing = tuple[float, float, float]
 
