@@ -69,7 +69,7 @@ BAD = {
     "missing channel": ("path\na.nii;z.nii\n", r"line 2, column path: .*z.nii does not exist"),
     "missing label": ("path,label_path\na.nii,z.nii\n", r"line 2, column label_path: .*z.nii does not exist"),
     "label is image": ("path,label_path\na.nii,a.nii\n", r"column label_path: .*a.nii is the image itself"),
-    "short row": ("path,subject,split\na.nii,p\n", "line 2, column subject: 2 fields where the header has 3"),
+    "short row": ("path,subject,split\na.nii,p\n", "line 2, column split: 2 fields where the header has 3"),
     "long row": ("path,subject\na.nii,p,q\n", "line 2, column subject: 3 fields where the header has 2"),
     "twice": ("path\na.nii\nb.nii\nsub/../a.nii\n", "line 4, column path: sub/../a.nii stands in line 2 already"),
     "same channels": ("path\na.nii;a.nii\n", "one file is named as two channels"),

@@ -392,7 +392,7 @@ WRONG = {
         _manifest("path,split\nh1.nii.gz,val\nh2.nii.gz,test\n"), ("{}/m.csv",), "every case is in split val or test"
     ),
     "manifest of one column too few": Wrong(
-        _manifest("path,subject\nh1.nii.gz\n"), ("{}/m.csv",), "line 2, column path: 1 fields where the header has 2"
+        _manifest("path,subject\nh1.nii.gz\n"), ("{}/m.csv",), "line 2, column subject: 1 field where the header has 2"
     ),
     "manifest with a misspelt column": Wrong(
         _manifest("path,lable_path\nh1.nii.gz,\n"), ("{}/m.csv",), "column 'lable_path' is unknown, did you mean"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agssd.data_modules.cache import CHUNK, FORMAT, INDEX_NAME, SPLITS, VERSION, Affine, CaseInfo
+from agssd.data_modules.cache import CHUNK, FORMAT, SPLITS, VERSION, Affine, CaseInfo, is_folder_cache
 from agssd.data_modules.chunk_reader import write_extents
 from agssd.scans.case import PreparedCase
 from agssd.scans.foreground import bounding_box
@@ -107,7 +108,7 @@ class CacheWriter:
         self.class_names = tuple(class_names)
         self._filter = filter_arguments(compression)
         self._layout = layout
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.part")
         self._infos: list[CaseInfo] = []
         self._file: Any = None
 
@@ -320,7 +321,7 @@ def chunk_fractions(foreground: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def check_place(path: Path, overwrite: bool) -> None:
     """Raise ValueError unless a cache can be written at ``path``."""
-    if path.is_dir() and not (path / INDEX_NAME).is_file():
+    if path.is_dir() and not is_folder_cache(path):
         raise ValueError(f"{path} is a folder; --out names the cache itself, for example {path / 'scans.h5'}")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another name or pass --overwrite")

@@ -284,6 +284,16 @@ def _check_version(path: Path, version: int) -> None:
         raise ValueError(f"{path} is a cache of version {version}; this agssd reads version {VERSION}: rebuild it")
 
 
+def is_folder_cache(path: Path) -> bool:
+    """Return whether a folder is a cache and holds nothing else, so that it may be replaced."""
+    try:
+        index = json.loads((path / INDEX_NAME).read_bytes())
+        names = {INDEX_NAME, *(file["name"] for file in index["files"])}
+        return index["format"] == FORMAT and {entry.name for entry in path.iterdir()} <= names
+    except (OSError, KeyError, TypeError, ValueError):
+        return False
+
+
 def _read_folder_index(path: Path) -> _Index:
     """Return the index of a folder, the fingerprint of its salt and its files, whose presence and size are checked."""
     place = path / INDEX_NAME

@@ -14,6 +14,7 @@ import hmac
 import io
 import json
 import os
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: if it cannot be written; nothing is left then.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -46,14 +46,20 @@ def open_salt(path: Path) -> tuple[bytes, bool]:
     """
     if path.is_file():
         return _read(path), False
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}")
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as file:
             file.write(secrets.token_hex(32) + "\n")
-    except FileExistsError:  # another build was faster
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)  # whole or not at all, and of two builds that start together the first one's
+    except FileExistsError:
         return _read(path), False
     except OSError as error:
         raise ValueError(f"cannot write the salt file {path}: {error.strerror}; name another with --salt") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return _read(path), True
 
 

@@ -220,6 +220,7 @@ def target_grid(volume: Volume, spacing_mm: Spacing) -> Grid:
     told = f"{'x'.join(map(str, shape))} voxels at this spacing"
     if shape.astype(float).prod() > MAX_VOXELS:
         raise RefusedError(f"{told} are too many; choose a larger --spacing-mm")
+    _check_memory(float(shape.astype(float).prod()), told)
     if shape.min() < 2:
         raise RefusedError(f"{told} are too thin; choose a smaller --spacing-mm")
     affine = volume.affine.copy()
@@ -227,6 +228,21 @@ def target_grid(volume: Volume, spacing_mm: Spacing) -> Grid:
     centre = volume.affine @ np.append((size - 1) / 2, 1.0)
     affine[:3, 3] = centre[:3] - affine[:3, :3] @ ((shape - 1) / 2)
     return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine, keep=bool(np.array_equal(old, new)))
+
+
+def _check_memory(voxels: float, told: str) -> None:
+    """Raise MemoryError before the system would have to kill a process, where the system tells what is available."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return
+    if voxels * _BYTES_PER_VOXEL > available:
+        needed = voxels * _BYTES_PER_VOXEL / 2**30
+        raise MemoryError(
+            f"{told} need about {needed:.1f} GiB and {available / 2**30:.1f} GiB are available; use fewer --workers or a "
+            "larger --spacing-mm"
+        )
 
 
 def same_spacing(one: Spacing, two: Spacing) -> bool:
