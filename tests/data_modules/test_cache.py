@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 
+from agssd.data_modules import cache as cache_module
 from agssd.data_modules.build import LAYOUTS
 from agssd.data_modules.cache import CaseInfo, VolumeCache
 
@@ -125,12 +128,66 @@ def test_cache__opens_anew_after_a_fork(tiny_cache: Path) -> None:
     assert [int(cache.read_whole(case).astype(np.int64).sum()) for case in range(len(cache))] == expected
 
 
-def test_cache__keeps_few_datasets_open(make_cache: Callable[..., Path], tmp_path: Path) -> None:
-    cache = VolumeCache(make_cache(tmp_path / "many.h5", num_cases=150, shape=(8, 8, 8)))
-    for case in range(len(cache)):
-        cache.read(case, (0, 0, 0), (4, 4, 4))
-    assert len(cache._open) == 128
-    assert cache.read(0, (0, 0, 0), (8, 8, 8)).shape == (1, 8, 8, 8)
+def test_cache__keeps_few_datasets_of_hdf5_open_and_all_that_are_mapped(
+    make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    for compression, layout, kept in (
+        ("lz4", "chunks", 128),
+        ("blosc-lz4", "chunks", 150),
+        ("none", "contiguous", 150),
+    ):
+        path = tmp_path / f"{compression}.h5"
+        cache = VolumeCache(make_cache(path, num_cases=150, shape=(8, 8, 8), compression=compression, layout=layout))
+        for case in range(len(cache)):
+            cache.read(case, (0, 0, 0), (4, 4, 4))
+        assert len(cache._readers) == kept
+        assert cache.read(0, (0, 0, 0), (8, 8, 8)).shape == (1, 8, 8, 8)
+
+
+def test_folder__of_many_files_keeps_few_open(
+    make_cache: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_MAX_OPEN_FILES", 3)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    files = [make_cache(folder / f"{number}.h5", num_cases=1, seed=number, shape=(8, 8, 8)) for number in range(8)]
+    rows = [{**VolumeCache(path).cases[0].to_json(), "file": number} for number, path in enumerate(files)]
+    index = {
+        "format": "agssd-cache",
+        "version": 1,
+        "salt_fingerprint": None,
+        "class_names": [],
+        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in files],
+        "cases": rows,
+    }
+    (folder / "index.json").write_text(json.dumps(index))
+    cache = VolumeCache(folder)
+    before = len(os.listdir("/proc/self/fd"))
+    expected = [int(cache.read_whole(case).sum()) for case in range(len(cache))]
+    assert len(os.listdir("/proc/self/fd")) - before <= 3 * 2
+    assert len(set(expected)) == 8
+    assert [int(cache.read_whole(case).sum()) for case in reversed(range(len(cache)))] == expected[::-1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_read__a_file_that_shrinks_or_rots_is_named(
+    make_cache: Callable[..., Path], tmp_path: Path, layout: str
+) -> None:
+    path = make_cache(tmp_path / "c.h5", layout=layout)
+    cache = VolumeCache(path)
+    whole = path.read_bytes()
+    array = cache._dataset(0, "image").array
+    at = int(array._extents[0, 0, 0, 0, 0]) + 20 if layout == "chunks" else whole.find(array.tobytes()) + 20
+    cache.close()
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(ValueError, match=f"cannot read image of case {cache.cases[0].key}"):
+        cache.read_whole(0)
+    cache.close()
+    path.write_bytes(whole)
+    cache.read(0, (0, 0, 0), (4, 4, 4))
+    os.truncate(path, len(whole) // 2)
+    with pytest.raises(ValueError, match=f"case {cache.cases[0].key}: c.h5 has become shorter"):
+        cache.read(0, (0, 0, 0), (4, 4, 4))
 
 
 def test_select__conditions_combine(tiny_cache: Path) -> None:

@@ -76,7 +76,7 @@ def test_cache__every_filter_is_read(make_cache: Callable[..., Path], tmp_path: 
     expected = VolumeCache(make_cache(tmp_path / "plain.h5", compression="none")).read_whole(2)
     cache = VolumeCache(make_cache(tmp_path / "a.h5", compression=compression))
     assert np.array_equal(cache.read(2, (1, 2, 3), (30, 31, 32)), expected[:, 1:31, 2:33, 3:35])
-    assert isinstance(cache._dataset(2, "image"), BloscChunks) == (compression == "blosc-lz4")
+    assert isinstance(cache._dataset(2, "image").array, BloscChunks) == (compression == "blosc-lz4")
 
 
 def test_open_chunks__a_table_of_another_file_is_not_believed(tmp_path: Path) -> None:
@@ -104,26 +104,21 @@ def test_write_extents__leaves_what_hdf5_must_read(tmp_path: Path) -> None:
         assert set(file) == {"noise", "part", "whole"}
 
 
-def test_chunks__a_damaged_frame_is_an_error_or_the_right_size(tmp_path: Path) -> None:
+def test_chunks__a_changed_byte_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "a.h5")
     raw = (tmp_path / "a.h5").read_bytes()
     intact = reader(tmp_path / "a.h5")
     assert intact is not None
     rng = np.random.default_rng(2)
-    extents = intact._extents.reshape(-1, 2)
-    refused = 0
+    extents = intact._extents.reshape(-1, 3)
     for turn in range(300):
-        offset, length = (int(v) for v in extents[rng.integers(len(extents))])
+        offset, length, _ = (int(v) for v in extents[rng.integers(len(extents))])
         broken = bytearray(raw)
         at = offset + int(rng.integers(16 if turn % 2 else length))  # every second time in the header
         broken[at] ^= int(rng.integers(1, 256))
         damaged = BloscChunks(memoryview(broken), intact.shape, intact.chunks, intact.dtype, intact._extents)
-        try:
-            assert damaged[(Ellipsis,)].shape == SHAPE
-        except OSError as error:
-            assert f"the chunk at byte {offset}" in str(error)
-            refused += 1
-    assert refused > 80
+        with pytest.raises(OSError, match=f"the chunk at byte {offset}"):
+            damaged[(Ellipsis,)]
 
 
 def test_chunks__a_truncated_file_is_an_error(make_cache: Callable[..., Path], tmp_path: Path) -> None:

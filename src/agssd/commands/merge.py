@@ -41,11 +41,13 @@ def run(args: argparse.Namespace) -> int:
             if not folder.published(shard_bytes):
                 check_place(args.cache, args.overwrite)
             refused = folder.refusals()
-            folder.merge(shard_bytes, args.partial)
+            repeated = folder.merge(shard_bytes, args.partial)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for reason, count in refused.most_common():
         print(f"refused by the shards: {count}: {reason}")
+    if repeated:
+        print(f"refused: {repeated}: same bytes as another scan")
     print_summary(args.cache)
-    return 3 if refused else 0
+    return 3 if refused or repeated else 0

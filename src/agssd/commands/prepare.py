@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agssd.commands._forecast import FORECAST_FROM, bytes_text, check_room, prepare_sample, sample_of_parts
 from agssd.commands._which_scans import add_source_arguments, plan_of, recipe_of
 
 if TYPE_CHECKING:
     from agssd.data_modules.build_folder import BuildFolder, Shard
+    from agssd.data_modules.cache import VolumeCache
     from agssd.data_modules.parts import Part, Refusal, Workshop
     from agssd.scans.sources import Job, Plan
-
-
-_FORECAST_FROM = 30  # scans; below that the build is as quick as a forecast
-_FORECAST_SAMPLE = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-forecast",
         action="store_true",
-        help=f"start at once; otherwise, from {_FORECAST_FROM} scans on, bytes and hours are forecast from a few, "
+        help=f"start at once; otherwise, from {FORECAST_FROM} scans on, bytes and hours are forecast from a few, "
         "and a disk that cannot hold the cache ends the build before it begins",
     )
     parser.add_argument(
@@ -123,6 +122,11 @@ def _prepare(args: argparse.Namespace) -> int:
             if not folder.published(shard_bytes):
                 check_place(out, args.overwrite)
             print(f"salt: {salt_path} ({'created' if created else 'as found'}; keep it, and keep it private)")
+            if folder.published(shard_bytes) and not folder.decided(shard_bytes):
+                folder.remove()
+                print("note: an interrupted build had completed the cache; only its folder was left over")
+                print_summary(out)
+                return 3 if plan.refused else 0
             report = _build(folder, workshop, list(zip(plan.jobs, digests, strict=True)), shard_bytes, args)
             refused = len(plan.refused) + report.refused
             if args.shard is None:
@@ -164,6 +168,8 @@ def _build(
     args: argparse.Namespace,
 ) -> _Report:
     """Prepare what is not ready and say what became of every scan."""
+    from agssd.scans.parallel import WorkerDiedError
+
     if not folder.locked:
         print("note: this file system keeps no locks; make sure that no other process builds the same cache")
     mine = list(jobs) if args.shard is None else list(jobs)[args.shard.number :: args.shard.count]
@@ -175,17 +181,24 @@ def _build(
         report.rows = [(info.key, job.subject, _names(job)) for job, info in kept]
         report.refused = len(mine) - len(kept)
     else:
-        ready = sum(workshop.path(digest).is_file() for _, digest in mine)
-        if ready:
-            print(f"note: going on where an interrupted build stood: {ready} of {len(mine)} scans are done")
-        elif len(mine) >= _FORECAST_FROM and not args.no_forecast:
-            _forecast([job for job, _ in mine], workshop, args.workers, folder.out.parent, shard_bytes)
+        ready = [path for _, digest in jobs if (path := workshop.path(digest)).is_file()]
+        done = sum(workshop.path(digest).is_file() for _, digest in mine)
+        if done:
+            print(f"note: going on where an interrupted build stood: {done} of {len(mine)} scans are done")
+        if not args.no_forecast:
+            sample = sample_of_parts(ready)
+            if not ready and len(mine) >= FORECAST_FROM:
+                sample = prepare_sample([job for job, _ in mine], workshop)
+            go_on = folder.how_to_go_on(OSError(errno.ENOSPC, ""))
+            check_room(folder.out.parent, sample, len(jobs), len(ready), len(mine), args.workers, shard_bytes, go_on)
         try:
             _make_parts(report, workshop, mine, args.workers)
         except BrokenPipeError:  # stdout is gone, not the disk
             raise
         except OSError as error:
             raise ValueError(f"cannot write {folder.parts}: {error.strerror}{folder.how_to_go_on(error)}") from error
+        except WorkerDiedError as error:
+            raise ValueError(f"{error}{folder.how_to_go_on()}") from error
     return report
 
 
@@ -217,62 +230,6 @@ def _make_parts(report: _Report, workshop: Workshop, jobs: Sequence[tuple[Job, s
 
 def _names(job: Job) -> str:
     return ";".join(str(path) for path in job.paths)
-
-
-def _forecast(jobs: Sequence[Job], workshop: Workshop, workers: int, place: Path, shard_bytes: int | None) -> None:
-    """Print bytes, time and reading rate as a few scans, spread over the plan and prepared for it, let expect them.
-
-    Raises:
-        ValueError: if the disk has less room than the build needs: the parts, and beside them the cache, or of a
-            cache of several files one file at a time.
-    """
-    import shutil
-    import time
-
-    from agssd.data_modules.parts import part_bytes
-
-    chosen = [jobs[i * (len(jobs) - 1) // (_FORECAST_SAMPLE - 1)] for i in range(_FORECAST_SAMPLE)]
-    seconds, read = 0.0, 0
-    sizes = []
-    for number, job in enumerate(chosen):
-        started = time.perf_counter()
-        size = part_bytes(job, workshop.recipe, workshop.layout, workshop.compression)
-        if size is not None:
-            sizes.append(size)
-        if number:  # the first one pays for imports
-            seconds += time.perf_counter() - started
-            read += sum(path.stat().st_size for path in job.files())
-    if not sizes:
-        return  # the build will say why
-    total = sum(sizes) / len(sizes) * len(jobs)
-    needed = total + (total if shard_bytes is None else min(shard_bytes, total))
-    free = shutil.disk_usage(place).free
-    time_needed = _hours(seconds / (_FORECAST_SAMPLE - 1) * len(jobs) / workers)
-    rate = read / 2**20 / seconds * workers
-    print(
-        f"forecast from {len(sizes)} of {len(jobs)} scans: {_bytes(total)}, {time_needed}, reading {rate:.1f} MiB/s; "
-        f"{_bytes(needed)} needed while building, {_bytes(free)} free"
-    )
-    if needed > free:
-        raise ValueError(
-            f"building needs about {_bytes(needed)} and {place} has {_bytes(free)} free; choose another --out, a "
-            "larger --spacing-mm, --shard-gib (needs half), or --no-forecast to try all the same"
-        )
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _hours(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 90
-        else f"{minutes} min"
-    )
 
 
 def _results(jobs: Sequence[tuple[Job, str]], workshop: Workshop, workers: int) -> Iterator[tuple[Job, Part | Refusal]]:
@@ -356,9 +313,34 @@ def print_summary(out: Path) -> None:
             f"note: {out} holds {kinds}, and one training takes one spacing: run agssd prepare once per --modality, or "
             "give one --spacing-mm"
         )
+    _warn_of_subjects(cache)
     files = f" in {len(cache.files)} files" if len(cache.files) > 1 else ""
     print(f"{out}: {len(infos)} cases, {', '.join(parts)}; {labelled} with labels")
-    print(f"{_bytes(cache.size_bytes())}{files}, {voxels / 1e6:.1f} million voxels")
+    print(f"{bytes_text(cache.size_bytes())}{files}, {voxels / 1e6:.1f} million voxels")
+
+
+def _warn_of_subjects(cache: VolumeCache) -> None:
+    """Say where scans of one person may lie in two splits, or scans of many persons count as one's."""
+    from agssd.scans.perceptual import near_duplicates
+
+    subjects = {info.subject for info in cache.cases}
+    if len(subjects) == 1 and len(cache) >= 3:
+        print(
+            f"note: all {len(cache)} cases count as one subject, so all are in train; use --subject REGEX, or a "
+            "manifest, if they are several"
+        )
+    held = [info for info in cache.cases if info.split != "train"]
+    rest = [info for info in cache.cases if info.split == "train"]
+    pairs = near_duplicates([info.perceptual_hash for info in held], [info.perceptual_hash for info in [*rest, *held]])
+    others = [*rest, *held]
+    torn = [(held[i], others[j]) for i, j, _ in pairs if held[i].split != others[j].split]
+    if torn:
+        one, two = torn[0]
+        print(
+            f"warning: {len(torn)} pairs of cases in different splits look like copies of one scan, for example "
+            f"{one.key} ({one.split}) and {two.key} ({two.split}): agssd doctor {cache.path} names all; give them one "
+            "subject, by --subject or in a manifest"
+        )
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agssd.data_modules.cache import CHUNK, FORMAT, SPLITS, VERSION, Affine, CaseInfo, is_folder_cache
-from agssd.data_modules.chunk_reader import write_extents
+from agssd.data_modules.cache import CHECKSUM, CHUNK, FORMAT, SPLITS, VERSION, Affine, CaseInfo, is_folder_cache
+from agssd.data_modules.chunk_reader import checksum, write_extents
 from agssd.scans.case import PreparedCase
 from agssd.scans.foreground import bounding_box
 
@@ -251,7 +251,9 @@ def write_arrays(group: Any, case: PreparedCase, layout: str, compression: Mappi
         arrays["label"] = (case.label, chunk)
     for name, (array, chunks) in arrays.items():
         settings = {"chunks": chunks, **compression} if layout == "chunks" else {}
-        group.create_dataset(name, data=array, **settings)
+        data = group.create_dataset(name, data=array, **settings)
+        if not settings:  # chunks have theirs in the table of extents
+            data.attrs[CHECKSUM] = np.int64(checksum(np.ascontiguousarray(array)))
     group.create_dataset("foreground_chunks", data=chunk_fractions(case.foreground))
 
 

@@ -133,7 +133,8 @@ class BuildFolder:
         for _ in range(10):  # an orphan of a killed build may still leave a part
             for path in (self.parts, self.path / "merged", self.path / "replaced"):
                 shutil.rmtree(path, ignore_errors=True)
-            for path in self.path.glob("*"):
+            last = ("layout.json", "publishing")
+            for path in sorted(self.path.glob("*"), key=lambda path: path.name in last):
                 if path.name != "publishing":
                     path.unlink(missing_ok=True)
             shutil.rmtree(self.path, ignore_errors=True)
@@ -183,40 +184,49 @@ class BuildFolder:
         note = self.path / "publishing"
         if not note.is_file() or not self.out.exists():
             return False
-        return bool(json.loads(note.read_text()) == [self._plan_digest(), shard_bytes, self.out.stat().st_ino])
+        plan, form, inode = json.loads(note.read_text())
+        same_plan = not self._plan_path.is_file() or plan == self._plan_digest()  # it is taken away before the note
+        return bool(same_plan and form == shard_bytes and inode == self.out.stat().st_ino)
 
     def _plan_digest(self) -> str:
         return hashlib.sha256(self._plan_path.read_bytes()).hexdigest()
 
-    def merge(self, shard_bytes: int | None = None, partial: bool = False) -> None:
+    def merge(self, shard_bytes: int | None = None, partial: bool = False) -> int:
         """Make the cache from the parts, give it its name and remove the folder.
 
         Args:
             shard_bytes: stored bytes per file of a cache that is a folder of several, or None for one file.
             partial: leave out the jobs that are not done instead of refusing.
 
+        Returns:
+            Number of scans left out because they have the same bytes as others.
+
         Raises:
             ValueError: jobs are not done, no case is there, the cases cannot be split, or the disk is full.
         """
+        repeated = 0
         try:
             if not self.published(shard_bytes):
-                self._merge(shard_bytes, partial)
+                repeated = self._merge(shard_bytes, partial)
         except OSError as error:
             raise ValueError(f"cannot write {self.out}: {error.strerror or error}{self.how_to_go_on(error)}") from error
         self.remove()
+        return repeated
 
     def how_to_go_on(self, error: OSError | None = None) -> str:
         """Return a sentence on what stands in the folder and how to go on."""
         room = "make room and " if error is not None and is_full(error) else ""
+        old = self.path / "replaced"
+        otherwise = f"; the cache that was there before is {old}" if old.exists() else ", or delete that folder"
         return (
-            f"; {len(self.ready())} finished cases are kept in {self.path}: {room}run the same command again to go on, "
-            "or delete that folder"
+            f"; {len(self.ready())} finished cases are kept in {self.path}: {room}run the same command again to go on"
+            f"{otherwise}"
         )
 
-    def _merge(self, shard_bytes: int | None, partial: bool) -> None:
+    def _merge(self, shard_bytes: int | None, partial: bool) -> int:
         plan = self.read_plan()
         merged = self.path / "merged"
-        layout = self._layout(plan, shard_bytes, partial)
+        layout, repeated = self._layout(plan, shard_bytes, partial)
         merged.mkdir(exist_ok=True)
         files = []
         for number, members in enumerate(layout):
@@ -227,10 +237,10 @@ class BuildFolder:
             files.append(place)
             if shard_bytes is not None:  # so that a large cache needs room for itself and one shard more
                 for digest, _ in members:
-                    (self.parts / f"{digest}.h5").unlink(missing_ok=True)
+                    (self._part(digest)).unlink(missing_ok=True)
         if shard_bytes is None:
             self._publish(files[0], None)
-            return
+            return repeated
         rows = sorted(
             ((info, number) for number, members in enumerate(layout) for _, info in members),
             key=lambda row: row[0].key,
@@ -245,6 +255,7 @@ class BuildFolder:
         }
         write_whole(merged / INDEX_NAME, json.dumps(index, separators=(",", ":"), allow_nan=False).encode())
         self._publish(merged, shard_bytes)
+        return repeated
 
     def decided(self, shard_bytes: int | None) -> dict[str, CaseInfo]:
         """Return the cases by digest where a merge of this plan was interrupted; its parts may be used up."""
@@ -256,20 +267,37 @@ class BuildFolder:
             return {}
         return {digest: CaseInfo.from_json(info) for file in stored["files"] for digest, info in file}
 
-    def _layout(self, plan: dict[str, Any], shard_bytes: int | None, partial: bool) -> list[list[tuple[str, CaseInfo]]]:
-        """Return per file the (digest, case) of its members; of an interrupted merge, as it had decided."""
+    def _layout(
+        self, plan: dict[str, Any], shard_bytes: int | None, partial: bool
+    ) -> tuple[list[list[tuple[str, CaseInfo]]], int]:
+        """Return per file the (digest, case) of its members, and the number of repeated scans.
+
+        An interrupted merge goes on as it had decided. One of another kind is begun anew, unless it has used up parts.
+
+        Raises:
+            ValueError: parts of this merge are in the files of another that was interrupted.
+        """
         note = self.path / "layout.json"
         identity = [self._plan_digest(), shard_bytes, partial]
-        if note.is_file():
-            stored = json.loads(note.read_bytes())
-            if stored["identity"] == identity:
-                return [[(digest, CaseInfo.from_json(info)) for digest, info in file] for file in stored["files"]]
-            note.unlink()
-            shutil.rmtree(self.path / "merged", ignore_errors=True)
-        members = self._members(plan, partial)
+        stored = json.loads(note.read_bytes()) if note.is_file() else None
+        if stored is not None and stored["identity"] == identity:
+            files = [[(digest, CaseInfo.from_json(info)) for digest, info in file] for file in stored["files"]]
+            return files, stored["repeated"]
+        if stored is not None:
+            wanted = set(plan["jobs"])
+            used_up = [d for file in stored["files"] for d, _ in file if d in wanted and not self._part(d).is_file()]
+            if used_up:
+                _, size, left_out = stored["identity"]
+                flags = (["--partial"] if left_out else []) + ([f"--shard-gib {size / 2**30:g}"] if size else [])
+                raise ValueError(
+                    f"an interrupted merge stands in {self.path}, and {len(used_up)} cases are in its files only: let "
+                    f"it end with agssd merge {self.out} {' '.join(flags)}, or prepare those cases again with "
+                    "agssd prepare"
+                )
+        members, repeated = self._members(plan, partial)
         infos = {info.key: info for info in resolve_splits([part.info for _, part in members])}
         names = {name: index for index, name in enumerate(plan["class_names"])}
-        files: list[list[tuple[str, CaseInfo]]] = [[]]
+        files = [[]]
         filled = 0
         for digest, part in sorted(members, key=lambda member: member[1].info.key):
             if shard_bytes is not None and filled and filled + part.stored_bytes > shard_bytes:
@@ -278,18 +306,22 @@ class BuildFolder:
             filled += part.stored_bytes
             index = None if part.class_name is None else names[part.class_name]
             files[-1].append((digest, replace(infos[part.info.key], class_index=index)))
+        note.unlink(missing_ok=True)
         shutil.rmtree(self.path / "merged", ignore_errors=True)
         text = [[(digest, info.to_json()) for digest, info in file] for file in files]
-        write_whole(note, json.dumps({"identity": identity, "files": text}).encode())
-        return files
+        write_whole(note, json.dumps({"identity": identity, "files": text, "repeated": repeated}).encode())
+        return files, repeated
 
-    def _members(self, plan: dict[str, Any], partial: bool) -> list[tuple[str, Part]]:
-        """Return the parts that become cases: all of the plan's, of equal sources the first."""
+    def _part(self, digest: str) -> Path:
+        return self.parts / f"{digest}.h5"
+
+    def _members(self, plan: dict[str, Any], partial: bool) -> tuple[list[tuple[str, Part]], int]:
+        """Return the parts that become cases, all of the plan's and of equal sources the first, and how many repeat."""
         members: list[tuple[str, Part]] = []
         sources: Counter[str] = Counter()
         missing = 0
         for digest in plan["jobs"]:
-            path = self.parts / f"{digest}.h5"
+            path = self._part(digest)
             if path.is_file():
                 part = read_part(path)
                 sources[part.info.source_sha256] += 1
@@ -304,10 +336,10 @@ class BuildFolder:
             )
         if not members:
             raise ValueError(f"all {len(plan['jobs'])} scans were refused; no cache was written")
-        return members
+        return members, sources.total() - len(members)
 
     def _check_room(self, members: Sequence[tuple[str, CaseInfo]]) -> None:
-        needed = sum((self.parts / f"{digest}.h5").stat().st_size for digest, _ in members)
+        needed = sum((self._part(digest)).stat().st_size for digest, _ in members)
         free = shutil.disk_usage(self.path).free
         if needed > free:
             raise ValueError(
@@ -320,7 +352,7 @@ class BuildFolder:
 
         with CacheWriter(place, plan["class_names"]) as writer:
             for digest, info in members:
-                with h5py.File(self.parts / f"{digest}.h5", "r", locking=False) as part:
+                with h5py.File(self._part(digest), "r", locking=False) as part:
                     writer.copy(part["case"], info)
             writer.finish_shard([info for _, info in members], plan["salt_fingerprint"])
 

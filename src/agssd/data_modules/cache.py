@@ -14,18 +14,20 @@ holds a case. Each of the files is a cache of its own.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agssd.data_modules.chunk_reader import open_chunks
+from agssd.data_modules.chunk_reader import checksum, open_chunks
 from agssd.types import Triple
 
 FORMAT = "agssd-cache"
@@ -35,7 +37,10 @@ INDEX_NAME = "index.json"
 Kind = Literal["image", "foreground", "label"]
 Affine = tuple[tuple[float, float, float, float], ...]
 SPLITS = ("train", "val", "test")
-_MAX_OPEN_CASES = 128
+_MAX_OPEN_FILES = 128  # each takes two file descriptors
+_MAX_OPEN_DATASETS = 128  # that HDF5 reads, with a buffer each
+_MAX_READERS = 8192  # of arrays that are read without HDF5: the table of a volume's chunks is a few KB
+CHECKSUM = "xxh3"  # attribute of an array that is not compressed
 
 
 @dataclass(frozen=True)
@@ -134,9 +139,9 @@ class VolumeCache:
         self._reset()
 
     def _reset(self) -> None:
-        self._handles: dict[int, tuple[Any, memoryview]] = {}  # by file: HDF5, and its bytes mapped into memory
+        self._handles: OrderedDict[int, _File] = OrderedDict()
+        self._readers: OrderedDict[tuple[int, str], _Reader] = OrderedDict()
         self._pid = -1
-        self._open: OrderedDict[tuple[int, str], Any] = OrderedDict()
 
     def __len__(self) -> int:
         """Return the number of cases."""
@@ -197,9 +202,9 @@ class VolumeCache:
         if all(h - lo == n for lo, h, n in zip(low, high, size, strict=True)):
             return self._slice(data, case, what, (*lead, *(slice(lo, h) for lo, h in zip(low, high, strict=True))))
         lead_shape = (info.channels,) if what == "image" else ()
-        out = np.zeros((*lead_shape, *size), dtype=data.dtype)
+        out = np.zeros((*lead_shape, *size), dtype=data.array.dtype)
         if what == "image":
-            out[:] = np.asarray(info.fill, dtype=data.dtype)[:, None, None, None]
+            out[:] = np.asarray(info.fill, dtype=data.array.dtype)[:, None, None, None]
         if all(h > lo for lo, h in zip(low, high, strict=True)):
             inner = tuple(slice(lo - s, h - s) for lo, h, s in zip(low, high, start, strict=True))
             part = self._slice(data, case, what, (*lead, *(slice(lo, h) for lo, h in zip(low, high, strict=True))))
@@ -208,7 +213,11 @@ class VolumeCache:
 
     def read_whole(self, case: int, what: Kind = "image") -> NDArray[Any]:
         """Return the whole array of a case; shapes and types as in ``read``."""
-        return self._slice(self._dataset(case, what), case, what, (Ellipsis,))
+        data = self._dataset(case, what)
+        whole = self._slice(data, case, what, (Ellipsis,))
+        if data.checksum is not None and checksum(np.ascontiguousarray(whole)) != data.checksum:
+            raise self._damaged(case, what, "its bytes have changed")
+        return whole
 
     def foreground_chunks(self, case: int) -> NDArray[np.float32]:
         """Return the share of foreground per chunk of 32³ voxels, (cD, cH, cW) float32, without decoding voxels."""
@@ -217,63 +226,103 @@ class VolumeCache:
 
     def close(self) -> None:
         """Close what this process has open; the next read opens it again."""
-        for file, _ in self._handles.values():
-            file.close()
+        for file in self._handles.values():
+            file.hdf5.close()
         self._reset()
 
     def size_bytes(self) -> int:
         """Return the bytes of its files."""
         return sum(path.stat().st_size for path in self.files)
 
-    def _slice(self, data: Any, case: int, what: str, box: tuple[Any, ...]) -> NDArray[Any]:
+    def _slice(self, data: _Reader, case: int, what: str, box: tuple[Any, ...]) -> NDArray[Any]:
+        file = data.file
         try:
-            part = data[box]
+            if file.mapped.size() < len(file.view):  # to touch what is gone from a mapped file would end the process
+                raise OSError(f"{self.files[data.number].name} has become shorter since it was opened")
+            part = data.array[box]
             # a mapped file is copied from, so that nothing keeps it open or finds it read-only
-            return np.array(part) if isinstance(part, np.memmap) else cast("NDArray[Any]", part)
+            return np.array(part) if isinstance(data.array, np.ndarray) else cast("NDArray[Any]", part)
         except OSError as error:
-            key = self.cases[case].key
-            raise ValueError(f"{self.path}: cannot read {what} of case {key}: {error}; rebuild the cache") from error
+            raise self._damaged(case, what, str(error)) from error
 
-    def _dataset(self, case: int, what: str) -> Any:
+    def _damaged(self, case: int, what: str, reason: str) -> ValueError:
+        key = self.cases[case].key
+        return ValueError(f"{self.path}: cannot read {what} of case {key}: {reason}; rebuild the cache")
+
+    def _dataset(self, case: int, what: str) -> _Reader:
         if self._pid != os.getpid():
             self.close()  # what was inherited over a fork: closes this process's copy only
             self._pid = os.getpid()
-        handle = self._open.get((case, what))
-        if handle is not None:
-            return handle
+        reader = self._readers.get((case, what))
+        if reader is not None:
+            self._readers.move_to_end((case, what))
+            return reader
         if not 0 <= case < len(self.cases):
             raise ValueError(f"case is {case}; {self.path} has cases 0 to {len(self.cases) - 1}")
-        name = f"cases/{self.cases[case].key}/{what}"
+        number = self._file_of[case]
+        file = self._file(number)
         try:
-            file, mapped = self._hdf5(self._file_of[case])
-            handle = file[name]
+            data = file.hdf5[f"cases/{self.cases[case].key}/{what}"]
         except KeyError as error:
             raise ValueError(f"{self.path}: case {self.cases[case].key} has no {what!r}") from error
-        if handle.chunks is None and handle.id.get_offset() is not None:  # voxels as they are, in one piece
-            place = self.files[self._file_of[case]]
-            handle = np.memmap(place, handle.dtype, "r", handle.id.get_offset(), handle.shape)
-        elif handle.chunks is not None:
-            handle = open_chunks(handle.parent, what, mapped) or handle
-        self._open[case, what] = handle
-        while len(self._open) > _MAX_OPEN_CASES:
-            self._open.popitem(last=False)
-        return handle
+        stored = data.attrs.get(CHECKSUM)
+        array: Any = None
+        if data.chunks is not None:
+            array = open_chunks(data.parent, what, file.view)
+        elif data.id.get_offset() is not None:  # voxels as they are, in one piece
+            flat = np.frombuffer(file.view, data.dtype, data.size, data.id.get_offset())
+            array = flat.reshape(data.shape)
+        slow = array is None
+        reader = _Reader(file, number, data if slow else array, slow, None if stored is None else int(stored))
+        self._readers[case, what] = reader
+        self._drop([key for key, known in self._readers.items() if known.slow][:-_MAX_OPEN_DATASETS] if slow else ())
+        self._drop(list(self._readers)[:-_MAX_READERS] if len(self._readers) > _MAX_READERS else ())
+        return reader
 
-    def _hdf5(self, number: int) -> tuple[Any, memoryview]:
-        handle = self._handles.get(number)
-        if handle is None:
-            import h5py
-            import hdf5plugin  # noqa: F401  (registers the filters)
+    def _drop(self, keys: Iterable[tuple[int, str]]) -> None:
+        for key in keys:
+            del self._readers[key]
 
-            path = self.files[number]
-            try:
-                file = h5py.File(path, "r", locking=False, rdcc_nbytes=8 * CHUNK**3, rdcc_nslots=37, rdcc_w0=1.0)
-                with path.open("rb") as plain:
-                    mapped = memoryview(mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ))
-            except OSError as error:
-                raise ValueError(f"{path} cannot be opened as a cache: {error}") from error
-            handle = self._handles[number] = (file, mapped)
-        return handle
+    def _file(self, number: int) -> _File:
+        file = self._handles.get(number)
+        if file is not None:
+            self._handles.move_to_end(number)
+            return file
+        import h5py
+        import hdf5plugin  # noqa: F401  (registers the filters)
+
+        path = self.files[number]
+        try:
+            handle = h5py.File(path, "r", locking=False, rdcc_nbytes=8 * CHUNK**3, rdcc_nslots=37, rdcc_w0=1.0)
+            with path.open("rb") as plain:
+                mapped = mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            many = "; raise the limit with ulimit -n" if error.errno == errno.EMFILE else ""
+            raise ValueError(f"{path} cannot be opened as a cache: {error}{many}") from error
+        file = self._handles[number] = _File(handle, mapped, memoryview(mapped))
+        while len(self._handles) > _MAX_OPEN_FILES:
+            old, closed = self._handles.popitem(last=False)
+            self._drop([key for key, known in self._readers.items() if known.number == old])
+            closed.hdf5.close()
+        return file
+
+
+class _File(NamedTuple):
+    """One open file: by HDF5, and its bytes mapped into memory."""
+
+    hdf5: Any
+    mapped: mmap.mmap
+    view: memoryview
+
+
+class _Reader(NamedTuple):
+    """One array: of a mapped file, of chunks in it, or (``slow``) as HDF5 reads it; all are sliced alike."""
+
+    file: _File
+    number: int
+    array: Any
+    slow: bool
+    checksum: int | None
 
 
 _Index = tuple[dict[str, Any], str | None, tuple[Path, ...]]

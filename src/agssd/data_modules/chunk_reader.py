@@ -32,15 +32,15 @@ from numpy.typing import NDArray
 
 EXTENTS = "_extents"  # suffix of the table's name
 _BLOSC_FILTER = 32001  # as registered with The HDF Group
-_HEADER_BYTES = 16  # of a Blosc frame; its length stands in the last four
 
 
 def write_extents(group: Any, name: str) -> None:
     """Write where the chunks of ``group[name]`` lie in their file, as ``group[name + "_extents"]``.
 
-    The table is (chunks per axis..., 2) int64: first byte in the file and length. It is written only for arrays whose
-    every chunk is one Blosc frame; others are read through HDF5. Flush the array before, and call this again after
-    chunks have moved: copying a group to another file moves them.
+    The table is (chunks per axis..., 3) int64: first byte in the file, length, and the XXH3 of these bytes, by which a
+    damaged chunk is known even if it can be decoded. It is written only for arrays whose every chunk is one Blosc
+    frame; others are read through HDF5. Flush the array before, and call this again after chunks have moved: copying a
+    group to another file moves them.
 
     Args:
         group: h5py group of a file open for writing.
@@ -57,11 +57,17 @@ def write_extents(group: Any, name: str) -> None:
     grid = tuple(-(-n // chunk) for n, chunk in zip(data.shape, data.chunks, strict=True))
     if len(found) != np.prod(grid) or any(info.filter_mask for info in found):
         return  # a chunk that was never written, or that the filter could not make smaller
-    table = np.zeros((*grid, 2), dtype=np.int64)
+    table = np.zeros((*grid, 3), dtype=np.int64)
     for info in found:
         at = tuple(start // chunk for start, chunk in zip(info.chunk_offset, data.chunks, strict=True))
-        table[at] = info.byte_offset, info.size
+        frame = data.id.read_direct_chunk(info.chunk_offset)[1]
+        table[at] = info.byte_offset, info.size, checksum(frame)
     group.create_dataset(name + EXTENTS, data=table)
+
+
+def checksum(data: Any) -> int:
+    """Return the XXH3 of 64 bits of some bytes, as a signed number; beside decoding them its time does not count."""
+    return int(_xxh3()(data)) - 2**63
 
 
 def open_chunks(group: Any, name: str, mapped: memoryview) -> BloscChunks | None:
@@ -78,7 +84,7 @@ def open_chunks(group: Any, name: str, mapped: memoryview) -> BloscChunks | None
         return None
     data, extents = group[name], group[name + EXTENTS][()]
     first = data.id.get_chunk_info_by_coord((0,) * data.ndim)
-    if (first.byte_offset, first.size) != tuple(extents[(0,) * data.ndim]):
+    if extents.shape[-1] != 3 or (first.byte_offset, first.size) != tuple(extents[(0,) * data.ndim])[:2]:
         return None
     return BloscChunks(mapped, data.shape, data.chunks, data.dtype, extents)
 
@@ -94,7 +100,7 @@ class BloscChunks:
         shape: of the array.
         chunks: of one chunk, the same number of axes.
         dtype: of the array.
-        extents: (chunks per axis..., 2) int64, see ``write_extents``.
+        extents: (chunks per axis..., 3) int64, see ``write_extents``.
     """
 
     def __init__(
@@ -121,7 +127,7 @@ class BloscChunks:
         out = np.empty([stop - start for start, stop in bounds], dtype=self.dtype)
         chunk = np.empty(self.chunks, dtype=self.dtype)
         used = [range(start // n, -(-stop // n)) for (start, stop), n in zip(bounds, self.chunks, strict=True)]
-        extents = self._extents[tuple(slice(rows.start, rows.stop) for rows in used)].reshape(-1, 2).tolist()
+        extents = self._extents[tuple(slice(rows.start, rows.stop) for rows in used)].reshape(-1, 3).tolist()
         *outer, last = (
             [_overlap(start, stop, row * n, n) for row in rows]
             for (start, stop), n, rows in zip(bounds, self.chunks, used, strict=True)
@@ -131,10 +137,10 @@ class BloscChunks:
         decompress = _blosc().decompress
         places = product(product(*outer), columns)
         frame: Any = b""
-        for (offset, length), (along, (target, source)) in zip(extents, places, strict=True):
+        for (offset, length, wanted), (along, (target, source)) in zip(extents, places, strict=True):
             before, frame = frame, self._mapped[offset : offset + length]
             if frame != before:  # else it is decoded already: of a mask, most chunks are alike
-                if len(frame) != length or int.from_bytes(frame[_HEADER_BYTES - 4 : _HEADER_BYTES], "little") != length:
+                if len(frame) != length or checksum(frame) != wanted:
                     raise OSError(f"the chunk at byte {offset} is truncated or damaged")
                 try:
                     decompress(frame, chunk)
@@ -153,6 +159,13 @@ def _overlap(start: int, stop: int, first: int, chunk: int) -> tuple[slice, slic
     """Return the part of [start, stop) that a chunk at ``first`` covers, in the box and in the chunk."""
     low, high = max(start, first), min(stop, first + chunk)
     return slice(low - start, high - start), slice(low - first, high - first)
+
+
+@lru_cache(maxsize=1)
+def _xxh3() -> Any:
+    import xxhash
+
+    return xxhash.xxh3_64_intdigest
 
 
 @lru_cache(maxsize=1)

@@ -121,8 +121,9 @@ def _pair(
 
     By its name a label belongs to the image of the same name in another folder; else to the image of its folder, or of
     a folder beside that, whose name is the longest beginning of its own, up to a mark that is no letter or digit; else
-    to those that its BIDS name names. Of several labels that claim an image the one with the shortest name has it. What is left belongs by its grid
-    to the images of its folder that have no label yet, if they are one subject's; a note says so.
+    to those that its BIDS name names. Of several labels that claim an image the one with the shortest name has it.
+    What is left belongs by its grid to the images of its folder that have no label yet, if they are one subject's; a
+    note says so.
 
     Args:
         plan: gets the labels that belong to no image, and the notes.
@@ -162,8 +163,8 @@ def _pair(
         if free and (len(beside) == 1 or all(image in of_one for image in beside)):
             chosen.update(dict.fromkeys(free, label))
             plan.notes.append(
-                f"{label}: no image of its name lies beside it; taken as the label of {len(free)} on its grid, the first "
-                f"{free[0].name}"
+                f"{label}: no image of its name lies beside it; taken as the label of {len(free)} on its grid, the "
+                f"first {free[0].name}"
             )
         else:
             plan.refused.append((label, "matches --labels, but no image of its name or on its grid lies beside it"))

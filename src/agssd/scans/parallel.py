@@ -13,6 +13,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class WorkerDiedError(ValueError):
+    """A process ended before it had done its work."""
+
+
 def in_order(
     function: Callable[[Item], Result],
     items: Iterable[Item],
@@ -28,7 +32,7 @@ def in_order(
         ready: called here before; what it returns, unless None, is taken for the result of the item.
 
     Raises:
-        ValueError: a process died.
+        WorkerDiedError: a process died.
     """
     if workers == 1:
         for item in items:
@@ -54,7 +58,7 @@ def in_order(
                 first, waited = waiting.popleft()
                 yield first, result(waited)
         except BrokenProcessPool as error:
-            raise ValueError("a worker died, most likely for want of memory; use fewer --workers") from error
+            raise WorkerDiedError("a worker died, most likely for want of memory; use fewer --workers") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -240,8 +240,8 @@ def _check_memory(voxels: float, told: str) -> None:
     if voxels * _BYTES_PER_VOXEL > available:
         needed = voxels * _BYTES_PER_VOXEL / 2**30
         raise MemoryError(
-            f"{told} need about {needed:.1f} GiB and {available / 2**30:.1f} GiB are available; use fewer --workers or a "
-            "larger --spacing-mm"
+            f"{told} need about {needed:.1f} GiB and {available / 2**30:.1f} GiB are available; use fewer --workers or "
+            "a larger --spacing-mm"
         )
 
 

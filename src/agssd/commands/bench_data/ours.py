@@ -158,11 +158,11 @@ class DecodeAlone(OurChunks):
         from agssd.data_modules.chunk_reader import BloscChunks
 
         numcodecs.blosc.use_threads = False
-        data = self.cache._dataset(int(self.rng.integers(len(self.cache))), "image")
+        data = self.cache._dataset(int(self.rng.integers(len(self.cache))), "image").array
         assert isinstance(data, BloscChunks)
         start = [int(self.rng.integers(n - size + 1)) for n in data.shape[1:]]
         met = tuple(slice(s // n, -(-(s + size) // n)) for s, n in zip(start, data.chunks[1:], strict=True))
         buffer = np.empty(data.chunks, data.dtype)
-        for offset, length in data._extents[(slice(0, 1), *met)].reshape(-1, 2).tolist():
+        for offset, length, _ in data._extents[(slice(0, 1), *met)].reshape(-1, 3).tolist():
             numcodecs.blosc.decompress(data._mapped[offset : offset + length], buffer)
         return buffer
