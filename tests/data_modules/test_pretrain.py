@@ -523,3 +523,23 @@ def test_setup__refuses_an_endless_run_and_a_remainder(tiny_cache: Path) -> None
 def test_init__refuses_impossible_settings(tiny_cache: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"data.{next(iter(changes))}"):
         module(tiny_cache, **changes)
+
+
+def test_resume__other_cases_at_the_same_place_are_refused(tiny_cache: Path) -> None:
+    data = module(tiny_cache)
+    data.setup("validate")
+    state = data.state_dict()
+    assert data.train_crops is not None
+    first = data.train_crops.caches[0]
+    first.cases = (replace(first.cases[0], key="f" * 16), *first.cases[1:])  # as a cache that was built anew
+    with pytest.raises(ValueError, match="another stream of samples: cases was"):
+        data.load_state_dict(state)
+
+
+def test_on_exception__bus_error_of_a_worker_is_explained(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    data = module(tmp_path / "c.h5")
+    data.on_exception(RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."))
+    assert "agssd doctor CACHE" in caplog.text
+    caplog.clear()
+    data.on_exception(RuntimeError("out of memory"))
+    assert not caplog.text

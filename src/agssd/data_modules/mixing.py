@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from agssd.data_modules.sampling import case_of_sample, keyed_generator
+from agssd.data_modules.sampling import case_of_sample, keyed_generator, pass_order
 
 BLOCK = 10_000  # samples in which every source has its exact count
 _BLOCK_STREAM = 4
@@ -53,18 +53,23 @@ class Mixture:
 
     def source(self, row: int) -> int:
         """Return the source of a row."""
-        return int(self._sources([row])[0])
+        return int(self._sources(np.asarray([row]))[0])
 
     def samples_per_source(self, samples: int) -> list[int]:
         """Return how many of the first ``samples`` samples come from each source."""
+        if len(self.sizes) == 1:
+            return [samples]
         per_round = self.sizes if self.counts is None else self.counts
         rounds, rest = divmod(samples, sum(per_round))
-        rows = [self.row(sample) for sample in range(samples - rest, samples)]
-        begun = np.bincount(self._sources(rows), minlength=len(self.sizes))
+        if self.counts is None:
+            sources = self._sources(pass_order(self.seed, rounds, self.starts[-1], 0)[:rest])
+        else:
+            sources = _block(self.seed, self.counts, rounds)[0][:rest]
+        begun = np.bincount(sources, minlength=len(self.sizes))
         return [rounds * count + int(more) for count, more in zip(per_round, begun, strict=True)]
 
-    def _sources(self, rows: Sequence[int]) -> NDArray[np.int64]:
-        return np.searchsorted(self.starts, np.asarray(rows, dtype=np.int64), side="right") - 1
+    def _sources(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self.starts, rows, side="right") - 1
 
 
 def weights_by_temperature(sizes: Sequence[int], temperature: float) -> list[float]:

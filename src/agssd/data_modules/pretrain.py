@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,6 +20,8 @@ from agssd.data_modules.quarantine import QuarantineList
 from agssd.data_modules.sampling import MicroBatches, check_padding, micro_batch_size
 from agssd.data_modules.subsets import check_fold, fold_subjects
 from agssd.types import ParentBatch, Triple
+
+_LOG = logging.getLogger(__name__)
 
 
 class PretrainDataModule(L.LightningDataModule):
@@ -253,6 +257,15 @@ class PretrainDataModule(L.LightningDataModule):
             figures[f"data/source{source}_passes"] = drawn / max(mixture.sizes[source], 1)
         return figures
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Explain the end of a worker that touched a mapped cache whose bytes could not be fetched."""
+        if "Bus error" in str(exception):
+            _LOG.error(
+                "a loader worker met a bus error, which a failing disk, a lost network disk or a full /dev/shm gives; "
+                "`agssd doctor CACHE` names cases that cannot be read, of data.cache %s",
+                self.cache,
+            )
+
     # ----------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
@@ -272,7 +285,14 @@ class PretrainDataModule(L.LightningDataModule):
             "cases_per_cache": list(self.train_crops.mixture.sizes) if self.train_crops is not None else [],
             "samples_per_cache_and_block": self._counts_per_block(),
             "fold": None if self.fold is None else [self.num_folds, self.fold],
+            "cases": self._digest_of_cases(),
         }
+
+    def _digest_of_cases(self) -> str:
+        """Return what tells a cache from one that was built anew at its place with as many cases."""
+        crops = self.train_crops
+        rows = [] if crops is None else [crops.info(row).key for row in range(len(crops.rows))]
+        return hashlib.sha256(" ".join(rows).encode()).hexdigest()[:16]
 
     def _counts_per_block(self) -> list[int] | None:
         """Return what ``weights`` or ``temperature`` came to; None without either, as in early checkpoints."""

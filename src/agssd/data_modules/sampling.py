@@ -24,7 +24,8 @@ def keyed_generator(*key: int) -> np.random.Generator:
 
 
 @lru_cache(maxsize=64)
-def _pass_order(seed: int, pass_number: int, num_cases: int, source: int) -> np.ndarray:
+def pass_order(seed: int, pass_number: int, num_cases: int, source: int) -> np.ndarray:
+    """Return the cases of one pass over a source in their order."""
     return keyed_generator(seed, _PASS_STREAM, pass_number, source).permutation(num_cases)
 
 
@@ -35,7 +36,7 @@ def case_of_sample(seed: int, sample: int, num_cases: int, source: int = 0) -> i
     came from; the permutation is a function of (seed, number of the pass, source).
     """
     pass_number, position = divmod(sample, num_cases)
-    return int(_pass_order(seed, pass_number, num_cases, source)[position])
+    return int(pass_order(seed, pass_number, num_cases, source)[position])
 
 
 def crop_start(
@@ -48,7 +49,7 @@ def crop_start(
 ) -> Triple:
     """Return the first voxel (D, H, W) of the parent crop of sample ``sample``; negative where the crop is padded.
 
-    With probability ``prob_foreground`` the crop is centred on a voxel of a chunk drawn in proportion to its
+    With probability ``prob_foreground`` the crop is centred on a voxel of a chunk drawn in proportion to its voxels of
     foreground, else it lies uniformly in the volume; nothing is decoded for it. The crop leaves the volume only on
     axes on which it is larger than the volume, and there the padding is the same on both sides (the odd voxel
     goes to the far side).
@@ -64,7 +65,10 @@ def crop_start(
     rng = keyed_generator(seed, _CROP_STREAM, sample)
     room = [volume - crop for volume, crop in zip(shape, parent_vox, strict=True)]
     uniform = [int(rng.integers(0, max(free, 0) + 1)) for free in room]
-    weights = np.asarray(foreground_chunks, dtype=np.float64).ravel()
+    weights = np.asarray(foreground_chunks, dtype=np.float64)
+    for axis, length in enumerate(shape):  # the last chunk of an axis may be thin
+        voxels = np.minimum(CHUNK_VOX, length - CHUNK_VOX * np.arange(weights.shape[axis]))
+        weights = weights * voxels.reshape(-1, *([1] * (2 - axis)))
     cumulated = np.cumsum(weights)
     if rng.random() < prob_foreground and cumulated[-1] > 0:
         # side="right" never lands on a chunk of weight 0
