@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -267,10 +268,76 @@ def test_series_at__damaged_files(tmp_path: Path) -> None:
     assert [path.name for path, _ in refused] == ["x.dcm", "y.dcm"]
     (tmp_path / "a.dcm").write_bytes(b"")
     (tmp_path / "b.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\x08\0\x05\0CS\xff\xff" * 3)
-    for name in ("a.dcm", "b.dcm"):
-        with pytest.raises(RefusedError, match="^DICOM file: (no|damaged)"):
-            series_at(tmp_path / name)
+    with pytest.raises(RefusedError, match="^DICOM file: empty file$"):
+        series_at(tmp_path / "a.dcm")
+    with pytest.raises(RefusedError, match="^DICOM file: (no|damaged)"):
+        series_at(tmp_path / "b.dcm")
     uid = generate_uid()
     (tmp_path / "c.dcm").write_bytes(str(uid).encode() * 40)
     with pytest.raises(RefusedError, match="^DICOM file: (no|damaged)"):
         series_at(tmp_path / "c.dcm")
+
+
+def _short(count: int) -> str:
+    return f"{count} files of its series or folder could not be used; the volume may be short of slices"
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda path: path.write_bytes(b""), "empty file"),
+    "zeroed": (lambda path: path.write_bytes(b"\0" * path.stat().st_size), "no valid DICOM header"),
+    "noise": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(900)), "no "),
+    "cut within the preamble": (lambda path: path.write_bytes(path.read_bytes()[:90]), "no valid DICOM header"),
+    "gone": (lambda path: (path.unlink(), path.symlink_to("nowhere")), "cannot be opened: No such file"),
+    "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "no regular file"),
+}
+
+
+@pytest.mark.parametrize("name", ["IM{:04d}", "{}.dcm", "1.2.840.{}", "IM{}.mr"])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_plan__a_damaged_slice_is_named_and_noted(tmp_path: Path, dicom: Any, kind: str, name: str) -> None:
+    """The last slice of a stack, which leaves no gap; another folder's series and text beside it are not concerned."""
+    damage, reason = DAMAGE[kind]
+    last = dicom.save(tmp_path / "a", dicom.series_of(dicom.stored()), name)[-1]
+    dicom.save(tmp_path / "b", dicom.series_of(dicom.stored(seed=1)))
+    for folder in ("a", "b"):
+        (tmp_path / folder / "VERSION").write_text("text beside the slices\n" * 9)
+    damage(last)
+    plan = plan_sources([tmp_path])
+    assert [path for path, _ in plan.refused] == [last] and plan.ignored == 2
+    assert plan.refused[0][1].startswith(f"DICOM file: {reason}")
+    assert [job.paths[0].name for job in plan.jobs] == ["a", "b"]
+    scans = [read_scan(job.paths[0], series=job.series) for job in plan.jobs]
+    assert [scan.array.shape[2] for scan in scans] == [4, 5]
+    assert [scan.notes for scan in scans] == [(_short(1),), ()]
+    assert read_scan(tmp_path / "a").notes == (_short(1),)
+
+
+def test_plan__a_slice_cut_anywhere_is_never_lost_in_silence(tmp_path: Path, dicom: Any) -> None:
+    last = dicom.save(tmp_path, dicom.series_of(dicom.stored()))[-1]
+    whole = last.read_bytes()
+    outcomes = set()
+    for length in range(0, len(whole), 3):
+        last.write_bytes(whole[:length])
+        plan = plan_sources([tmp_path])
+        assert len(plan.jobs) == 1
+        series = plan.jobs[0].series
+        assert series is not None
+        if last in series.files:
+            with pytest.raises(RefusedError, match="^series of 5 DICOM files: (no|truncated|damaged) "):
+                read_scan(tmp_path, series=series)
+            outcomes.add("refused")
+        else:
+            assert [path for path, _ in plan.refused] == [last] and series.notes == (_short(1),), length
+            outcomes.add("noted")
+    assert outcomes == {"refused", "noted"}
+
+
+def test_plan__files_beside_a_series_that_are_no_slices_need_no_note(tmp_path: Path, dicom: Any) -> None:
+    slices = dicom.series_of(dicom.stored())
+    scout = dicom.series_of(dicom.stored((1, 4, 4)), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    scout[0].SeriesInstanceUID = slices[0].SeriesInstanceUID
+    dicom.save(tmp_path, [*slices, *scout])
+    (tmp_path / "empty.txt").write_bytes(b"")
+    plan = plan_sources([tmp_path])
+    assert plan.ignored == 1 and [reason for _, reason in plan.refused] == ["DICOM file: a localiser (scout)"]
+    assert plan.jobs[0].series is not None and plan.jobs[0].series.notes == ()

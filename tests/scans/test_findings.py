@@ -85,6 +85,11 @@ def test_refusal__names_the_check_and_nobody(reason: str, check: str, message: s
             "orientation",
             "warning",
         ),
+        (
+            "3 files of its series or folder could not be used; the volume may be short of slices",
+            "series",
+            "warning",
+        ),
         ("DOE^JANE was here", "note", "info"),
     ],
 )

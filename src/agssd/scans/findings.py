@@ -178,6 +178,7 @@ _NOTES = (
     (r"the qform is invalid; the sform is used", "sform-qform", "info"),
     (r"the header gives no orientation \(sform and qform codes 0\)", "orientation", "warning"),
     (r"the header names no space", "orientation", "info"),
+    (r"\d+ files of its series or folder could not be used; the volume may be short of slices", "series", "warning"),
     (r"lengths in the header are in (?:meter|micron); converted to mm", "note", "info"),
 )
 
