@@ -112,7 +112,10 @@ HEADERS: dict[str, tuple[Callable[[list[Any]], None], str]] = {
     "no pixels": (lambda s: _delete(s, "PixelData", "Rows", "Columns"), "no pixel data"),
     "syntax": (_syntax, "unsupported transfer syntax: MPEG2"),
     "units": (lambda s: _set(s, RescaleType="MGML"), "CT in MGML, not in HU"),
-    "repeated": (lambda s: _set(s, SOPInstanceUID=s[0].SOPInstanceUID), "duplicate slices: 3 files repeat an image"),
+    "repeated": (
+        lambda s: _set(s, SOPInstanceUID=s[0].SOPInstanceUID),
+        "duplicate slices: 3 files repeat an image of the series in other bytes (IM0",
+    ),
     "table": (lambda s: _set(s, ModalityLUTSequence=[pydicom.Dataset()]), "Modality LUT"),
 }
 
@@ -165,6 +168,53 @@ def test_find_series__copies_in_other_folders_stand_apart(tmp_path: Path, dicom:
     assert [series.place.name for series in found] == ["one", "two"] and refused == []
     one, two = (read_scan(series.place) for series in found)
     assert one.sha256 == two.sha256
+
+
+def test_find_series__a_series_over_two_folders_with_copied_slices_is_one(tmp_path: Path, dicom: Any) -> None:
+    stored = dicom.stored((8, 12, 10))
+    paths = dicom.save(tmp_path / "one", dicom.series_of(stored), "{}.dcm", seed=None)
+    (tmp_path / "two").mkdir()
+    for path in paths[4:]:
+        shutil.move(path, tmp_path / "two")
+    shutil.copy(paths[3], tmp_path / "two")
+    shutil.copy(paths[2], tmp_path / "one" / "2 again.dcm")
+    found, refused = find_series(_files(tmp_path))
+    assert refused == [] and len(found) == 1 and len(found[0].files) == 8
+    scan = read_scan(found[0].place, series=found[0])
+    assert np.array_equal(scan.array, stored.transpose(2, 1, 0).astype(np.float32) - 1024)
+    assert scan.notes == ("2 files repeat an image of the series byte for byte and are left out",)
+    # a whole copy and a part of it
+    dicom.save(tmp_path / "x", slices := dicom.series_of(stored), "{}.dcm", seed=None)
+    dicom.save(tmp_path / "y", slices[:5], "{}.dcm", seed=None)
+    found, refused = find_series([*_files(tmp_path / "x"), *_files(tmp_path / "y")])
+    assert refused == [] and [len(series.files) for series in found] == [8]
+    # the same, of other bytes
+    for path in (tmp_path / "y").iterdir():
+        data = pydicom.dcmread(path)
+        data.PatientID = "anonymous"
+        data.save_as(path)
+    found, refused = find_series([*_files(tmp_path / "x"), *_files(tmp_path / "y")])
+    assert found == [] and refused == [
+        (
+            tmp_path / "x" / "0.dcm",
+            "series of 13 DICOM files: duplicate slices: 5 files repeat an image of the series in other bytes "
+            "(y/0.dcm, y/1.dcm, y/2.dcm and 2 more); leave one file of each",
+        )
+    ]
+
+
+def test_find_series__forms_of_one_image_stand_by_themselves(tmp_path: Path, dicom: Any) -> None:
+    image = dicom.series_of(dicom.stored((1, 12, 10)))[0]
+    dicom.save(tmp_path, [image], "a.dcm")
+    image.PatientComments = "again"
+    dicom.save(tmp_path, [image], "b.dcm")
+    (tmp_path / "c.dcm").write_bytes((tmp_path / "b.dcm").read_bytes()[:-20])
+    found, refused = find_series(_files(tmp_path))
+    assert [series.place.name for series in found] == ["a.dcm", "b.dcm", "c.dcm"] and refused == []
+    for series, reason in zip(found, ("one slice only", "one slice only", "truncated pixel data"), strict=True):
+        with pytest.raises(RefusedError, match=f"^DICOM file: {reason}"):
+            read_scan(series.place, series=series)
+        assert "in other bytes; each is taken by itself" in series.notes[0]
 
 
 def test_find_series__without_uids_the_folder_and_number_decide(tmp_path: Path, dicom: Any) -> None:
