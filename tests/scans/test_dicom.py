@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -111,7 +112,10 @@ HEADERS: dict[str, tuple[Callable[[list[Any]], None], str]] = {
     "no pixels": (lambda s: _delete(s, "PixelData", "Rows", "Columns"), "no pixel data"),
     "syntax": (_syntax, "unsupported transfer syntax: MPEG2"),
     "units": (lambda s: _set(s, RescaleType="MGML"), "CT in MGML, not in HU"),
-    "repeated": (lambda s: _set(s, SOPInstanceUID=s[0].SOPInstanceUID), "duplicate slices: 3 files repeat an image"),
+    "repeated": (
+        lambda s: _set(s, SOPInstanceUID=s[0].SOPInstanceUID),
+        "duplicate slices: 3 files repeat an image of the series in other bytes (IM0",
+    ),
     "table": (lambda s: _set(s, ModalityLUTSequence=[pydicom.Dataset()]), "Modality LUT"),
 }
 
@@ -164,6 +168,53 @@ def test_find_series__copies_in_other_folders_stand_apart(tmp_path: Path, dicom:
     assert [series.place.name for series in found] == ["one", "two"] and refused == []
     one, two = (read_scan(series.place) for series in found)
     assert one.sha256 == two.sha256
+
+
+def test_find_series__a_series_over_two_folders_with_copied_slices_is_one(tmp_path: Path, dicom: Any) -> None:
+    stored = dicom.stored((8, 12, 10))
+    paths = dicom.save(tmp_path / "one", dicom.series_of(stored), "{}.dcm", seed=None)
+    (tmp_path / "two").mkdir()
+    for path in paths[4:]:
+        shutil.move(path, tmp_path / "two")
+    shutil.copy(paths[3], tmp_path / "two")
+    shutil.copy(paths[2], tmp_path / "one" / "2 again.dcm")
+    found, refused = find_series(_files(tmp_path))
+    assert refused == [] and len(found) == 1 and len(found[0].files) == 8
+    scan = read_scan(found[0].place, series=found[0])
+    assert np.array_equal(scan.array, stored.transpose(2, 1, 0).astype(np.float32) - 1024)
+    assert scan.notes == ("2 files repeat an image of the series byte for byte and are left out",)
+    # a whole copy and a part of it
+    dicom.save(tmp_path / "x", slices := dicom.series_of(stored), "{}.dcm", seed=None)
+    dicom.save(tmp_path / "y", slices[:5], "{}.dcm", seed=None)
+    found, refused = find_series([*_files(tmp_path / "x"), *_files(tmp_path / "y")])
+    assert refused == [] and [len(series.files) for series in found] == [8]
+    # the same, of other bytes
+    for path in (tmp_path / "y").iterdir():
+        data = pydicom.dcmread(path)
+        data.PatientID = "anonymous"
+        data.save_as(path)
+    found, refused = find_series([*_files(tmp_path / "x"), *_files(tmp_path / "y")])
+    assert found == [] and refused == [
+        (
+            tmp_path / "x" / "0.dcm",
+            "series of 13 DICOM files: duplicate slices: 5 files repeat an image of the series in other bytes "
+            "(y/0.dcm, y/1.dcm, y/2.dcm and 2 more); leave one file of each",
+        )
+    ]
+
+
+def test_find_series__forms_of_one_image_stand_by_themselves(tmp_path: Path, dicom: Any) -> None:
+    image = dicom.series_of(dicom.stored((1, 12, 10)))[0]
+    dicom.save(tmp_path, [image], "a.dcm")
+    image.PatientComments = "again"
+    dicom.save(tmp_path, [image], "b.dcm")
+    (tmp_path / "c.dcm").write_bytes((tmp_path / "b.dcm").read_bytes()[:-20])
+    found, refused = find_series(_files(tmp_path))
+    assert [series.place.name for series in found] == ["a.dcm", "b.dcm", "c.dcm"] and refused == []
+    for series, reason in zip(found, ("one slice only", "one slice only", "truncated pixel data"), strict=True):
+        with pytest.raises(RefusedError, match=f"^DICOM file: {reason}"):
+            read_scan(series.place, series=series)
+        assert "in other bytes; each is taken by itself" in series.notes[0]
 
 
 def test_find_series__without_uids_the_folder_and_number_decide(tmp_path: Path, dicom: Any) -> None:
@@ -267,10 +318,76 @@ def test_series_at__damaged_files(tmp_path: Path) -> None:
     assert [path.name for path, _ in refused] == ["x.dcm", "y.dcm"]
     (tmp_path / "a.dcm").write_bytes(b"")
     (tmp_path / "b.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\x08\0\x05\0CS\xff\xff" * 3)
-    for name in ("a.dcm", "b.dcm"):
-        with pytest.raises(RefusedError, match="^DICOM file: (no|damaged)"):
-            series_at(tmp_path / name)
+    with pytest.raises(RefusedError, match="^DICOM file: empty file$"):
+        series_at(tmp_path / "a.dcm")
+    with pytest.raises(RefusedError, match="^DICOM file: (no|damaged)"):
+        series_at(tmp_path / "b.dcm")
     uid = generate_uid()
     (tmp_path / "c.dcm").write_bytes(str(uid).encode() * 40)
     with pytest.raises(RefusedError, match="^DICOM file: (no|damaged)"):
         series_at(tmp_path / "c.dcm")
+
+
+def _short(count: int) -> str:
+    return f"{count} files of its series or folder could not be used; the volume may be short of slices"
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda path: path.write_bytes(b""), "empty file"),
+    "zeroed": (lambda path: path.write_bytes(b"\0" * path.stat().st_size), "no valid DICOM header"),
+    "noise": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(900)), "no "),
+    "cut within the preamble": (lambda path: path.write_bytes(path.read_bytes()[:90]), "no valid DICOM header"),
+    "gone": (lambda path: (path.unlink(), path.symlink_to("nowhere")), "cannot be opened: No such file"),
+    "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "no regular file"),
+}
+
+
+@pytest.mark.parametrize("name", ["IM{:04d}", "{}.dcm", "1.2.840.{}", "IM{}.mr"])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_plan__a_damaged_slice_is_named_and_noted(tmp_path: Path, dicom: Any, kind: str, name: str) -> None:
+    """The last slice of a stack, which leaves no gap; another folder's series and text beside it are not concerned."""
+    damage, reason = DAMAGE[kind]
+    last = dicom.save(tmp_path / "a", dicom.series_of(dicom.stored()), name)[-1]
+    dicom.save(tmp_path / "b", dicom.series_of(dicom.stored(seed=1)))
+    for folder in ("a", "b"):
+        (tmp_path / folder / "VERSION").write_text("text beside the slices\n" * 9)
+    damage(last)
+    plan = plan_sources([tmp_path])
+    assert [path for path, _ in plan.refused] == [last] and plan.ignored == 2
+    assert plan.refused[0][1].startswith(f"DICOM file: {reason}")
+    assert [job.paths[0].name for job in plan.jobs] == ["a", "b"]
+    scans = [read_scan(job.paths[0], series=job.series) for job in plan.jobs]
+    assert [scan.array.shape[2] for scan in scans] == [4, 5]
+    assert [scan.notes for scan in scans] == [(_short(1),), ()]
+    assert read_scan(tmp_path / "a").notes == (_short(1),)
+
+
+def test_plan__a_slice_cut_anywhere_is_never_lost_in_silence(tmp_path: Path, dicom: Any) -> None:
+    last = dicom.save(tmp_path, dicom.series_of(dicom.stored()))[-1]
+    whole = last.read_bytes()
+    outcomes = set()
+    for length in range(0, len(whole), 3):
+        last.write_bytes(whole[:length])
+        plan = plan_sources([tmp_path])
+        assert len(plan.jobs) == 1
+        series = plan.jobs[0].series
+        assert series is not None
+        if last in series.files:
+            with pytest.raises(RefusedError, match="^series of 5 DICOM files: (no|truncated|damaged) "):
+                read_scan(tmp_path, series=series)
+            outcomes.add("refused")
+        else:
+            assert [path for path, _ in plan.refused] == [last] and series.notes == (_short(1),), length
+            outcomes.add("noted")
+    assert outcomes == {"refused", "noted"}
+
+
+def test_plan__files_beside_a_series_that_are_no_slices_need_no_note(tmp_path: Path, dicom: Any) -> None:
+    slices = dicom.series_of(dicom.stored())
+    scout = dicom.series_of(dicom.stored((1, 4, 4)), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    scout[0].SeriesInstanceUID = slices[0].SeriesInstanceUID
+    dicom.save(tmp_path, [*slices, *scout])
+    (tmp_path / "empty.txt").write_bytes(b"")
+    plan = plan_sources([tmp_path])
+    assert plan.ignored == 1 and [reason for _, reason in plan.refused] == ["DICOM file: a localiser (scout)"]
+    assert plan.jobs[0].series is not None and plan.jobs[0].series.notes == ()

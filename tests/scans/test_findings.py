@@ -85,6 +85,17 @@ def test_refusal__names_the_check_and_nobody(reason: str, check: str, message: s
             "orientation",
             "warning",
         ),
+        (
+            "3 files of its series or folder could not be used; the volume may be short of slices",
+            "series",
+            "warning",
+        ),
+        ("2 files repeat an image of the series byte for byte and are left out", "duplicate", "info"),
+        (
+            "other files of its folder hold the same image, by its UID, in other bytes; each is taken by itself",
+            "duplicate",
+            "warning",
+        ),
         ("DOE^JANE was here", "note", "info"),
     ],
 )

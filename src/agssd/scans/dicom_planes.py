@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agssd.scans.case import RefusedError
-from agssd.scans.dicom import read_attributes
+from agssd.scans.dicom_headers import read_attributes
 
 # What tells the volumes of one series apart: name, and the attributes that may say so, the first that is there counts.
 # Tried alone and in pairs, in this order.

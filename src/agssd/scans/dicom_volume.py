@@ -53,6 +53,8 @@ def read_series(
         RefusedError: the slices are no volume, or their pixels cannot be read; the message is the reason.
     """
     planes, label = choose_volume(read_planes(files), volume)
+    if len(planes) == 1:  # refused, but for its pixels first if they are damaged
+        _frame(_decode(_read_bytes(planes[0].file)), planes[0])
     affine, ordered = arrange(planes)
     array = np.empty((len(ordered), *ordered[0].shape[::-1]), dtype=np.float32)  # (K, J, I)
     wanted: dict[Path, list[tuple[int, Plane]]] = defaultdict(list)
@@ -60,10 +62,7 @@ def read_series(
         wanted[plane.file].append((row, plane))
     digests, notes = [], set()
     for file in files:
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise RefusedError(f"cannot be opened: {error.strerror}") from error
+        data = _read_bytes(file)
         digests.append(hashlib.sha256(data).hexdigest())
         if file in wanted:
             frames = _decode(data)
@@ -201,6 +200,13 @@ def _natural(value: str) -> tuple[int, float, str]:
         return 0, float(value), ""
     except ValueError:
         return 1, 0.0, value
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise RefusedError(f"cannot be opened: {error.strerror}") from error
 
 
 def _decode(data: bytes) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,13 +41,11 @@ def is_dicom(path: Path) -> bool:
     suffix = suffix_of(path)
     if suffix in (".dcm", ".ima", ".dicom"):
         return True
-    try:
-        with path.open("rb") as file:
-            start = file.read(132)
-    except OSError:
+    start = _start(path)
+    if start is None:
         return False
     bare = len(start) == 132 and start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00"
-    return start[128:] == b"DICM" or (bare and not suffix.strip(".0123456789"))
+    return start[128:] == b"DICM" or (bare and _is_bare(suffix))
 
 
 def holds_dicom(path: Path) -> bool:
@@ -93,7 +92,8 @@ class Listing(NamedTuple):
 
     Attributes:
         scans: files that ``read_scan`` may take, DICOM apart.
-        dicom: DICOM files.
+        dicom: DICOM files, and damaged files that may have been slices: empty, unreadable or without the marks of
+            DICOM, but among DICOM files and named like them.
         refused: (path, reason) of files that are scans, but not read.
         ignored: number of files that are no scans.
     """
@@ -108,6 +108,7 @@ def list_folder(folder: Path) -> Listing:
     """Search a folder for scans, in the order of their paths; hidden files and folders are passed over."""
     scans: list[Path] = []
     dicom: list[Path] = []
+    others: list[Path] = []
     refused: list[tuple[Path, str]] = []
     ignored = 0
 
@@ -133,8 +134,45 @@ def list_folder(folder: Path) -> Listing:
             elif is_dicom(path):
                 dicom.append(path)
             else:
-                ignored += 1
-    return Listing(sorted(scans), sorted(dicom), sorted(refused), ignored)
+                others.append(path)
+    damaged = _damaged_slices(others, dicom)
+    ignored += len(others) - len(damaged)
+    return Listing(sorted(scans), sorted([*dicom, *damaged]), sorted(refused), ignored)
+
+
+def _damaged_slices(others: list[Path], dicom: list[Path]) -> list[Path]:
+    """Return the files that may have been slices of a series: named like DICOM files beside them, and no text."""
+    suffixes: dict[Path, set[str]] = defaultdict(set)
+    for path in dicom:
+        suffixes[path.parent].add(suffix_of(path))
+    beside = [path for path in others if path.parent in suffixes]
+    return [
+        path
+        for path in beside
+        if (_is_bare(suffix_of(path)) or suffix_of(path) in suffixes[path.parent]) and not _is_text(path)
+    ]
+
+
+def _is_bare(suffix: str) -> bool:
+    """Return whether a suffix is none, or a number as at the end of a UID."""
+    return not suffix.strip(".0123456789")
+
+
+def _start(path: Path) -> bytes | None:
+    """Return the first 132 bytes of a file, None where it cannot be read or is no regular file."""
+    try:
+        if not path.is_file():  # a pipe would wait for its writer
+            return None
+        with path.open("rb") as file:
+            return file.read(132)
+    except OSError:
+        return None
+
+
+def _is_text(path: Path) -> bool:
+    """Return whether a file begins with text; an empty one, or one that cannot be read, does not."""
+    start = _start(path)
+    return bool(start) and all(byte >= 32 or byte in b"\t\n\f\r" for byte in start or b"")
 
 
 def _leads_back(root: str, name: str) -> bool:

@@ -178,6 +178,9 @@ _NOTES = (
     (r"the qform is invalid; the sform is used", "sform-qform", "info"),
     (r"the header gives no orientation \(sform and qform codes 0\)", "orientation", "warning"),
     (r"the header names no space", "orientation", "info"),
+    (r"\d+ files of its series or folder could not be used; the volume may be short of slices", "series", "warning"),
+    (r"\d+ files repeat an image of the series byte for byte and are left out", "duplicate", "info"),
+    (r"other files of its folder hold the same image, by its UID, in other bytes", "duplicate", "warning"),
     (r"lengths in the header are in (?:meter|micron); converted to mm", "note", "info"),
 )
 

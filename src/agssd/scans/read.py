@@ -116,7 +116,7 @@ def _read_series(series: Series, volume: int | None, sheared: bool) -> Scan:
         raise RefusedError(series_reason(series.files, str(error))) from error
     if series.pet:
         notes.append("PET, stored as MRI is: by percentiles of its own values, without SUV")
-    return Scan(array, affine, sha256, series.modality, tuple(notes))
+    return Scan(array, affine, sha256, series.modality, (*notes, *series.notes))
 
 
 def _read_nifti(
