@@ -190,7 +190,11 @@ EXPECTED = {
 def test_doctor__every_bad_scan_is_found_and_no_healthy_one(report: Path) -> None:
     found = _findings(report)
     assert {name: EXPECTED[name] for name in EXPECTED if EXPECTED[name] not in found.get(name, set())} == {}
-    more = {"micro": {("field-of-view", "warning")}, "nowhere": {("mirrored", "info")}}  # NIfTI's default is LAS
+    more = {
+        "micro": {("field-of-view", "warning")},
+        "metres": {("spacing", "warning"), ("field-of-view", "warning")},
+        "nowhere": {("mirrored", "info")},  # NIfTI's default is LAS
+    }
     assert {
         name: sets - {EXPECTED[name]} - more.get(name, set()) for name, sets in found.items() if name in EXPECTED
     } == {name: set() for name in EXPECTED}
@@ -301,10 +305,57 @@ def test_report__no_name_from_dicom_reaches_the_page(tmp_path: Path) -> None:
     found = _findings(tmp_path / "out")
     assert found["gap"] == {("series", "error")} and found["units"] == {("modality", "error")}
     assert found["colour"] == {("dimensions", "error")}
+    assert _pictured(tmp_path / "out") >= {"gap", "whole"}
     text = re.sub('base64,[^"]*', "", (tmp_path / "out/report.html").read_text())
     for secret in (PATIENT, "DOE", "JANE", "19610704", "1.2."):
         assert secret not in text
     assert PATIENT in (tmp_path / "out/findings.csv").read_text()
+
+
+def _pictured(out: Path) -> set[str]:
+    """Return the names of the files that have a picture in the report, by their numbers."""
+    with (out / "findings.csv").open(newline="") as file:
+        names = {row["case"]: Path(row["path"]).name.partition(".")[0] for row in csv.DictReader(file)}
+    return {names[number] for number in re.findall(r'alt="Three planes of #(\d+)"', (out / "report.html").read_text())}
+
+
+def test_report__whatever_can_be_decoded_has_a_picture(report: Path) -> None:
+    expected = set(EXPECTED) - {"truncated", "crc", "empty", "old"}
+    assert _pictured(report) == expected
+
+
+def test_report__pictures_of_what_is_no_single_volume_or_no_grid(tmp_path: Path) -> None:
+    import SimpleITK as sitk
+
+    scans = tmp_path / "scans"
+    _save(scans / "five.nii.gz", np.stack([_head(0)] * 3, axis=-1)[:, :, :, None])
+    _save(scans / "colour.nii.gz", np.zeros(SHAPE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    _save(scans / "flat.nii.gz", _head(0)[:, :, 20])
+    image = nib.Nifti1Image(_head(0), np.eye(4))
+    for name, entry in (("zero", 0.0), ("nan", np.nan)):
+        image.header["sform_code"], image.header["qform_code"] = 1, 0
+        image.header["srow_x"] = [entry, 0, 0, 0]
+        (scans / f"{name}.nii").write_bytes(image.header.binaryblock + b"\0" * 4 + _head(0).tobytes(order="F"))
+    sitk.WriteImage(sitk.GetImageFromArray(np.stack([_head(1)] * 2, axis=-1), isVector=True), scans / "vector.nrrd")
+    sitk.WriteImage(sitk.GetImageFromArray(np.stack([_head(1)] * 2)), scans / "series.nrrd")
+    assert _run(scans, "--out", tmp_path) == 3
+    names = {"five", "colour", "flat", "zero", "nan", "vector", "series"}
+    assert set(_findings(tmp_path)) == names and _pictured(tmp_path) == names
+
+
+def test_picture__nan_is_black_and_infinity_is_bright() -> None:
+    import io
+
+    from PIL import Image
+
+    from agssd.commands.doctor.picture import draw
+
+    image = np.full((40, 40, 40), 0.5, dtype=np.float32)
+    image[:, :, :20], image[:, :20, 20:] = np.nan, np.inf
+    pixels = np.asarray(Image.open(io.BytesIO(draw(image, (1.0, 1.0, 1.0), (0.0, 1.0)))).convert("L"))
+    axial = pixels[:, :128]  # up is anterior, right is the patient's right: both axes increase
+    assert axial[:, :54].max() < 20 and axial[74:, 74:].min() > 235
+    assert abs(axial[:54, 74:].astype(int) - 128).max() < 20
 
 
 def test_report__names_only_where_asked_for(tmp_path: Path) -> None:

@@ -203,6 +203,11 @@ def _natural(value: str) -> tuple[int, float, str]:
         return 1, 0.0, value
 
 
+def decode_plane(plane: Plane) -> NDArray[Any]:
+    """Return the stored values of one plane, (rows, columns); raises RefusedError where they cannot be decoded."""
+    return _frame(_decode(plane.file.read_bytes()), plane)
+
+
 def _decode(data: bytes) -> NDArray[Any]:
     """Return the stored values of a file, (rows, columns) or (frames, rows, columns)."""
     pydicom: Any = import_module("pydicom")
