@@ -192,7 +192,7 @@ def test_doctor__every_bad_scan_is_found_and_no_healthy_one(report: Path) -> Non
     assert {name: EXPECTED[name] for name in EXPECTED if EXPECTED[name] not in found.get(name, set())} == {}
     more = {
         "micro": {("field-of-view", "warning")},
-        "metres": {("spacing", "warning"), ("field-of-view", "warning")},
+        "metres": {("field-of-view", "warning")},
         "nowhere": {("mirrored", "info")},  # NIfTI's default is LAS
     }
     assert {
@@ -310,6 +310,17 @@ def test_report__no_name_from_dicom_reaches_the_page(tmp_path: Path) -> None:
     for secret in (PATIENT, "DOE", "JANE", "19610704", "1.2."):
         assert secret not in text
     assert PATIENT in (tmp_path / "out/findings.csv").read_text()
+
+
+def test_report__one_finding_of_a_check_for_each_scan(tmp_path: Path) -> None:
+    _save(tmp_path / "scans/tiny.nii.gz", _head(0), np.diag([0.02, 0.02, 0.02, 1]))
+    assert _run(tmp_path / "scans", "--out", tmp_path) == 3
+    with (tmp_path / "findings.csv").open(newline="") as file:
+        rows = [(row["check"], row["severity"], row["finding"]) for row in csv.DictReader(file)]
+    assert [row[:2] for row in rows] == [("spacing", "error"), ("field-of-view", "warning")]
+    assert "too thin" in rows[0][2] and "Voxels of 0.02 x 0.02 x 0.02 mm" in rows[0][2]
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("Voxels of 0.02") == text.count("are too thin.") == 1
 
 
 def _pictured(out: Path) -> set[str]:

@@ -205,8 +205,15 @@ def _examine(
 
 
 def _add(report: Report, found: list[Found]) -> None:
-    report.found += found
-    report.found.sort(key=lambda item: item[0])
+    """Add findings that took all cases, in the order of the cases; those of one check and case become one."""
+    from agssd.scans.findings import Finding, merged
+
+    by_case: dict[int, list[Finding]] = {}
+    for number, finding in [*report.found, *found]:
+        by_case.setdefault(number, []).append(finding)
+    of_set = by_case.pop(0, [])
+    report.found[:] = [(0, finding) for finding in of_set]
+    report.found += [(number, finding) for number in sorted(by_case) for finding in merged(by_case[number])]
 
 
 def _entries(report: Report, plan: Plan, warnings: bool) -> list[Entry]:

@@ -45,8 +45,9 @@ class Examined:
 
 @dataclass(frozen=True)
 class SourceExaminer:
-    """Examines jobs of a source by preparing them as ``agssd prepare`` would; each file is read once,
-    refused ones that are no single volume once more for their picture.
+    """Examines jobs of a source by preparing them as ``agssd prepare`` would.
+
+    Each file is read once, and those refused for being no single volume once more for their picture.
 
     Attributes:
         recipe: how to prepare.
