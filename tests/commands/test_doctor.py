@@ -440,18 +440,38 @@ def test_quarantine__doctor_writes_what_prepare_leaves_out(
     file = report.parent / "q.csv"
     with file.open(newline="") as text:
         rows = list(csv.DictReader(text))
-    errors = {name for name, (check, severity) in EXPECTED.items() if severity == "error" and check != "label-map"}
+    errors = {name for name, (_, severity) in EXPECTED.items() if severity == "error"} - {"a_mask", "series", "sheared"}
     assert {Path(row["path"]).name.partition(".")[0] for row in rows} == errors
     assert all(row["reason"] and len(row["sha256"]) == 64 for row in rows)
     arguments = ("--labels", "labels/*", "--no-forecast", "--salt", tmp_path / "salt", "--quarantine", file)
     assert _prepare(clinic, *arguments, "--out", tmp_path / "c.h5") == 3
     printed = capsys.readouterr().out
     refused = re.findall(r"^refused: (\S+): (.*)$", printed, re.MULTILINE)
-    assert {Path(path).name.partition(".")[0] for path, _ in refused} == errors | {"a_mask"}
+    assert {Path(path).name.partition(".")[0] for path, _ in refused} == errors | {"a_mask", "series", "sheared"}
     assert sum(reason.startswith("in quarantine: ") for _, reason in refused) == len(errors) - 1  # .mgz never was a job
     assert "is no scan of these sources" not in printed
     left = _of_cache(tmp_path / "c.h5")  # a near duplicate is no error until it meets its twin across splits
     assert {check for found in left.values() for check, severity in found if severity == "error"} <= {"near-duplicate"}
+
+
+def test_quarantine__what_an_argument_takes_is_not_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scans, file = tmp_path / "scans", tmp_path / "q.csv"
+    _save(scans / "series.nii.gz", np.stack([_head(0), _head(1)], axis=-1))
+    _save(scans / "sheared.nii.gz", _head(2), np.eye(4) + np.eye(4, k=1) * [0, 0.3, 0, 0])
+    _save(scans / "tiny.nii.gz", _head(3), np.diag([0.02, 0.02, 0.02, 1]))
+    _save(scans / "five.nii.gz", np.stack([_head(4)] * 2, axis=-1)[:, :, :, None])  # --volume does not take it
+    _save(scans / "mask.nii.gz", _label(0))
+    assert _run(scans, "--quarantine", file) == 3
+    with file.open(newline="") as text:
+        assert [row["path"] for row in csv.DictReader(text)] == ["scans/five.nii.gz"]
+    printed = capsys.readouterr().out
+    assert f"{file} with 1 scans" in printed
+    assert "not in it, for an argument lets prepare take it: 1 --spacing-mm, 1 --unshear, 1 --volume\n" in printed
+    assert "not in it, for it is no fault of the scan: 1 label-map\n" in printed
+    arguments = ("--no-forecast", "--salt", tmp_path / "salt", "--quarantine", file, "--out", tmp_path / "c.h5")
+    assert _prepare(scans, *arguments, "--volume", 1, "--unshear") == 3
+    refused = re.findall(r"^refused: (\S+): (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert {Path(path).name for path, _ in refused} == {"five.nii.gz", "mask.nii.gz", "tiny.nii.gz"}
 
 
 def test_quarantine__warnings_too_and_nothing_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

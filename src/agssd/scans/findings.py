@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agssd.scans.dicom_planes import TELLS
@@ -26,12 +26,14 @@ class Finding:
             where a look is needed; "info".
         message: one sentence with the value, free of names.
         private: the same with paths and names where they help, or None if there are none.
+        argument: of ``prepare`` that lets it take the scan or take it otherwise, such as "--volume"; or None.
     """
 
     check: str
     severity: str
     message: str
     private: str | None = None
+    argument: str | None = None
 
     @property
     def text(self) -> str:
@@ -190,6 +192,7 @@ _REASONS = (
     (rf"an? (?:{_OBJECTS})\b", "no-scan"),
     (r"MR spectroscopy|ultrasound|nuclear medicine|raw data|3D X-ray|X-ray angiography|tractography", "no-scan"),
 )
+_ARGUMENT = r"--(?:volume|unshear|pet|spacing-mm|modality)\b"
 _NAMING = (  # reasons that quote names, and what the page says instead
     (r".* listed in .*, but missing", "missing", "Listed, but missing."),
     (r".* has a label already", "not-used", "Its image has another label already."),
@@ -217,16 +220,19 @@ def refusal(reason: str, paths: Sequence[Path] = ()) -> Finding:
     for path in sorted((str(path) for path in paths), key=len, reverse=True):
         plain = plain.replace(path, "FILE")
     plain = re.sub(r"^(?:DICOM file|series of \d+ DICOM files|\d+ DICOM files): ", "", plain)
+    named = re.search(_ARGUMENT, plain)
+    argument = named.group(0) if named else None
     for pattern, check in _REASONS:
         if match := re.match(pattern, plain):
-            return Finding(check, "error", _sentence(match.group(0).replace("FILE", "file")), reason)
+            return Finding(check, "error", _sentence(match.group(0).replace("FILE", "file")), reason, argument)
     for pattern, check, message in _NAMING:
         if re.match(pattern, plain):
             return Finding(check, "error", message, reason)
     if plain.startswith("its label FILE: "):
         inner = refusal(plain.removeprefix("its label FILE: "))
         check = "label-empty" if inner.check == "constant" else "label-file"
-        return Finding(check, "error", f"Its label: {inner.message[0].lower()}{inner.message[1:]}", reason)
+        argument = argument if argument == "--unshear" else None  # the others are for images
+        return Finding(check, "error", f"Its label: {inner.message[0].lower()}{inner.message[1:]}", reason, argument)
     return Finding("refused", "error", "Refused; the reason stands in findings.csv.", reason)
 
 
@@ -252,7 +258,7 @@ def _as_one(items: Sequence[Finding]) -> Finding:
         " ".join(dict.fromkeys(part if part.endswith(".") else f"{part}." for part in parts))
         for parts in ([item.message for item in items], [item.text for item in items])
     )
-    return Finding(items[0].check, items[0].severity, message, None if text == message else text)
+    return replace(items[0], message=message, private=None if text == message else text)
 
 
 def _sentence(text: str) -> str:
