@@ -17,6 +17,7 @@ from typing import Any
 
 from agssd.scans.case import RefusedError
 from agssd.scans.files import is_dicom, list_folder
+from agssd.scans.progress import progress
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 _CT = {_STORAGE + end for end in ("2", "2.1", "2.2")}  # classic, enhanced, legacy converted enhanced
@@ -133,15 +134,16 @@ def find_series(files: Iterable[Path], pet: bool = False) -> tuple[list[Series],
         files: DICOM files, in any order.
         pet: take PET too.
     """
-    from tqdm import tqdm
-
     groups: dict[str, list[_Header]] = defaultdict(list)
     refused: list[tuple[Path, str]] = []
+    ordered = sorted(files)
     # the bar appears only where headers take more than a few seconds
-    for file in tqdm(sorted(files), "DICOM headers", leave=False, unit="file", delay=5, dynamic_ncols=True):
-        header = _read_header(file, pet)
-        if header is not None:
-            groups[header.series].append(header)
+    with progress(len(ordered), "file", "DICOM headers", delay=5, leave=False) as bar:
+        for file in ordered:
+            header = _read_header(file, pet)
+            if header is not None:
+                groups[header.series].append(header)
+            bar.update()
     parts = [part for headers in groups.values() for part in _copies(headers)]
     count: dict[Path, int] = defaultdict(int)
     for headers in groups.values():

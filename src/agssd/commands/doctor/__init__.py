@@ -196,23 +196,20 @@ def _examine(
     report: Report, examiner: Callable[[Any], Examined], items: Iterable[Any], names: list[str], workers: int
 ) -> list[Member]:
     """Examine every item into the report, and return those that can be compared."""
-    from tqdm import tqdm
-
     from agssd.commands.doctor.across import Member
     from agssd.scans.parallel import in_order
+    from agssd.scans.progress import progress
 
     members = []
-    quiet = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line every ten seconds
-    bar = tqdm(total=len(names), unit="scan", file=sys.stderr, dynamic_ncols=True, mininterval=quiet)
-    for number, (_, done) in enumerate(in_order(examiner, items, workers), 1):
-        bar.update()
-        report.names[number] = names[number - 1]
-        report.found += [(number, finding) for finding in done.findings]
-        if done.picture is not None:
-            report.pictures[number] = done.picture
-        if done.info is not None:
-            members.append(Member(number, names[number - 1], done.info, done.class_name))
-    bar.close()
+    with progress(len(names), "scan") as bar:
+        for number, (_, done) in enumerate(in_order(examiner, items, workers), 1):
+            bar.update()
+            report.names[number] = names[number - 1]
+            report.found += [(number, finding) for finding in done.findings]
+            if done.picture is not None:
+                report.pictures[number] = done.picture
+            if done.info is not None:
+                members.append(Member(number, names[number - 1], done.info, done.class_name))
     return members
 
 
