@@ -419,6 +419,14 @@ def test_doctor__modality_that_is_wrong(tmp_path: Path) -> None:
     assert not any("modality" in str(item) for item in _findings(tmp_path / "auto").values())
 
 
+def test_doctor__spacing_that_would_make_too_many_voxels_is_named_beside_the_refusal(tmp_path: Path) -> None:
+    _save(tmp_path / "scans/huge.nii.gz", _head(0), np.diag([60, 60, 60, 1.0]))
+    assert _run(tmp_path / "scans", "--out", tmp_path) == 3
+    assert _findings(tmp_path) == {"huge": {("spacing", "error"), ("field-of-view", "warning")}}
+    text = (tmp_path / "findings.csv").read_text()
+    assert "2880x3120x2640" in text and "too many" in text and "Voxels of 60 x 60 x 60 mm" in text
+
+
 def test_doctor__subject_with_all_scans(tmp_path: Path) -> None:
     _healthy(tmp_path / "scans", 2)
     _run(tmp_path / "scans", "--labels", "labels/*", "--subject", "p", "--out", tmp_path)
