@@ -190,7 +190,11 @@ EXPECTED = {
 def test_doctor__every_bad_scan_is_found_and_no_healthy_one(report: Path) -> None:
     found = _findings(report)
     assert {name: EXPECTED[name] for name in EXPECTED if EXPECTED[name] not in found.get(name, set())} == {}
-    more = {"micro": {("field-of-view", "warning")}, "nowhere": {("mirrored", "info")}}  # NIfTI's default is LAS
+    more = {
+        "micro": {("field-of-view", "warning")},
+        "metres": {("field-of-view", "warning")},
+        "nowhere": {("mirrored", "info")},  # NIfTI's default is LAS
+    }
     assert {
         name: sets - {EXPECTED[name]} - more.get(name, set()) for name, sets in found.items() if name in EXPECTED
     } == {name: set() for name in EXPECTED}
@@ -301,10 +305,68 @@ def test_report__no_name_from_dicom_reaches_the_page(tmp_path: Path) -> None:
     found = _findings(tmp_path / "out")
     assert found["gap"] == {("series", "error")} and found["units"] == {("modality", "error")}
     assert found["colour"] == {("dimensions", "error")}
+    assert _pictured(tmp_path / "out") >= {"gap", "whole"}
     text = re.sub('base64,[^"]*', "", (tmp_path / "out/report.html").read_text())
     for secret in (PATIENT, "DOE", "JANE", "19610704", "1.2."):
         assert secret not in text
     assert PATIENT in (tmp_path / "out/findings.csv").read_text()
+
+
+def test_report__one_finding_of_a_check_for_each_scan(tmp_path: Path) -> None:
+    _save(tmp_path / "scans/tiny.nii.gz", _head(0), np.diag([0.02, 0.02, 0.02, 1]))
+    assert _run(tmp_path / "scans", "--out", tmp_path) == 3
+    with (tmp_path / "findings.csv").open(newline="") as file:
+        rows = [(row["check"], row["severity"], row["finding"]) for row in csv.DictReader(file)]
+    assert [row[:2] for row in rows] == [("spacing", "error"), ("field-of-view", "warning")]
+    assert "too thin" in rows[0][2] and "Voxels of 0.02 x 0.02 x 0.02 mm" in rows[0][2]
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("Voxels of 0.02") == text.count("are too thin.") == 1
+
+
+def _pictured(out: Path) -> set[str]:
+    """Return the names of the files that have a picture in the report, by their numbers."""
+    with (out / "findings.csv").open(newline="") as file:
+        names = {row["case"]: Path(row["path"]).name.partition(".")[0] for row in csv.DictReader(file)}
+    return {names[number] for number in re.findall(r'alt="Three planes of #(\d+)"', (out / "report.html").read_text())}
+
+
+def test_report__whatever_can_be_decoded_has_a_picture(report: Path) -> None:
+    expected = set(EXPECTED) - {"truncated", "crc", "empty", "old"}
+    assert _pictured(report) == expected
+
+
+def test_report__pictures_of_what_is_no_single_volume_or_no_grid(tmp_path: Path) -> None:
+    import SimpleITK as sitk
+
+    scans = tmp_path / "scans"
+    _save(scans / "five.nii.gz", np.stack([_head(0)] * 3, axis=-1)[:, :, :, None])
+    _save(scans / "colour.nii.gz", np.zeros(SHAPE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    _save(scans / "flat.nii.gz", _head(0)[:, :, 20])
+    image = nib.Nifti1Image(_head(0), np.eye(4))
+    for name, entry in (("zero", 0.0), ("nan", np.nan)):
+        image.header["sform_code"], image.header["qform_code"] = 1, 0
+        image.header["srow_x"] = [entry, 0, 0, 0]
+        (scans / f"{name}.nii").write_bytes(image.header.binaryblock + b"\0" * 4 + _head(0).tobytes(order="F"))
+    sitk.WriteImage(sitk.GetImageFromArray(np.stack([_head(1)] * 2, axis=-1), isVector=True), scans / "vector.nrrd")
+    sitk.WriteImage(sitk.GetImageFromArray(np.stack([_head(1)] * 2)), scans / "series.nrrd")
+    assert _run(scans, "--out", tmp_path) == 3
+    names = {"five", "colour", "flat", "zero", "nan", "vector", "series"}
+    assert set(_findings(tmp_path)) == names and _pictured(tmp_path) == names
+
+
+def test_picture__nan_is_black_and_infinity_is_bright() -> None:
+    import io
+
+    from PIL import Image
+
+    from agssd.commands.doctor.picture import draw
+
+    image = np.full((40, 40, 40), 0.5, dtype=np.float32)
+    image[:, :, :20], image[:, :20, 20:] = np.nan, np.inf
+    pixels = np.asarray(Image.open(io.BytesIO(draw(image, (1.0, 1.0, 1.0), (0.0, 1.0)))).convert("L"))
+    axial = pixels[:, :128]  # up is anterior, right is the patient's right: both axes increase
+    assert axial[:, :54].max() < 20 and axial[74:, 74:].min() > 235
+    assert abs(axial[:54, 74:].astype(int) - 128).max() < 20
 
 
 def test_report__names_only_where_asked_for(tmp_path: Path) -> None:
@@ -357,6 +419,14 @@ def test_doctor__modality_that_is_wrong(tmp_path: Path) -> None:
     assert not any("modality" in str(item) for item in _findings(tmp_path / "auto").values())
 
 
+def test_doctor__spacing_that_would_make_too_many_voxels_is_named_beside_the_refusal(tmp_path: Path) -> None:
+    _save(tmp_path / "scans/huge.nii.gz", _head(0), np.diag([60, 60, 60, 1.0]))
+    assert _run(tmp_path / "scans", "--out", tmp_path) == 3
+    assert _findings(tmp_path) == {"huge": {("spacing", "error"), ("field-of-view", "warning")}}
+    text = (tmp_path / "findings.csv").read_text()
+    assert "2880x3120x2640" in text and "too many" in text and "Voxels of 60 x 60 x 60 mm" in text
+
+
 def test_doctor__subject_with_all_scans(tmp_path: Path) -> None:
     _healthy(tmp_path / "scans", 2)
     _run(tmp_path / "scans", "--labels", "labels/*", "--subject", "p", "--out", tmp_path)
@@ -378,18 +448,38 @@ def test_quarantine__doctor_writes_what_prepare_leaves_out(
     file = report.parent / "q.csv"
     with file.open(newline="") as text:
         rows = list(csv.DictReader(text))
-    errors = {name for name, (check, severity) in EXPECTED.items() if severity == "error" and check != "label-map"}
+    errors = {name for name, (_, severity) in EXPECTED.items() if severity == "error"} - {"a_mask", "series", "sheared"}
     assert {Path(row["path"]).name.partition(".")[0] for row in rows} == errors
     assert all(row["reason"] and len(row["sha256"]) == 64 for row in rows)
     arguments = ("--labels", "labels/*", "--no-forecast", "--salt", tmp_path / "salt", "--quarantine", file)
     assert _prepare(clinic, *arguments, "--out", tmp_path / "c.h5") == 3
     printed = capsys.readouterr().out
     refused = re.findall(r"^refused: (\S+): (.*)$", printed, re.MULTILINE)
-    assert {Path(path).name.partition(".")[0] for path, _ in refused} == errors | {"a_mask"}
+    assert {Path(path).name.partition(".")[0] for path, _ in refused} == errors | {"a_mask", "series", "sheared"}
     assert sum(reason.startswith("in quarantine: ") for _, reason in refused) == len(errors) - 1  # .mgz never was a job
     assert "is no scan of these sources" not in printed
     left = _of_cache(tmp_path / "c.h5")  # a near duplicate is no error until it meets its twin across splits
     assert {check for found in left.values() for check, severity in found if severity == "error"} <= {"near-duplicate"}
+
+
+def test_quarantine__what_an_argument_takes_is_not_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scans, file = tmp_path / "scans", tmp_path / "q.csv"
+    _save(scans / "series.nii.gz", np.stack([_head(0), _head(1)], axis=-1))
+    _save(scans / "sheared.nii.gz", _head(2), np.eye(4) + np.eye(4, k=1) * [0, 0.3, 0, 0])
+    _save(scans / "tiny.nii.gz", _head(3), np.diag([0.02, 0.02, 0.02, 1]))
+    _save(scans / "five.nii.gz", np.stack([_head(4)] * 2, axis=-1)[:, :, :, None])  # --volume does not take it
+    _save(scans / "mask.nii.gz", _label(0))
+    assert _run(scans, "--quarantine", file) == 3
+    with file.open(newline="") as text:
+        assert [row["path"] for row in csv.DictReader(text)] == ["scans/five.nii.gz"]
+    printed = capsys.readouterr().out
+    assert f"{file} with 1 scans" in printed
+    assert "not in it, for an argument lets prepare take it: 1 --spacing-mm, 1 --unshear, 1 --volume\n" in printed
+    assert "not in it, for it is no fault of the scan: 1 label-map\n" in printed
+    arguments = ("--no-forecast", "--salt", tmp_path / "salt", "--quarantine", file, "--out", tmp_path / "c.h5")
+    assert _prepare(scans, *arguments, "--volume", 1, "--unshear") == 3
+    refused = re.findall(r"^refused: (\S+): (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert {Path(path).name for path, _ in refused} == {"five.nii.gz", "mask.nii.gz", "tiny.nii.gz"}
 
 
 def test_quarantine__warnings_too_and_nothing_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from agssd.scans.checks import check_geometry, check_intensities, check_prepared, spike
 from agssd.scans.findings import CHECKS, SEVERITIES, Finding
-from agssd.scans.read import Scan
+from agssd.scans.read import Scan, read_scan
 
 SHAPE = (40, 44, 36)
 
@@ -82,8 +84,68 @@ def test_check_intensities__wrong_modality() -> None:
     assert ("modality", "warning") in _kinds(check_intensities(_scan(_mri() * 40 - 600), "ct", True, 0.4))
     assert ("modality", "warning") in _kinds(check_intensities(_scan(_mri() - 30), "ct", True, 0.4))  # nothing like fat
     assert ("modality", "warning") in _kinds(check_intensities(_scan(_ct()), "mri", True, 0.4))
-    windowed = np.clip(_ct(), -160, 240)
-    assert ("modality", "warning") in _kinds(check_intensities(_scan(windowed), "mri", False, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [(-160, 240, "from -160 to 240 HU"), (-150, 3000, "from -150 HU upwards"), (-200, 1e9, "from -200 HU upwards")],
+)
+def test_check_intensities__ct_cut_to_a_window_and_taken_for_mri(low: float, high: float, told: str) -> None:
+    windowed = np.clip(_ct(), low, high)
+    found = [item for item in check_intensities(_scan(windowed), "mri", False, 0.4) if item.check == "modality"]
+    assert len(found) == 1 and found[0].severity == "warning" and told in found[0].message
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+@pytest.mark.parametrize("tissue", [(60, -100, 40), (35, 30, 900)], ids=["trunk", "head"])
+def test_check_intensities__ct_that_is_not_in_hu_and_taken_for_mri(tissue: tuple[int, ...], kind: type) -> None:
+    rng = np.random.default_rng(0)
+    radius = np.sqrt((np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij")) ** 2).sum(0))
+    values = np.select([radius < 0.5, radius < 0.8, radius < 0.9], tissue, -1000) + rng.normal(0, 15, SHAPE)
+    stored = np.maximum(np.round(values) + 1024, 0)
+    found = check_intensities(_scan(stored.astype(kind)), "mri", False, 0.4)
+    assert _kinds(found) == [("modality", "warning")] and "not turned to HU" in found[0].message
+    without_air = np.where(radius < 0.9, stored, 1024)
+    for other in (stored * 0.6, without_air):
+        assert check_intensities(_scan(other.astype(np.float32)), "mri", False, 0.4) == []
+
+
+def _brightnesses(array: np.ndarray) -> list[np.ndarray]:
+    """Return an image in the brightnesses that bring one after another of its grey values to 1024."""
+    small = array[::2, ::2, ::2].astype(np.float32)
+    levels = {float(level) for level in np.percentile(small, np.linspace(20, 99.5, 16)) if level > 0}
+    return [array, *(small * (1024 / level) for level in sorted(levels))]
+
+
+def _assert_never_in_doubt(name: str, array: np.ndarray) -> None:
+    for image in _brightnesses(array):
+        found = check_intensities(_scan(image), "mri", False, 0.4)
+        assert not [item.message for item in found if item.check == "modality"], name
+
+
+def test_check_intensities__no_brightness_of_a_simulated_head_looks_like_a_ct() -> None:
+    pytest.importorskip("nilearn", reason="the template is in nilearn's wheel")
+    from agssd.scans.simulated import draw_parameters, load_template, simulate_subject
+
+    template = load_template(5.0)
+    for number in range(2):
+        head, _ = simulate_subject(template, draw_parameters(np.random.default_rng((0, number))))
+        _assert_never_in_doubt(f"simulated {number}", head)
+
+
+def test_check_intensities__no_brightness_of_a_shared_mri_looks_like_a_ct(shared_data: Path) -> None:
+    files = sorted(shared_data.glob("hippocampus/imagesTr/*.nii.gz"))[::8]
+    files += [path for path in sorted(shared_data.glob("mri_full/**/*.nii.gz")) if "seg" not in path.name]
+    assert files
+    for path in files:
+        _assert_never_in_doubt(path.name, read_scan(path).array)
+
+
+@pytest.mark.parametrize("name", ["totalseg_ct.nii.gz", "totalseg_ct_sm.nii.gz"])
+def test_check_intensities__shared_ct_that_is_not_in_hu(shared_data: Path, name: str) -> None:
+    stored = np.maximum(read_scan(shared_data / "ct_full" / name).array, -1024) + 1024
+    found = check_intensities(_scan(stored.astype(np.uint16)), "mri", False, 0.4)
+    assert ("modality", "warning") in _kinds(found)
 
 
 def test_check_intensities__ct_of_soft_tissue_without_air_is_no_mri() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agssd.scans import findings
-from agssd.scans.findings import CHECKS, SEVERITIES, note, refusal
+from agssd.scans.findings import CHECKS, SEVERITIES, Finding, merged, note, refusal
 
 SCAN, LABEL = Path("clinic/DOE^JANE/19610704.nii.gz"), Path("clinic/DOE^JANE/19610704_seg.nii.gz")
 
@@ -60,6 +60,56 @@ SCAN, LABEL = Path("clinic/DOE^JANE/19610704.nii.gz"), Path("clinic/DOE^JANE/196
             "series",
             "Missing slices:",
         ),
+        (
+            "truncated or damaged: CRC check failed 0x1d != 0x2e",
+            "damaged",
+            "Truncated or damaged: CRC check failed 0x1d != 0x2e.",
+        ),
+        (
+            "truncated or damaged: Expected 184320 bytes, got 182320 bytes from object",
+            "damaged",
+            "Truncated or damaged: Expected 184320 bytes, got 182320 bytes.",
+        ),
+        (
+            "truncated or damaged: Compressed file ended before the end-of-stream marker was reached",
+            "damaged",
+            "Truncated or damaged: Compressed file ended before the end-of-stream marker was reached.",
+        ),
+        ("damaged pixel data: of DOE^JANE", "damaged", "Damaged pixel data."),
+        ("truncated pixel data: 9x8 pixels decoded", "damaged", "Truncated pixel data: 9x8 pixels decoded."),
+        (
+            "series of 9 DICOM files: 2 volumes in one series (convolution kernels: B30f, DOE); --volume I",
+            "dimensions",
+            "2 volumes in one series (convolution kernels).",
+        ),
+        (
+            "4 volumes in one series (image types and echo times: DOE and 1, JANE and 2); --volume I",
+            "dimensions",
+            "4 volumes in one series (image types and echo times).",
+        ),
+        (
+            "4D image (9x9x9x2); --volume I (from 0) takes one of its 2 volumes",
+            "dimensions",
+            "4D image (9x9x9x2); --volume I (from 0) takes one of its 2 volumes.",
+        ),
+        (
+            "missing slices: a gap of 9.00 mm after slice 3 of 9 (the first of 2 such gaps), where others are 3.00 mm "
+            "apart",
+            "series",
+            "Missing slices: a gap of 9.00 mm after slice 3 of 9 (the first of 2 such gaps), where others are 3.00 mm "
+            "apart.",
+        ),
+        (
+            "mixed matrix sizes: 3 of 512x512, 1 of 256x256",
+            "series",
+            "Mixed matrix sizes: 3 of 512x512, 1 of 256x256.",
+        ),
+        (
+            "its affine is degenerate: the spacing along axis 1 is 0",
+            "affine",
+            "Its affine is degenerate: the spacing along axis 1 is 0.",
+        ),
+        ("voxels of type float128 are not read", "dimensions", "Voxels of type float128 are not read."),
         ("DICOM file: CT in DOE^JANE, not in HU", "modality", "A CT whose values are not in HU."),
         ("DICOM file: unsupported transfer syntax: DOE^JANE", "type", "Unsupported transfer syntax."),
         ("DICOM file: DOE^JANE, which is not read", "refused", "Refused; the reason stands in findings.csv."),
@@ -103,6 +153,19 @@ def test_note__names_the_check_and_nobody(text: str, check: str, severity: str) 
     found = note(text)
     assert (found.check, found.severity, found.text) == (check, severity, text)
     assert "JANE" not in found.message
+
+
+def test_merged__one_finding_of_a_check_with_all_that_was_said() -> None:
+    found = [
+        Finding("spacing", "warning", "Voxels of 9 mm."),
+        Finding("clipped", "info", "Cut."),
+        Finding("spacing", "error", "Too thin.", f"{SCAN} is too thin"),
+    ]
+    one, two = merged(found)
+    assert (one.check, one.severity, one.message) == ("spacing", "error", "Too thin. Voxels of 9 mm.")
+    assert one.text == f"{SCAN} is too thin. Voxels of 9 mm."
+    assert two == found[1]
+    assert merged(found[:1] * 2) == [Finding("spacing", "warning", "Voxels of 9 mm.")]
 
 
 def _reasons() -> list[tuple[str, str]]:

@@ -4,10 +4,10 @@ Planted are strings in headers of NIfTI, NRRD, MetaImage and DICOM, in names of 
 columns of manifests. Searched is everything below the folders that the commands write to, the home and the temporary
 folder included: names of files, their bytes, and what is packed in them (gzip, zip, PNG, HDF5), in UTF-8 and UTF-16.
 
-Not searched, since the user asks for it by name: the key map (``--key-map``), the salt, what ``agssd prepare`` prints,
-the report of ``agssd doctor`` on a source (that on a cache is searched), and the paths that the user types for cache
-and run directory, which ``config.yaml`` repeats. Not found by such a search are names burnt into voxels; whoever has
-such scans must not prepare them. Class names are stored as they are given.
+Not searched, since the user asks for it by name: the key map (``--key-map``), the salt, what ``agssd prepare`` and
+``agssd doctor`` print of a source, the latter's ``findings.csv`` of a source (its ``report.html`` is searched), and the
+paths that the user types for cache and run directory, which ``config.yaml`` repeats. Not found by such a search are
+names burnt into voxels; whoever has such scans must not prepare them. Class names are stored as they are given.
 """
 
 from __future__ import annotations
@@ -246,6 +246,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, dicom: Any) -> Iterator[dict[
             state["keys"] = sorted(file["cases"])
         assert _agssd(state, "extract", work / "c.h5", state["keys"][0], "--out", work / "x.nii.gz") == 0
         assert _agssd(state, "doctor", work / "c.h5", "--out", work / "doctor") in (0, 3)
+        state["printed"]["doctor of the cache"] = state["printed"]["doctor"]
+        report = ["doctor", *sources, "--labels", "*_seg.nii.gz", "--modality", "mri", "--out", work / "doctor-source"]
+        assert _agssd(state, *report) == 3
+        (work / "doctor-source/findings.csv").rename(source / "findings.csv")  # it is to name files
         yield state
 
 
@@ -285,13 +289,16 @@ def test_prepare__nothing_planted_is_in_cache_parts_pictures_or_extracts(made: d
     names = {path.relative_to(made["work"]).as_posix() for path in made["work"].rglob("*")}
     assert {"c.h5", "c.png", "x.nii.gz"} <= names and any(name.startswith("doctor/") for name in names)
     assert sum(name.endswith(".refused") for name in names) >= 2, "the notes on refused scans are searched too"
+    assert "doctor-source/report.html" in names
     assert search([made["work"], made["home"]], PLANTED) == {}
 
 
 def test_prepare__names_are_only_where_they_are_asked_for(made: dict[str, Any]) -> None:
     keys = (made["source"] / "keys.csv").read_text()
     assert PLANTED["file"] in keys and PLANTED["PatientID"] in keys and PLANTED["manifest subject"] in keys
-    for command in ("inspect", "extract", "doctor"):
+    findings = (made["source"] / "findings.csv").read_text()
+    assert PLANTED["refused file"] in findings and PLANTED["refused label"] in findings
+    for command in ("inspect", "extract", "doctor of the cache"):
         text = made["printed"][command].lower()
         assert text and not [name for name, word in PLANTED.items() if word.lower() in text], command
 

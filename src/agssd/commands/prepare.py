@@ -203,13 +203,11 @@ def _build(
 
 
 def _make_parts(report: _Report, workshop: Workshop, jobs: Sequence[tuple[Job, str]], workers: int) -> None:
-    from tqdm import tqdm
-
     from agssd.data_modules.parts import Refusal
+    from agssd.scans.progress import progress
 
     known: dict[str, Path] = {}
-    quiet = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line every ten seconds
-    with tqdm(total=len(jobs), unit="scan", file=sys.stderr, dynamic_ncols=True, mininterval=quiet) as bar:
+    with progress(len(jobs), "scan") as bar:
         for job, result in _results(jobs, workshop, workers):
             bar.update()
             if isinstance(result, Refusal):

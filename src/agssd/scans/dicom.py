@@ -14,6 +14,7 @@ from pathlib import Path
 from agssd.scans.case import RefusedError
 from agssd.scans.dicom_headers import Header, read_header
 from agssd.scans.files import is_dicom, list_folder
+from agssd.scans.progress import progress
 
 _SHOWN = 3  # file names in a reason
 _REPEATED = "files repeat an image of the series byte for byte and are left out"
@@ -62,15 +63,16 @@ def find_series(files: Iterable[Path], pet: bool = False) -> tuple[list[Series],
         files: DICOM files, in any order.
         pet: take PET too.
     """
-    from tqdm import tqdm
-
     groups: dict[str, list[Header]] = defaultdict(list)
     refused: list[tuple[Path, str]] = []
+    ordered = sorted(files)
     # the bar appears only where headers take more than a few seconds
-    for file in tqdm(sorted(files), "DICOM headers", leave=False, unit="file", delay=5, dynamic_ncols=True):
-        header = read_header(file, pet)
-        if header is not None:
-            groups[header.series].append(header)
+    with progress(len(ordered), "file", "DICOM headers", delay=5, leave=False) as bar:
+        for file in ordered:
+            header = read_header(file, pet)
+            if header is not None:
+                groups[header.series].append(header)
+            bar.update()
     parts = [part for headers in groups.values() for part in _copies(headers)]
     count: dict[Path, int] = defaultdict(int)
     lost: dict[Path, list[Header]] = defaultdict(list)

@@ -209,6 +209,11 @@ def _read_bytes(file: Path) -> bytes:
         raise RefusedError(f"cannot be opened: {error.strerror}") from error
 
 
+def decode_plane(plane: Plane) -> NDArray[Any]:
+    """Return the stored values of one plane, (rows, columns); raises RefusedError where they cannot be decoded."""
+    return _frame(_decode(_read_bytes(plane.file)), plane)
+
+
 def _decode(data: bytes) -> NDArray[Any]:
     """Return the stored values of a file, (rows, columns) or (frames, rows, columns)."""
     pydicom: Any = import_module("pydicom")

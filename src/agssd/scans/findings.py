@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from agssd.scans.dicom_planes import TELLS
 
 SEVERITIES = ("error", "warning", "info")
 
@@ -24,12 +26,14 @@ class Finding:
             where a look is needed; "info".
         message: one sentence with the value, free of names.
         private: the same with paths and names where they help, or None if there are none.
+        argument: of ``prepare`` that lets it take the scan or take it otherwise, such as "--volume"; or None.
     """
 
     check: str
     severity: str
     message: str
     private: str | None = None
+    argument: str | None = None
 
     @property
     def text(self) -> str:
@@ -112,10 +116,17 @@ _OBJECTS = (  # in DICOM beside scans
     "radiotherapy object|radiotherapy image|radiotherapy dose|radiotherapy plan|key object selection|waveform|"
     "value mapping|surface scan|photograph|table of values"
 )
+_DAMAGES = (  # as gzip, zlib, nibabel and the reader say it, without what they quote
+    r"CRC check failed(?: \w+ != \w+)?|Incorrect length of data produced|its data end too early|"
+    r"Compressed file ended before the end-of-stream marker was reached|Error -\d+ while decompressing data|"
+    r"Not a gzipped file|Expected \d+ bytes, got \d+ bytes"
+)
+_TOLD_APART = "|".join(TELLS)
 _REASONS = (
     (r"empty file", "damaged"),
-    (r"truncated or damaged", "damaged"),
-    (r"no valid NIfTI header|no NIfTI file|its header cannot be read", "damaged"),
+    (rf"truncated or damaged(?:: (?:{_DAMAGES}))?", "damaged"),
+    (r"no NIfTI file(?:: its header does not begin with its size)?", "damaged"),
+    (r"no valid NIfTI header|its header cannot be read", "damaged"),
     (r"cut off within its header: \d+ bytes, of which the header alone takes \d+", "damaged"),
     (r"a NIfTI or Analyze header without its \.img|an \.img without its \.hdr", "damaged"),
     (r"the data file that its header names is missing", "damaged"),
@@ -123,10 +134,13 @@ _REASONS = (
     (r"\d+ voxels are (?:NaN or infinite|NaN|infinite)", "non-finite"),
     (rf"all voxels are 0|constant: all voxels are {_NUMBER}|constant at this spacing", "constant"),
     (rf"values from {_NUMBER} to {_NUMBER} are no intensities", "values"),
-    (rf"\dD image \({_SHAPE}\)|single slice \({_SHAPE}\)|an empty image of shape {_SHAPE}", "dimensions"),
+    (rf"\dD image \({_SHAPE}\)(?:; --volume (?:I \(from 0\) takes one|\d+ is none) of its \d+ volumes)?", "dimensions"),
+    (rf"single slice \({_SHAPE}\)|an empty image of shape {_SHAPE}", "dimensions"),
     (r"a colour image|\d+ values per voxel|complex voxels|a sequence of tracked 2D frames", "dimensions"),
-    (r"\d+ volumes in one series|\d+ frames without a place for each|voxels of type", "dimensions"),
-    (r"its affine has NaN or infinite entries|its affine is degenerate", "affine"),
+    (rf"\d+ volumes in one series(?: \((?:{_TOLD_APART})(?: and (?:{_TOLD_APART}))?)?", "dimensions"),
+    (r"\d+ frames without a place for each|voxels of type(?: [a-z]+\d* are not read)?", "dimensions"),
+    (r"its affine has NaN or infinite entries", "affine"),
+    (r"its affine is degenerate(?:: the spacing along axis \d is 0|: the axes do not span space)?", "affine"),
     (rf"sheared affine: two axes are {_NUMBER} degrees off a right angle", "affine"),
     (rf"its spacing of {_NUMBER} x {_NUMBER} x {_NUMBER} mm is outside {_NUMBER} to {_NUMBER} mm", "spacing"),
     (rf"its field of view of {_NUMBER} x {_NUMBER} x {_NUMBER} mm is larger than any body", "field-of-view"),
@@ -148,14 +162,26 @@ _REASONS = (
     (r"Analyze 7\.5 has no orientation", "type"),
     (r"files of type", "type"),
     # DICOM
-    (r"(?:no readable|damaged|no valid) DICOM header|(?:truncated|damaged) pixel data|no pixel data", "damaged"),
+    (r"(?:no readable|damaged|no valid) DICOM header|no pixel data", "damaged"),
+    (r"(?:truncated|damaged) pixel data(?:: \d+x\d+ pixels decoded)?", "damaged"),
     (r"unsupported transfer syntax", "type"),
     (r"no DICOM image|a folder without DICOM files", "type"),
     (r"duplicate slices: \d+ (?:files repeat an image of the series|of \d+ positions hold up to \d+ images)", "series"),
-    (rf"missing slices: a gap of {_NUMBER} mm after slice \d+ of \d+|one slice only", "series"),
-    (rf"variable slice distance: {_NUMBER} to {_NUMBER} mm", "series"),
+    (
+        rf"missing slices: a gap of {_NUMBER} mm after slice \d+ of \d+(?: \(the first of \d+ such gaps\))?"
+        rf"(?:, where others are {_NUMBER} mm apart)?",
+        "series",
+    ),
+    (
+        rf"variable slice distance: {_NUMBER} to {_NUMBER} mm"
+        rf"(?:, {_NUMBER} mm in the median; {_NUMBER} mm after slice \d+ of \d+)?",
+        "series",
+    ),
+    (r"one slice only", "series"),
     (rf"slices shifted sideways: one lies {_NUMBER} mm off the line of the others", "series"),
-    (r"mixed orientations: \d+ in \d+ slices|mixed matrix sizes|mixed pixel spacing", "series"),
+    (rf"mixed matrix sizes(?:: \d+ of {_SHAPE}(?:, \d+ of {_SHAPE})*)?", "series"),
+    (rf"mixed pixel spacing(?:: {_NUMBER}x{_NUMBER} to {_NUMBER}x{_NUMBER} mm in one series)?", "series"),
+    (r"mixed orientations: \d+ in \d+ slices", "series"),
     (r"a folder of \d+ DICOM series", "series"),
     (r"missing position|missing pixel spacing|its ImageOrientationPatient is not two unit vectors", "series"),
     (r"its ImagePositionPatient is not three numbers|its RescaleSlope is 0", "series"),
@@ -166,6 +192,7 @@ _REASONS = (
     (rf"an? (?:{_OBJECTS})\b", "no-scan"),
     (r"MR spectroscopy|ultrasound|nuclear medicine|raw data|3D X-ray|X-ray angiography|tractography", "no-scan"),
 )
+_ARGUMENT = r"--(?:volume|unshear|pet|spacing-mm|modality)\b"
 _NAMING = (  # reasons that quote names, and what the page says instead
     (r".* listed in .*, but missing", "missing", "Listed, but missing."),
     (r".* has a label already", "not-used", "Its image has another label already."),
@@ -196,16 +223,19 @@ def refusal(reason: str, paths: Sequence[Path] = ()) -> Finding:
     for path in sorted((str(path) for path in paths), key=len, reverse=True):
         plain = plain.replace(path, "FILE")
     plain = re.sub(r"^(?:DICOM file|series of \d+ DICOM files|\d+ DICOM files): ", "", plain)
+    named = re.search(_ARGUMENT, plain)
+    argument = named.group(0) if named else None
     for pattern, check in _REASONS:
         if match := re.match(pattern, plain):
-            return Finding(check, "error", _sentence(match.group(0).replace("FILE", "file")), reason)
+            return Finding(check, "error", _sentence(match.group(0).replace("FILE", "file")), reason, argument)
     for pattern, check, message in _NAMING:
         if re.match(pattern, plain):
             return Finding(check, "error", message, reason)
     if plain.startswith("its label FILE: "):
         inner = refusal(plain.removeprefix("its label FILE: "))
         check = "label-empty" if inner.check == "constant" else "label-file"
-        return Finding(check, "error", f"Its label: {inner.message[0].lower()}{inner.message[1:]}", reason)
+        argument = argument if argument == "--unshear" else None  # the others are for images
+        return Finding(check, "error", f"Its label: {inner.message[0].lower()}{inner.message[1:]}", reason, argument)
     return Finding("refused", "error", "Refused; the reason stands in findings.csv.", reason)
 
 
@@ -217,5 +247,23 @@ def note(text: str) -> Finding:
     return Finding("note", "info", "The reader has a remark; it stands in findings.csv.", text)
 
 
+def merged(found: Sequence[Finding]) -> list[Finding]:
+    """Return findings of one case with those of the same check made one, of the gravest severity and with all texts."""
+    groups: dict[str, list[Finding]] = {}
+    for finding in found:
+        groups.setdefault(finding.check, []).append(finding)
+    return [items[0] if len(items) == 1 else _as_one(items) for items in groups.values()]
+
+
+def _as_one(items: Sequence[Finding]) -> Finding:
+    items = sorted(items, key=lambda item: SEVERITIES.index(item.severity))
+    message, text = (
+        " ".join(dict.fromkeys(part if part.endswith(".") else f"{part}." for part in parts))
+        for parts in ([item.message for item in items], [item.text for item in items])
+    )
+    return replace(items[0], message=message, private=None if text == message else text)
+
+
 def _sentence(text: str) -> str:
+    text += ")" * (text.count("(") - text.count(")"))  # where a match ends within brackets
     return text[0].upper() + text[1:] + "."

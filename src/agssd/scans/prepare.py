@@ -72,7 +72,7 @@ def prepare_case(
         recipe: how to prepare it.
         series: the DICOM series that the one path stands for, or None.
         volume: which volume, from 0, of files and series that hold several.
-        seen: gets every image as it was read, also of a scan that is refused then; for who wants to look at it.
+        seen: gets every image once it is decoded, also of a scan that is refused then; for who wants to look at it.
 
     Raises:
         RefusedError: a file cannot be used; the message is the reason.
@@ -299,9 +299,7 @@ def _digest(digests: list[str]) -> str:
 
 
 def _read_image(path: Path, volume: int | None, series: Series | None, sheared: bool, seen: list[Scan] | None) -> Scan:
-    scan = read_scan(path, volume, series, sheared)
-    if seen is not None:
-        seen.append(scan)
+    scan = read_scan(path, volume, series, sheared, seen)
     if looks_like_labels(scan.array):
         raise RefusedError("looks like a label map; name label files with --labels or in a manifest")
     return scan

@@ -49,7 +49,13 @@ class Scan:
     notes: tuple[str, ...]
 
 
-def read_scan(path: Path, volume: int | None = None, series: Series | None = None, sheared: bool = False) -> Scan:
+def read_scan(
+    path: Path,
+    volume: int | None = None,
+    series: Series | None = None,
+    sheared: bool = False,
+    seen: list[Scan] | None = None,
+) -> Scan:
     """Return a 3D image.
 
     Args:
@@ -57,6 +63,7 @@ def read_scan(path: Path, volume: int | None = None, series: Series | None = Non
         volume: which volume, from 0, where there are several; a 3D image is taken as it is.
         series: the DICOM series at ``path``, where it is known already.
         sheared: take axes that are not at right angles, too.
+        seen: gets the image once it is decoded, also one that is refused then for its affine or its values.
 
     Raises:
         RefusedError: the file is missing, empty, truncated, damaged, not 3D, coloured, complex, has no usable
@@ -66,7 +73,7 @@ def read_scan(path: Path, volume: int | None = None, series: Series | None = Non
         if series is None and holds_dicom(path):
             series = series_at(path)
         if series is not None:
-            return _read_series(series, volume, sheared)
+            return _read_series(series, volume, sheared, seen)
         digest = hashlib.sha256()
         files = data_files(path)
         for file in files:
@@ -85,13 +92,16 @@ def read_scan(path: Path, volume: int | None = None, series: Series | None = Non
         array, affine, modality, notes = _read_itk(path, volume)
     else:
         raise RefusedError(_why_not_read(path, suffix))
-    _check_affine(affine, sheared)
-    _check_extent(array.shape, affine)
-    _check_values(array)
     sha256 = digest.hexdigest()
     if any(note.startswith(_TAKEN) for note in notes):
         sha256 = hashlib.sha256(f"{sha256} volume {volume}".encode()).hexdigest()
-    return Scan(array, affine, sha256, modality, tuple(notes))
+    scan = Scan(array, affine, sha256, modality, tuple(notes))
+    if seen is not None:
+        seen.append(scan)
+    _check_affine(affine, sheared)
+    _check_extent(array.shape, affine)
+    _check_values(array)
+    return scan
 
 
 def _why_not_read(path: Path, suffix: str) -> str:
@@ -104,19 +114,22 @@ def _why_not_read(path: Path, suffix: str) -> str:
     return REFUSED.get(suffix, f"files of type {suffix or 'without extension'} are not read")
 
 
-def _read_series(series: Series, volume: int | None, sheared: bool) -> Scan:
+def _read_series(series: Series, volume: int | None, sheared: bool, seen: list[Scan] | None) -> Scan:
     from agssd.scans.dicom_volume import read_series
 
     try:
         array, affine, sha256, notes = read_series(series.files, series.modality, volume)
+        if series.pet:
+            notes.append("PET, stored as MRI is: by percentiles of its own values, without SUV")
+        scan = Scan(array, affine, sha256, series.modality, (*notes, *series.notes))
+        if seen is not None:
+            seen.append(scan)
         _check_affine(affine, sheared, "gantry tilt: slices are stacked {:.1f} degrees off their normal")
         _check_extent(array.shape, affine)
         _check_values(array)
     except RefusedError as error:
         raise RefusedError(series_reason(series.files, str(error))) from error
-    if series.pet:
-        notes.append("PET, stored as MRI is: by percentiles of its own values, without SUV")
-    return Scan(array, affine, sha256, series.modality, (*notes, *series.notes))
+    return scan
 
 
 def _read_nifti(

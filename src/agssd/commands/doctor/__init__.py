@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,14 @@ _OF_SOURCES: dict[str, Any] = {  # arguments that a cache has no use for, and th
 _NO_FAULT = ("label-map", "no-scan", "not-used", "missing", "memory")  # of a scan: never put into quarantine
 
 
+@dataclass
+class _Quarantine:
+    """What goes into the list, and of the scans that do not in spite of an error: why -> what -> how many."""
+
+    entries: list[Entry] = field(default_factory=list)
+    left_out: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``agssd doctor``."""
     add_source_arguments(parser, others="; or one cache")
@@ -51,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quarantine",
         type=Path,
         metavar="FILE.csv",
-        help="write the scans with errors there, for agssd prepare --quarantine",
+        help="write the scans with errors that no argument mends there, for agssd prepare --quarantine",
     )
     parser.add_argument("--quarantine-warnings", action="store_true", help="put scans with warnings there as well")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing quarantine file")
@@ -75,7 +85,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from agssd.scans.quarantine import quarantine_text
 
     _check_arguments(args)
-    report, entries = _of_cache(args) if is_cache(args.source[0]) else _of_source(args)
+    report, quarantine = _of_cache(args) if is_cache(args.source[0]) else _of_source(args)
     print(as_table(report, args.all))
     print(summary(report))
     if args.out is not None:
@@ -92,10 +102,12 @@ def _doctor(args: argparse.Namespace) -> int:
         from agssd.data_modules.parts import write_whole
 
         try:
-            write_whole(args.quarantine, quarantine_text(entries, args.quarantine).encode())
+            write_whole(args.quarantine, quarantine_text(quarantine.entries, args.quarantine).encode())
         except OSError as error:
             raise ValueError(f"cannot write {args.quarantine}: {error.strerror}") from error
-        print(f"written: {args.quarantine} with {len(entries)} scans, for agssd prepare --quarantine")
+        print(f"written: {args.quarantine} with {len(quarantine.entries)} scans, for agssd prepare --quarantine")
+        for why, counts in quarantine.left_out.items():
+            print(f"not in it, {why}: {', '.join(f'{count} {what}' for what, count in sorted(counts.items()))}")
     return EXIT_FOUND if report.count("error") else 0
 
 
@@ -135,7 +147,7 @@ def is_cache(path: Path) -> bool:
         return False
 
 
-def _of_source(args: argparse.Namespace) -> tuple[Report, list[Entry]]:
+def _of_source(args: argparse.Namespace) -> tuple[Report, _Quarantine]:
     from agssd.commands.doctor.across import check_source
     from agssd.commands.doctor.examine import SourceExaminer
     from agssd.commands.doctor.page import Report
@@ -154,10 +166,10 @@ def _of_source(args: argparse.Namespace) -> tuple[Report, list[Entry]]:
         report.names[number] = str(path)
         report.found.append((number, refusal(reason, [path])))
     _add(report, check_source(members, args.label_values))
-    return report, _entries(report, plan, args.quarantine_warnings) if args.quarantine else []
+    return report, _quarantine(report, plan, args.quarantine_warnings) if args.quarantine else _Quarantine()
 
 
-def _of_cache(args: argparse.Namespace) -> tuple[Report, list[Entry]]:
+def _of_cache(args: argparse.Namespace) -> tuple[Report, _Quarantine]:
     from agssd.commands.doctor.across import check_cache
     from agssd.commands.doctor.examine import CacheExaminer
     from agssd.commands.doctor.page import Report
@@ -171,46 +183,54 @@ def _of_cache(args: argparse.Namespace) -> tuple[Report, list[Entry]]:
         if not path.exists():
             raise
         found = [(0, Finding("cache", "error", "The cache cannot be opened.", str(error)))]
-        return Report("cases", 0, 0, found), []
+        return Report("cases", 0, 0, found), _Quarantine()
     report = Report("cases", len(cache), len({info.subject for info in cache.cases}))
     names = [info.key for info in cache.cases]
     examiner = CacheExaminer(path, pictures=args.out is not None)
     members = _examine(report, examiner, range(len(cache)), names, args.workers)
     _add(report, check_cache(cache, members, args.label_values))
-    return report, []
+    return report, _Quarantine()
 
 
 def _examine(
     report: Report, examiner: Callable[[Any], Examined], items: Iterable[Any], names: list[str], workers: int
 ) -> list[Member]:
     """Examine every item into the report, and return those that can be compared."""
-    from tqdm import tqdm
-
     from agssd.commands.doctor.across import Member
     from agssd.scans.parallel import in_order
+    from agssd.scans.progress import progress
 
     members = []
-    quiet = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line every ten seconds
-    bar = tqdm(total=len(names), unit="scan", file=sys.stderr, dynamic_ncols=True, mininterval=quiet)
-    for number, (_, done) in enumerate(in_order(examiner, items, workers), 1):
-        bar.update()
-        report.names[number] = names[number - 1]
-        report.found += [(number, finding) for finding in done.findings]
-        if done.picture is not None:
-            report.pictures[number] = done.picture
-        if done.info is not None:
-            members.append(Member(number, names[number - 1], done.info, done.class_name))
-    bar.close()
+    with progress(len(names), "scan") as bar:
+        for number, (_, done) in enumerate(in_order(examiner, items, workers), 1):
+            bar.update()
+            report.names[number] = names[number - 1]
+            report.found += [(number, finding) for finding in done.findings]
+            if done.picture is not None:
+                report.pictures[number] = done.picture
+            if done.info is not None:
+                members.append(Member(number, names[number - 1], done.info, done.class_name))
     return members
 
 
 def _add(report: Report, found: list[Found]) -> None:
-    report.found += found
-    report.found.sort(key=lambda item: item[0])
+    """Add findings that took all cases, in the order of the cases; those of one check and case become one."""
+    from agssd.scans.findings import Finding, merged
+
+    by_case: dict[int, list[Finding]] = {}
+    for number, finding in [*report.found, *found]:
+        by_case.setdefault(number, []).append(finding)
+    of_set = by_case.pop(0, [])
+    report.found[:] = [(0, finding) for finding in of_set]
+    report.found += [(number, finding) for number in sorted(by_case) for finding in merged(by_case[number])]
 
 
-def _entries(report: Report, plan: Plan, warnings: bool) -> list[Entry]:
-    """Return what belongs into quarantine: scans with errors, and with warnings if asked for."""
+def _quarantine(report: Report, plan: Plan, warnings: bool) -> _Quarantine:
+    """Return what belongs into quarantine: scans with errors, and with warnings if asked for.
+
+    Not those whose only errors are no fault of a scan, or one that an argument of ``prepare`` mends: in the list they
+    would be left out in spite of the argument.
+    """
     from dataclasses import replace
 
     from agssd.scans.files import data_files
@@ -218,16 +238,23 @@ def _entries(report: Report, plan: Plan, warnings: bool) -> list[Entry]:
 
     severities = ("error", "warning") if warnings else ("error",)
     reasons: dict[int, list[str]] = {}
-    for number, finding in report.found:
-        if number and finding.severity in severities and finding.check not in _NO_FAULT:
+    found = [(number, finding) for number, finding in report.found if number and finding.severity in severities]
+    for number, finding in found:
+        if finding.check not in _NO_FAULT and finding.argument is None:
             reasons.setdefault(number, []).append(finding.text)
+    made = _Quarantine()
+    for number, finding in found:
+        if number not in reasons:
+            why = (
+                "for it is no fault of the scan" if finding.argument is None else "for an argument lets prepare take it"
+            )
+            made.left_out[why][finding.argument or finding.check] += 1
     scans = [(job.paths[0], replace(job, label=None).files()) for job in plan.jobs]
     scans += [(path, [] if path.is_dir() else data_files(path)) for path, _ in plan.refused]
-    entries = []
     for number, texts in sorted(reasons.items()):
         path, files = scans[number - 1]
-        entries.append(Entry(path, "; ".join(texts), source_sha256(files) if files else None))
-    return entries
+        made.entries.append(Entry(path, "; ".join(texts), source_sha256(files) if files else None))
+    return made
 
 
 def as_table(report: Report, everything: bool = False) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agssd.commands.doctor.picture import draw
+from agssd.commands.doctor.preview import preview
 from agssd.data_modules.build import case_info, chunk_fractions
 from agssd.data_modules.cache import CaseInfo, Kind, VolumeCache
 from agssd.data_modules.parts import Refusal, prepare_or_refuse
@@ -43,7 +45,9 @@ class Examined:
 
 @dataclass(frozen=True)
 class SourceExaminer:
-    """Examines jobs of a source by preparing them as ``agssd prepare`` would; each file is read once.
+    """Examines jobs of a source by preparing them as ``agssd prepare`` would.
+
+    Each file is read once, and those refused for being no single volume once more for their picture.
 
     Attributes:
         recipe: how to prepare.
@@ -60,10 +64,13 @@ class SourceExaminer:
         done = Examined(class_name=job.class_name)
         if isinstance(case, Refusal):
             done.findings.append(refusal(case.reason, [*job.paths, *([job.label] if job.label else [])]))
-            for scan in seen[:1]:
-                if done.findings[0].check != "label-map":
-                    done.findings += check_geometry(scan.array.shape, scan.affine)
-                done.picture = self._picture_of_scan(scan)
+            if seen and done.findings[0].check != "label-map" and _spans_space(seen[0].affine):
+                done.findings += check_geometry(seen[0].array.shape, seen[0].affine)
+            if self.pictures:
+                scan = seen[0] if seen else None
+                if scan is None and done.findings[0].check in ("dimensions", "series"):
+                    scan = preview(job.paths[0], job.series)
+                done.picture = None if scan is None else _picture_of_scan(scan)
             return done
         done.findings += [note(text) for text in case.notes]
         done.findings += check_geometry(seen[0].array.shape, seen[0].affine)
@@ -76,14 +83,6 @@ class SourceExaminer:
         if self.pictures:
             done.picture = _picture_of_case(done.info, case.image, case.foreground, case.label)
         return done
-
-    def _picture_of_scan(self, scan: Scan) -> bytes | None:
-        if not self.pictures:
-            return None
-        volume = canonical(scan)
-        spacing = np.sqrt((volume.affine[:3, :3] ** 2).sum(axis=0))
-        low, high = (float(value) for value in np.percentile(volume.array, (0.5, 99.5)))
-        return draw(volume.array.transpose(2, 1, 0), (spacing[2], spacing[1], spacing[0]), (low, high))
 
 
 @dataclass(frozen=True)
@@ -189,6 +188,23 @@ def check_arrays(info: CaseInfo, arrays: dict[str, Any]) -> list[Finding]:
 @lru_cache(maxsize=1)
 def _cache(path: Path) -> VolumeCache:
     return VolumeCache(path)
+
+
+def _spans_space(affine: NDArray[np.float64]) -> bool:
+    """Return whether the axes of a grid have lengths and are not in one plane."""
+    lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    if not np.isfinite(affine).all() or lengths.min() == 0:
+        return False
+    return bool(abs(np.linalg.det(affine[:3, :3] / lengths)) >= 1e-3)
+
+
+def _picture_of_scan(scan: Scan) -> bytes:
+    """Return the thumbnail of a scan as it was read; NaN is black, and a grid of no use is drawn as it is stored."""
+    volume = canonical(scan if _spans_space(scan.affine) else replace(scan, affine=np.eye(4)))
+    spacing = np.sqrt((volume.affine[:3, :3] ** 2).sum(axis=0))
+    finite = volume.array[np.isfinite(volume.array)]
+    low, high = (float(value) for value in np.percentile(finite, (0.5, 99.5))) if finite.size else (0.0, 1.0)
+    return draw(volume.array.transpose(2, 1, 0), (spacing[2], spacing[1], spacing[0]), (low, high))
 
 
 def _picture_of_case(info: CaseInfo, image: Any, foreground: Any, label: Any) -> bytes:

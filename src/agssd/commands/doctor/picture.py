@@ -33,7 +33,7 @@ def draw(
     the axial plane; to the right lies the patient's right, or front in the sagittal plane.
 
     Args:
-        image: (D, H, W), any type.
+        image: (D, H, W), any type; NaN is drawn black.
         spacing_mm: of its voxels.
         window: values shown as black and white.
         foreground: (D, H, W), non-zero = body, outlined in blue; or None.
@@ -73,7 +73,7 @@ def _middle(
 
 def _plane(image: NDArray[Any], axis: int, index: int, window: Window) -> NDArray[np.uint8]:
     low, high = window
-    cut = np.take(image, index, axis).astype(np.float32)
+    cut = np.nan_to_num(np.take(image, index, axis).astype(np.float32), nan=low, posinf=high, neginf=low)
     grey = np.clip((cut - low) / max(high - low, 1e-6), 0, 1) * 255
     return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
 
