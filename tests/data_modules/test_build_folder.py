@@ -148,9 +148,11 @@ def test_build__killed_at_any_step_is_completed_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("in_shards", [False, True], ids=["file", "folder"])
-def test_build__killed_at_50_random_moments_is_completed_to_the_same_bytes(
-    scans: Path, tmp_path: Path, undisturbed: dict[bool, str], in_shards: bool
+def test_build__killed_at_random_moments_is_completed_to_the_same_bytes(
+    scans: Path, tmp_path: Path, undisturbed: dict[bool, str], in_shards: bool, request: pytest.FixtureRequest
 ) -> None:
+    """``make test`` kills 10 times, ``make test-slow`` 50 times."""
+    kills = 50 if request.config.getoption("markexpr", "") == "" else 10
     rng = np.random.default_rng(0)
     out = tmp_path / "c"
     arguments = (scans, "--out", out, *_shards(in_shards))
@@ -162,7 +164,8 @@ def test_build__killed_at_50_random_moments_is_completed_to_the_same_bytes(
     rest = time.perf_counter() - first
     assert first > started and _hash(out) == undisturbed[in_shards]
     states: Counter[str] = Counter()
-    while states.total() - states["ended before"] < 50:
+    while states.total() - states["ended before"] < kills:
+        assert states.total() < 10 * kills, f"most builds ended before they were killed: {dict(states)}"
         child = _in_child(_build, (*arguments, "--overwrite"))
         _first_case(out)
         time.sleep(float(rng.uniform(0, rest)))
@@ -177,12 +180,53 @@ def test_build__killed_at_50_random_moments_is_completed_to_the_same_bytes(
         assert _hash(out) == undisturbed[in_shards], f"after {dict(states)}"
         assert [path.name for path in tmp_path.iterdir()] == ["c"]
     print(f"killed while: {dict(states)}")
-    assert states["preparing"] >= 10
+    assert states["preparing"] >= kills // 5
 
 
 def _first_case(out: Path) -> None:
+    end = time.monotonic() + 60
     while not any(Path(f"{out}.build", "parts").glob("*.h5")):
+        assert time.monotonic() < end, "no case was prepared within a minute"
         time.sleep(0.001)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["build", "worker"])
+def test_build__of_two_workers_killed_is_completed_to_the_same_bytes(
+    scans: Path, tmp_path: Path, undisturbed: dict[bool, str], victim: str
+) -> None:
+    rng = np.random.default_rng(1)
+    out = tmp_path / "c"
+    command = [sys.executable, "-m", "agssd", "prepare", str(scans), "--out", str(out), "--workers", "2"]
+    for number in range(6):
+        build = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        _first_case(out)
+        children = [int(pid) for pid in Path(f"/proc/{build.pid}/task/{build.pid}/children").read_text().split()]
+        workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        time.sleep(float(rng.uniform(0, 0.05)))
+        try:
+            os.kill(build.pid if victim == "build" else workers[number % len(workers)], signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it had ended
+        error = build.communicate(timeout=60)[1]
+        if victim == "worker" and build.returncode == 1:
+            assert "a worker died" in error and "run the same command again" in error
+        deadline = time.monotonic() + 20
+        while any(_alive(pid) for pid in workers):  # none works on when the build is dead
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if not out.exists() or Path(f"{out}.build").exists():
+            assert subprocess.run(command, capture_output=True, check=False).returncode == 3
+        assert _hash(out) == undisturbed[False]
+        assert [path.name for path in tmp_path.iterdir()] == ["c"]
+        out.unlink()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -206,6 +250,53 @@ def test_merge__bytes_do_not_depend_on_the_number_of_shards(
     assert "NaN" in capsys.readouterr().out
     assert _hash(out) == undisturbed[in_shards]
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def _merge_and_die(out: Path, files: int) -> None:
+    """Merge into a folder, and be killed when some of its files are done."""
+    real = shutil.disk_usage
+
+    def dying(path: Path) -> Any:  # asked before each file
+        if len(list(Path(f"{out}.build", "merged").glob("*.h5"))) == files:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path)
+
+    shutil.disk_usage = dying
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (the process ends with it)
+    _merge(out, *_shards(True))
+
+
+def test_merge__of_another_kind_never_throws_away_what_an_interrupted_one_has_used_up(
+    scans: Path, tmp_path: Path, undisturbed: dict[bool, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "c"
+    _run(scans, "--out", out, "--shard", "0/1")
+    child = _in_child(_merge_and_die, out, 2)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    merged = sorted(Path(f"{out}.build", "merged").glob("*.h5"))
+    assert len(merged) == 2
+    for arguments in ((), ("--partial",), ("--partial", *_shards(True))):
+        assert _merge(out, *arguments) == 1
+        assert f"--shard-gib {int(SHARD_GIB * 2**30) / 2**30:.17g}" in capsys.readouterr().err
+        assert sorted(Path(f"{out}.build", "merged").glob("*.h5")) == merged
+    assert _merge(out, *_shards(True)) == 3
+    assert _hash(out) == undisturbed[True]
+
+
+def test_merge__tells_of_scans_that_two_shards_hold_alike(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("a", "b", "c"):
+        shutil.copy(scans / f"p{'0' if name != 'c' else '1'}.nii.gz", source / f"{name}.nii.gz")
+    out = tmp_path / "c.h5"
+    for number in range(2):
+        assert _run(source, "--out", out, "--shard", f"{number}/2") == 0
+    assert _merge(out) == 3
+    assert "refused: 1: same bytes as another scan" in capsys.readouterr().out
+    assert len(VolumeCache(out)) == 2
 
 
 def test_merge__partial_takes_what_is_there(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,7 +451,13 @@ def test_prepare__a_folder_of_the_users_is_never_replaced(
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "thesis.tex").touch()
+    (theirs / "index.json").write_text("{}")  # as many projects have
     assert _run(scans, "--out", theirs, "--overwrite", *_shards(True)) == 1
     assert "is a folder" in capsys.readouterr().err
-    assert [path.name for path in theirs.iterdir()] == ["thesis.tex"]
+    assert sorted(path.name for path in theirs.iterdir()) == ["index.json", "thesis.tex"]
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+    ours = tmp_path / "ours"
+    assert _run(scans, "--out", ours, *_shards(True)) == 3
+    (ours / "thesis.tex").touch()  # put into a cache of ours
+    assert _run(scans, "--out", ours, "--overwrite", *_shards(True)) == 1
+    assert (ours / "thesis.tex").exists()

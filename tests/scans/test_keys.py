@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,3 +59,30 @@ def test_salt_fingerprint__tells_salts_apart_and_is_no_key() -> None:
     assert all(len(text) == 16 and int(text, 16) >= 0 for text in prints)
     keys = {subject_key(salt, name) for salt in salts for name in ("", "fingerprint of the salt", "1")}
     assert not keys & set(prints)
+
+
+def _open(path: Path, queue: Any) -> None:
+    queue.put(open_salt(path)[0])
+
+
+def test_open_salt__builds_that_start_together_have_one_salt(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for turn in range(10):
+        queue = context.Queue()
+        children = [context.Process(target=_open, args=(tmp_path / f"salt{turn}", queue)) for _ in range(4)]
+        for child in children:
+            child.start()
+        assert len({queue.get(timeout=30) for _ in children}) == 1
+        for child in children:
+            child.join()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"salt{turn}" for turn in range(10))
+
+
+def test_open_salt__that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="No space left on device; name another with --salt"):
+        open_salt(tmp_path / "salt")
+    assert list(tmp_path.iterdir()) == []

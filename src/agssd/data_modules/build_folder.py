@@ -288,7 +288,7 @@ class BuildFolder:
             used_up = [d for file in stored["files"] for d, _ in file if d in wanted and not self._part(d).is_file()]
             if used_up:
                 _, size, left_out = stored["identity"]
-                flags = (["--partial"] if left_out else []) + ([f"--shard-gib {size / 2**30:g}"] if size else [])
+                flags = (["--partial"] if left_out else []) + ([f"--shard-gib {size / 2**30:.17g}"] if size else [])
                 raise ValueError(
                     f"an interrupted merge stands in {self.path}, and {len(used_up)} cases are in its files only: let "
                     f"it end with agssd merge {self.out} {' '.join(flags)}, or prepare those cases again with "
