@@ -146,6 +146,8 @@ def test_refusal__names_the_check_and_nobody(reason: str, check: str, message: s
             "duplicate",
             "warning",
         ),
+        ("axes 0.17 degrees off a right angle are taken as right-angled: 0.03 voxels off", "affine", "info"),
+        ("axes 14.0 degrees off a right angle are resampled", "affine", "info"),
         ("DOE^JANE was here", "note", "info"),
     ],
 )
@@ -194,7 +196,7 @@ def test_refusal__every_reason_of_the_package_has_its_check() -> None:
         "1 are too many; choose a larger --spacing-mm",
         "1 are too thin; choose a smaller --spacing-mm",
         "1 voxels are 1",
-        "1; --unshear resamples it",
+        "1, 1 voxels at a corner; --unshear resamples it",
         "its field of view of 1 mm is larger than any body (1 mm)",
         "its header says 1, line 1 of the manifest 1",
         "its label 1: 1",

@@ -208,6 +208,7 @@ _NOTES = (
     (r"\d+ files of its series or folder could not be used; the volume may be short of slices", "series", "warning"),
     (r"\d+ files repeat an image of the series byte for byte and are left out", "duplicate", "info"),
     (r"other files of its folder hold the same image, by its UID, in other bytes", "duplicate", "warning"),
+    (rf"axes {_NUMBER} degrees off a right angle are (?:resampled|taken as right-angled)", "affine", "info"),
     (r"lengths in the header are in (?:meter|micron); converted to mm", "note", "info"),
 )
 
