@@ -159,6 +159,9 @@ def _apart(headers: list[Header]) -> list[tuple[list[Header], str | None, tuple[
     patients = {header.patient for header in headers if header.patient}
     if len(patients) > 1 and not others:
         return [(headers, f"{len(patients)} patients in one series, by their PatientID", ())]
+    modalities = sorted({header.modality for header in headers})
+    if len(modalities) > 1 and not others:
+        return [(headers, f"{len(modalities)} modalities in one series: {', '.join(modalities)}", ())]
     if not others:
         return [(members, None, notes)]
     if len(members) == 1 and len({header.position for header in headers}) == 1:
