@@ -110,7 +110,11 @@ SCAN, LABEL = Path("clinic/DOE^JANE/19610704.nii.gz"), Path("clinic/DOE^JANE/196
             "Its affine is degenerate: the spacing along axis 1 is 0.",
         ),
         ("voxels of type float128 are not read", "dimensions", "Voxels of type float128 are not read."),
-        ("series of 9 DICOM files: 2 patients in one series, by their PatientID", "series", "2 patients in one series."),
+        (
+            "series of 9 DICOM files: 2 patients in one series, by their PatientID",
+            "series",
+            "2 patients in one series.",
+        ),
         ("series of 9 DICOM files: 2 modalities in one series: ct, mri", "series", "2 modalities in one series."),
         ("DICOM file: CT in DOE^JANE, not in HU", "modality", "A CT whose values are not in HU."),
         ("DICOM file: unsupported transfer syntax: DOE^JANE", "type", "Unsupported transfer syntax."),

@@ -377,9 +377,8 @@ def _checked_affine(
         return affine, ()
     degrees = shear_degrees(affine)
     if moved <= MAX_SHEAR_VOXELS:
-        return square, [
-            f"axes {degrees:.2f} degrees off a right angle are taken as right-angled: {moved:.2f} voxels off"
-        ]
+        note = f"axes {degrees:.2f} degrees off a right angle are taken as right-angled: {moved:.2f} voxels off"
+        return square, (note,)
     if not sheared:
         raise RefusedError(f"{reason.format(degrees)}, {moved:.1f} voxels at a corner; --unshear resamples it")
     return affine, ()
