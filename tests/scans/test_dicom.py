@@ -112,6 +112,11 @@ HEADERS: dict[str, tuple[Callable[[list[Any]], None], str]] = {
     "no pixels": (lambda s: _delete(s, "PixelData", "Rows", "Columns"), "no pixel data"),
     "syntax": (_syntax, "unsupported transfer syntax: MPEG2"),
     "units": (lambda s: _set(s, RescaleType="MGML"), "CT in MGML, not in HU"),
+    "patients": (lambda s: _set(s[2:], PatientID="someone else"), "2 patients in one series, by their PatientID"),
+    "modalities": (
+        lambda s: _set(s[2:], SOPClassUID=STORAGE + "4", Modality="MR"),
+        "2 modalities in one series: ct, mri",
+    ),
     "repeated": (
         lambda s: _set(s, SOPInstanceUID=s[0].SOPInstanceUID),
         "duplicate slices: 3 files repeat an image of the series in other bytes (IM0",

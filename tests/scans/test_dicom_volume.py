@@ -11,9 +11,10 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 
+from agssd.scans.angles import shear_degrees
 from agssd.scans.case import RefusedError
 from agssd.scans.prepare import Recipe, prepare_case
-from agssd.scans.read import Scan, canonical_geometry, read_scan, shear_degrees
+from agssd.scans.read import Scan, canonical_geometry, read_scan
 
 ORIENTATIONS = {
     "axial": (1, 0, 0, 0, 1, 0),
@@ -328,7 +329,29 @@ def _tilted(dicom: Any, degrees: float, count: int = 12) -> list[Any]:
 
 def test_read_scan__gantry_tilt_is_named_in_degrees(tmp_path: Path, dicom: Any) -> None:
     dicom.save(tmp_path, _tilted(dicom, 14.0))
-    assert "gantry tilt: slices are stacked 14.0 degrees off their normal; --unshear" in _reason(tmp_path)
+    assert (
+        "gantry tilt: slices are stacked 14.0 degrees off their normal, 0.9 voxels at a corner; --unshear"
+        in _reason(tmp_path)
+    )
+
+
+@pytest.mark.parametrize("degrees", [0.3, -0.5, 1.0])
+def test_read_scan__a_tilt_below_half_a_voxel_is_taken_as_right_angled(
+    tmp_path: Path, dicom: Any, degrees: float
+) -> None:
+    slices = _tilted(dicom, degrees)
+    dicom.save(tmp_path, slices)
+    scan = read_scan(tmp_path)
+    assert shear_degrees(scan.affine) < 1e-5
+    for k, data in enumerate(slices):
+        place = np.array(data.ImagePositionPatient)
+        down = np.array(data.ImageOrientationPatient[3:]) * data.PixelSpacing[0]
+        for corner, index in ((place, (0, 0, k)), (place + down * (data.Rows - 1), (0, data.Rows - 1, k))):
+            off = np.linalg.solve(scan.affine, [*(corner * (-1, -1, 1)), 1])[:3] - index
+            assert np.abs(off).max() < 0.5
+    assert len(scan.notes) == 1
+    assert scan.notes[0].startswith(f"axes {abs(degrees):.2f} degrees off a right angle are taken as right-angled: 0.")
+    assert prepare_case([tmp_path]).notes == scan.notes
 
 
 @pytest.mark.parametrize("degrees", [14.0, -20.0])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from agssd.scans.angles import shear_degrees
 from agssd.scans.case import RefusedError
 from agssd.scans.read import canonical_geometry, looks_like_labels, read_scan
 
@@ -278,3 +279,39 @@ def test_looks_like_labels__right_for_every_shared_scan(shared_data: Path) -> No
             if looks_like_labels(scan.array) != (kind == "label"):
                 wrong.append(name)
     assert wrong == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_read_scan__shear_counts_by_what_it_moves(tmp_path: Path, seed: int) -> None:
+    """Up to half a voxel the grid is taken as right-angled, every corner within that half; above it is refused."""
+    rng = np.random.default_rng(seed)
+    shape = rng.integers(12, 40, 3)
+    spacing = rng.uniform(0.5, 3.0, 3)
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    short, *others = np.argsort(shape * spacing)
+    along = int(rng.choice(others))
+    values = rng.normal(size=shape).astype("f4")
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * [*(shape - 1), 1]
+    for moved in (0.005, 0.1, 0.4, 0.6):
+        affine = np.eye(4)
+        affine[:3, :3] = turn * spacing
+        affine[:3, 3] = rng.normal(size=3) * 100
+        drift_mm = (
+            2 * moved * spacing[along] / (shape[short] - 1)
+        )  # from voxel to voxel, of which half lies on each side
+        affine[:3, short] += turn[:, along] * drift_mm
+        image = nib.Nifti1Image(values, affine)
+        image.set_qform(None, 0)
+        nib.save(image, tmp_path / "a.nii")
+        if moved > 0.5:
+            with pytest.raises(RefusedError, match=r"sheared affine: .*, 0\.6 voxels at a corner; --unshear"):
+                read_scan(tmp_path / "a.nii")
+            assert np.allclose(read_scan(tmp_path / "a.nii", sheared=True).affine, affine, atol=1e-4)
+            continue
+        scan = read_scan(tmp_path / "a.nii")
+        off = np.abs(corners @ (np.linalg.inv(affine) @ scan.affine).T - corners).max()
+        if moved < 0.01:
+            assert off < 1e-4 and scan.notes == ()
+        else:
+            assert abs(off - moved) < 0.05 and off <= 0.5 and shear_degrees(scan.affine) < 1e-5
+            assert "taken as right-angled" in scan.notes[0]

@@ -11,9 +11,10 @@ import pytest
 import SimpleITK as sitk
 from scipy.ndimage import map_coordinates
 
+from agssd.scans.angles import shear_degrees
 from agssd.scans.case import PreparedCase, RefusedError
 from agssd.scans.prepare import Recipe, prepare_case
-from agssd.scans.read import read_scan, shear_degrees
+from agssd.scans.read import read_scan
 from agssd.scans.sources import Job, Plan, plan_sources
 
 # File or folder of a DICOM series -> beginning of the reason. Everything else is a scan, a label, or in IGNORED.

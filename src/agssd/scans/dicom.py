@@ -156,6 +156,12 @@ def _apart(headers: list[Header]) -> list[tuple[list[Header], str | None, tuple[
                 others.append(header)
     notes = (f"{equal} {_REPEATED}",) if equal else ()
     members = list(kept.values())
+    patients = {header.patient for header in headers if header.patient}
+    if len(patients) > 1 and not others:
+        return [(headers, f"{len(patients)} patients in one series, by their PatientID", ())]
+    modalities = sorted({header.modality for header in headers})
+    if len(modalities) > 1 and not others:
+        return [(headers, f"{len(modalities)} modalities in one series: {', '.join(modalities)}", ())]
     if not others:
         return [(members, None, notes)]
     if len(members) == 1 and len({header.position for header in headers}) == 1:

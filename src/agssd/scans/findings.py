@@ -182,7 +182,7 @@ _REASONS = (
     (rf"mixed matrix sizes(?:: \d+ of {_SHAPE}(?:, \d+ of {_SHAPE})*)?", "series"),
     (rf"mixed pixel spacing(?:: {_NUMBER}x{_NUMBER} to {_NUMBER}x{_NUMBER} mm in one series)?", "series"),
     (r"mixed orientations: \d+ in \d+ slices", "series"),
-    (r"a folder of \d+ DICOM series", "series"),
+    (r"a folder of \d+ DICOM series|\d+ (?:patients|modalities) in one series", "series"),
     (r"missing position|missing pixel spacing|its ImageOrientationPatient is not two unit vectors", "series"),
     (r"its ImagePositionPatient is not three numbers|its RescaleSlope is 0", "series"),
     (rf"its pixel spacing is {_NUMBER} x {_NUMBER} mm", "spacing"),
@@ -208,6 +208,7 @@ _NOTES = (
     (r"\d+ files of its series or folder could not be used; the volume may be short of slices", "series", "warning"),
     (r"\d+ files repeat an image of the series byte for byte and are left out", "duplicate", "info"),
     (r"other files of its folder hold the same image, by its UID, in other bytes", "duplicate", "warning"),
+    (rf"axes {_NUMBER} degrees off a right angle are (?:resampled|taken as right-angled)", "affine", "info"),
     (r"lengths in the header are in (?:meter|micron); converted to mm", "note", "info"),
 )
 

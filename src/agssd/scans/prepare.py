@@ -12,11 +12,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from agssd.scans.angles import MAX_SHEAR_VOXELS, nearest_square, perpendicular, shear_degrees, voxels_apart
 from agssd.scans.case import PreparedCase, RefusedError
 from agssd.scans.dicom import Series
 from agssd.scans.foreground import constant_background, ct_foreground, mri_foreground, stripped_foreground
 from agssd.scans.perceptual import perceptual_hash
-from agssd.scans.read import MAX_SHEAR, Scan, looks_like_labels, read_scan, shear_degrees
+from agssd.scans.read import Scan, looks_like_labels, read_scan
 from agssd.types import Triple
 
 DEFAULT_SPACING_MM = {"ct": 1.5, "mri": 1.0}
@@ -39,7 +40,8 @@ class Recipe:
 
     Attributes:
         spacing_mm: of the stored voxels (D, H, W), or None for ``DEFAULT_SPACING_MM`` of the modality.
-        unshear: resample grids without right angles (gantry tilt) instead of refusing them.
+        unshear: resample grids without right angles (gantry tilt) instead of refusing them, where taking them for
+            right-angled would move a voxel by more than half a voxel.
     """
 
     spacing_mm: Spacing | None = None
@@ -163,7 +165,7 @@ def canonical(scan: Scan) -> Volume:
 
 
 def right_angled(volume: Volume, nearest: bool = False) -> Volume:
-    """Return the volume on a right-angled grid that holds all of it; itself where its axes are at right angles.
+    """Return the volume on a right-angled grid that holds all of it; itself where it lies on one within half a voxel.
 
     The axes are made perpendicular in the order of their spacing, the finest first (Gram-Schmidt). Slices of a tilted
     gantry thus stay what they are and are shifted within their planes; their distance becomes that along the normal.
@@ -171,13 +173,12 @@ def right_angled(volume: Volume, nearest: bool = False) -> Volume:
     """
     from scipy.ndimage import affine_transform
 
-    if shear_degrees(volume.affine) <= np.degrees(MAX_SHEAR):
+    if not _is_sheared(volume.affine, volume.array.shape):
         return volume
     axes = volume.affine[:3, :3]
     order = np.argsort(np.linalg.norm(axes, axis=0), kind="stable")
-    turned, length = np.linalg.qr(axes[:, order])
     affine = np.eye(4)
-    affine[:3, order] = turned * np.diag(length)  # QR leaves the signs open; this turns every axis along its old one
+    affine[:3, :3] = perpendicular(axes, order)
     old_size = np.asarray(volume.array.shape)
     corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], dtype=np.float64)
     corners[:, :3] *= old_size - 1
@@ -327,11 +328,9 @@ def _on_same_grid(volume: Volume, reference: Volume, path: Path, what: str = "it
     if volume.array.shape != reference.array.shape:
         ours, theirs = ("x".join(map(str, item.array.shape)) for item in (volume, reference))
         raise RefusedError(f"{what} {path} has shape {ours}, the image has {theirs}")
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], dtype=np.float64)
-    corners[:, :3] *= np.asarray(reference.array.shape) - 1
-    gap = corners @ (np.linalg.inv(reference.affine) @ volume.affine).T - corners
-    if np.abs(gap).max() > 0.5:
-        raise RefusedError(f"{what} {path} lies up to {np.abs(gap).max():.1f} voxels off the image in space")
+    gap = voxels_apart(volume.affine, reference.affine, reference.array.shape)
+    if gap > 0.5:
+        raise RefusedError(f"{what} {path} lies up to {gap:.1f} voxels off the image in space")
     return Volume(volume.array, reference.affine)
 
 
@@ -368,8 +367,13 @@ def _store_mri(
 
 
 def _about_shear(scan: Scan) -> list[str]:
-    degrees = shear_degrees(scan.affine)
-    return [f"axes {degrees:.1f} degrees off a right angle are resampled"] if degrees > np.degrees(MAX_SHEAR) else []
+    if not _is_sheared(scan.affine, scan.array.shape):
+        return []
+    return [f"axes {shear_degrees(scan.affine):.1f} degrees off a right angle are resampled"]
+
+
+def _is_sheared(affine: NDArray[np.float64], shape: tuple[int, ...]) -> bool:
+    return voxels_apart(nearest_square(affine, shape), affine, shape) > MAX_SHEAR_VOXELS
 
 
 def _tensor_order(array: NDArray[Any]) -> NDArray[Any]:

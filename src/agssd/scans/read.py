@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agssd.scans.angles import MAX_SHEAR_VOXELS, nearest_square, shear_degrees, voxels_apart
 from agssd.scans.case import RefusedError
 from agssd.scans.dicom import Series, series_at, series_reason
 from agssd.scans.files import READABLE, REFUSED, data_files, holds_dicom, lacks_data, suffix_of
@@ -25,7 +26,7 @@ MIN_SPACING_MM = 0.01
 MAX_SPACING_MM = 100.0
 MAX_EXTENT_MM = 4000.0  # along one axis
 _TAKEN = "one of several volumes is taken:"
-MAX_SHEAR = 1e-3  # largest |cosine| between two axes of a grid that still counts as right-angled
+_ROUNDING_VOXELS = 0.01  # below this the axes are left as they are
 
 
 @dataclass
@@ -65,6 +66,9 @@ def read_scan(
         sheared: take axes that are not at right angles, too.
         seen: gets the image once it is decoded, also one that is refused then for its affine or its values.
 
+    Axes that are not at right angles are taken as right-angled, with a note, where that moves nothing by more than half
+    a voxel (``MAX_SHEAR_VOXELS``).
+
     Raises:
         RefusedError: the file is missing, empty, truncated, damaged, not 3D, coloured, complex, has no usable
             geometry, or holds NaN, infinite or only equal values; or the slices of a DICOM series are no volume.
@@ -98,7 +102,8 @@ def read_scan(
     scan = Scan(array, affine, sha256, modality, tuple(notes))
     if seen is not None:
         seen.append(scan)
-    _check_affine(affine, sheared)
+    scan.affine, squared = _checked_affine(affine, array.shape, sheared)
+    scan.notes += squared
     _check_extent(array.shape, affine)
     _check_values(array)
     return scan
@@ -124,7 +129,9 @@ def _read_series(series: Series, volume: int | None, sheared: bool, seen: list[S
         scan = Scan(array, affine, sha256, series.modality, (*notes, *series.notes))
         if seen is not None:
             seen.append(scan)
-        _check_affine(affine, sheared, "gantry tilt: slices are stacked {:.1f} degrees off their normal")
+        tilt = "gantry tilt: slices are stacked {:.1f} degrees off their normal"
+        scan.affine, squared = _checked_affine(affine, array.shape, sheared, tilt)
+        scan.notes += squared
         _check_extent(array.shape, affine)
         _check_values(array)
     except RefusedError as error:
@@ -346,11 +353,13 @@ def _times(shape: tuple[int, ...]) -> str:
     return "x".join(str(n) for n in shape)
 
 
-def _check_affine(
+def _checked_affine(
     affine: NDArray[np.float64],
-    sheared: bool = False,
+    shape: tuple[int, ...],
+    sheared: bool,
     reason: str = "sheared affine: two axes are {:.1f} degrees off a right angle (gantry tilt?)",
-) -> None:
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """Return the affine, at right angles where that moves no voxel far, and a note if so; refuse what is no grid."""
     axes = affine[:3, :3]
     if not np.isfinite(affine).all():
         raise RefusedError("its affine has NaN or infinite entries")
@@ -362,9 +371,17 @@ def _check_affine(
     if spacing.min() < MIN_SPACING_MM or spacing.max() > MAX_SPACING_MM:
         text = " x ".join(f"{value:.3g}" for value in spacing)
         raise RefusedError(f"its spacing of {text} mm is outside {MIN_SPACING_MM} to {MAX_SPACING_MM} mm")
-    shear = shear_degrees(affine)
-    if not sheared and shear > np.degrees(MAX_SHEAR):
-        raise RefusedError(f"{reason.format(shear)}; --unshear resamples it")
+    square = nearest_square(affine, shape)
+    moved = voxels_apart(square, affine, shape)
+    if moved <= _ROUNDING_VOXELS:
+        return affine, ()
+    degrees = shear_degrees(affine)
+    if moved <= MAX_SHEAR_VOXELS:
+        note = f"axes {degrees:.2f} degrees off a right angle are taken as right-angled: {moved:.2f} voxels off"
+        return square, (note,)
+    if not sheared:
+        raise RefusedError(f"{reason.format(degrees)}, {moved:.1f} voxels at a corner; --unshear resamples it")
+    return affine, ()
 
 
 def _check_extent(shape: tuple[int, ...], affine: NDArray[np.float64]) -> None:
@@ -372,12 +389,6 @@ def _check_extent(shape: tuple[int, ...], affine: NDArray[np.float64]) -> None:
     if extent.max() > MAX_EXTENT_MM:
         text = " x ".join(f"{value:.0f}" for value in extent)
         raise RefusedError(f"its field of view of {text} mm is larger than any body ({MAX_EXTENT_MM:.0f} mm)")
-
-
-def shear_degrees(affine: NDArray[np.float64]) -> float:
-    """Return by how much the two most skewed axes of a grid miss a right angle."""
-    axes = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    return float(np.degrees(np.arcsin(min(np.abs(axes.T @ axes - np.eye(3)).max(), 1.0))))
 
 
 def _check_values(array: NDArray[Any]) -> None:
