@@ -162,6 +162,32 @@ def test_plan__labels_by_grid_are_told_and_never_replace_one_by_name(tmp_path: P
     assert any("lesion.nii: no image of its name" in note and "T2.nii" in note for note in notes)
 
 
+def test_plan__labels_whose_last_word_alone_differs_belong_to_images_on_their_grid(tmp_path: Path) -> None:
+    for name in (
+        "b1_image",
+        "b1_label",
+        "p2_t1ce",
+        "p2_FLAIR",
+        "p2_label",
+        "case_1",
+        "case_label",
+        "p3_T1",
+        "p3_label",
+    ):
+        _image(tmp_path / f"{name}.nii", flipped=name == "p3_label")
+    _image(tmp_path / "p3_T2.nii", (9, 9, 9))
+    found, refused, _ = _labels(tmp_path, "*_label.nii")
+    assert found == {
+        "b1_image.nii": "b1_label.nii",
+        "p2_t1ce.nii": "p2_label.nii",
+        "p2_FLAIR.nii": "p2_label.nii",
+        "case_1.nii": None,
+        "p3_T1.nii": "p3_label.nii",
+        "p3_T2.nii": None,
+    }
+    assert refused == {"case_label.nii"}
+
+
 def test_plan__labels_lie_in_a_folder_beside_that_of_the_images(tmp_path: Path) -> None:
     for row in (1, 10):
         _image(tmp_path / f"images/case{row}.nii.gz")

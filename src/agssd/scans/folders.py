@@ -18,6 +18,9 @@ from agssd.scans.files import Listing, list_folder, stem_of
 from agssd.scans.jobs import Job, Plan, add_series, subject_of
 from agssd.scans.read import canonical_geometry
 
+_KIND_OF_IMAGE = re.compile(
+    r"^(image|img|scan|volume|vol|orig|raw|ct|mri?|t1\w*|t2\w*|flair|pd|dwi|adc|swi)$", re.IGNORECASE
+)
 _DATASET_FOLDER = re.compile(r"^(images|labels)(tr|ts|va)?$", re.IGNORECASE)
 
 
@@ -121,9 +124,9 @@ def _pair(
 
     By its name a label belongs to the image of the same name in another folder; else to the image of its folder, or of
     a folder beside that, whose name is the longest beginning of its own, up to a mark that is no letter or digit; else
-    to those that its BIDS name names. Of several labels that claim an image the one with the shortest name has it.
-    What is left belongs by its grid to the images of its folder that have no label yet, if they are one subject's; a
-    note says so.
+    to those that its BIDS name names, or that differ from it in the last word only and lie on its grid. Of several
+    labels that claim an image the one with the shortest name has it. What is left belongs by its grid to the images of
+    its folder that have no label yet, if they are one subject's; a note says so.
 
     Args:
         plan: gets the labels that belong to no image, and the notes.
@@ -151,6 +154,11 @@ def _pair(
         owners = owners or _longest(label, by_folder[label.parent]) or by_bids(label)
         if not owners:  # images/case1.nii, masks/case1_mask.nii
             owners = _longest(label, by_parent[label.parent.parent])
+        if not owners:  # case1_image.nii, case1_label.nii; case1_t1.nii, case1_t2.nii, case1_seg.nii
+            alike = [
+                image for image in by_folder[label.parent] if _trunk(image) and _trunk(image) == _trunk(label, True)
+            ]
+            owners = [image for image in alike if _same_grid(image, label)]
         free = [image for image in owners if image not in chosen]
         if not owners:
             left.append(label)
@@ -169,6 +177,12 @@ def _pair(
         else:
             plan.refused.append((label, "matches --labels, but no image of its name or on its grid lies beside it"))
     return chosen
+
+
+def _trunk(path: Path, is_label: bool = False) -> str:
+    """Return the name before its last word, where that is one for an image as such or a contrast, or of a label any."""
+    trunk, _, word = stem_of(path).rpartition("_")
+    return trunk if (word.isalpha() if is_label else _KIND_OF_IMAGE.match(word)) else ""
 
 
 def _longest(label: Path, images: Sequence[Path]) -> list[Path]:
