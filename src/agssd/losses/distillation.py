@@ -39,6 +39,24 @@ def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
     return ((values * weights).sum(1) / weights.sum(1).clamp_min(1e-6)).mean()
 
 
+def multi_crop_cross_entropy(targets: Tensor, global_logits: Tensor, local_logits: Tensor | None = None) -> Tensor:
+    """Return the mean cross-entropy over all pairs of a teacher's global view and a student's other view.
+
+    Every sample has equally many pairs, so the result does not depend on how the batch is cut.
+
+    Source: DINO, eq. 3 [R: DINO].
+
+    Args:
+        targets: (B, 2, K) float32 teacher probabilities of the global views.
+        global_logits: (B, 2, K) float32 student logits of the same views, divided by the student's temperature.
+        local_logits: (B, L, K) of the local views, or None.
+    """
+    pairs = [cross_entropy(targets, global_logits.flip(1))]  # (B, 2)
+    if local_logits is not None:
+        pairs.append(cross_entropy(targets[:, :, None], local_logits[:, None]).flatten(1))
+    return torch.cat(pairs, 1).mean()
+
+
 class Centre(nn.Module):
     """What is subtracted from the teacher's logits before its softmax, moved once per optimiser step.
 
