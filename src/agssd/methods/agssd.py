@@ -20,11 +20,11 @@ from agssd.models.fuser import CrossViewFuser
 from agssd.models.heads import PrototypeHead, ReconstructionHead
 from agssd.schedules import linear
 from agssd.transforms.crops import OverlapCrops
-from agssd.transforms.edges import MIN_FOREGROUND, foreground_share, patch_scores, patches_of, standardise, unpatch
+from agssd.transforms.edges import patch_scores, patches_of, standardise, unpatch
 from agssd.transforms.intensity import Appearance
-from agssd.transforms.keyed_random import KeyedRandom, drop_path_noise
+from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.masking import MaskSampler, gather_tokens, masked_indices
-from agssd.transforms.views import Views, make_views, panel_of, pick
+from agssd.transforms.views import Views, body_of, in_hidden_view, make_views, mask_hidden_view, panel_of, pick
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
 _BIAS_PITCHES = 2.0  # standard deviation of the position bias, in token pitches of the other view
@@ -225,6 +225,12 @@ class AGSSD(PretrainModule):
         self.centre_fused = Centre(num_prototypes, centre_momentum[1], rule)
         self._step: _Step | None = None
 
+    @property
+    def couples_samples(self) -> tuple[str, ...]:
+        """Sinkhorn and KoLeo, where they are chosen."""
+        sinkhorn_chosen = ("sinkhorn",) if self.assignment == "sinkhorn" else ()
+        return (*sinkhorn_chosen, "koleo") if self.weights["koleo"] else sinkhorn_chosen
+
     def schedules(self, progress: float) -> dict[str, float]:
         """Return every scheduled number at a share of the run."""
         found = super().schedules(progress) | {
@@ -244,15 +250,6 @@ class AGSSD(PretrainModule):
         return make_views(batch, self.views, self.appearance, self.seed, with_edges=True)
 
     # ---------------------------------------------------------------- EAAM
-
-    @torch.no_grad()
-    def _mask(self, views: Views, body: Tensor, attention: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the mask (B, D', H', W') bool of the hidden view and each sample's nominal ratio (B,)."""
-        random = KeyedRandom(self.seed, views.sample, "mask")
-        ratio = random.between(*self.mask_ratio, 1)[:, 0]
-        given = self._teacher_scores(views, body, attention) if self.mask_score == "teacher" else None
-        clean = pick(views.clean, views.hidden_view)
-        return self.masks.draw(random, ratio, self.progress, body, clean, views.edges, given), ratio
 
     def _teacher_scores(self, views: Views, body: Tensor, attention: Tensor | None) -> Tensor:
         """Return (B, N) z-scores: edges mixed with what the teacher attends to or fails to reconstruct."""
@@ -319,33 +316,24 @@ class AGSSD(PretrainModule):
         self._step = None  # frees the last step before this one needs the memory
         now = self.schedules(self.progress)
         hidden = views.hidden_view
-        both = rearrange(views.inputs, "b v ... -> (b v) ...")
 
         with torch.no_grad():
             encoder = cast(Backbone, self.teacher["backbone"])
             encoder.record_cls_attention = self.mask_score == "teacher" and self.teacher_score == "attention"
-            seen = encoder.forward_views([both])[0]
-            attention = None
-            if encoder.record_cls_attention:
-                assert encoder.last_cls_attention is not None
-                attention = pick(rearrange(encoder.last_cls_attention[0], "(b v) ... -> b v ...", v=2), hidden)
-                encoder.last_cls_attention = None
-            teacher_cls = rearrange(seen.cls, "(b v) e -> b v e", v=2)
-            teacher_tokens = rearrange(seen.tokens, "(b v) n e -> b v n e", v=2)
-            body = foreground_share(pick(views.foreground, hidden), self.patch) >= MIN_FOREGROUND  # (B, N)
-            mask, ratio = self._mask(views, body, attention)
+            seen = encoder.forward_crops(views.inputs)
+            teacher_cls, teacher_tokens = seen.cls, seen.tokens
+            attention = None if seen.attention is None else pick(seen.attention, hidden)
+            body = body_of(pick(views.foreground, hidden), self.patch)
+            given = self._teacher_scores(views, body, attention) if self.mask_score == "teacher" else None
+            mask, ratio = mask_hidden_view(views, body, self.masks, self.mask_ratio, self.seed, self.progress, given)
             flat_mask = mask.flatten(1)
             index, used = masked_indices(flat_mask, self.masks.limit(self.mask_ratio[1]))
             counts = used & body.gather(1, index)  # (B, M): hidden tokens that hold body
 
         # Student: the masked and the clean global view, and the local views, in one pass.
-        is_hidden = torch.arange(2, device=hidden.device) == hidden[:, None]
         student = cast(Backbone, self.student["backbone"])
         seen_by_student = student.forward_crops(
-            views.inputs,
-            views.locals,
-            mask[:, None] & is_hidden[:, :, None, None, None],
-            self._drop_noise(views),
+            views.inputs, views.locals, in_hidden_view(mask, hidden), self._drop_noise(views)
         )
         student_cls, student_tokens = seen_by_student.cls, seen_by_student.tokens
         hidden_tokens = pick(student_tokens, hidden)
@@ -421,9 +409,7 @@ class AGSSD(PretrainModule):
     def _drop_noise(self, views: Views) -> list[Tensor | None]:
         """Return uniforms per view and block for stochastic depth, keyed by sample; none outside training."""
         groups = (2,) if views.locals is None else (2, views.locals.shape[1])
-        if not self.training:
-            return [None] * len(groups)
-        return drop_path_noise(self.seed, views.sample, cast(Backbone, self.student["backbone"]).depth, groups)
+        return self.drop_noise(views.sample, *groups)
 
     def _fused(
         self,
@@ -584,15 +570,14 @@ class AGSSD(PretrainModule):
             raise IndexError(f"sample {index} is not in the last batch")
         views = step.views
         hidden = int(views.hidden_view[index])
-        mask = torch.zeros(2, *self.grid, dtype=torch.bool, device=step.mask.device)
-        mask[hidden] = step.mask[index].reshape(self.grid)
         reconstruction = views.clean[index, :, 0].clone()
         if not self.norm_pix:
             patches = patches_of(views.clean[index, hidden][None], self.patch).clone()
             shown = step.mask[index].gather(0, step.index[index])
             patches[0, step.index[index][shown]] = step.prediction[index][shown].to(patches.dtype)
             reconstruction[hidden] = unpatch(patches, self.grid, self.patch)[0, 0]
-        panel = panel_of(views, index, mask, reconstruction)
+        masks = in_hidden_view(step.mask.unflatten(1, self.grid), views.hidden_view)
+        panel = panel_of(views, index, masks, reconstruction)
         panel["attention"] = cast(Backbone, self.teacher["backbone"]).cls_attention(views.inputs[index])
         return panel
 

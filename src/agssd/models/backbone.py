@@ -16,6 +16,7 @@ class CropFeatures(NamedTuple):
     cls: Tensor  # (B, 2, E)
     tokens: Tensor  # (B, 2, N, E)
     local_cls: Tensor | None  # (B, L, E)
+    attention: Tensor | None  # (B, 2, heads, D', H', W') of the global [CLS], where record_cls_attention is set
     shared: tuple[Tensor, ...]  # normed outputs that losses read, as LossTerms.shared names them
 
 
@@ -105,7 +106,10 @@ class Backbone(nn.Module, ABC):
         batch = global_views.shape[0]
         cls, tokens = features[0].cls.unflatten(0, (batch, 2)), features[0].tokens.unflatten(0, (batch, 2))
         local_cls = None if local_views is None else features[1].cls.unflatten(0, (batch, -1))
-        return CropFeatures(cls, tokens, local_cls, (features[0].tokens, *(group.cls for group in features)))
+        attention = None
+        if self.record_cls_attention and self.last_cls_attention is not None:
+            attention, self.last_cls_attention = self.last_cls_attention[0].unflatten(0, (batch, 2)), None
+        return CropFeatures(cls, tokens, local_cls, attention, (features[0].tokens, *(group.cls for group in features)))
 
     def forward_visible(self, x: Tensor, visible: Tensor, drop_noise: Tensor | None = None) -> Features:
         """Return features of volumes of which only some patches enter the encoder; cost follows their number.

@@ -9,9 +9,16 @@ from einops import rearrange
 from torch import Tensor
 
 from agssd.transforms.crops import OverlapCrops, ViewSet, box_in_view, extract
-from agssd.transforms.edges import edge_magnitude, normalise_edges, suppress_border
+from agssd.transforms.edges import (
+    MIN_FOREGROUND,
+    edge_magnitude,
+    foreground_share,
+    normalise_edges,
+    suppress_border,
+)
 from agssd.transforms.intensity import Appearance, to_model_range
 from agssd.transforms.keyed_random import KeyedRandom
+from agssd.transforms.masking import MaskSampler
 from agssd.types import ParentBatch, Triple, ViewPanel
 
 
@@ -121,15 +128,87 @@ def edge_maps(views: Views, which: Tensor) -> Tensor:
     return normalise_edges(magnitude, views.edge_q99).amax(1, keepdim=True)
 
 
-def panel_of(views: Views, index: int, mask: Tensor | None = None, reconstruction: Tensor | None = None) -> ViewPanel:
-    """Return what can be drawn of one sample's views.
+def body_of(foreground: Tensor, patch: Triple) -> Tensor:
+    """Return (B, N) bool: the patches of (B, 1, D, H, W) that hold body; all others are left out of patch losses."""
+    return foreground_share(foreground, patch) >= MIN_FOREGROUND
+
+
+@torch.no_grad()
+def mask_hidden_view(
+    views: Views,
+    body: Tensor,
+    masks: MaskSampler,
+    ratio: tuple[float, float],
+    seed: int,
+    progress: float,
+    given: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mask one global view per sample, the hidden one.
+
+    Args:
+        views: of the step, with edges where they are the score.
+        body: (B, N) bool, of the hidden view.
+        masks: how.
+        ratio: range of the share of hidden tokens, one draw per sample.
+        seed: of the run.
+        progress: share of the run that is done.
+        given: (B, N) float32 z-scores, where the score is the recipe's own.
+
+    Returns:
+        mask (B, D', H', W') bool, True = hidden, and the nominal ratio (B,).
+    """
+    random = KeyedRandom(seed, views.sample, "mask")
+    share = random.between(*ratio, 1)[:, 0]
+    clean = pick(views.clean, views.hidden_view)
+    return masks.draw(random, share, progress, body, clean, views.edges, given), share
+
+
+def in_hidden_view(mask: Tensor, hidden_view: Tensor) -> Tensor:
+    """Return (B, 2, D', H', W') bool: a mask (B, D', H', W') in its view (B,), nothing hidden in the other."""
+    which = torch.arange(2, device=hidden_view.device) == hidden_view[:, None]
+    return mask[:, None] & which[:, :, None, None, None]
+
+
+@torch.no_grad()
+def mask_both_views(
+    views: Views, body: Tensor, masks: MaskSampler, ratio: tuple[float, float], seed: int, progress: float
+) -> Tensor:
+    """Return (2B, D', H', W') bool: each of the two global views masked by a draw of its own.
 
     Args:
         views: of the step.
-        index: sample.
-        mask: (2, D', H', W') bool, True = hidden, of its two global views.
-        reconstruction: (2, D, H, W) float32.
+        body: (2B, N) bool.
+        masks: how; no score of the recipe's own.
+        ratio: range of the share of hidden tokens, one draw per view.
+        seed: of the run.
+        progress: share of the run that is done.
     """
+    random = KeyedRandom.from_keys(KeyedRandom(seed, views.sample, "mask").split(2))
+    share = random.between(*ratio, 1)[:, 0]
+    edges = None
+    with torch.autocast(views.clean.device.type, enabled=False):
+        if masks.score == "edge":
+            maps = [edge_maps(views, torch.full_like(views.hidden_view, v)) for v in (0, 1)]
+            edges = torch.stack(maps, 1).flatten(0, 1)
+        return masks.draw(random, share, progress, body, views.clean.flatten(0, 1), edges)
+
+
+def panel_of(
+    views: Views | None, index: int, mask: Tensor | None = None, reconstruction: Tensor | None = None
+) -> ViewPanel:
+    """Return what can be drawn of one sample's views.
+
+    Args:
+        views: of the last step, if there was one.
+        index: sample.
+        mask: (B, 2, D', H', W') bool, True = hidden, of the global views of all samples.
+        reconstruction: (2, D, H, W) float32 of this sample.
+
+    Raises:
+        IndexError: if the batch has no such sample, or no step was taken.
+    """
+    if views is None or not 0 <= index < len(views.sample):
+        raise IndexError(f"sample {index} is not in the last batch")
     fields = ("clean", "foreground", "is_ct", "low", "high", "edge_q99", "spacing_mm")
     one = replace(views, **{name: getattr(views, name)[index : index + 1] for name in fields})
     edges = [edge_maps(one, torch.full_like(views.hidden_view[:1], v))[0, 0] for v in (0, 1)]
@@ -144,7 +223,7 @@ def panel_of(views: Views, index: int, mask: Tensor | None = None, reconstructio
     if views.locals is not None:
         panel["locals"] = views.locals[index, :, 0]
     if mask is not None:
-        panel["mask"] = mask
+        panel["mask"] = mask[index]
     if reconstruction is not None:
         panel["reconstruction"] = reconstruction
     return panel
