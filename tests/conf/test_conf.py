@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
-PRETRAINING = [path for path in EXPERIMENTS if path.stem.startswith("agssd") or path.stem == "small"]
+WITHOUT_METHOD = ("small", "ct", "mri")
+PRETRAINING = [path for path in EXPERIMENTS if path.stem.startswith("agssd") or path.stem in WITHOUT_METHOD]
+METHODS = sorted((CONF / "method").glob("*.yaml"))
 TASKS = [path for path in EXPERIMENTS if path not in PRETRAINING]
 OVERLAYS = sorted((CONF / "cluster").glob("*.yaml"))
 PLACES = {
@@ -174,10 +176,34 @@ def test_part__states_every_argument_so_that_one_replaces_another(folder: str) -
         assert accepted - groups - may_be_left_out <= given <= accepted - groups, path.stem
 
 
-def test_small__is_agssd_small_without_what_is_its_methods() -> None:
-    whole = content(CONF / "experiment/agssd_small.yaml")
+@pytest.mark.parametrize("name", WITHOUT_METHOD)
+def test_experiment_without_method__is_that_of_agssd_without_what_is_its_methods(name: str) -> None:
+    whole = content(CONF / f"experiment/agssd_{name}.yaml")
     del whole["model"], whole["mask_ratio"]  # a range of hidden tokens would become that of any other method
-    assert content(CONF / "experiment/small.yaml") == whole
+    assert content(CONF / f"experiment/{name}.yaml") == whole
+
+
+@pytest.mark.parametrize("name", WITHOUT_METHOD)
+@pytest.mark.parametrize("method", METHODS, ids=names(METHODS))
+def test_method__keeps_its_own_settings_in_every_experiment(
+    method: Path, name: str, only_build: list[AgssdCLI]
+) -> None:
+    model, data = ["--model", str(method)], ["--data.cache", "cache.h5", "--trainer.accelerator", "cpu"]
+    if name != "small" and method.stem.endswith("_small"):
+        pytest.skip("sized for small experiments")
+    AgssdCLI(["fit", "--config", str(CONF / f"experiment/{name}.yaml"), *model, *data])
+    (cli,) = only_build
+    stated = content(method)
+    assert cli.config["fit"].model.class_path == stated["class_path"]
+    for key, value in stated["init_args"].items():
+        found = cli.config["fit"].model.init_args[key]
+        assert (list(found) if isinstance(found, tuple) else found) == value, key
+    ratio = stated["init_args"].get("mask_ratio")
+    schedule = next(c for c in cli.trainer.callbacks if type(c).__name__ == "MaskRatioSchedule")
+    schedule.active, schedule._total = hasattr(cli.model, "mask_ratio"), 1
+    if ratio is not None:
+        schedule._apply(cli.trainer, cli.model)
+        assert list(cli.model.mask_ratio) == ratio, "the experiment's ratio replaces the method's"
 
 
 def test_agssd_small__trains_and_its_callbacks_act(tiny_cache: Path, tmp_path: Path) -> None:
