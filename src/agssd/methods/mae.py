@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from agssd.models.heads import ReconstructionHead
 from agssd.models.position import sincos_position
 from agssd.models.vit import Block, Group
 from agssd.transforms.crops import OverlapCrops
-from agssd.transforms.edges import patches_of, unpatch
+from agssd.transforms.edges import patches_of, standardise, unpatch
+from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.masking import MaskSampler, gather_tokens, masked_indices
 from agssd.transforms.views import Views, body_of, make_views, mask_both_views, panel_of
-from agssd.types import Features, LossTerms, Observations, ParentBatch, Triple, ViewPanel
+from agssd.types import Features, LossTerms, ParentBatch, Triple, ViewPanel
 
 
 class Decoder(nn.Module):
@@ -80,10 +81,13 @@ class Decoder(nn.Module):
 class MAE(PretrainModule):
     """Masked autoencoder: the encoder gets the visible patches alone, so its cost follows their share.
 
-    Each of a sample's two global views is masked by a draw of its own. No teacher, no augmentation of intensities.
+    Each of a sample's two global views is masked by a draw of its own; no augmentation of intensities. With
+    ``mask_score="reconstruction"`` what a momentum teacher predicts badly is hidden first, as AnatoMask does: the
+    teacher predicts each patch from a random half of the others, and it is the teacher that is exported.
 
     Source: He et al., CVPR 2022, arXiv 2111.06377 [paper]: ratio 0.75, light decoder with a mask token of its own,
-    MSE of standardised patches over hidden patches alone; in 3D SelfMedMAE [R: SelfMedMAE] and nnssl [R: nnssl].
+    MSE of standardised patches over hidden patches alone; in 3D SelfMedMAE [R: SelfMedMAE] and nnssl [R: nnssl];
+    loss-guided masks: Li et al., arXiv 2407.06468 [R: AnatoMask], ours in the two halves.
     Deviates: standard deviations of target patches have a floor (ours, see
     :func:`agssd.losses.reconstruction.standardise_patches`); patches with less than 5 % body are not predicted (ours);
     our views, encoder and schedules.
@@ -110,12 +114,14 @@ class MAE(PretrainModule):
         ValueError: if ``mask_ratio`` is a range, or ``decoder_heads`` does not divide ``decoder_dim``.
     """
 
+    observations = None  # no prototypes that could collapse, and no trained [CLS]; panels alone
+
     def __init__(
         self,
         backbone: Backbone,
         views: OverlapCrops,
         mask_ratio: tuple[float, float] = (0.75, 0.75),
-        mask_score: Literal["random", "block", "edge", "entropy"] = "random",
+        mask_score: Literal["random", "block", "edge", "entropy", "reconstruction"] = "random",
         mask_block: int = 1,
         decoder_dim: int = 384,
         decoder_depth: int = 8,
@@ -136,7 +142,8 @@ class MAE(PretrainModule):
         self.norm_pix = norm_pix
         self.patch = backbone.patch_size
         self.grid = backbone.token_grid(views.size_vox)
-        self.masks = MaskSampler(self.grid, self.patch, mask_score, mask_block)
+        kind = "given" if mask_score == "reconstruction" else mask_score
+        self.masks = MaskSampler(self.grid, self.patch, kind, mask_block)
         self._one_ratio()
         backbone.freeze_mask_token()
         channels = backbone.in_channels
@@ -144,7 +151,9 @@ class MAE(PretrainModule):
             backbone.embed_dim, self.grid, self.patch, channels, decoder_dim, decoder_depth, decoder_heads
         )
         self.student = nn.ModuleDict({"backbone": backbone, "decoder": decoder})
-        self._step: tuple[Views, Tensor, Tensor, Tensor, Tensor] | None = None
+        if mask_score == "reconstruction":
+            self.build_teacher()
+        self._step: tuple[Views, Tensor, Tensor, Tensor] | None = None
 
     def _one_ratio(self) -> float:
         low, high = self.mask_ratio
@@ -163,37 +172,42 @@ class MAE(PretrainModule):
         """Return the MSE of the voxels of hidden patches that hold body."""
         clean = views.clean.flatten(0, 1)  # (2B, C, D, H, W)
         body = body_of(views.foreground.flatten(0, 1), self.patch)  # (2B, N)
+        target = patches_of(clean, self.patch)  # (2B, N, P)
+        if self.norm_pix:
+            target = standardise_patches(target, clean.std((1, 2, 3, 4)))
         hidden_count = self.masks.exact(self._one_ratio())
-        mask = mask_both_views(views, body, self.masks, self.mask_ratio, self.seed, self.progress).flatten(1)
+        scores = self._hardness(views.sample, clean, target, body) if self.has_teacher else None
+        mask = mask_both_views(views, body, self.masks, self.mask_ratio, self.seed, self.progress, scores).flatten(1)
         hidden, _ = masked_indices(mask, hidden_count)  # (2B, H)
         visible, _ = masked_indices(~mask, mask.shape[1] - hidden_count)  # (2B, V)
         (noise,) = self.drop_noise(views.sample, 2)
-        features = self.backbone.forward_visible(clean, visible, noise)
+        features = cast(Backbone, self.student["backbone"]).forward_visible(clean, visible, noise)
         prediction: Tensor = self.student["decoder"](features, visible, hidden)
-        target = gather_tokens(patches_of(clean, self.patch), hidden)
-        if self.norm_pix:
-            target = standardise_patches(target, clean.std((1, 2, 3, 4)))
+        target = gather_tokens(target, hidden)
         loss = patch_mse(prediction, target, body.gather(1, hidden))
-        self._step = (views, mask, hidden, prediction.detach(), features.tokens.detach())
+        self._step = (views, mask, hidden, prediction.detach())
         return LossTerms(loss, {"rec": loss}, (features.tokens,))
 
-    # ------------------------------------------------------------ monitors
+    @torch.no_grad()
+    def _hardness(self, sample: Tensor, clean: Tensor, target: Tensor, body: Tensor) -> Tensor:
+        """Return (2B, N) z-scores of the teacher's error per patch, predicted from a random half of the others."""
+        random = KeyedRandom.from_keys(KeyedRandom(self.seed, sample, "halves").split(2))
+        halves = random.uniform(body.shape[1]).argsort(1).tensor_split(2, 1)
+        error = torch.zeros_like(body, dtype=torch.float32)
+        for visible, hidden in (halves, halves[::-1]):
+            features = cast(Backbone, self.teacher["backbone"]).forward_visible(clean, visible)
+            predicted = self.teacher["decoder"](features, visible, hidden)
+            error = error.scatter(1, hidden, (predicted - gather_tokens(target, hidden)).square().mean(-1))
+        return standardise(error, body)
 
-    @property
-    def observations(self) -> Observations | None:
-        """Visible tokens of the last micro-batch for monitors; there are no prototypes, and [CLS] learns nothing."""
-        if self._step is None:
-            return None
-        views, mask, _, _, tokens = self._step
-        figures = {"overlap": views.geometry.overlap.mean(), "mask_ratio": mask.float().mean()}
-        return {"patch_features": tokens.flatten(0, 1).float(), "scalars": figures | self.gradient_norms}
+    # ------------------------------------------------------------ monitors
 
     @torch.no_grad()
     def view_panel(self, index: int) -> ViewPanel:
         """Return the views of sample ``index`` of the last micro-batch, with what was predicted in hidden patches."""
         if self._step is None:
             return panel_of(None, index)
-        views, mask, hidden, prediction, _ = self._step
+        views, mask, hidden, prediction = self._step
         masks = mask.unflatten(1, self.grid).unflatten(0, (-1, 2))
         if self.norm_pix or not 0 <= index < len(masks):  # what is predicted are no intensities
             return panel_of(views, index, masks)

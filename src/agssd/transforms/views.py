@@ -171,17 +171,24 @@ def in_hidden_view(mask: Tensor, hidden_view: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mask_both_views(
-    views: Views, body: Tensor, masks: MaskSampler, ratio: tuple[float, float], seed: int, progress: float
+    views: Views,
+    body: Tensor,
+    masks: MaskSampler,
+    ratio: tuple[float, float],
+    seed: int,
+    progress: float,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Return (2B, D', H', W') bool: each of the two global views masked by a draw of its own.
 
     Args:
         views: of the step.
         body: (2B, N) bool.
-        masks: how; no score of the recipe's own.
+        masks: how.
         ratio: range of the share of hidden tokens, one draw per view.
         seed: of the run.
         progress: share of the run that is done.
+        given: (2B, N) float32 z-scores, where the score is the recipe's own.
     """
     random = KeyedRandom.from_keys(KeyedRandom(seed, views.sample, "mask").split(2))
     share = random.between(*ratio, 1)[:, 0]
@@ -190,7 +197,7 @@ def mask_both_views(
         if masks.score == "edge":
             maps = [edge_maps(views, torch.full_like(views.hidden_view, v)) for v in (0, 1)]
             edges = torch.stack(maps, 1).flatten(0, 1)
-        return masks.draw(random, share, progress, body, views.clean.flatten(0, 1), edges)
+        return masks.draw(random, share, progress, body, views.clean.flatten(0, 1), edges, given)
 
 
 def panel_of(
