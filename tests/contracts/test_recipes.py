@@ -188,13 +188,18 @@ def test_recipe__checkpoint_is_data_only_and_exports_to_equal_features(
 # ------------------------------------------------------------------ teacher
 
 
+def with_teacher(kind: type[PretrainModule]) -> Any:
+    """Return a module of the recipe's first variant that has a teacher, or skip."""
+    modules = (recipes.build(kind, **variant) for variant in recipes.variants(kind))
+    found = next((module for module in modules if module.has_teacher), None)
+    return found if found is not None else pytest.skip("no teacher")
+
+
 @every_recipe
 def test_recipe__teacher_starts_equal_and_moves_once_per_optimiser_step(
     kind: type[PretrainModule], tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = recipes.build(kind)
-    if not module.has_teacher:
-        pytest.skip("no teacher")
+    module = with_teacher(kind)
     student, teacher = module.student.state_dict(), module.teacher.state_dict()
     assert student.keys() == teacher.keys() and len(student) > len(module.backbone.state_dict())
     assert all(torch.equal(student[name], teacher[name]) for name in student)
@@ -223,9 +228,7 @@ def test_recipe__teacher_starts_equal_and_moves_once_per_optimiser_step(
 def test_recipe__run_without_a_callback_that_moves_the_teacher_is_refused(
     kind: type[PretrainModule], tiny_cache: Path
 ) -> None:
-    module = recipes.build(kind)
-    if not module.has_teacher:
-        pytest.skip("no teacher")
+    module = with_teacher(kind)
     with pytest.raises(ValueError, match="no callback moves it; add .*EMATeacher"):
         recipes.trainer(teacher=False).fit(module, recipes.data_module(tiny_cache))
 
