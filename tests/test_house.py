@@ -85,6 +85,27 @@ def test_layers__hold() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_recipes__import_no_other_recipe() -> None:
+    """What two recipes share moves down a layer; a recipe is read in one file."""
+    found = []
+    for path in sorted((ROOT / "src/agssd/methods").glob("*.py")):
+        for name in re.findall(r"agssd\.methods\.(\w+)|from agssd\.methods import (\w+)", path.read_text()):
+            if "".join(name) not in ("base", path.stem):
+                found.append(f"{path.name}: {''.join(name)}")
+    assert not found
+
+
+def test_readme__shows_the_whole_diff_that_adds_a_recipe() -> None:
+    text = (ROOT / "README.md").read_text()
+    diff = text[text.index("```diff\n") + 8 :]
+    parts = re.split(r"--- /dev/null\n\+\+\+ b/(.+)\n@@ -0,0 \+1,(\d+) @@\n", diff[: diff.index("\n```") + 1])
+    shown = {name: (int(count), body) for name, count, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}
+    assert set(shown) == {"src/agssd/methods/simmim.py", "conf/method/simmim.yaml"}
+    for name, (count, body) in shown.items():
+        lines = (ROOT / name).read_text().splitlines()
+        assert body.splitlines() == [f"+{line}" for line in lines] and count == len(lines), name
+
+
 def test_public_names__resolve() -> None:
     probe = "import agssd; [getattr(agssd, name) for name in agssd.__all__]"
     done = run("-c", probe)

@@ -10,9 +10,16 @@ import pytest
 from agssd.callbacks.mask_ratio import MaskRatioSchedule
 
 
-def test_mask_ratio__default_keeps_the_range(toy, loader, make_trainer) -> None:
+def test_mask_ratio__default_leaves_the_ratio_of_the_method(toy, loader, make_trainer) -> None:
     module = toy()
+    module.mask_ratio = (0.75, 0.8)
     make_trainer(MaskRatioSchedule(), max_steps=4).fit(module, loader)
+    assert module.ratios_at_views == [(0.75, 0.8)] * 4
+
+
+def test_mask_ratio__range_replaces_the_ratio_of_the_method(toy, loader, make_trainer) -> None:
+    module = toy()
+    make_trainer(MaskRatioSchedule("range"), max_steps=4).fit(module, loader)
     assert module.ratios_at_views == [(0.3, 0.7)] * 4
 
 
@@ -58,7 +65,7 @@ def test_mask_ratio__is_inert_or_an_error_for_a_module_without_masks(plain, load
         ({"kind": "step"}, "mask_ratio.kind is 'step'"),
         ({"start": 0.0}, "mask_ratio.start is 0.0"),
         ({"end": 1.0}, "mask_ratio.end is 1.0"),
-        ({"start": 0.7, "end": 0.3}, "needs start <= end"),
+        ({"kind": "range", "start": 0.7, "end": 0.3}, "needs start <= end"),
     ],
 )
 def test_mask_ratio__nonsense_is_refused(settings, message) -> None:

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
-PRETRAINING = [path for path in EXPERIMENTS if path.stem.startswith("agssd") or path.stem == "small"]
+WITHOUT_METHOD = ("small", "ct", "mri")
+PRETRAINING = [path for path in EXPERIMENTS if path.stem.startswith("agssd") or path.stem in WITHOUT_METHOD]
+METHODS = sorted((CONF / "method").glob("*.yaml"))
 TASKS = [path for path in EXPERIMENTS if path not in PRETRAINING]
 OVERLAYS = sorted((CONF / "cluster").glob("*.yaml"))
 PLACES = {
@@ -148,7 +150,9 @@ def test_conf__no_file_is_orphaned() -> None:
     for path in FILES:
         inside = str(path.relative_to(CONF))
         others = "\n".join(text for other, text in texts.items() if other != path)
-        assert inside in others or path.parent.name in ("experiment", "cluster"), f"nothing names conf/{inside}"
+        assert inside in others or path.parent.name in ("experiment", "cluster", "method"), (
+            f"nothing names conf/{inside}"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=names(FILES))
@@ -163,22 +167,43 @@ def test_conf__comments_give_a_command_or_a_user_and_lead_to_files_that_exist(pa
 
 @pytest.mark.parametrize("folder", ["backbone", "views", "method"])
 def test_part__states_every_argument_so_that_one_replaces_another(folder: str) -> None:
-    given_elsewhere = {
-        "backbone",
-        "views",
-        "mask_ratio",
-        "appearance",
-    }  # their own groups; appearance has a default set
+    # Their own groups; AG-SSD's ratio is the callback's; appearance has a default set.
+    groups, may_be_left_out = {"backbone", "views"}, {"mask_ratio", "appearance"}
     for path in sorted((CONF / folder).glob("*.yaml")):
         module, _, name = content(path)["class_path"].rpartition(".")
         accepted = set(inspect.signature(getattr(import_module(module), name)).parameters)
-        assert set(content(path)["init_args"]) == accepted - given_elsewhere, path.stem
+        given = set(content(path)["init_args"])
+        assert accepted - groups - may_be_left_out <= given <= accepted - groups, path.stem
 
 
-def test_small__is_agssd_small_without_its_model() -> None:
-    whole = content(CONF / "experiment/agssd_small.yaml")
-    del whole["model"]
-    assert content(CONF / "experiment/small.yaml") == whole
+@pytest.mark.parametrize("name", WITHOUT_METHOD)
+def test_experiment_without_method__is_that_of_agssd_without_what_is_its_methods(name: str) -> None:
+    whole = content(CONF / f"experiment/agssd_{name}.yaml")
+    del whole["model"], whole["mask_ratio"]  # a range of hidden tokens would become that of any other method
+    assert content(CONF / f"experiment/{name}.yaml") == whole
+
+
+@pytest.mark.parametrize("name", WITHOUT_METHOD)
+@pytest.mark.parametrize("method", METHODS, ids=names(METHODS))
+def test_method__keeps_its_own_settings_in_every_experiment(
+    method: Path, name: str, only_build: list[AgssdCLI]
+) -> None:
+    model, data = ["--model", str(method)], ["--data.cache", "cache.h5", "--trainer.accelerator", "cpu"]
+    if name != "small" and method.stem.endswith("_small"):
+        pytest.skip("sized for small experiments")
+    AgssdCLI(["fit", "--config", str(CONF / f"experiment/{name}.yaml"), *model, *data])
+    (cli,) = only_build
+    stated = content(method)
+    assert cli.config["fit"].model.class_path == stated["class_path"]
+    for key, value in stated["init_args"].items():
+        found = cli.config["fit"].model.init_args[key]
+        assert (list(found) if isinstance(found, tuple) else found) == value, key
+    ratio = stated["init_args"].get("mask_ratio")
+    schedule = next(c for c in cli.trainer.callbacks if type(c).__name__ == "MaskRatioSchedule")
+    schedule.active, schedule._total = hasattr(cli.model, "mask_ratio"), 1
+    if ratio is not None:
+        schedule._apply(cli.trainer, cli.model)
+        assert list(cli.model.mask_ratio) == ratio, "the experiment's ratio replaces the method's"
 
 
 def test_agssd_small__trains_and_its_callbacks_act(tiny_cache: Path, tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ SMALL: dict[str, Any] = {
     "head_bottleneck": 32,
     "fuser_heads": 3,
     "fuser_depth": 1,
+    "decoder_dim": 48,
+    "decoder_depth": 1,
+    "decoder_heads": 3,
+    "mask_block": 1,
     "lr": 1e-3,
 }
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from agssd.losses.distillation import Centre, cross_entropy, masked_mean, sinkhorn
+from agssd.losses.distillation import Centre, cross_entropy, masked_mean, multi_crop_cross_entropy, sinkhorn
 
 
 def softmax(x):
@@ -58,6 +58,22 @@ def test_cross_entropy__stays_finite_at_extreme_logits():
     target = torch.zeros(1, 4)
     target[0, 1] = 1
     assert cross_entropy(target, torch.tensor([[5e3, -5e3, 0.0, 1.0]])).item() == pytest.approx(1e4)
+
+
+@pytest.mark.parametrize("num_local", [0, 3])
+def test_multi_crop_cross_entropy__compares_every_teacher_view_with_every_other_view(num_local):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randn(4, 2, 7, generator=generator).softmax(-1)
+    views = torch.randn(4, 2 + num_local, 7, generator=generator)
+    pairs = [
+        -(targets[b, q].double() * views[b, v].double().log_softmax(-1)).sum()
+        for b in range(4)
+        for q in (0, 1)
+        for v in range(2 + num_local)
+        if v != q  # a view is not its own target
+    ]
+    got = multi_crop_cross_entropy(targets, views[:, :2], views[:, 2:] if num_local else None)
+    assert got.item() == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-5)
 
 
 def test_masked_mean__weighs_samples_not_tokens():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from agssd.losses.reconstruction import STD_FLOOR, patch_l1, standardise_patches
+from agssd.losses.reconstruction import STD_FLOOR, patch_l1, patch_mse, standardise_patches
 
 
 def tensors(batch=4, tokens=6, voxels=27):
@@ -27,6 +27,16 @@ def test_patch_l1__is_the_weighted_mean_per_sample_then_over_samples():
         wanted.append((w * error).sum() / w.sum() if w.sum() else 0.0)
     assert wanted[2] == 0
     assert patch_l1(prediction, target, weight, used).item() == pytest.approx(np.mean(wanted), rel=1e-5)
+
+
+def test_patch_mse__is_the_mean_of_hidden_patches_per_sample_then_over_samples():
+    prediction, target, _, used = tensors()
+    used[2] = False
+    wanted = []
+    for b in range(4):
+        error = (prediction[b].double().numpy() - target[b].double().numpy()) ** 2
+        wanted.append(error[used[b].numpy()].mean() if used[b].any() else 0.0)
+    assert patch_mse(prediction, target, used).item() == pytest.approx(np.mean(wanted), rel=1e-5)
 
 
 def test_patch_l1__does_not_depend_on_the_cut_of_the_batch():

@@ -113,6 +113,15 @@ def test_schedules__depend_on_the_share_of_the_run_alone(tiny_cache: Path) -> No
     assert module.progress == 0.0
 
 
+def test_drop_noise__is_each_samples_own_and_none_outside_training() -> None:
+    module = recipes.build(AGSSD)
+    both, local = module.drop_noise(torch.tensor([3, 4, 3]), 2, 1)
+    assert both.shape == (6, 2) and local.shape == (3, 2)
+    assert torch.equal(both[:2], both[4:]) and not torch.equal(both[:2], both[2:4]), "a function of the sample"
+    assert not torch.equal(both[0], both[1]) and not torch.equal(local[0], both[0])
+    assert module.eval().drop_noise(torch.tensor([3]), 2, 1) == [None, None]
+
+
 def test_train__leaves_the_teacher_in_eval_mode() -> None:
     module = recipes.build(AGSSD).eval().train()
     assert module.student.training and not any(part.training for part in module.teacher.modules())

@@ -103,6 +103,53 @@ def test_forward_views__groups_equal_separate_passes(kwargs: dict[str, Any]) -> 
     assert model.forward_views([]) == []
 
 
+@pytest.mark.parametrize("kwargs", VARIANTS)
+def test_forward_visible__all_patches_in_any_order_equal_the_whole_view(kwargs: dict[str, Any]) -> None:
+    model, x = vit(**kwargs), noise(2, 1, 8, 12, 8)
+    whole = model(x)
+    order = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
+    seen = model.forward_visible(x, order)
+    expected = whole.tokens.gather(1, order[..., None].expand(-1, -1, 48))
+    torch.testing.assert_close(seen.tokens, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen.cls, whole.cls, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", VARIANTS)
+def test_forward_visible__what_is_left_out_changes_nothing(kwargs: dict[str, Any]) -> None:
+    model, x = vit(**kwargs), noise(1, 1, 8, 12, 8)
+    other = x.clone()
+    other[:, :, 4:] = 7.0
+    visible = torch.tensor([[0, 3, 5]])  # all in the lower half
+    seen, same = model.forward_visible(x, visible), model.forward_visible(other, visible)
+    assert torch.equal(seen.tokens, same.tokens) and seen.tokens.shape == (1, 3, 48)
+    assert not torch.allclose(seen.tokens, model(x).tokens[:, visible[0]], atol=1e-3), "all patches entered"
+
+
+def test_forward_visible__drop_noise_skips_as_in_the_whole_view() -> None:
+    model, x = vit(drop_path=0.5), noise(3, 1, 8, 8, 8)
+    uniform = uniforms(3, 3)
+    seen = model.forward_visible(x, torch.arange(8).expand(3, -1), uniform)
+    torch.testing.assert_close(seen.tokens, model.forward_views([x], None, [uniform])[0].tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_crops__equals_separate_passes_and_brings_attention_when_asked() -> None:
+    model = vit()
+    views, local = noise(2, 2, 1, 8, 8, 8), noise(2, 3, 1, 4, 4, 4, seed=3)
+    mask = uniforms(2, 2, 2, 2, 2) < 0.5
+    seen = model.forward_crops(views, local, mask)
+    assert seen.attention is None and seen.local_cls is not None
+    for b in range(2):
+        for v in range(2):
+            one = model.forward_views([views[b, v][None]], [mask[b, v][None]])[0]
+            torch.testing.assert_close(seen.cls[b, v], one.cls[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(seen.tokens[b, v], one.tokens[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seen.local_cls[b], model(local[b]).cls, rtol=1e-5, atol=1e-5)
+    model.record_cls_attention = True
+    attention = model.forward_crops(views).attention
+    assert attention is not None and attention.shape == (2, 2, 4, 2, 2, 2)
+    torch.testing.assert_close(attention[1], model.cls_attention(views[1]), rtol=1e-5, atol=1e-5)
+
+
 def test_drop_noise__independent_of_how_the_batch_is_cut() -> None:
     model, x, drops = vit(drop_path=0.6), noise(6, 1, 8, 8, 8), uniforms(6, 3)
     whole = model.forward_views([x], None, [drops])[0]

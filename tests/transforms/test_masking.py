@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from agssd.transforms.keyed_random import KeyedRandom
-from agssd.transforms.masking import BACKGROUND_WEIGHT, draw_cuboids, draw_masks, mask_counts, masked_indices
+from agssd.transforms.masking import (
+    BACKGROUND_WEIGHT,
+    MaskSampler,
+    draw_cuboids,
+    draw_masks,
+    mask_counts,
+    masked_indices,
+)
 
 GRID = (6, 6, 6)
 N = 216
@@ -213,3 +220,34 @@ def test_masked_indices__lists_hidden_tokens_in_raster_order_and_pads_with_shown
         assert sorted(index[row].tolist()) == list(range(50))
     short, used = masked_indices(mask[2:], int(mask[2:].sum(1).max()))
     assert torch.equal(used.sum(1), mask[2:].sum(1)) and short.shape == used.shape
+
+
+@pytest.mark.parametrize("score", ["random", "block", "edge", "entropy", "given"])
+@pytest.mark.parametrize("block", [1, 2])
+def test_mask_sampler__hides_as_many_as_it_says_for_every_score(score, block):
+    masks = MaskSampler((4, 4, 4), (4, 4, 4), score, block)
+    generator = torch.Generator().manual_seed(0)
+    image, edges = torch.rand(2, 8, 1, 16, 16, 16, generator=generator)
+    body = torch.rand(8, 64, generator=generator) < 0.7
+    for ratio in (0.1, 0.6, 0.75):
+        ratios = torch.full((8,), ratio)
+        mask = masks.draw(keyed(8), ratios, 0.5, body, image, edges, torch.randn(8, 64, generator=generator))
+        assert set(mask.flatten(1).sum(1).tolist()) == {masks.exact(ratio)}
+        assert masks.exact(ratio) <= masks.limit(ratio) < masks.exact(ratio) + block**3 + 1
+
+
+@pytest.mark.parametrize("score", ["edge", "entropy", "given"])
+def test_mask_sampler__prefers_its_score_more_as_the_run_proceeds(score):
+    # Patch n of the second half of the grid holds noise (edges, entropy, high scores); of the first half nothing.
+    masks = MaskSampler((4, 4, 4), (4, 4, 4), score, hints=0.0)
+    rich = torch.arange(64) >= 32
+    image = torch.zeros(64, 1, 16, 16, 16)
+    image[:, :, 8:] = torch.rand(64, 1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    given = torch.where(rich, 1.0, -1.0).expand(64, -1)
+    shares = []
+    for progress in (0.0, 0.5, 1.0):
+        ratio, body = torch.full((64,), 0.4), torch.ones(64, 64, dtype=torch.bool)
+        mask = masks.draw(keyed(64), ratio, progress, body, image, image, given).flatten(1)
+        shares.append(float(mask[:, rich].sum() / mask.sum()))
+    assert shares[0] == pytest.approx(0.5, abs=0.03)
+    assert shares[1] > shares[0] + 0.03 and shares[2] > shares[1] + 0.03

@@ -20,20 +20,24 @@ class MaskRatioSchedule(StandingCallback):
     Source: the range is [R: DINOv2, 3DINO, SPECTRE] with our limits (docs/method.md §1.3); the ramps are ours.
 
     Args:
-        kind: ``range`` draws each sample's ratio between ``start`` and ``end`` for the whole run; ``constant`` hides
+        kind: ``own`` leaves the ratio that the method states, so that one method's ratio never becomes another's;
+            ``range`` draws each sample's ratio between ``start`` and ``end`` for the whole run; ``constant`` hides
             ``start`` of the tokens; ``linear`` and ``cosine`` go from ``start`` to ``end`` over the run.
         start: share of tokens in (0, 1).
-        end: share of tokens in (0, 1); not used by ``constant``.
+        end: share of tokens in (0, 1); used by ``range``, ``linear`` and ``cosine``.
     """
 
     needs: ClassVar[type[Any]] = MaskScheduled
 
     def __init__(
-        self, kind: Literal["range", "constant", "linear", "cosine"] = "range", start: float = 0.3, end: float = 0.7
+        self,
+        kind: Literal["own", "range", "constant", "linear", "cosine"] = "own",
+        start: float = 0.3,
+        end: float = 0.7,
     ) -> None:
         super().__init__()
-        if kind not in ("range", "constant", "linear", "cosine"):
-            raise ValueError(f"mask_ratio.kind is {kind!r}; choose range, constant, linear or cosine")
+        if kind not in ("own", "range", "constant", "linear", "cosine"):
+            raise ValueError(f"mask_ratio.kind is {kind!r}; choose own, range, constant, linear or cosine")
         for name, value in (("start", start), ("end", end)):
             if not 0.0 < value < 1.0:
                 raise ValueError(
@@ -47,7 +51,7 @@ class MaskRatioSchedule(StandingCallback):
         self._total = 0
 
     def ratio(self, progress: float) -> tuple[float, float]:
-        """Return (low, high) at ``progress``, the share of optimiser steps done."""
+        """Return (low, high) at ``progress``, the share of optimiser steps done, where ``kind`` is not ``own``."""
         if self.kind == "range":
             return self.start, self.end
         if self.kind == "constant":
@@ -76,4 +80,5 @@ class MaskRatioSchedule(StandingCallback):
         self._apply(trainer, pl_module)
 
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        cast(MaskScheduled, pl_module).mask_ratio = self.ratio(trainer.global_step / self._total)
+        if self.kind != "own":
+            cast(MaskScheduled, pl_module).mask_ratio = self.ratio(trainer.global_step / self._total)

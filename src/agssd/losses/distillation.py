@@ -6,12 +6,14 @@ Everything runs in fp32 with autocast switched off by the caller's head.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from agssd.distributed import all_max, all_sum
+from agssd.types import Observations
 
 
 def cross_entropy(targets: Tensor, logits: Tensor) -> Tensor:
@@ -37,6 +39,49 @@ def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
     """
     weights = weights.to(values.dtype)
     return ((values * weights).sum(1) / weights.sum(1).clamp_min(1e-6)).mean()
+
+
+def multi_crop_cross_entropy(targets: Tensor, global_logits: Tensor, local_logits: Tensor | None = None) -> Tensor:
+    """Return the mean cross-entropy over all pairs of a teacher's global view and a student's other view.
+
+    Every sample has equally many pairs, so the result does not depend on how the batch is cut.
+
+    Source: DINO, eq. 3 [R: DINO].
+
+    Args:
+        targets: (B, 2, K) float32 teacher probabilities of the global views.
+        global_logits: (B, 2, K) float32 student logits of the same views, divided by the student's temperature.
+        local_logits: (B, L, K) of the local views, or None.
+    """
+    pairs = [cross_entropy(targets, global_logits.flip(1))]  # (B, 2)
+    if local_logits is not None:
+        pairs.append(cross_entropy(targets[:, :, None], local_logits[:, None]).flatten(1))
+    return torch.cat(pairs, 1).mean()
+
+
+@dataclass(frozen=True)
+class PatchDistillation:
+    """What a step with a [CLS] and a patch term leaves for monitors; all detached."""
+
+    counts: Tensor  # (B, M) bool: the hidden tokens that hold body
+    teacher_cls: Tensor  # (B, 2, K) probabilities
+    student_cls: Tensor  # (B, 2, K) logits over the temperature
+    teacher_patch: Tensor  # (B, M, K) probabilities
+    student_patch: Tensor  # (B, M, K) logits over the temperature
+    cls: Tensor  # (B, 2, E) teacher
+    tokens: Tensor  # (B, M, E) teacher
+
+    def observations(self, scalars: dict[str, Tensor]) -> Observations:
+        """Return the rows that count, teacher and student paired as in the loss; selecting them waits for the host."""
+        return {
+            "teacher_cls": self.teacher_cls.flatten(0, 1),
+            "student_cls": self.student_cls.flip(1).flatten(0, 1),
+            "teacher_patch": self.teacher_patch[self.counts],
+            "student_patch": self.student_patch[self.counts],
+            "cls_features": self.cls.flatten(0, 1).float(),
+            "patch_features": self.tokens[self.counts].float(),
+            "scalars": scalars,
+        }
 
 
 class Centre(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from agssd.geometry import constant, correspondence, sample_tokens, token_centres
-from agssd.losses.distillation import Centre, cross_entropy, masked_mean, sinkhorn
+from agssd.losses.distillation import Centre, cross_entropy, masked_mean, multi_crop_cross_entropy, sinkhorn
 from agssd.losses.koleo import koleo
 from agssd.losses.reconstruction import patch_l1, standardise_patches
 from agssd.methods.base import PretrainModule
@@ -19,44 +19,16 @@ from agssd.models.backbone import Backbone
 from agssd.models.fuser import CrossViewFuser
 from agssd.models.heads import PrototypeHead, ReconstructionHead
 from agssd.schedules import linear
-from agssd.transforms.crops import OverlapCrops, ViewSet, box_in_view, extract
-from agssd.transforms.edges import (
-    MIN_FOREGROUND,
-    edge_magnitude,
-    entropy_scores,
-    foreground_share,
-    normalise_edges,
-    patch_scores,
-    patches_of,
-    standardise,
-    suppress_border,
-)
-from agssd.transforms.intensity import Appearance, to_model_range
+from agssd.transforms.crops import OverlapCrops
+from agssd.transforms.edges import patch_scores, patches_of, standardise, unpatch
+from agssd.transforms.intensity import Appearance
 from agssd.transforms.keyed_random import KeyedRandom
-from agssd.transforms.masking import draw_cuboids, draw_masks, masked_indices
-from agssd.types import LossTerms, Observations, ParentBatch, Triple, ViewPanel
+from agssd.transforms.masking import MaskSampler, gather_tokens, masked_indices
+from agssd.transforms.views import Views, body_of, in_hidden_view, make_views, mask_hidden_view, panel_of, pick
+from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
 _BIAS_PITCHES = 2.0  # standard deviation of the position bias, in token pitches of the other view
 _COUNTERPART_PITCHES = 1.5  # keys closer than this to a token's place are its counterpart
-
-
-@dataclass(frozen=True)
-class Views:
-    """The views of one micro-batch. ``hidden_view`` is the global view whose tokens are masked, drawn per sample."""
-
-    sample: Tensor  # (B,) int64
-    geometry: ViewSet
-    clean: Tensor  # (B, 2, C, D, H, W) float32 in the model's range
-    inputs: Tensor  # (B, 2, C, D, H, W) the same after appearance augmentation
-    locals: Tensor | None  # (B, L, C, d, h, w)
-    foreground: Tensor  # (B, 2, 1, D, H, W) bool
-    hidden_view: Tensor  # (B,) int64, 0 or 1
-    edges: Tensor  # (B, 1, D, H, W) in [0, 1], of the hidden view
-    is_ct: Tensor  # (B,) bool
-    low: Tensor  # (B, C)
-    high: Tensor  # (B, C)
-    edge_q99: Tensor  # (B, C)
-    spacing_mm: Tensor  # (B, 2, 3) of the global views
 
 
 @dataclass
@@ -204,10 +176,6 @@ class AGSSD(PretrainModule):
         self.mask_score = mask_score
         self.teacher_score = teacher_score
         self.teacher_score_edges = teacher_score_edges
-        self.mask_edge_share = mask_edge_share
-        self.mask_temperature = mask_temperature
-        self.mask_hints = mask_hints
-        self.mask_block = mask_block
         self.cvaa = cvaa
         self.fused_share = fused_share
         self.fused_share_cls = fused_share_cls
@@ -216,8 +184,17 @@ class AGSSD(PretrainModule):
         self.reconstruction_edges = reconstruction_edges
         self.norm_pix = norm_pix
         self.appearance = Appearance(**(appearance or {}))
-        self.patch: Triple = backbone.patch_size
+        self.patch = backbone.patch_size
         self.grid = backbone.token_grid(views.size_vox)
+        self.masks = MaskSampler(
+            self.grid,
+            self.patch,
+            "given" if mask_score == "teacher" else mask_score,
+            mask_block,
+            mask_edge_share,
+            mask_temperature,
+            mask_hints,
+        )
         if views.num_local:
             backbone.token_grid(views.local_size_vox)
 
@@ -248,15 +225,19 @@ class AGSSD(PretrainModule):
         self.centre_fused = Centre(num_prototypes, centre_momentum[1], rule)
         self._step: _Step | None = None
 
+    @property
+    def couples_samples(self) -> tuple[str, ...]:
+        """Sinkhorn and KoLeo, where they are chosen."""
+        sinkhorn_chosen = ("sinkhorn",) if self.assignment == "sinkhorn" else ()
+        return (*sinkhorn_chosen, "koleo") if self.weights["koleo"] else sinkhorn_chosen
+
     def schedules(self, progress: float) -> dict[str, float]:
         """Return every scheduled number at a share of the run."""
-        hot, cold = self.mask_temperature
         found = super().schedules(progress) | {
             "temperature_patch": linear(progress, *self.temperature_patch, finish=0.3),
             "fused_share": linear(progress, 0.0, self.fused_share, 0.05, 0.2),
             "fused_share_cls": linear(progress, 0.0, self.fused_share_cls, 0.1, 0.2),
-            "mask_edge_share": linear(progress, 0.0, self.mask_edge_share),
-            "mask_temperature": hot * (cold / hot) ** progress,
+            **self.masks.schedules(progress),
         }
         if self.assignment == "balance":
             found["balance_cls"] = (1 - progress) ** 2
@@ -265,93 +246,15 @@ class AGSSD(PretrainModule):
     # ---------------------------------------------------------------- CVAC
 
     def make_views(self, batch: ParentBatch) -> Views:
-        """Cut two global and the local views from every parent, and find the edges of the one to be masked.
-
-        Returns:
-            Views on the batch's device; a function of (seed, sample) and the parent crop.
-        """
-        sample, is_ct = batch["sample"], batch["is_ct"]
-        low, high = batch["low"], batch["high"]
-        raw = batch["image"].float() * batch["scale"][..., None, None, None] + batch["offset"][..., None, None, None]
-        parent = to_model_range(raw, low, high, is_ct)
-        geometry = self.views.sample(batch["foreground"], sample, self.seed)
-
-        channels = parent.shape[1]
-        stacked = torch.cat([parent, batch["foreground"].float()], 1)
-        cut = extract(stacked, geometry.globals, self.views.size_vox)
-        clean, foreground = cut[:, :, :channels], cut[:, :, channels:] > 0.5
-        inputs = self._appear(clean, is_ct, KeyedRandom(self.seed, sample, "appearance of global views"))
-        local_views = None
-        if geometry.locals is not None:
-            local_views = extract(parent, geometry.locals, self.views.local_size_vox)
-            local_views = self._appear(local_views, is_ct, KeyedRandom(self.seed, sample, "appearance of local views"))
-
-        hidden = (KeyedRandom(self.seed, sample, "hidden view").uniform(1)[:, 0] < 0.5).long()
-        spacing_mm = geometry.globals.spacing_mm(batch["spacing_mm"], self.views.size_vox)
-        views = Views(
-            sample=sample,
-            geometry=geometry,
-            clean=clean,
-            inputs=inputs,
-            locals=local_views,
-            foreground=foreground,
-            hidden_view=hidden,
-            edges=clean.new_zeros(()),
-            is_ct=is_ct,
-            low=low,
-            high=high,
-            edge_q99=batch["edge_q99"],
-            spacing_mm=spacing_mm,
-        )
-        return replace(views, edges=self._edges(views, hidden))
-
-    def _appear(self, views: Tensor, is_ct: Tensor, random: KeyedRandom) -> Tensor:
-        count = views.shape[1]
-        flat = self.appearance(rearrange(views, "b v ... -> (b v) ..."), is_ct.repeat_interleave(count), random, count)
-        return rearrange(flat, "(b v) ... -> b v ...", v=count)
-
-    def _edges(self, views: Views, which: Tensor) -> Tensor:
-        """Return the edge map (B, 1, D, H, W) of one global view per sample, from its clean intensities."""
-        clean = _pick(views.clean, which)
-        unit = torch.where(views.is_ct[:, None, None, None, None], clean, (clean + 1) / 2)
-        low, high = views.low[..., None, None, None], views.high[..., None, None, None]
-        magnitude = edge_magnitude(low + unit * (high - low), _pick(views.spacing_mm, which), views.is_ct)
-        magnitude = suppress_border(magnitude, _pick(views.foreground, which))
-        return normalise_edges(magnitude, views.edge_q99).amax(1, keepdim=True)
-
-    def _edges_of(self, views: Views, index: int) -> Tensor:
-        """Return the edge maps (2, D, H, W) of both global views of one sample."""
-        fields = ("clean", "foreground", "is_ct", "low", "high", "edge_q99", "spacing_mm")
-        one = replace(views, **{name: getattr(views, name)[index : index + 1] for name in fields})
-        return torch.stack([self._edges(one, torch.full_like(views.hidden_view[:1], v))[0, 0] for v in (0, 1)])
+        """Cut two global and the local views from every parent, and find the edges of the one to be masked."""
+        return make_views(batch, self.views, self.appearance, self.seed, with_edges=True)
 
     # ---------------------------------------------------------------- EAAM
 
-    @torch.no_grad()
-    def _mask(self, views: Views, body: Tensor, attention: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the mask (B, D', H', W') bool of the hidden view and each sample's nominal ratio (B,)."""
-        random = KeyedRandom(self.seed, views.sample, "mask")
-        ratio = random.between(*self.mask_ratio, 1)[:, 0]
-        if self.mask_score == "block":
-            return draw_cuboids(self.grid, ratio, random, self.mask_block), ratio
-        now = self.schedules(self.progress)
-        share = 0.0 if self.mask_score == "random" else now["mask_edge_share"]
-        hints = 0.0 if self.mask_score == "random" else self.mask_hints
-        scores = self._scores(views, body, attention)
-        mask = draw_masks(
-            scores, body, self.grid, ratio, share, now["mask_temperature"], hints, random, self.mask_block
-        )
-        return mask, ratio
-
-    def _scores(self, views: Views, body: Tensor, attention: Tensor | None) -> Tensor:
-        """Return (B, N) z-scores over the patches that hold body; 0 for flat volumes."""
-        if self.mask_score == "random":
-            return torch.zeros_like(body, dtype=torch.float32)
-        if self.mask_score == "entropy":
-            return standardise(entropy_scores(_pick(views.clean, views.hidden_view), self.patch), body)
+    def _teacher_scores(self, views: Views, body: Tensor, attention: Tensor | None) -> Tensor:
+        """Return (B, N) z-scores: edges mixed with what the teacher attends to or fails to reconstruct."""
+        assert views.edges is not None
         edges = standardise(patch_scores(views.edges, self.patch), body)
-        if self.mask_score == "edge":
-            return edges
         if self.teacher_score == "attention":
             assert attention is not None
             hard = attention.mean(1).flatten(1)
@@ -366,10 +269,10 @@ class AGSSD(PretrainModule):
         order = random.uniform(tokens).argsort(1)
         half = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, : tokens // 2], True)
         masks = torch.stack([half, ~half], 1).reshape(-1, *self.grid)  # (2B, ...)
-        inputs = repeat(_pick(views.inputs, views.hidden_view), "b ... -> (b two) ...", two=2)
+        inputs = repeat(pick(views.inputs, views.hidden_view), "b ... -> (b two) ...", two=2)
         features = cast(Backbone, self.teacher["backbone"]).forward_views([inputs], [masks])[0]
         predicted = rearrange(self.teacher["reconstruction"](features.tokens), "(b two) n p -> b two n p", two=2)
-        target = patches_of(_pick(views.clean, views.hidden_view), self.patch)
+        target = patches_of(pick(views.clean, views.hidden_view), self.patch)
         error = (predicted - target[:, None]).abs().mean(-1)  # (B, 2, N)
         return torch.where(half, error[:, 0], error[:, 1])
 
@@ -383,7 +286,7 @@ class AGSSD(PretrainModule):
             (B, N, N) float32 in token pitches of the other view (largest axis); valid (B, N) bool.
         """
         affine = views.geometry.globals.affine
-        u, valid = correspondence(_pick(affine, query_view), _pick(affine, 1 - query_view), self.grid)
+        u, valid = correspondence(pick(affine, query_view), pick(affine, 1 - query_view), self.grid)
         pitch = constant(self.grid, u.device) / 2
         offset = (u[:, :, None] - token_centres(self.grid, u.device)[None, None]) * pitch  # (B, N, N, 3)
         bias = -(offset**2).sum(-1) / (2 * _BIAS_PITCHES**2)
@@ -412,52 +315,38 @@ class AGSSD(PretrainModule):
         """Return the objective of one micro-batch: ``cls + patch + 10 rec`` by default."""
         self._step = None  # frees the last step before this one needs the memory
         now = self.schedules(self.progress)
-        batch = views.sample.shape[0]
         hidden = views.hidden_view
-        both = rearrange(views.inputs, "b v ... -> (b v) ...")
 
         with torch.no_grad():
             encoder = cast(Backbone, self.teacher["backbone"])
             encoder.record_cls_attention = self.mask_score == "teacher" and self.teacher_score == "attention"
-            seen = encoder.forward_views([both])[0]
-            attention = None
-            if encoder.record_cls_attention:
-                assert encoder.last_cls_attention is not None
-                attention = _pick(rearrange(encoder.last_cls_attention[0], "(b v) ... -> b v ...", v=2), hidden)
-                encoder.last_cls_attention = None
-            teacher_cls = rearrange(seen.cls, "(b v) e -> b v e", v=2)
-            teacher_tokens = rearrange(seen.tokens, "(b v) n e -> b v n e", v=2)
-            body = foreground_share(_pick(views.foreground, hidden), self.patch) >= MIN_FOREGROUND  # (B, N)
-            mask, ratio = self._mask(views, body, attention)
+            seen = encoder.forward_crops(views.inputs)
+            teacher_cls, teacher_tokens = seen.cls, seen.tokens
+            attention = None if seen.attention is None else pick(seen.attention, hidden)
+            body = body_of(pick(views.foreground, hidden), self.patch)
+            given = self._teacher_scores(views, body, attention) if self.mask_score == "teacher" else None
+            mask, ratio = mask_hidden_view(views, body, self.masks, self.mask_ratio, self.seed, self.progress, given)
             flat_mask = mask.flatten(1)
-            # Not round(): in float32 a half may round the other way, and a hidden token would miss the loss.
-            block = self.mask_block**3
-            limit = max(1, math.ceil(self.mask_ratio[1] * (flat_mask.shape[1] // block))) * block
-            index, used = masked_indices(flat_mask, limit)
+            index, used = masked_indices(flat_mask, self.masks.limit(self.mask_ratio[1]))
             counts = used & body.gather(1, index)  # (B, M): hidden tokens that hold body
 
         # Student: the masked and the clean global view, and the local views, in one pass.
-        is_hidden = torch.arange(2, device=hidden.device) == hidden[:, None]
-        masks = rearrange(mask[:, None] & is_hidden[:, :, None, None, None], "b v ... -> (b v) ...")
-        groups, group_masks = [both], cast("list[Tensor | None]", [masks])
-        if views.locals is not None:
-            groups.append(rearrange(views.locals, "b v ... -> (b v) ..."))
-            group_masks.append(None)
         student = cast(Backbone, self.student["backbone"])
-        features = student.forward_views(groups, group_masks, self._drop_noise(views))
-        student_cls = rearrange(features[0].cls, "(b v) e -> b v e", v=2)
-        student_tokens = rearrange(features[0].tokens, "(b v) n e -> b v n e", v=2)
-        hidden_tokens = _pick(student_tokens, hidden)
+        seen_by_student = student.forward_crops(
+            views.inputs, views.locals, in_hidden_view(mask, hidden), self._drop_noise(views)
+        )
+        student_cls, student_tokens = seen_by_student.cls, seen_by_student.tokens
+        hidden_tokens = pick(student_tokens, hidden)
 
         # Patches within the masked view.
         with torch.no_grad():
-            own = _pick(teacher_tokens, hidden)
+            own = pick(teacher_tokens, hidden)
             observed = counts if self.training else None
-            teacher_logits = self.teacher["patch_head"](_gather(own, index), observed)
+            teacher_logits = self.teacher["patch_head"](gather_tokens(own, index), observed)
             targets = self._targets(teacher_logits, self.centre_patch, now["temperature_patch"], counts)
             if self.cvaa == "teacher":
                 targets = self._compensated(views, targets, own, teacher_tokens, index, counts, now)
-        student_logits = self.student["patch_head"](_gather(hidden_tokens, index)) / self.temperature_student
+        student_logits = self.student["patch_head"](gather_tokens(hidden_tokens, index)) / self.temperature_student
         plain = cross_entropy(targets, student_logits)
         loss_patch = masked_mean(plain, counts)
         fused, fused_cls = None, None
@@ -479,20 +368,19 @@ class AGSSD(PretrainModule):
                 )
                 cls_targets = torch.lerp(cls_targets, fused_targets, now["fused_share_cls"])
         cls_student = self.student["cls_head"](student_cls) / self.temperature_student
-        pairs = [cross_entropy(cls_targets, cls_student.flip(1))]  # (B, 2)
-        if views.locals is not None:
-            local_cls = rearrange(features[1].cls, "(b v) e -> b v e", b=batch)
-            local_student = self.student["cls_head"](local_cls) / self.temperature_student
-            pairs.append(cross_entropy(cls_targets[:, :, None], local_student[:, None]).flatten(1))
-        loss_cls = torch.cat(pairs, 1).mean()
+        local_student = None
+        if seen_by_student.local_cls is not None:
+            local_student = self.student["cls_head"](seen_by_student.local_cls) / self.temperature_student
+        loss_cls = multi_crop_cross_entropy(cls_targets, cls_student, local_student)
 
         # Voxels of hidden patches.
-        prediction = self.student["reconstruction"](_gather(hidden_tokens, index))
-        clean = _pick(views.clean, hidden)
-        target = _gather(patches_of(clean, self.patch), index)
+        prediction = self.student["reconstruction"](gather_tokens(hidden_tokens, index))
+        clean = pick(views.clean, hidden)
+        target = gather_tokens(patches_of(clean, self.patch), index)
         if self.norm_pix:
             target = standardise_patches(target, clean.std((1, 2, 3, 4)))
-        edges = _gather(patches_of(views.edges.expand_as(clean), self.patch), index)
+        assert views.edges is not None
+        edges = gather_tokens(patches_of(views.edges.expand_as(clean), self.patch), index)
         loss_rec = patch_l1(prediction, target, 1 + self.reconstruction_edges * edges, counts)
 
         terms = {"cls": loss_cls, "patch": loss_patch, "rec": loss_rec}
@@ -516,19 +404,12 @@ class AGSSD(PretrainModule):
             fused=None if fused is None else fused.detach(),
             ratio=ratio,
         )
-        return LossTerms(total, terms, (features[0].tokens, *(group.cls for group in features)))
+        return LossTerms(total, terms, seen_by_student.shared)
 
     def _drop_noise(self, views: Views) -> list[Tensor | None]:
         """Return uniforms per view and block for stochastic depth, keyed by sample; none outside training."""
-        encoder = cast(Backbone, self.student["backbone"])
-        local_count = 0 if views.locals is None else views.locals.shape[1]
-        if not self.training:
-            return [None] * (2 if local_count else 1)
-        noise = KeyedRandom(self.seed, views.sample, "drop path").uniform(2 + local_count, encoder.depth)
-        flat: list[Tensor | None] = [rearrange(noise[:, :2], "b v l -> (b v) l")]
-        if local_count:
-            flat.append(rearrange(noise[:, 2:], "b v l -> (b v) l"))
-        return flat
+        groups = (2,) if views.locals is None else (2, views.locals.shape[1])
+        return self.drop_noise(views.sample, *groups)
 
     def _fused(
         self,
@@ -546,12 +427,12 @@ class AGSSD(PretrainModule):
         hidden = views.hidden_view
         bias, distance, _ = self._position_bias(views, hidden)
         forbidden = self._forbidden(views, mask, distance) if self.training else None
-        query = torch.cat([_pick(student_cls, hidden)[:, None], _pick(student_tokens, hidden)], 1)
-        memory = _pick(teacher_tokens, 1 - hidden)
+        query = torch.cat([pick(student_cls, hidden)[:, None], pick(student_tokens, hidden)], 1)
+        memory = pick(teacher_tokens, 1 - hidden)
         fused_cls = None
         if self.cvaa == "casa":
             # One block: the student's with the student's keys, its moving average with the teacher's as target.
-            fused = self.student["fuser"](query, _pick(student_tokens, 1 - hidden), bias, forbidden)
+            fused = self.student["fuser"](query, pick(student_tokens, 1 - hidden), bias, forbidden)
             with torch.no_grad():
                 fused_teacher = self.teacher["fuser"](query, memory, bias)
         else:
@@ -565,11 +446,11 @@ class AGSSD(PretrainModule):
                 biases = torch.stack([as_first, as_second], 1).flatten(0, 1)
                 out = rearrange(self.teacher["fuser"](queries, memories, biases), "(b v) n e -> b v n e", v=2)
                 fused_cls = out[:, :, 0]
-                fused_teacher = _pick(out, hidden)
+                fused_teacher = pick(out, hidden)
         with torch.no_grad():
-            logits = self.teacher["patch_head"](_gather(fused_teacher[:, 1:], index))
+            logits = self.teacher["patch_head"](gather_tokens(fused_teacher[:, 1:], index))
             targets = self._targets(logits, self.centre_fused, now["temperature_patch"], counts)
-        student_logits = self.student["patch_head"](_gather(fused[:, 1:], index)) / self.temperature_student
+        student_logits = self.student["patch_head"](gather_tokens(fused[:, 1:], index)) / self.temperature_student
         return cross_entropy(targets, student_logits), fused_cls
 
     def _compensated(
@@ -585,12 +466,12 @@ class AGSSD(PretrainModule):
         """Return targets mixed with those of the aligned tokens of the other view (``cvaa="teacher"``)."""
         affine = views.geometry.globals.affine
         hidden = views.hidden_view
-        u, valid = correspondence(_pick(affine, hidden), _pick(affine, 1 - hidden), self.grid)
-        other = sample_tokens(_pick(teacher_tokens, 1 - hidden).float(), self.grid, u)
+        u, valid = correspondence(pick(affine, hidden), pick(affine, 1 - hidden), self.grid)
+        other = sample_tokens(pick(teacher_tokens, 1 - hidden).float(), self.grid, u)
         agreement = nn.functional.cosine_similarity(own.float(), other, dim=-1).clamp_min(0)
         ramp = now["fused_share"] / self.fused_share if self.fused_share else 0.0
         share = (0.3 * ramp * valid * agreement).gather(1, index)[..., None]
-        logits = self.teacher["patch_head"](_gather(other, index))
+        logits = self.teacher["patch_head"](gather_tokens(other, index))
         aligned = self._targets(logits, self.centre_patch, now["temperature_patch"], counts, observe=False)
         mixed: Tensor = (1 - share) * targets + share * aligned
         return mixed
@@ -624,7 +505,9 @@ class AGSSD(PretrainModule):
                 "teacher_patch": step.teacher_patch[step.counts],
                 "student_patch": step.student_patch[step.counts],
                 "cls_features": step.cls_features,
-                "patch_features": _gather(_pick(step.tokens, step.views.hidden_view), step.index)[step.counts].float(),
+                "patch_features": gather_tokens(pick(step.tokens, step.views.hidden_view), step.index)[
+                    step.counts
+                ].float(),
                 "centre_norm_cls": self.centre_cls.centre.norm(),
                 "centre_norm_patch": self.centre_patch.centre.norm(),
                 "scalars": self._figures(step) | self.gradient_norms,
@@ -643,14 +526,15 @@ class AGSSD(PretrainModule):
             "mask_ratio": step.mask.float().mean(),
             "mask_foreground": counts.sum() / step.mask.sum().clamp_min(1),
         }
+        assert views.edges is not None
         scores = patch_scores(views.edges, self.patch)
         figures["mask_edge_mass"] = (scores * step.mask).sum() / scores.sum().clamp_min(1e-6)
 
         affine = geometry.globals.affine
-        u, valid = correspondence(_pick(affine, hidden), _pick(affine, 1 - hidden), self.grid)
+        u, valid = correspondence(pick(affine, hidden), pick(affine, 1 - hidden), self.grid)
         figures["overlap_tokens"] = valid.float().mean()
-        own = nn.functional.normalize(_pick(step.tokens, hidden).float(), dim=-1, eps=1e-6)
-        other = _pick(step.tokens, 1 - hidden).float()
+        own = nn.functional.normalize(pick(step.tokens, hidden).float(), dim=-1, eps=1e-6)
+        other = pick(step.tokens, 1 - hidden).float()
         aligned = nn.functional.normalize(sample_tokens(other, self.grid, u), dim=-1, eps=1e-6)
         mean_other = nn.functional.normalize(other, dim=-1, eps=1e-6).mean(1, keepdim=True)
         figures["cosine_corresponding"] = _mean_where((own * aligned).sum(-1), valid)
@@ -666,7 +550,7 @@ class AGSSD(PretrainModule):
         mean = (step.target * weight).sum((1, 2), keepdim=True) / total
         figures["rec_l1"] = _mean_where((step.prediction - step.target).abs(), weight > 0)
         figures["rec_l1_of_mean"] = _mean_where((mean - step.target).abs(), weight > 0)
-        edges = _gather(patch_scores(views.edges, self.patch)[..., None], step.index)[..., 0]
+        edges = gather_tokens(patch_scores(views.edges, self.patch)[..., None], step.index)[..., 0]
         middle = edges.median(1, keepdim=True).values
         error = (step.prediction - step.target).pow(2).mean(-1)
         span = torch.where(views.is_ct, 1.0, 2.0)[:, None]
@@ -686,47 +570,16 @@ class AGSSD(PretrainModule):
             raise IndexError(f"sample {index} is not in the last batch")
         views = step.views
         hidden = int(views.hidden_view[index])
-        size = self.views.size_vox
-        both = self._edges_of(views, index)
-        mask = torch.zeros(2, *self.grid, dtype=torch.bool, device=both.device)
-        mask[hidden] = step.mask[index].reshape(self.grid)
-        clean = views.clean[index, :, 0]
-        reconstruction = clean.clone()
+        reconstruction = views.clean[index, :, 0].clone()
         if not self.norm_pix:
-            channels = views.clean.shape[2]
-            patches = patches_of(views.clean[index, hidden][None], self.patch)[0].clone()
+            patches = patches_of(views.clean[index, hidden][None], self.patch).clone()
             shown = step.mask[index].gather(0, step.index[index])
-            patches[step.index[index][shown]] = step.prediction[index][shown].to(patches.dtype)
-            d, h, w = self.grid
-            p, q, r = self.patch
-            whole = rearrange(
-                patches, "(d h w) (p q r c) -> c (d p) (h q) (w r)", d=d, h=h, w=w, p=p, q=q, r=r, c=channels
-            )
-            reconstruction[hidden] = whole[0]
-        geometry = views.geometry
-        boxes = torch.stack([box_in_view(geometry.globals, v, geometry.overlap_box, size)[index] for v in (0, 1)])
-        panel: ViewPanel = {
-            "globals": views.inputs[index, :, 0],
-            "clean": clean,
-            "edges": both,
-            "mask": mask,
-            "reconstruction": reconstruction,
-            "overlap_box": boxes,
-            "attention": cast(Backbone, self.teacher["backbone"]).cls_attention(views.inputs[index]),
-        }
-        if views.locals is not None:
-            panel["locals"] = views.locals[index, :, 0]
+            patches[0, step.index[index][shown]] = step.prediction[index][shown].to(patches.dtype)
+            reconstruction[hidden] = unpatch(patches, self.grid, self.patch)[0, 0]
+        masks = in_hidden_view(step.mask.unflatten(1, self.grid), views.hidden_view)
+        panel = panel_of(views, index, masks, reconstruction)
+        panel["attention"] = cast(Backbone, self.teacher["backbone"]).cls_attention(views.inputs[index])
         return panel
-
-
-def _pick(x: Tensor, view: Tensor) -> Tensor:
-    """Return (B, ...): view ``view`` (B,) of each sample of (B, V, ...)."""
-    return x[torch.arange(x.shape[0], device=x.device), view]
-
-
-def _gather(tokens: Tensor, index: Tensor) -> Tensor:
-    """Return (B, M, E): tokens (B, N, E) at positions (B, M)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def _histogram(name: str, values: Tensor, bins: int = 5) -> dict[str, Tensor]:

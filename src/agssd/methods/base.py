@@ -16,6 +16,7 @@ from agssd.distributed import all_sum, world_size
 from agssd.models.backbone import Backbone
 from agssd.models.ema import update_ema
 from agssd.schedules import cosine, warmup_cosine
+from agssd.transforms.keyed_random import drop_path_noise
 from agssd.types import LossTerms, ParentBatch
 
 
@@ -83,6 +84,25 @@ class PretrainModule(L.LightningModule, ABC):
             "lr": warmup_cosine(progress, self.lr, self.min_lr, self.warmup),
             "weight_decay": cosine(progress, *self.weight_decay),
         }
+
+    @property
+    def couples_samples(self) -> tuple[str, ...]:
+        """What lets samples of a micro-batch meet in the loss, so that accumulation changes the result; mostly none.
+
+        Ranks change nothing even then: what couples samples gathers over them.
+        """
+        return ()
+
+    def drop_noise(self, sample: Tensor, *num_views: int) -> list[Tensor | None]:
+        """Return the student's draws for stochastic depth per group of views, keyed by sample; none outside training.
+
+        Args:
+            sample: (B,) int64.
+            num_views: views per sample of each group.
+        """
+        if not self.training:
+            return [None] * len(num_views)
+        return drop_path_noise(self.seed, sample, cast(Backbone, self.student["backbone"]).depth, num_views)
 
     # ------------------------------------------------------------ teacher
 

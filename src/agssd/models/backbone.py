@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from agssd.types import Features, Triple
+
+
+class CropFeatures(NamedTuple):
+    """Features of the views of B samples: two global views and L local ones."""
+
+    cls: Tensor  # (B, 2, E)
+    tokens: Tensor  # (B, 2, N, E)
+    local_cls: Tensor | None  # (B, L, E)
+    attention: Tensor | None  # (B, 2, heads, D', H', W') of the global [CLS], where record_cls_attention is set
+    shared: tuple[Tensor, ...]  # normed outputs that losses read, as LossTerms.shared names them
 
 
 class Backbone(nn.Module, ABC):
@@ -71,6 +81,54 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: if a shape does not fit.
         """
+
+    def forward_crops(
+        self,
+        global_views: Tensor,
+        local_views: Tensor | None = None,
+        mask: Tensor | None = None,
+        drop_noise: list[Tensor | None] | None = None,
+    ) -> CropFeatures:
+        """Return features of two global views and the local views of every sample, in one pass.
+
+        Args:
+            global_views: (B, 2, C, D, H, W).
+            local_views: (B, L, C, d, h, w) or None.
+            mask: (B, 2, D', H', W') bool of the global views, True = hidden, or None.
+            drop_noise: as for :meth:`forward_views`, for one group of global and one of local views.
+        """
+        groups = [global_views.flatten(0, 1)]
+        masks = [None if mask is None else mask.flatten(0, 1)]
+        if local_views is not None:
+            groups.append(local_views.flatten(0, 1))
+            masks.append(None)
+        features = self.forward_views(groups, masks, drop_noise)
+        batch = global_views.shape[0]
+        cls, tokens = features[0].cls.unflatten(0, (batch, 2)), features[0].tokens.unflatten(0, (batch, 2))
+        local_cls = None if local_views is None else features[1].cls.unflatten(0, (batch, -1))
+        attention = None
+        if self.record_cls_attention and self.last_cls_attention is not None:
+            attention, self.last_cls_attention = self.last_cls_attention[0].unflatten(0, (batch, 2)), None
+        return CropFeatures(cls, tokens, local_cls, attention, (features[0].tokens, *(group.cls for group in features)))
+
+    def forward_visible(self, x: Tensor, visible: Tensor, drop_noise: Tensor | None = None) -> Features:
+        """Return features of volumes of which only some patches enter the encoder; cost follows their number.
+
+        Args:
+            x: (B, C, D, H, W).
+            visible: (B, M) int64, positions of these patches in the raster order of the grid.
+            drop_noise: (B, depth) uniforms in [0, 1) for stochastic depth, or None for no drop.
+
+        Returns:
+            ``tokens`` (B, M, E) in the order of ``visible``, ``grid`` that of the whole volume, no ``levels``.
+
+        Raises:
+            ValueError: if this encoder cannot leave tokens out, or a shape does not fit.
+        """
+        raise ValueError(f"{type(self).__name__} cannot leave tokens out; use a ViT, or SimMIM instead of MAE")
+
+    def freeze_mask_token(self) -> None:
+        """Stop training what only masked views would train; called by recipes that mask nothing by a token."""
 
     def cls_attention(self, x: Tensor) -> Tensor:
         """Return the attention of [CLS] to each token in the last block, (B, heads, D', H', W').

@@ -14,7 +14,7 @@ SINCOS_EXTENT = 16.0  # radians of the fastest wave across the view: 2.5 periods
 SINCOS_TEMPERATURE = 100.0  # fastest over slowest wave
 ROTARY_TEMPERATURE = 100.0
 
-Rotation = tuple[Tensor, Tensor]  # cos, sin, each (L, head_dim) float32
+Rotation = tuple[Tensor, Tensor]  # cos, sin, each (L, head_dim) float32, or (B, 1, L, head_dim)
 
 
 def axis_coordinates(grid: Triple, device: torch.device | None = None) -> Tensor:

@@ -364,9 +364,26 @@ class ViT(Backbone):
         x, groups, grids = self._embed(views, empty if masks is None else masks)
         rotations = [self._rotation(grid) for grid in grids] if self.rotary else None
         keep = self._keep_factors(empty if noise is None else noise, groups, x)
+        normed, states = self._run(x, groups, grids, rotations, keep, keep_states)
+        return normed, states, grids
+
+    def _run(
+        self,
+        x: Tensor,
+        groups: tuple[Group, ...],
+        grids: list[Triple] | None,
+        rotations: list[Rotation] | None,
+        keep: Tensor | None,
+        keep_states: tuple[int, ...],
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Return per group the normed tokens (B, L, E) and the wanted hidden states, from embedded tokens (T, E).
+
+        Without ``grids``, where tokens are left out, no attention of [CLS] is recorded.
+        """
         states = []
         for i, block in enumerate(self.blocks):
-            if self.record_cls_attention and i == self.depth - 1 and self.cls_token is not None:
+            last = i == self.depth - 1
+            if self.record_cls_attention and last and self.cls_token is not None and grids is not None:
                 with torch.no_grad():
                     self.last_cls_attention = self._cls_rows(x, groups, grids, rotations)
             x = block(x, groups, rotations, None if keep is None else keep[i])
@@ -377,7 +394,7 @@ class ViT(Backbone):
             parts = torch.split(flat, [g.samples * g.length for g in groups])
             return [part.view(g.samples, g.length, -1) for part, g in zip(parts, groups, strict=True)]
 
-        return per_group(self.norm(x)), [per_group(state) for state in states], grids
+        return per_group(self.norm(x)), [per_group(state) for state in states]
 
     def _features(self, tokens: Tensor, grid: Triple, levels: list[Tensor]) -> Features:
         patches = tokens[:, self.num_prefix :]
@@ -436,6 +453,46 @@ class ViT(Backbone):
             return []
         normed, _, grids = self._blocks(views, masks, drop_noise)
         return [self._features(tokens, grid, []) for tokens, grid in zip(normed, grids, strict=True)]
+
+    def forward_visible(self, x: Tensor, visible: Tensor, drop_noise: Tensor | None = None) -> Features:
+        """Return features (B, M, E) of the patches at positions ``visible`` (B, M), which alone are embedded.
+
+        Their positions, additive and rotary, are those they have in the whole view.
+
+        Source: the asymmetric encoder of MAE [R: MAE].
+
+        Args:
+            x: (B, C, D, H, W).
+            visible: (B, M) int64.
+            drop_noise: (B, depth) uniforms in [0, 1), or None.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        grid = self.check_input(x)
+        count = x.shape[0]
+        if visible.ndim != 2 or visible.shape[0] != count:
+            raise ValueError(f"visible has shape {tuple(visible.shape)}; expected (B, M) with B = {count}")
+        patches = self._patchify(x).unflatten(0, (count, -1))
+        patches = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[-1]))
+        embedded = F.linear(patches, self.patch_weight.flatten(1), self.patch_bias)
+        prefix = [token.expand(count, -1, -1) for token in (self.cls_token, self.registers) if token is not None]
+        tokens = torch.cat([*prefix, embedded + self.position(grid).to(self.mask_token.dtype)[visible]], dim=1)
+        groups = (Group(count, tokens.shape[1]),)
+        rotations: list[Rotation] | None = None
+        if self.rotary:
+            ahead = torch.arange(self.num_prefix, device=x.device).expand(count, -1)
+            places = torch.cat([ahead, visible + self.num_prefix], 1)
+            cos, sin = (part[places][:, None] for part in self._rotation(grid))  # (B, 1, L, d)
+            rotations = [(cos, sin)]
+        flat = tokens.flatten(0, 1)
+        keep = self._keep_factors([drop_noise], groups, flat)
+        normed, _ = self._run(flat, groups, None, rotations, keep, ())
+        return self._features(normed[0], grid, [])
+
+    def freeze_mask_token(self) -> None:
+        """Stop training the token that replaces hidden patches."""
+        self.mask_token.requires_grad_(False)
 
     def cls_attention(self, x: Tensor) -> Tensor:
         """Return attention of [CLS] to each patch in the last block, (B, heads, D', H', W') float32.

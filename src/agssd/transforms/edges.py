@@ -80,6 +80,13 @@ def patches_of(image: Tensor, patch: Triple) -> Tensor:
     return rearrange(image, "b c (d p) (h q) (w r) -> b (d h w) (p q r c)", p=patch[0], q=patch[1], r=patch[2])
 
 
+def unpatch(patches: Tensor, grid: Triple, patch: Triple) -> Tensor:
+    """Return (B, C, D, H, W) from patches (B, N, patch voxels * C): the inverse of :func:`patches_of`."""
+    d, h, w = grid
+    p, q, r = patch
+    return rearrange(patches, "b (d h w) (p q r c) -> b c (d p) (h q) (w r)", d=d, h=h, w=w, p=p, q=q, r=r)
+
+
 def patch_scores(edges: Tensor, patch: Triple) -> Tensor:
     """Return (B, N): mean of the strongest quarter of the voxels of each patch of ``edges`` (B, C, D, H, W)."""
     voxels = patches_of(edges.amax(1, keepdim=True), patch)

@@ -83,3 +83,16 @@ class KeyedRandom:
     def between(self, low: float, high: float, *shape: int) -> Tensor:
         """Return (B, *shape) float32, uniform in (low, high)."""
         return low + (high - low) * self.uniform(*shape)
+
+
+def drop_path_noise(seed: int, sample: Tensor, depth: int, num_views: tuple[int, ...]) -> list[Tensor | None]:
+    """Return uniforms for stochastic depth per group of views: (B * views, depth), views of a sample side by side.
+
+    Args:
+        seed: seed of the run.
+        sample: (B,) int64.
+        depth: number of skippable blocks of the encoder.
+        num_views: views per sample of each group.
+    """
+    noise = KeyedRandom(seed, sample, "drop path").uniform(sum(num_views), depth)
+    return [part.flatten(0, 1) for part in noise.split(num_views, dim=1)]

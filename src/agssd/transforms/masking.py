@@ -7,13 +7,20 @@ and the background rules are ours (docs/method.md §1.3).
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
 from agssd.geometry import constant
+from agssd.schedules import linear
+from agssd.transforms.edges import entropy_scores, patch_scores, standardise
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.types import Triple
+
+MaskScore = Literal["random", "block", "edge", "entropy", "given"]
 
 BACKGROUND_WEIGHT = 0.2  # of a background token in the random quota
 # Edges as shares of the grid (ours). On average 32 such cuboids cover 0.90 of 6³ tokens; the rest is filled at random.
@@ -128,6 +135,108 @@ def draw_cuboids(grid: Triple, ratio: Tensor, random: KeyedRandom, block: int = 
     first = torch.where(covered.any(1), covered.float().argmax(1), _CUBOIDS)  # (B, n): the cuboid that hides a token
     hidden = _take(-first + random.uniform(covered.shape[2]), mask_counts(ratio, grid, block))
     return _spread(hidden, coarse, block)
+
+
+class MaskSampler:
+    """Draws the masks of a recipe's views: at random, in cuboids, or easy to hard by a score of each patch.
+
+    The share of hidden tokens drawn by score rises from 0 to ``score_share`` over the run, and the temperature of that
+    draw goes from the first to the second of ``temperature``, linear in its logarithm.
+
+    Args:
+        grid: token grid of a view.
+        patch: voxels of a token.
+        score: ``"random"``; ``"block"`` for unions of cuboids; or what is preferred: ``"edge"`` (strong edges),
+            ``"entropy"`` (of local intensities), ``"given"`` (z-scores that the recipe brings, of a teacher's attention
+            or of its reconstruction loss, say).
+        block: tokens per side of a hidden block.
+        score_share: share of the hidden tokens drawn by score at the end of the run.
+        temperature: first and last.
+        hints: share of hidden tokens of the strongest patches that are shown after all.
+    """
+
+    def __init__(
+        self,
+        grid: Triple,
+        patch: Triple,
+        score: MaskScore = "random",
+        block: int = 1,
+        score_share: float = 0.5,
+        temperature: tuple[float, float] = (4.0, 1.0),
+        hints: float = 0.1,
+    ) -> None:
+        self.grid = grid
+        self.patch = patch
+        self.score = score
+        self.block = block
+        self.score_share = score_share
+        self.temperature = temperature
+        self.hints = hints
+
+    def schedules(self, progress: float) -> dict[str, float]:
+        """Return share and temperature of the draw by score at a share of the run."""
+        hot, cold = self.temperature
+        return {
+            "mask_edge_share": linear(progress, 0.0, self.score_share),
+            "mask_temperature": hot * (cold / hot) ** progress,
+        }
+
+    def scores(self, body: Tensor, image: Tensor, edges: Tensor | None, given: Tensor | None = None) -> Tensor:
+        """Return (B, N) z-scores over the patches that hold body; 0 for flat volumes and where no score is used."""
+        if self.score == "given":
+            assert given is not None, "the recipe brings the scores"
+            return given
+        if self.score == "edge":
+            assert edges is not None, "the recipe asks for edges where they are the score"
+            return standardise(patch_scores(edges, self.patch), body)
+        if self.score == "entropy":
+            return standardise(entropy_scores(image, self.patch), body)
+        return torch.zeros_like(body, dtype=torch.float32)
+
+    def draw(
+        self,
+        random: KeyedRandom,
+        ratio: Tensor,
+        progress: float,
+        body: Tensor,
+        image: Tensor,
+        edges: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        """Return masks (B, *grid) bool, True = hidden, with an exact count; see :func:`draw_masks`.
+
+        Args:
+            random: keyed by the B views.
+            ratio: (B,) float32, share of hidden tokens.
+            progress: share of the run that is done.
+            body: (B, N) bool, patches that hold body.
+            image: (B, C, D, H, W) float32, the clean views.
+            edges: (B, 1, D, H, W) their edge maps, for ``score="edge"``.
+            given: (B, N) float32 z-scores, for ``score="given"``.
+
+        Raises:
+            ValueError: if ``block`` does not divide the grid.
+        """
+        if self.score == "block":
+            return draw_cuboids(self.grid, ratio, random, self.block)
+        now, by_score = self.schedules(progress), self.score != "random"
+        share, hints = (now["mask_edge_share"], self.hints) if by_score else (0.0, 0.0)
+        scores = self.scores(body, image, edges, given)
+        return draw_masks(scores, body, self.grid, ratio, share, now["mask_temperature"], hints, random, self.block)
+
+    def limit(self, ratio: float) -> int:
+        """Return at least the number of hidden tokens of a view of which the share ``ratio`` or less is hidden."""
+        # Not round(): in float32 a half may round the other way, and a hidden token would miss the loss.
+        return max(1, math.ceil(ratio * (math.prod(self.grid) // self.block**3))) * self.block**3
+
+    def exact(self, ratio: float) -> int:
+        """Return the number of hidden tokens of a view of which the share ``ratio`` is hidden."""
+        return int(mask_counts(torch.tensor([ratio]), self.grid, self.block)) * self.block**3
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """Return (B, M, E): tokens (B, N, E) at positions (B, M)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def masked_indices(mask: Tensor, limit: int) -> tuple[Tensor, Tensor]:

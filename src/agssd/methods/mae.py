@@ -1,0 +1,217 @@
+"""MAE: an encoder that sees the visible patches alone, and a light decoder that predicts the others."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from agssd.losses.reconstruction import patch_mse, standardise_patches
+from agssd.methods.base import PretrainModule
+from agssd.models.backbone import Backbone
+from agssd.models.heads import ReconstructionHead
+from agssd.models.position import sincos_position
+from agssd.models.vit import Block, Group
+from agssd.transforms.crops import OverlapCrops
+from agssd.transforms.edges import patches_of, standardise, unpatch
+from agssd.transforms.keyed_random import KeyedRandom
+from agssd.transforms.masking import MaskSampler, gather_tokens, masked_indices
+from agssd.transforms.views import Views, body_of, make_views, mask_both_views, panel_of
+from agssd.types import Features, LossTerms, ParentBatch, Triple, ViewPanel
+
+
+class Decoder(nn.Module):
+    """Transformer blocks over all tokens of a view: encoded where visible, a learned token elsewhere.
+
+    Source: He et al., CVPR 2022 [paper]; fixed positions over the extent of the view as in our encoder.
+
+    Args:
+        encoder_dim: E of the encoder.
+        grid: token grid of a view.
+        patch: voxels of a token.
+        channels: C.
+        dim: width of the decoder.
+        depth: number of blocks.
+        num_heads: attention heads; divides ``dim``.
+
+    Raises:
+        ValueError: if ``num_heads`` does not divide ``dim``.
+    """
+
+    position: Tensor
+
+    def __init__(
+        self, encoder_dim: int, grid: Triple, patch: Triple, channels: int, dim: int, depth: int, num_heads: int
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"decoder_dim {dim} is not divisible by decoder_heads {num_heads}")
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.randn(dim) * 0.02)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, 4.0, None) for _ in range(depth))
+        self.head = ReconstructionHead(dim, patch, channels)
+        self.register_buffer("position", sincos_position(grid, dim), persistent=False)
+        for module in (self.embed, *self.blocks.modules()):
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features: Features, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Return the predicted voxels (B, H, P) float32 of hidden patches.
+
+        Args:
+            features: of the visible patches, tokens (B, V, E).
+            visible: (B, V) int64, their positions.
+            hidden: (B, H) int64, positions of the patches to predict.
+        """
+        seen = self.embed(torch.cat([features.cls[:, None], features.tokens], 1)).float()
+        batch, dim = seen.shape[0], seen.shape[2]
+        tokens = self.mask_token.expand(batch, len(self.position), dim)
+        tokens = tokens.scatter(1, visible[..., None].expand(-1, -1, dim), seen[:, 1:]) + self.position
+        x = torch.cat([seen[:, :1], tokens], 1)
+        group = Group(batch, x.shape[1])
+        flat = x.flatten(0, 1)
+        for block in self.blocks:
+            flat = block(flat, (group,))
+        decoded: Tensor = self.head(gather_tokens(flat.unflatten(0, (batch, -1))[:, 1:], hidden))
+        return decoded
+
+
+class MAE(PretrainModule):
+    """Masked autoencoder: the encoder gets the visible patches alone, so its cost follows their share.
+
+    Each of a sample's two global views is masked by a draw of its own; no augmentation of intensities. With
+    ``mask_score="reconstruction"`` what a momentum teacher predicts badly is hidden first, as AnatoMask does: the
+    teacher predicts each patch from a random half of the others, and it is the teacher that is exported.
+
+    Source: He et al., CVPR 2022, arXiv 2111.06377 [paper]: ratio 0.75, light decoder with a mask token of its own,
+    MSE of standardised patches over hidden patches alone; in 3D SelfMedMAE [R: SelfMedMAE] and nnssl [R: nnssl];
+    loss-guided masks: Li et al., arXiv 2407.06468 [R: AnatoMask], ours in the two halves.
+    Deviates: standard deviations of target patches have a floor (ours, see
+    :func:`agssd.losses.reconstruction.standardise_patches`); patches with less than 5 % body are not predicted (ours);
+    our views, encoder and schedules.
+
+    Args:
+        backbone: the encoder; one that can leave tokens out (ViT).
+        views: sampler of the views.
+        mask_ratio: share of hidden tokens; both numbers equal, because all samples must keep equally many.
+        mask_score: what is hidden; see :class:`agssd.transforms.masking.MaskSampler`.
+        mask_block: tokens per side of a hidden block.
+        decoder_dim: width of the decoder.
+        decoder_depth: its blocks.
+        decoder_heads: its attention heads.
+        norm_pix: standardise target patches.
+        lr: peak learning rate.
+        min_lr: last learning rate.
+        warmup: share of the run.
+        weight_decay: first and last.
+        betas: of AdamW.
+        seed: of views and masks.
+        compile: compile the encoder block by block with ``torch.compile``.
+
+    Raises:
+        ValueError: if ``mask_ratio`` is a range, or ``decoder_heads`` does not divide ``decoder_dim``.
+    """
+
+    observations = None  # no prototypes that could collapse, and no trained [CLS]; panels alone
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        views: OverlapCrops,
+        mask_ratio: tuple[float, float] = (0.75, 0.75),
+        mask_score: Literal["random", "block", "edge", "entropy", "reconstruction"] = "random",
+        mask_block: int = 1,
+        decoder_dim: int = 384,
+        decoder_depth: int = 8,
+        decoder_heads: int = 12,
+        norm_pix: bool = True,
+        lr: float = 3e-4,
+        min_lr: float = 1e-6,
+        warmup: float = 0.05,
+        weight_decay: tuple[float, float] = (0.05, 0.05),
+        betas: tuple[float, float] = (0.9, 0.95),
+        seed: int = 0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(lr, min_lr, warmup, weight_decay, betas, 0.0, seed, compile)
+        self.save_hyperparameters(ignore=["backbone", "views"])
+        self.views = views
+        self.mask_ratio = mask_ratio
+        self.norm_pix = norm_pix
+        self.patch = backbone.patch_size
+        self.grid = backbone.token_grid(views.size_vox)
+        kind = "given" if mask_score == "reconstruction" else mask_score
+        self.masks = MaskSampler(self.grid, self.patch, kind, mask_block)
+        self._one_ratio()
+        backbone.freeze_mask_token()
+        channels = backbone.in_channels
+        decoder = Decoder(
+            backbone.embed_dim, self.grid, self.patch, channels, decoder_dim, decoder_depth, decoder_heads
+        )
+        self.student = nn.ModuleDict({"backbone": backbone, "decoder": decoder})
+        if mask_score == "reconstruction":
+            self.build_teacher()
+        self._step: tuple[Views, Tensor, Tensor, Tensor] | None = None
+
+    def _one_ratio(self) -> float:
+        low, high = self.mask_ratio
+        if low != high:
+            raise ValueError(
+                f"mask_ratio is ({low}, {high}); MAE leaves hidden tokens out, so all samples must hide equally many: "
+                "give the same number twice (with the callback: --mask_ratio.kind constant)"
+            )
+        return low
+
+    def make_views(self, batch: ParentBatch) -> Views:
+        """Cut two global views from every parent."""
+        return make_views(batch, self.views, None, self.seed, with_locals=False)
+
+    def pretrain_loss(self, views: Views) -> LossTerms:
+        """Return the MSE of the voxels of hidden patches that hold body."""
+        clean = views.clean.flatten(0, 1)  # (2B, C, D, H, W)
+        body = body_of(views.foreground.flatten(0, 1), self.patch)  # (2B, N)
+        target = patches_of(clean, self.patch)  # (2B, N, P)
+        if self.norm_pix:
+            target = standardise_patches(target, clean.std((1, 2, 3, 4)))
+        hidden_count = self.masks.exact(self._one_ratio())
+        scores = self._hardness(views.sample, clean, target, body) if self.has_teacher else None
+        mask = mask_both_views(views, body, self.masks, self.mask_ratio, self.seed, self.progress, scores).flatten(1)
+        hidden, _ = masked_indices(mask, hidden_count)  # (2B, H)
+        visible, _ = masked_indices(~mask, mask.shape[1] - hidden_count)  # (2B, V)
+        (noise,) = self.drop_noise(views.sample, 2)
+        features = cast(Backbone, self.student["backbone"]).forward_visible(clean, visible, noise)
+        prediction: Tensor = self.student["decoder"](features, visible, hidden)
+        target = gather_tokens(target, hidden)
+        loss = patch_mse(prediction, target, body.gather(1, hidden))
+        self._step = (views, mask, hidden, prediction.detach())
+        return LossTerms(loss, {"rec": loss}, (features.tokens,))
+
+    @torch.no_grad()
+    def _hardness(self, sample: Tensor, clean: Tensor, target: Tensor, body: Tensor) -> Tensor:
+        """Return (2B, N) z-scores of the teacher's error per patch, predicted from a random half of the others."""
+        random = KeyedRandom.from_keys(KeyedRandom(self.seed, sample, "halves").split(2))
+        halves = random.uniform(body.shape[1]).argsort(1).tensor_split(2, 1)
+        error = torch.zeros_like(body, dtype=torch.float32)
+        for visible, hidden in (halves, halves[::-1]):
+            features = cast(Backbone, self.teacher["backbone"]).forward_visible(clean, visible)
+            predicted = self.teacher["decoder"](features, visible, hidden)
+            error = error.scatter(1, hidden, (predicted - gather_tokens(target, hidden)).square().mean(-1))
+        return standardise(error, body)
+
+    # ------------------------------------------------------------ monitors
+
+    @torch.no_grad()
+    def view_panel(self, index: int) -> ViewPanel:
+        """Return the views of sample ``index`` of the last micro-batch, with what was predicted in hidden patches."""
+        if self._step is None:
+            return panel_of(None, index)
+        views, mask, hidden, prediction = self._step
+        masks = mask.unflatten(1, self.grid).unflatten(0, (-1, 2))
+        if self.norm_pix or not 0 <= index < len(masks):  # what is predicted are no intensities
+            return panel_of(views, index, masks)
+        rows = slice(2 * index, 2 * index + 2)
+        patches = patches_of(views.clean[index], self.patch)
+        patches = patches.scatter(1, hidden[rows, :, None].expand(-1, -1, patches.shape[-1]), prediction[rows])
+        return panel_of(views, index, masks, unpatch(patches, self.grid, self.patch)[:, 0])

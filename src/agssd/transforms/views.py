@@ -1,0 +1,236 @@
+"""From parent crops to the views of a step, on the device: what every recipe starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from agssd.transforms.crops import OverlapCrops, ViewSet, box_in_view, extract
+from agssd.transforms.edges import (
+    MIN_FOREGROUND,
+    edge_magnitude,
+    foreground_share,
+    normalise_edges,
+    suppress_border,
+)
+from agssd.transforms.intensity import Appearance, to_model_range
+from agssd.transforms.keyed_random import KeyedRandom
+from agssd.transforms.masking import MaskSampler
+from agssd.types import ParentBatch, Triple, ViewPanel
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of one micro-batch: two overlapping global views per sample, and its local views.
+
+    ``hidden_view`` is drawn per sample for recipes that mask one of the two global views and show the other.
+    """
+
+    sample: Tensor  # (B,) int64
+    geometry: ViewSet
+    clean: Tensor  # (B, 2, C, D, H, W) float32 in the model's range
+    inputs: Tensor  # (B, 2, C, D, H, W) the same after appearance augmentation
+    locals: Tensor | None  # (B, L, C, d, h, w)
+    foreground: Tensor  # (B, 2, 1, D, H, W) bool
+    hidden_view: Tensor  # (B,) int64, 0 or 1
+    edges: Tensor | None  # (B, 1, D, H, W) in [0, 1], of the hidden view; None where nobody asked for it
+    is_ct: Tensor  # (B,) bool
+    low: Tensor  # (B, C)
+    high: Tensor  # (B, C)
+    edge_q99: Tensor  # (B, C)
+    spacing_mm: Tensor  # (B, 2, 3) of the global views
+
+    @property
+    def size_vox(self) -> Triple:
+        """Size of a global view."""
+        d, h, w = self.clean.shape[-3:]
+        return d, h, w
+
+
+def make_views(
+    batch: ParentBatch,
+    crops: OverlapCrops,
+    appearance: Appearance | None,
+    seed: int,
+    with_locals: bool = True,
+    with_edges: bool = False,
+) -> Views:
+    """Cut the views from every parent crop; a function of (seed, sample) and the parent crop.
+
+    The global views are the same for every recipe of one seed, whatever else is asked for.
+
+    Args:
+        batch: parent crops as stored.
+        crops: where the views lie.
+        appearance: augmentation of intensities, drawn per view; None leaves ``inputs`` equal to ``clean``.
+        seed: of the run.
+        with_locals: False leaves the local views out.
+        with_edges: find the edges of the hidden view.
+    """
+    sample, is_ct = batch["sample"], batch["is_ct"]
+    low, high = batch["low"], batch["high"]
+    raw = batch["image"].float() * batch["scale"][..., None, None, None] + batch["offset"][..., None, None, None]
+    parent = to_model_range(raw, low, high, is_ct)
+    geometry = crops.sample(batch["foreground"], sample, seed)
+
+    channels = parent.shape[1]
+    stacked = torch.cat([parent, batch["foreground"].float()], 1)
+    cut = extract(stacked, geometry.globals, crops.size_vox)
+    clean, foreground = cut[:, :, :channels], cut[:, :, channels:] > 0.5
+    inputs = _appear(appearance, clean, is_ct, KeyedRandom(seed, sample, "appearance of global views"))
+    local_views = None
+    if with_locals and geometry.locals is not None:
+        local_views = extract(parent, geometry.locals, crops.local_size_vox)
+        random = KeyedRandom(seed, sample, "appearance of local views")
+        local_views = _appear(appearance, local_views, is_ct, random)
+
+    views = Views(
+        sample=sample,
+        geometry=geometry,
+        clean=clean,
+        inputs=inputs,
+        locals=local_views,
+        foreground=foreground,
+        hidden_view=(KeyedRandom(seed, sample, "hidden view").uniform(1)[:, 0] < 0.5).long(),
+        edges=None,
+        is_ct=is_ct,
+        low=low,
+        high=high,
+        edge_q99=batch["edge_q99"],
+        spacing_mm=geometry.globals.spacing_mm(batch["spacing_mm"], crops.size_vox),
+    )
+    return replace(views, edges=edge_maps(views, views.hidden_view)) if with_edges else views
+
+
+def _appear(appearance: Appearance | None, views: Tensor, is_ct: Tensor, random: KeyedRandom) -> Tensor:
+    if appearance is None:
+        return views
+    count = views.shape[1]
+    flat = appearance(rearrange(views, "b v ... -> (b v) ..."), is_ct.repeat_interleave(count), random, count)
+    return rearrange(flat, "(b v) ... -> b v ...", v=count)
+
+
+def pick(x: Tensor, view: Tensor) -> Tensor:
+    """Return (B, ...): view ``view`` (B,) of each sample of (B, V, ...)."""
+    return x[torch.arange(x.shape[0], device=x.device), view]
+
+
+def edge_maps(views: Views, which: Tensor) -> Tensor:
+    """Return the edge map (B, 1, D, H, W) in [0, 1] of global view ``which`` (B,), from its clean intensities."""
+    clean = pick(views.clean, which)
+    unit = torch.where(views.is_ct[:, None, None, None, None], clean, (clean + 1) / 2)
+    low, high = views.low[..., None, None, None], views.high[..., None, None, None]
+    magnitude = edge_magnitude(low + unit * (high - low), pick(views.spacing_mm, which), views.is_ct)
+    magnitude = suppress_border(magnitude, pick(views.foreground, which))
+    return normalise_edges(magnitude, views.edge_q99).amax(1, keepdim=True)
+
+
+def body_of(foreground: Tensor, patch: Triple) -> Tensor:
+    """Return (B, N) bool: the patches of (B, 1, D, H, W) that hold body; all others are left out of patch losses."""
+    return foreground_share(foreground, patch) >= MIN_FOREGROUND
+
+
+@torch.no_grad()
+def mask_hidden_view(
+    views: Views,
+    body: Tensor,
+    masks: MaskSampler,
+    ratio: tuple[float, float],
+    seed: int,
+    progress: float,
+    given: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mask one global view per sample, the hidden one.
+
+    Args:
+        views: of the step, with edges where they are the score.
+        body: (B, N) bool, of the hidden view.
+        masks: how.
+        ratio: range of the share of hidden tokens, one draw per sample.
+        seed: of the run.
+        progress: share of the run that is done.
+        given: (B, N) float32 z-scores, where the score is the recipe's own.
+
+    Returns:
+        mask (B, D', H', W') bool, True = hidden, and the nominal ratio (B,).
+    """
+    random = KeyedRandom(seed, views.sample, "mask")
+    share = random.between(*ratio, 1)[:, 0]
+    clean = pick(views.clean, views.hidden_view)
+    return masks.draw(random, share, progress, body, clean, views.edges, given), share
+
+
+def in_hidden_view(mask: Tensor, hidden_view: Tensor) -> Tensor:
+    """Return (B, 2, D', H', W') bool: a mask (B, D', H', W') in its view (B,), nothing hidden in the other."""
+    which = torch.arange(2, device=hidden_view.device) == hidden_view[:, None]
+    return mask[:, None] & which[:, :, None, None, None]
+
+
+@torch.no_grad()
+def mask_both_views(
+    views: Views,
+    body: Tensor,
+    masks: MaskSampler,
+    ratio: tuple[float, float],
+    seed: int,
+    progress: float,
+    given: Tensor | None = None,
+) -> Tensor:
+    """Return (2B, D', H', W') bool: each of the two global views masked by a draw of its own.
+
+    Args:
+        views: of the step.
+        body: (2B, N) bool.
+        masks: how.
+        ratio: range of the share of hidden tokens, one draw per view.
+        seed: of the run.
+        progress: share of the run that is done.
+        given: (2B, N) float32 z-scores, where the score is the recipe's own.
+    """
+    random = KeyedRandom.from_keys(KeyedRandom(seed, views.sample, "mask").split(2))
+    share = random.between(*ratio, 1)[:, 0]
+    edges = None
+    with torch.autocast(views.clean.device.type, enabled=False):
+        if masks.score == "edge":
+            maps = [edge_maps(views, torch.full_like(views.hidden_view, v)) for v in (0, 1)]
+            edges = torch.stack(maps, 1).flatten(0, 1)
+        return masks.draw(random, share, progress, body, views.clean.flatten(0, 1), edges, given)
+
+
+def panel_of(
+    views: Views | None, index: int, mask: Tensor | None = None, reconstruction: Tensor | None = None
+) -> ViewPanel:
+    """Return what can be drawn of one sample's views.
+
+    Args:
+        views: of the last step, if there was one.
+        index: sample.
+        mask: (B, 2, D', H', W') bool, True = hidden, of the global views of all samples.
+        reconstruction: (2, D, H, W) float32 of this sample.
+
+    Raises:
+        IndexError: if the batch has no such sample, or no step was taken.
+    """
+    if views is None or not 0 <= index < len(views.sample):
+        raise IndexError(f"sample {index} is not in the last batch")
+    fields = ("clean", "foreground", "is_ct", "low", "high", "edge_q99", "spacing_mm")
+    one = replace(views, **{name: getattr(views, name)[index : index + 1] for name in fields})
+    edges = [edge_maps(one, torch.full_like(views.hidden_view[:1], v))[0, 0] for v in (0, 1)]
+    geometry = views.geometry
+    boxes = [box_in_view(geometry.globals, v, geometry.overlap_box, views.size_vox)[index] for v in (0, 1)]
+    panel: ViewPanel = {
+        "globals": views.inputs[index, :, 0],
+        "clean": views.clean[index, :, 0],
+        "edges": torch.stack(edges),
+        "overlap_box": torch.stack(boxes),
+    }
+    if views.locals is not None:
+        panel["locals"] = views.locals[index, :, 0]
+    if mask is not None:
+        panel["mask"] = mask[index]
+    if reconstruction is not None:
+        panel["reconstruction"] = reconstruction
+    return panel

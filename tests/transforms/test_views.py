@@ -1,0 +1,88 @@
+"""The view maker: the same views for every recipe, clean and augmented, and masks in the views that they belong to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import recipes
+import torch
+
+from agssd.transforms.crops import OverlapCrops
+from agssd.transforms.edges import patches_of, unpatch
+from agssd.transforms.intensity import Appearance
+from agssd.transforms.masking import MaskSampler
+from agssd.transforms.views import body_of, edge_maps, in_hidden_view, make_views, mask_both_views, panel_of, pick
+
+CROPS = OverlapCrops((24, 24, 24), scale=(0.6, 1.0), num_local=2, local_size_vox=(16, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_cache: Path):
+    return recipes.parents(tiny_cache, [0, 1, 2, 3])
+
+
+def test_make_views__what_else_is_asked_for_leaves_the_global_views_as_they_are(batch) -> None:
+    plain = make_views(batch, CROPS, None, 0, with_locals=False)
+    full = make_views(batch, CROPS, Appearance(), 0, with_edges=True)
+    assert torch.equal(plain.clean, full.clean) and torch.equal(plain.hidden_view, full.hidden_view)
+    assert torch.equal(plain.inputs, plain.clean) and not torch.equal(full.inputs, full.clean)
+    assert plain.locals is None and plain.edges is None
+    assert full.locals is not None and full.locals.shape == (4, 2, 1, 16, 16, 16)
+    assert torch.equal(full.edges, edge_maps(full, full.hidden_view))
+    assert plain.size_vox == (24, 24, 24)
+
+
+def test_make_views__each_view_of_many_samples_is_hidden_half_the_time(tiny_cache: Path) -> None:
+    one = recipes.parents(tiny_cache, [0])
+    many = {name: tensor.expand(400, *tensor.shape[1:]) for name, tensor in one.items()}
+    many["sample"] = torch.arange(400)
+    small = OverlapCrops((8, 8, 8), scale=(0.6, 1.0), num_local=0)
+    share = make_views(many, small, None, 0).hidden_view.float().mean()
+    assert 0.42 < float(share) < 0.58
+
+
+def test_mask_both_views__masks_of_a_sample_differ_and_do_not_depend_on_the_cut(batch) -> None:
+    views = make_views(batch, CROPS, None, 0, with_locals=False)
+    body = body_of(views.foreground.flatten(0, 1), (8, 8, 8))
+    for score in ("random", "edge"):
+        masks = MaskSampler((3, 3, 3), (8, 8, 8), score)
+        whole = mask_both_views(views, body, masks, (0.3, 0.7), 0, 0.5)
+        assert whole.shape == (8, 3, 3, 3)
+        assert not any(torch.equal(whole[2 * b], whole[2 * b + 1]) for b in range(4))
+        for b in range(4):
+            one = make_views(recipes.take(batch, slice(b, b + 1)), CROPS, None, 0, with_locals=False)
+            part = mask_both_views(one, body[2 * b : 2 * b + 2], masks, (0.3, 0.7), 0, 0.5)
+            assert torch.equal(part, whole[2 * b : 2 * b + 2])
+
+
+def test_mask_both_views__edges_of_each_view_guide_its_own_mask(batch) -> None:
+    views = make_views(batch, CROPS, None, 0, with_locals=False)
+    views.clean[:, 0, :, :8], views.clean[:, 1, :, 16:] = 0.0, 0.0  # each view is flat at another end
+    body = torch.ones(8, 27, dtype=torch.bool)
+    masks = MaskSampler((3, 3, 3), (8, 8, 8), "edge", score_share=1.0, temperature=(0.1, 0.1), hints=0.0)
+    mask = mask_both_views(views, body, masks, (0.3, 0.3), 0, 1.0).unflatten(0, (4, 2)).flatten(2)
+    for v in (0, 1):
+        edges = patches_of(edge_maps(views, torch.full((4,), v)), (8, 8, 8)).mean(-1)
+        hidden, as_other = (float((edges * mask[:, w]).sum() / mask[:, w].sum()) for w in (v, 1 - v))
+        assert hidden > 1.2 * float(edges.mean()) and hidden > 1.2 * as_other
+
+
+def test_in_hidden_view__puts_the_mask_into_its_view() -> None:
+    mask = torch.rand(5, 2, 2, 2, generator=torch.Generator().manual_seed(0)) < 0.5
+    which = torch.tensor([0, 1, 1, 0, 1])
+    both = in_hidden_view(mask, which)
+    assert torch.equal(pick(both, which), mask) and not pick(both, 1 - which).any()
+
+
+def test_unpatch__inverts_patches_of() -> None:
+    image = torch.randn(2, 3, 8, 12, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(unpatch(patches_of(image, (4, 3, 2)), (2, 4, 2), (4, 3, 2)), image)
+
+
+def test_panel_of__refuses_what_is_not_in_the_batch(batch) -> None:
+    views = make_views(batch, CROPS, None, 0)
+    assert set(panel_of(views, 3)) == {"globals", "clean", "locals", "edges", "overlap_box"}
+    for given, index in ((views, 4), (views, -1), (None, 0)):
+        with pytest.raises(IndexError, match=f"sample {index} is not in the last batch"):
+            panel_of(given, index)
