@@ -424,6 +424,18 @@ def test_read_scan__volumes_of_one_series(tmp_path: Path, dicom: Any, change: Ca
     assert len({scan.sha256 for scan in scans}) == len(values)
 
 
+def test_read_scan__two_echoes_half_a_slice_apart_are_no_stack(
+    tmp_path: Path, dicom: Any, change: Callable[..., Any]
+) -> None:
+    slices = _repeat(dicom, change, "EchoTime", [1, 2])
+    for data in slices[len(slices) // 2 :]:
+        data.ImagePositionPatient[2] = float(data.ImagePositionPatient[2]) + 1.5
+    dicom.save(tmp_path, slices)
+    assert "2 volumes in one series (echo times: 1.0, 2.0); --volume I" in _reason(tmp_path)
+    for volume in range(2):
+        assert np.array_equal(read_scan(tmp_path, volume).array, dicom.stored(seed=volume).transpose(2, 1, 0))
+
+
 def test_read_scan__volumes_told_apart_by_two_attributes(
     tmp_path: Path, dicom: Any, change: Callable[..., Any]
 ) -> None:

@@ -33,6 +33,8 @@ MAX_OFF_GRID_MM = 0.1  # how far a slice may lie off a regular grid, at most a f
 SAME_PLACE_MM = 0.01
 SAME_DIRECTION = 1e-3  # largest difference between cosines of one orientation
 _HU = (-1000.0, 3071.0)
+# What is one value in every volume; other marks may change along a stack.
+_NEVER_IN_ONE = ("echo times", "b-values", "inversion times", "convolution kernels", "complex components")
 
 
 def read_series(
@@ -90,6 +92,12 @@ def choose_volume(planes: Sequence[Plane], volume: int | None = None) -> tuple[l
     counts = np.bincount(place)
     most = int(counts.max())
     if most == 1:
+        for name in _NEVER_IN_ONE:
+            kinds: dict[tuple[str, ...], list[Plane]] = defaultdict(list)
+            for plane in planes:
+                kinds[plane.tells[name],].append(plane)
+            if sum(len(found) > 1 for found in kinds.values()) > 1:  # echoes half a slice apart would make one stack
+                return _one_of(kinds, (name,), volume)
         return list(planes), ""
     for names in itertools.chain(*(itertools.combinations(TELLS, count) for count in (1, 2))):
         volumes: dict[tuple[str, ...], list[Plane]] = defaultdict(list)
