@@ -183,3 +183,22 @@ def test_online_probe__nonsense__refused() -> None:
         OnlineProbe(every_n_steps=0)
     with pytest.raises(ValueError, match="online_probe.readouts is empty"):
         OnlineProbe(readouts=[])
+
+
+def test_online_probe__failure__stops_the_run_with_its_reason(
+    make_trainer: Make, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("a broken case")
+
+    monkeypatch.setattr(OnlineProbe, "_measure", fail)
+    data = recipes.data_module(tiny_cache)
+    trainer = make_trainer(EMATeacher(), OnlineProbe(**QUICK), max_steps=2, **SETTINGS)
+    with pytest.raises(ValueError, match="a broken case"):
+        trainer.fit(recipes.build(AGSSD), data)
+    # what another rank does, which only hears of it
+    trainer = make_trainer(EMATeacher(), OnlineProbe(**QUICK), max_steps=2, **SETTINGS)
+    monkeypatch.setattr(type(trainer), "is_global_zero", False)
+    monkeypatch.setattr(type(trainer.strategy), "broadcast", lambda self, obj, src=0: (None, "a broken case"))
+    with pytest.raises(RuntimeError, match="the probe failed on rank 0: a broken case"):
+        trainer.fit(recipes.build(AGSSD), data)

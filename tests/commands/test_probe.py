@@ -118,6 +118,18 @@ def test_probe__of_a_checkpoint__gives_the_figures_of_the_probe_while_training(
     assert sum(value == value for value in found.values()) >= 6
 
 
+def test_fit__checkpoint_chosen_by_a_figure_that_is_not_measured__refused_before_anything_is_written(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    arguments = ["fit", "--config", str(CONF / "experiment/agssd_small.yaml"), "--data.cache", str(tiny_cache)]
+    arguments += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / "run")]
+    arguments += ["--checkpoint.monitor", "probe/linear_seg_dice", "--checkpoint.every_n_train_steps", "1000"]
+    assert main(arguments) == 2
+    assert "set checkpoint.mode to max" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_probe__slices__beside_an_encoder(
     tiny_cache: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
