@@ -38,37 +38,34 @@ def test_probe_classification__clear_classes_are_found_and_noise_is_not(kind) ->
 
 
 def test_neighbour_shares__k_is_chosen_without_the_own_subject() -> None:
-    # Two equal volumes per subject, classes at random: with the own subject k = 1 would look perfect.
+    # Two equal volumes per subject and classes that overlap: with the own subject k = 1 would look perfect.
     rng = np.random.default_rng(1)
-    learned, asked = [], []
+    learned = []
     for number in range(40):
-        feature = torch.from_numpy(np.array([10.0, 0, 0]) + rng.normal(size=3)).float()
-        target = int(number >= 10)
-        learned += [ProbeVector(f"s{number}", feature, target)] * 2
-        asked.append(ProbeVector(f"t{number}", feature, target))
-    shares = neighbour_shares(learned, asked, 2)
-    # A volume of class 0 lies among others of class 1: one neighbour decides alone only if k = 1 was chosen.
-    torch.manual_seed(0)
-    by_hand = {}
+        feature = torch.from_numpy(np.array([3.0, 0.7 * (number % 2), 0]) + rng.normal(size=3)).float()
+        learned += [ProbeVector(f"s{number}", feature, number % 2)] * 2
+    asked = [ProbeVector(f"t{row}", torch.from_numpy(rng.normal(size=3)).float(), 0) for row in range(8)]
     unit = torch.nn.functional.normalize(torch.stack([case.feature for case in learned]), dim=-1)
     targets = torch.tensor([case.target for case in learned])
-    similar = unit @ unit.T
+
+    def shares_of(similar: torch.Tensor, rows: list[int], k: int) -> float:
+        best = sorted(rows, key=lambda row: -float(similar[row]))[:k]
+        weights = ((similar[best] - 1) / 0.07).exp()
+        return float(weights[targets[best] == 1].sum() / weights.sum())
+
+    accuracy = {}
     for k in (1, 5, 10, 20):
-        hits: dict[int, list[bool]] = {0: [], 1: []}
+        right: dict[int, list[bool]] = {0: [], 1: []}
         for row, case in enumerate(learned):
-            others = [r for r in range(len(learned)) if learned[r].subject != case.subject]
-            best = sorted(others, key=lambda r: -float(similar[row, r]))[:k]
-            votes = [0.0, 0.0]
-            for r in best:
-                votes[int(targets[r])] += float(((similar[row, r] - 1) / 0.07).exp())
-            hits[case.target].append(int(votes[1] > votes[0]) == case.target)
-        by_hand[k] = float(np.mean([np.mean(hits[0]), np.mean(hits[1])]))
-    best_k = max(by_hand, key=lambda k: by_hand[k])
-    query = torch.nn.functional.normalize(asked[0].feature, dim=-1)
-    order = (unit @ query).argsort(descending=True)[:best_k]
-    weights = (((unit @ query)[order] - 1) / 0.07).exp()
-    expected = float((weights * (targets[order] == 1)).sum() / weights.sum())
-    assert float(shares[0, 1]) == pytest.approx(expected, rel=1e-3)
+            others = [other for other in range(80) if learned[other].subject != case.subject]
+            right[case.target].append((shares_of(unit @ unit[row], others, k) > 0.5) == bool(case.target))
+        accuracy[k] = float(np.mean(right[0]) + np.mean(right[1]))
+    k = max(accuracy, key=lambda k: accuracy[k])
+    assert k > 1
+    found = neighbour_shares(learned, asked, 2)
+    for case, share in zip(asked, found[:, 1].tolist(), strict=True):
+        query = torch.nn.functional.normalize(case.feature, dim=-1)
+        assert share == pytest.approx(shares_of(unit @ query, list(range(80)), k), rel=1e-3)
 
 
 @pytest.mark.parametrize("shares", [neighbour_shares, linear_shares])
