@@ -193,7 +193,8 @@ def test_constraints__satisfy_the_ranges() -> None:
 def test_dependencies__cover_every_import() -> None:
     """Nothing is imported that the metadata does not name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    texts = [*project["dependencies"], *project["optional-dependencies"]["bench"]]
+    extras = project["optional-dependencies"]
+    texts = [*project["dependencies"], *extras["bench"], *extras["slices"]]
     named = {re.split(r"[\[><=!~]", text)[0].lower() for text in texts}
     modules = {"pil": "pillow", "yaml": "pyyaml"}
     imported = set()

@@ -27,6 +27,7 @@ from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.data_stream import DataStream
 from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.callbacks.mask_ratio import MaskRatioSchedule
+from agssd.callbacks.online_probe import OnlineProbe
 from agssd.callbacks.standing import StandingCallback
 from agssd.callbacks.throughput import Throughput
 from agssd.callbacks.view_panels import ViewPanels
@@ -51,6 +52,7 @@ STANDING: dict[str, type[Callback]] = {
     "view_panels": ViewPanels,
     "throughput": Throughput,
     "data_stream": DataStream,
+    "online_probe": OnlineProbe,
 }
 _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning on newer torch
@@ -249,6 +251,10 @@ class AgssdCLI(LightningCLI):
                 StandingCallback.setup(callback, self.trainer, self.model, stage)
         self.datamodule.trainer = self.trainer
         self.datamodule.setup(stage)
+        if stage == "fit":
+            for callback in cast(Any, self.trainer).callbacks:
+                if isinstance(callback, StandingCallback):
+                    callback.check_data(self.trainer, self.model, self.datamodule)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
@@ -256,8 +262,9 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 
 def _demands(settings: Namespace) -> dict[str, Any]:
-    """Return a callback's settings without its rhythm, which asks nothing of the module."""
-    return {name: value for name, value in settings.as_dict().items() if name not in ("every_n_steps", "min_samples")}
+    """Return a callback's settings without its rhythm and size, which ask nothing of the module."""
+    asks_nothing = ("every_n_steps", "min_samples", "window_vox", "max_vox")
+    return {name: value for name, value in settings.as_dict().items() if name not in asks_nothing}
 
 
 # -------------------------------------------------------------------- guards

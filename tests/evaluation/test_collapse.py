@@ -18,6 +18,7 @@ from agssd.evaluation.collapse import (
     norm_outlier,
     normalised_entropy,
     off_diagonal_cosine,
+    rankme,
 )
 
 
@@ -136,3 +137,18 @@ def test_attention_figures__uniform_focused_and_equal_heads() -> None:
     assert float(figures["attention_correlation"]) == pytest.approx(-1 / 63, abs=1e-5)
     same = attention_figures(torch.rand(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).repeat(5, 1, 1, 1))
     assert float(same["attention_correlation"]) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (9, 30)])
+def test_rankme__is_its_definition(shape: tuple[int, int]) -> None:
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.01, 3, shape[1]) + 0.5
+    values = np.linalg.svd(features.double().numpy(), compute_uv=False)
+    share = values / values.sum() + 1e-7
+    expected = float(np.exp(-(share * np.log(share)).sum()))
+    assert float(rankme(features)) == pytest.approx(expected, rel=1e-4)
+    assert 1 < expected < min(shape)
+
+
+def test_rankme__one_direction_is_1_and_orthogonal_rows_are_all() -> None:
+    assert float(rankme(torch.ones(20, 6))) == pytest.approx(1, abs=1e-3)
+    assert float(rankme(torch.eye(8))) == pytest.approx(8, rel=1e-3)

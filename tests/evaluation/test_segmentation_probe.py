@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from agssd.evaluation.folds import Fold
+from agssd.evaluation.probe_features import patch_labels, window_features
 from agssd.evaluation.segmentation_probe import (
+    NeighbourReadout,
     ProbeCase,
     case_dice,
     fit_readout,
-    patch_labels,
+    linear_segmenter,
     predict_patches,
     probe_segmentation,
-    window_tokens,
 )
 from agssd.models.backbone import Backbone
 from agssd.models.vit import ViT
@@ -46,12 +48,12 @@ class Voxels(Backbone):
 
 @pytest.mark.parametrize("shape", [(16, 16, 16), (21, 30, 9), (5, 33, 16)])
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75])
-def test_window_tokens__tokens_are_their_patches__lie_over_their_labels(
+def test_window_features__tokens_are_their_patches__lie_over_their_labels(
     shape: tuple[int, int, int], overlap: float
 ) -> None:
     volume = torch.arange(shape[0] * shape[1] * shape[2]).reshape(shape)
     window, patch = (16, 8, 12), (4, 8, 2)
-    tokens = window_tokens(Voxels(patch), volume[None].float(), window, overlap)
+    tokens, _ = window_features(Voxels(patch), volume[None].float(), window, overlap)
     labels = patch_labels(volume % 200, patch, window)
     assert tokens.shape == labels.shape
     inside = labels != 255
@@ -60,9 +62,9 @@ def test_window_tokens__tokens_are_their_patches__lie_over_their_labels(
     assert (tokens[~inside] == 0).all()  # padded with the lowest value
 
 
-def test_window_tokens__wrong_window__refused() -> None:
+def test_window_features__wrong_window__refused() -> None:
     with pytest.raises(ValueError, match="multiple of the encoder's patch"):
-        window_tokens(Voxels((4, 4, 4)), torch.zeros(1, 8, 8, 8), (6, 8, 8))
+        window_features(Voxels((4, 4, 4)), torch.zeros(1, 8, 8, 8), (6, 8, 8))
 
 
 def cases_of(backbone: Backbone, count: int, noise: float = 0.1) -> list[ProbeCase]:
@@ -75,7 +77,7 @@ def cases_of(backbone: Backbone, count: int, noise: float = 0.1) -> list[ProbeCa
             start = rng.integers(0, 8, 3)
             label[start[0] : start[0] + 7, start[1] : start[1] + 7, start[2] : start[2] + 7] = value
         image = label.float() + noise * torch.from_numpy(rng.normal(size=label.shape)).float()
-        tokens = window_tokens(backbone, image[None], (8, 8, 8))
+        tokens, _ = window_features(backbone, image[None], (8, 8, 8))
         made.append(ProbeCase(f"s{number // 2}", tokens, patch_labels(label, (4, 4, 4), (8, 8, 8))))
     return made
 
@@ -90,33 +92,69 @@ def test_fit_readout__linear_features__learnt_and_deterministic() -> None:
 
 
 def test_probe_segmentation__better_features__higher_dice_and_every_subject_once() -> None:
-    folds = [["s0", "s1"], ["s2", "s3"], ["s4", "s5"]]
+    parts = [("s0", "s1"), ("s2", "s3"), ("s4", "s5")]
+    folds = [Fold(tuple(s for other in parts if other != part for s in other), part) for part in parts]
     torch.manual_seed(0)
     vit = ViT(patch_size=4, embed_dim=12, depth=1, num_heads=2).eval()
-    good, poor = (probe_segmentation(cases_of(backbone, 12), folds, 3) for backbone in (Voxels((4, 4, 4)), vit))
+    good, poor = (
+        probe_segmentation(cases_of(backbone, 12), folds, 3, linear_segmenter) for backbone in (Voxels((4, 4, 4)), vit)
+    )
     assert sorted(good) == [f"s{n}" for n in range(6)]
     assert np.mean(list(good.values())) > np.mean(list(poor.values())) + 0.05
 
 
-def test_probe_segmentation__labels_of_the_held_out_fold__have_no_influence() -> None:
+def test_probe_segmentation__learns_from_the_others_only() -> None:
     cases = cases_of(Voxels((4, 4, 4)), 4)
-    readout = fit_readout(cases[2:], 3, steps=20)
-    poisoned = [
-        case._replace(labels=torch.full_like(case.labels, 2)) if case.subject == "s0" else case for case in cases
-    ]
-    folds = [["s0"], ["s1"]]
-    with pytest.MonkeyPatch.context() as patch:
-        seen: list[set[str]] = []
+    seen: list[set[str]] = []
 
-        def spy(chosen, num_classes):
-            seen.append({case.subject for case in chosen})
-            return readout
+    def spy(chosen, num_classes):
+        seen.append({case.subject for case in chosen})
+        return lambda tokens: torch.zeros(len(tokens), 64, dtype=torch.long)
 
-        patch.setattr("agssd.evaluation.segmentation_probe.fit_readout", spy)
-        probe_segmentation(poisoned, folds, 3)
+    probe_segmentation(cases, [Fold(("s1",), ("s0",)), Fold(("s0",), ("s1",))], 3, spy)
     assert seen == [{"s1"}, {"s0"}]
     with pytest.raises(ValueError, match="has seen"):
-        probe_segmentation(cases, folds, 3, [["s0"], ["s1"]])
+        probe_segmentation(cases, [Fold(("s0",), ("s0",))], 3, spy)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_neighbour_readout__equals_a_loop_over_voxels(k: int) -> None:
+    rng = np.random.default_rng(k)
+    labels = torch.from_numpy(rng.choice([0, 1, 2, 255], (20, 4), p=[0.4, 0.3, 0.2, 0.1])).to(torch.uint8)
+    tokens, asked = (torch.from_numpy(rng.normal(size=(n, 6))).float() for n in (20, 9))
+    found = NeighbourReadout([ProbeCase("s", tokens, labels)], 3, counts=[k])(asked)
+    for row, query in enumerate(asked):
+        similar = torch.cosine_similarity(query[None], tokens)
+        best = similar.argsort(descending=True)[:k].tolist()
+        for voxel in range(4):
+            votes = [0.0, 0.0, 0.0]
+            for other in best:
+                if labels[other, voxel] != 255:
+                    votes[int(labels[other, voxel])] += float(((similar[other] - 1) / 0.07).exp())
+            assert int(found[row, voxel]) == int(np.argmax(votes))
+
+
+def test_neighbour_readout__k_is_the_best_on_a_quarter_of_the_training_subjects() -> None:
+    cases = cases_of(Voxels((4, 4, 4)), 16, noise=1.0)
+    readout = NeighbourReadout(cases, 3)
+    held_out = [case for case in cases if case.subject in ("s0", "s4")]
+    rest = [case for case in cases if case.subject not in ("s0", "s4")]
+    dice = {}
+    for k in (10, 20, 100, 200):  # of 1024 tokens
+        inner = NeighbourReadout(rest, 3, counts=[k])
+        dice[k] = float(torch.stack([case_dice(inner(c.tokens), c, 3) for c in held_out]).nanmean(0).nanmean())
+    assert readout.k == max(dice, key=lambda k: dice[k])
+    assert len(set(dice.values())) > 1
+
+
+def test_window_features__cls_is_the_mean_over_windows_and_none_takes_the_whole_volume() -> None:
+    image = torch.rand(1, 8, 16, 8)
+    backbone = Voxels((4, 4, 4))
+    tokens, cls = window_features(backbone, image, (8, 8, 8), 0.0)
+    parts = [backbone(image[None, :, :, start : start + 8]).cls[0] for start in (0, 8)]
+    assert torch.allclose(cls, (parts[0] + parts[1]) / 2)
+    whole, _ = window_features(backbone, image, None)
+    assert torch.equal(whole, tokens)
 
 
 def test_case_dice__outside_voxels__do_not_count() -> None:

@@ -38,6 +38,9 @@ class StandingCallback(Callback):
                 f"agssd.types.{self.needs.__name__}; remove the callback's settings or choose another method"
             )
 
+    def check_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: Any) -> None:
+        """Refuse what cannot work with ``data``, the data module, which has been set up; called before a fit."""
+
 
 def total_steps(trainer: pl.Trainer) -> int:
     """Return the number of optimiser steps of the whole run, the denominator of every schedule.

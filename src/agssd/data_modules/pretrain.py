@@ -16,9 +16,11 @@ from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import seen_record
 from agssd.data_modules.mixing import Mixture, weights_by_temperature
 from agssd.data_modules.parents import ParentCrops
+from agssd.data_modules.probe_set import ProbeSet
 from agssd.data_modules.quarantine import QuarantineList
 from agssd.data_modules.sampling import MicroBatches, check_padding, micro_batch_size
 from agssd.data_modules.subsets import check_fold, fold_subjects
+from agssd.evaluation.contract import check_contract
 from agssd.types import ParentBatch, Triple
 
 _LOG = logging.getLogger(__name__)
@@ -198,6 +200,45 @@ class PretrainDataModule(L.LightningDataModule):
     def seen(self) -> dict[str, Any]:
         """Return the record of the training cases that tells later whether a case was among them (after ``setup``)."""
         return self._seen
+
+    def probe_set(
+        self,
+        cache: str | None,
+        num_folds: int | None = None,
+        num_subjects: int | None = None,
+        num_held_out: int | None = None,
+        max_vox: int | None = None,
+        kinds: tuple[str, ...] = ("label", "class"),
+    ) -> ProbeSet | None:
+        """Return the labelled volumes to probe the encoder with (after ``setup``); None if the own cache has none.
+
+        Args:
+            cache: another labelled cache; None takes the cache of this module, if it is one.
+            num_folds: see :class:`agssd.data_modules.probe_set.ProbeSet`, as the others; fewer subjects are taken
+                where there are not as many.
+            num_subjects: to learn from.
+            num_held_out: to measure on.
+            max_vox: per axis.
+            kinds: "label" and "class", what a case may count by.
+
+        Raises:
+            ValueError: for a cache that is given and has no labels or was prepared otherwise, and for ``num_folds``
+                that the own one does not allow.
+        """
+        opened = self.caches[0] if cache is None else VolumeCache(cache)
+        if cache is None:
+            splits = ["train"] if num_folds is not None else ["train", "val"]
+            labelled = all(
+                ("label" in kinds and opened.select(split=split, labelled=True))
+                or ("class" in kinds and opened.select(split=split, with_class=True))
+                for split in splits
+            )
+            if len(self.caches) != 1 or not labelled:
+                return None
+        elif opened.cases:
+            found = cache_contract(opened.cases)
+            check_contract(self.contract, found, "of this run", None)
+        return ProbeSet(opened, num_folds, num_subjects, num_held_out, at_most=True, max_vox=max_vox, kinds=kinds)
 
     # ---------------------------------------------------------------- loaders
 

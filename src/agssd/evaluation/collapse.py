@@ -142,6 +142,27 @@ def effective_rank(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def rankme(features: Tensor) -> Tensor:
+    """Return RankMe, exp of the entropy of the normalised singular values of the rows as they are, not centred.
+
+    Source: Garrido et al. 2023, arXiv:2210.02885, eq. 1. Deviates: singular values from the Gram matrix in float64, so
+    that a million tokens cost one product; those below 1e-7 of the largest may be rounding.
+
+    Args:
+        features: (Q, E).
+
+    Returns:
+        () fp32 in [1, min(Q, E)].
+    """
+    rows = features.detach().double()
+    gram = rows.T @ rows if len(rows) > rows.shape[1] else rows @ rows.T
+    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    share = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    rank: Tensor = torch.special.entr(share + 1e-7).sum().exp().float()
+    return rank
+
+
+@torch.no_grad()
 def off_diagonal_cosine(features: Tensor) -> Tensor:
     """Return the mean cosine between two different rows of ``features`` (Q, E), Q at least 2; () fp32."""
     unit = F.normalize(features.detach().float(), dim=-1, eps=1e-6)

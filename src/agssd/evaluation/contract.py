@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def check_contract(expected: dict[str, Any] | None, found: dict[str, Any], encoder: str | None, override: str) -> None:
+def check_contract(
+    expected: dict[str, Any] | None, found: dict[str, Any], encoder: str | None, override: str | None
+) -> None:
     """Refuse data that were prepared differently from what the encoder was trained on.
 
     Args:
         expected: contract of the encoder; None (from scratch) accepts everything.
         found: contract of the data module.
         encoder: path of the encoder, for the message.
-        override: the flag that switches this check off, for the message.
+        override: the flag that switches this check off, for the message; None where there is none.
 
     Raises:
         ValueError: naming every difference and the remedy.
@@ -44,7 +46,7 @@ def check_contract(expected: dict[str, Any] | None, found: dict[str, Any], encod
     if differences:
         raise ValueError(
             f"the cache does not fit the encoder {encoder or ''}: {'; '.join(differences)}. Remedy: "
-            f"{'; '.join(remedies)}; or accept it knowingly with {override}"
+            f"{'; '.join(remedies)}" + ("" if override is None else f"; or accept it knowingly with {override}")
         )
 
 

@@ -1,9 +1,10 @@
-"""Patch-token linear segmentation of frozen features: what single tokens know about the voxels under them.
+"""Patch-level segmentation of frozen features, linear and by neighbours: what single tokens know of their voxels.
 
-Every token gets one linear map to the classes of each voxel of its patch, trained by a few hundred steps of Adam on
-cross-entropy plus Dice; the weight decay is chosen on held-out training subjects. No neighbour, no convolution and no
-interpolation takes part, which a UNETR readout cannot say of itself. Deterministic: zero start, order of tokens from a
-seed. Source: ours.
+Linear: every token gets one linear map to the classes of each voxel of its patch, trained by a few hundred steps of
+Adam on cross-entropy plus Dice; the weight decay is chosen on held-out training subjects. No neighbour, no convolution
+and no interpolation takes part, which a UNETR readout cannot say of itself. Deterministic: zero start, order of
+tokens from a seed. By neighbours: the label blocks of the most similar training tokens vote, voxel by voxel, so that a
+token of several classes can be matched too; a block's majority label says nothing at large patches. Source: ours.
 
 Measured on 145 hippocampus crops (patch 8, random encoder of size 192), mean Dice of one fold: rate 0.01 0.34, 0.1
 0.46, 0.3 0.47 after 300 steps; 0.1 0.48 after 600; closed-form ridge regression on one-hot labels with thresholds
@@ -12,7 +13,8 @@ chosen by inner folds 0.33. Slow or squared-loss readouts measure their own conv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agssd.models.backbone import Backbone
-from agssd.types import Triple
+from agssd.evaluation.folds import Fold, refuse_leak
+from agssd.evaluation.neighbours import candidates, neighbours
+from agssd.evaluation.probe_features import OUTSIDE
 
 STEPS, BATCH_TOKENS, RATE = 300, 512, 0.2
 DECAYS = (0.0, 0.1)  # candidates of the weight decay; the first is taken where there is a single subject
-_OUTSIDE = 255
+Segmenter = Callable[[Tensor], Tensor]  # (N, E) tokens -> (N, P) int64 classes
 
 
 class ProbeCase(NamedTuple):
@@ -45,80 +48,11 @@ class Readout(NamedTuple):
     decay: float
 
 
-def _padded_shape(shape: Sequence[int], patch_size: Triple, window_vox: Triple) -> Triple:
-    sizes = [max(-(-n // p) * p, w) for n, p, w in zip(shape, patch_size, window_vox, strict=True)]
-    return (sizes[0], sizes[1], sizes[2])
-
-
-def _starts(length: int, window: int, stride: int) -> list[int]:
-    last = length - window
-    return [*range(0, last, stride), last]
-
-
-@torch.no_grad()
-def window_tokens(
-    backbone: Backbone, image: Tensor, window_vox: Triple, overlap: float = 0.5, batch_size: int = 16
-) -> Tensor:
-    """Return the tokens of a whole volume, each the mean over the windows that contain it.
-
-    Args:
-        backbone: frozen encoder in evaluation mode.
-        image: (C, D, H, W) float32 in the model's range; padded at the end with its lowest value to whole patches.
-        window_vox: window in voxels, a multiple of the patch: the size of view the encoder was trained on.
-        overlap: of neighbouring windows, in [0, 1); rounded so that windows start on patch borders.
-        batch_size: windows per forward pass.
-
-    Returns:
-        (N, E) float32 in raster order of the padded volume's patches, on the CPU.
-
-    Raises:
-        ValueError: if the window is no multiple of the patch or the overlap is out of range.
-    """
-    patch = backbone.patch_size
-    if any(w < p or w % p for w, p in zip(window_vox, patch, strict=True)):
-        raise ValueError(f"window {tuple(window_vox)} is no multiple of the encoder's patch {tuple(patch)}")
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap is {overlap}; give a share from 0 to below 1")
-    size = _padded_shape(image.shape[1:], patch, window_vox)
-    pads = [n for axis in (2, 1, 0) for n in (0, size[axis] - image.shape[axis + 1])]
-    padded = F.pad(image, pads, value=float(image.min()))
-    strides = [max(1, round((1 - overlap) * w / p)) * p for w, p in zip(window_vox, patch, strict=True)]
-    axes = [_starts(n, w, s) for n, w, s in zip(size, window_vox, strides, strict=True)]
-    places = [(d, h, w) for d in axes[0] for h in axes[1] for w in axes[2]]
-    grid = [n // p for n, p in zip(size, patch, strict=True)]
-    total = torch.zeros(*grid, backbone.embed_dim)
-    count = torch.zeros(*grid, 1)
-    d, h, w = (n // p for n, p in zip(window_vox, patch, strict=True))
-    device = next(backbone.parameters()).device
-    for first in range(0, len(places), batch_size):
-        chosen = places[first : first + batch_size]
-        views = [padded[:, a : a + window_vox[0], b : b + window_vox[1], c : c + window_vox[2]] for a, b, c in chosen]
-        tokens = backbone(torch.stack(views).to(device)).tokens.float().cpu()
-        for (a, b, c), view in zip(chosen, tokens, strict=True):
-            i, j, k = a // patch[0], b // patch[1], c // patch[2]
-            total[i : i + d, j : j + h, k : k + w] += view.reshape(d, h, w, -1)
-            count[i : i + d, j : j + h, k : k + w] += 1
-    return (total / count).reshape(-1, backbone.embed_dim)
-
-
-def patch_labels(label: Tensor, patch_size: Triple, window_vox: Triple) -> Tensor:
-    """Return the labels under the tokens of :func:`window_tokens`.
-
-    Args:
-        label: (D, H, W) integers below 255.
-        patch_size: voxels per token.
-        window_vox: window of the features, which decides the padding.
-
-    Returns:
-        (N, p_D * p_H * p_W) uint8 in raster order, 255 outside the volume.
-    """
-    size = _padded_shape(label.shape, patch_size, window_vox)
-    pads = [n for axis in (2, 1, 0) for n in (0, size[axis] - label.shape[axis])]
-    padded = F.pad(label.to(torch.uint8), pads, value=_OUTSIDE)
-    d, h, w = (n // p for n, p in zip(size, patch_size, strict=True))
-    p_d, p_h, p_w = patch_size
-    blocks = padded.reshape(d, p_d, h, p_h, w, p_w).permute(0, 2, 4, 1, 3, 5)
-    return blocks.reshape(d * h * w, p_d * p_h * p_w)
+def _quarter(cases: Sequence[ProbeCase]) -> tuple[list[ProbeCase], list[ProbeCase]]:
+    """Return the cases of three quarters and of one quarter of the subjects, to choose settings by."""
+    subjects = sorted({case.subject for case in cases})
+    held_out = subjects[::4]  # names are hashes, so every fourth is as good as random
+    return _by_subject(cases, [s for s in subjects if s not in set(held_out)]), _by_subject(cases, held_out)
 
 
 def _by_subject(cases: Sequence[ProbeCase], subjects: Sequence[str]) -> list[ProbeCase]:
@@ -133,11 +67,11 @@ def _loss(scores: Tensor, labels: Tensor) -> Tensor:
         scores: (B, K, P) float32.
         labels: (B, P) int64, 255 outside the volume.
     """
-    foreground = torch.arange(1, scores.shape[1], dtype=labels.dtype)[:, None]
+    foreground = torch.arange(1, scores.shape[1], dtype=labels.dtype, device=labels.device)[:, None]
     truth = (labels[:, None] == foreground).float()  # (B, K - 1, P)
     log_shares = scores.log_softmax(1)
-    entropy = F.nll_loss(log_shares, labels, ignore_index=_OUTSIDE)
-    shares = log_shares[:, 1:].exp() * (labels != _OUTSIDE).float()[:, None]
+    entropy = F.nll_loss(log_shares, labels, ignore_index=OUTSIDE)
+    shares = log_shares[:, 1:].exp() * (labels != OUTSIDE).float()[:, None]
     overlap = (shares * truth).sum((0, 2))
     size = shares.sum((0, 2)) + truth.sum((0, 2))
     return entropy + 1 - ((2 * overlap + 1) / (size + 1)).mean()
@@ -150,14 +84,16 @@ def _with_background(scores: Tensor, num_classes: int) -> Tensor:
 
 
 @torch.enable_grad()
-def _train(cases: Sequence[ProbeCase], num_classes: int, decay: float, steps: int, seed: int) -> Readout:
-    tokens = torch.cat([case.tokens for case in cases])
-    labels = torch.cat([case.labels for case in cases])
+def _train(
+    cases: Sequence[ProbeCase], num_classes: int, decay: float, steps: int, seed: int, device: torch.device
+) -> Readout:
+    tokens = torch.cat([case.tokens for case in cases]).to(device)
+    labels = torch.cat([case.labels for case in cases]).to(device)
     mean, scale = tokens.mean(0), tokens.std(0, unbiased=False).clamp_min(1e-6)
     tokens = (tokens - mean) / scale
     outputs = (num_classes - 1) * labels.shape[1]
-    weight = torch.zeros(tokens.shape[1], outputs, requires_grad=True)
-    bias = torch.full((outputs,), -2.0, requires_grad=True)  # most voxels are background
+    weight = torch.zeros(tokens.shape[1], outputs, device=device, requires_grad=True)
+    bias = torch.full((outputs,), -2.0, device=device, requires_grad=True)  # most voxels are background
     optimizer = torch.optim.AdamW(
         [{"params": [weight], "weight_decay": decay}, {"params": [bias], "weight_decay": 0.0}], lr=RATE
     )
@@ -169,6 +105,7 @@ def _train(cases: Sequence[ProbeCase], num_classes: int, decay: float, steps: in
         if len(order) < batch:
             order = torch.randperm(len(tokens), generator=generator)
         chosen, order = order[:batch], order[batch:]
+        chosen = chosen.to(device)
         scores = _with_background(tokens[chosen] @ weight + bias, num_classes)
         loss = _loss(scores, labels[chosen].long())
         optimizer.zero_grad()
@@ -179,12 +116,19 @@ def _train(cases: Sequence[ProbeCase], num_classes: int, decay: float, steps: in
     return Readout(weight, bias.detach() - mean @ weight, num_classes, decay)
 
 
+def mean_dice(segment: Segmenter, cases: Sequence[ProbeCase], num_classes: int) -> float:
+    """Return the mean over classes of the mean Dice over the cases that have the class."""
+    scores = [case_dice(segment(case.tokens), case, num_classes) for case in cases]
+    return float(torch.stack(scores).nanmean(0).nanmean())
+
+
 def fit_readout(
     cases: Sequence[ProbeCase],
     num_classes: int,
     decays: Sequence[float] = DECAYS,
     steps: int = STEPS,
     seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> Readout:
     """Return the readout of labelled cases, its weight decay chosen on a quarter of their subjects.
 
@@ -197,37 +141,99 @@ def fit_readout(
         decays: candidates of the weight decay; a single subject, or a single candidate, takes the first.
         steps: optimiser steps of the final readout.
         seed: of the order of tokens.
+        device: where it is trained and applied.
 
     Raises:
         ValueError: if there are no cases.
     """
-    subjects = sorted({case.subject for case in cases})
-    if not subjects:
+    if not cases:
         raise ValueError("the probe has no labelled training case")
+    device = torch.device(device)
+    learned, held_out = _quarter(cases)
     decay = decays[0]
-    if len(subjects) > 1 and len(decays) > 1:
-        held_out = subjects[::4]  # names are hashes, so every fourth is as good as random
-        learned = _by_subject(cases, [subject for subject in subjects if subject not in set(held_out)])
+    if learned and len(decays) > 1:
         best = -1.0
         for candidate in decays:
-            readout = _train(learned, num_classes, candidate, max(1, steps // 2), seed)
-            scores = [
-                case_dice(predict_patches(readout, c.tokens), c, num_classes) for c in _by_subject(cases, held_out)
-            ]
-            score = float(torch.stack(scores).nanmean(0).nanmean())
+            readout = _train(learned, num_classes, candidate, max(1, steps // 2), seed, device)
+            score = mean_dice(partial(predict_patches, readout), held_out, num_classes)
             if score > best + 1e-6:
                 best, decay = score, candidate
-    return _train(cases, num_classes, decay, steps, seed)
+    return _train(cases, num_classes, decay, steps, seed, device)
 
 
 def predict_patches(readout: Readout, tokens: Tensor) -> Tensor:
-    """Return classes (N, P) int64 of the voxels under tokens (N, E)."""
-    return _with_background(tokens @ readout.weight + readout.bias, readout.num_classes).argmax(1)
+    """Return classes (N, P) int64 of the voxels under tokens (N, E), on the CPU."""
+    scores = tokens.to(readout.weight.device) @ readout.weight + readout.bias
+    return _with_background(scores, readout.num_classes).argmax(1).cpu()
+
+
+class NeighbourReadout:
+    """Segments by the label blocks of the k most similar training tokens, k chosen on a quarter of the subjects.
+
+    Each voxel of a patch takes the class with the most weight among the neighbours' voxels at the same place; voxels
+    outside a training volume do not vote.
+
+    Args:
+        cases: training cases.
+        num_classes: classes with background.
+        device: where similarities are computed.
+        counts: candidates of k; the smaller wins where two are equal. None takes those of
+            :func:`agssd.evaluation.neighbours.candidates` for the number of tokens. A single subject takes the first.
+
+    Raises:
+        ValueError: if there are no cases.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[ProbeCase],
+        num_classes: int,
+        device: str | torch.device = "cpu",
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        if not cases:
+            raise ValueError("the probe has no labelled training case")
+        self.num_classes = num_classes
+        self._tokens = torch.cat([case.tokens for case in cases]).to(device)
+        self._labels = torch.cat([case.labels for case in cases]).to(device)
+        self.k = self._choose(cases, device, counts or candidates(len(self._tokens)))
+
+    def _choose(self, cases: Sequence[ProbeCase], device: str | torch.device, counts: Sequence[int]) -> int:
+        learned, held_out = _quarter(cases)
+        fit = [k for k in counts if k <= sum(len(case.tokens) for case in learned)]
+        if not fit or len(counts) == 1:
+            return counts[0]
+        inner = NeighbourReadout(learned, self.num_classes, device, [max(fit)])
+        by_k = [[*inner.predictions(case.tokens, fit)] for case in held_out]
+
+        def score(index: int) -> float:
+            scores = [case_dice(p[index], case, self.num_classes) for p, case in zip(by_k, held_out, strict=True)]
+            return float(torch.stack(scores).nanmean(0).nanmean())
+
+        return fit[max(range(len(fit)), key=score)]
+
+    @torch.no_grad()
+    def predictions(self, tokens: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Return classes (N, P) int64 of the voxels under tokens (N, E) for each rising k, on the CPU."""
+        weights, rows = neighbours(tokens.to(self._tokens.device), self._tokens, counts[-1])
+        votes = weights.new_zeros(len(rows), self.num_classes, self._labels.shape[1])
+        found = []
+        for first, last in zip([0, *counts], counts, strict=False):
+            for place in range(first, last):
+                labels = self._labels[rows[:, place]]  # (N, P)
+                for value in range(self.num_classes):
+                    votes[:, value].addcmul_((labels == value).to(votes.dtype), weights[:, place, None])
+            found.append(votes.argmax(1).cpu())
+        return found
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return classes (N, P) int64 of the voxels under tokens (N, E), on the CPU."""
+        return self.predictions(tokens, [self.k])[0]
 
 
 def case_dice(prediction: Tensor, case: ProbeCase, num_classes: int) -> Tensor:
     """Return Dice per foreground class (K - 1,) of predicted patches, NaN for a class in neither map."""
-    inside = case.labels != _OUTSIDE
+    inside = case.labels != OUTSIDE
     pairs = torch.bincount(
         prediction[inside] * num_classes + case.labels[inside].long(), minlength=num_classes**2
     ).reshape(num_classes, num_classes)
@@ -237,17 +243,17 @@ def case_dice(prediction: Tensor, case: ProbeCase, num_classes: int) -> Tensor:
 
 def probe_segmentation(
     cases: Sequence[ProbeCase],
-    folds: Sequence[Sequence[str]],
+    folds: Sequence[Fold],
     num_classes: int,
-    train_subjects: Sequence[Sequence[str]] | None = None,
+    fit: Callable[[Sequence[ProbeCase], int], Segmenter],
 ) -> dict[str, np.ndarray]:
-    """Return the out-of-fold Dice of every subject.
+    """Return the out-of-fold Dice of every held-out subject.
 
     Args:
         cases: labelled cases with their tokens.
-        folds: disjoint lists of subjects; each is predicted by a readout fitted on the others.
+        folds: who is learnt from, who is predicted.
         num_classes: classes with background.
-        train_subjects: for each fold the subjects to learn from (few labels); None takes all of the other folds.
+        fit: makes the segmenter of a fold from its training cases and ``num_classes``.
 
     Returns:
         subject -> (K - 1,) float64 Dice per class, the mean over the subject's cases, NaN for a class it does not have.
@@ -256,18 +262,19 @@ def probe_segmentation(
         ValueError: if a subject to learn from is in the fold that is predicted.
     """
     found: dict[str, np.ndarray] = {}
-    for index, fold in enumerate(folds):
-        others = [subject for other, names in enumerate(folds) if other != index for subject in names]
-        learned = others if train_subjects is None else list(train_subjects[index])
-        if set(learned) & set(fold):
-            raise ValueError(f"fold {index} would be predicted by a readout that has seen {set(learned) & set(fold)}")
-        readout = fit_readout(_by_subject(cases, learned), num_classes)
-        for subject in fold:
-            scores = torch.stack(
-                [
-                    case_dice(predict_patches(readout, case.tokens), case, num_classes)
-                    for case in _by_subject(cases, [subject])
-                ]
-            )
-            found[subject] = scores.double().nanmean(0).numpy()
+    for number, fold in enumerate(folds):
+        refuse_leak(fold, number)
+        segment = fit(_by_subject(cases, fold.learned), num_classes)
+        for subject in fold.held_out:
+            own = _by_subject(cases, [subject])
+            if own:
+                scores = torch.stack([case_dice(segment(case.tokens), case, num_classes) for case in own])
+                found[subject] = scores.double().nanmean(0).numpy()
     return found
+
+
+def linear_segmenter(
+    cases: Sequence[ProbeCase], num_classes: int, steps: int = STEPS, device: str | torch.device = "cpu"
+) -> Segmenter:
+    """Return the linear readout of :func:`fit_readout` as a function of tokens."""
+    return partial(predict_patches, fit_readout(cases, num_classes, steps=steps, device=device))

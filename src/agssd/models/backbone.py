@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from importlib import import_module
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from agssd.types import Features, Triple
@@ -189,3 +191,16 @@ class Backbone(nn.Module, ABC):
                 f"pass in_channels={x.shape[1]} when building or loading it"
             )
         return self.token_grid(tuple(x.shape))
+
+
+def build_fresh(config: dict[str, Any], seed: int = 0) -> Backbone:
+    """Return an encoder of ``config`` (see :class:`Backbone`) with fresh weights, in evaluation mode.
+
+    The weights depend on ``seed`` alone, and the global random state on the CPU stays as it was.
+    """
+    module, _, name = config["class_path"].rpartition(".")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = getattr(import_module(module), name)(**config["init_args"])
+    assert isinstance(fresh, Backbone)
+    return fresh.eval()

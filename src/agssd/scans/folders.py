@@ -167,13 +167,17 @@ def _pair(
         chosen.update(dict.fromkeys(free, label))
     for label in sorted(left):
         beside = by_folder[label.parent]
-        free = [image for image in beside if image not in chosen and _same_grid(image, label)]
-        if free and (len(beside) == 1 or all(image in of_one for image in beside)):
-            chosen.update(dict.fromkeys(free, label))
+        is_one = len(beside) == 1 or all(image in of_one for image in beside)
+        owners = [image for image in beside if is_one and _same_grid(image, label)]
+        free = [image for image in owners if image not in chosen]
+        chosen.update(dict.fromkeys(free, label))
+        if free:
             plan.notes.append(
                 f"{label}: no image of its name lies beside it; taken as the label of {len(free)} on its grid, the "
                 f"first {free[0].name}"
             )
+        elif owners:
+            plan.refused.append((label, f"{owners[0]} has a label already ({chosen[owners[0]].name}); narrow --labels"))
         else:
             plan.refused.append((label, "matches --labels, but no image of its name or on its grid lies beside it"))
     return chosen

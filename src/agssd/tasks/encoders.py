@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from importlib import import_module
 from pathlib import Path
 
-import torch
-
 from agssd.hub import export_backbone, load_backbone
-from agssd.models.backbone import Backbone
+from agssd.models.backbone import Backbone, build_fresh
 
 
 def load_encoder(path: str | Path) -> Backbone:
@@ -34,10 +31,6 @@ def random_like(encoder: Backbone, seed: int) -> Backbone:
     The weights depend on ``seed`` alone and the global random state stays as it was. The contract is that of
     ``encoder``, both want the same data, but the new one has seen nothing.
     """
-    module, _, name = encoder.config["class_path"].rpartition(".")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = getattr(import_module(module), name)(**encoder.config["init_args"])
-    assert isinstance(fresh, Backbone)
+    fresh = build_fresh(encoder.config, seed)
     fresh.contract = None if encoder.contract is None else {**encoder.contract, "seen": None}
-    return fresh.eval()
+    return fresh

@@ -1,0 +1,152 @@
+"""Labelled volumes of a cache with the folds that a frozen encoder is probed by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from agssd.data_modules.cache import VolumeCache
+from agssd.data_modules.leakage import Overlap, overlap
+from agssd.data_modules.subsets import fold_subjects, nested_subset
+from agssd.evaluation.folds import Fold
+from agssd.evaluation.probe_features import ProbeVolume
+from agssd.transforms.intensity import to_model_range
+from agssd.types import Triple
+
+
+class ProbeSet:
+    """Cases of a cache that have a label map or a class, and who is learnt from and measured on.
+
+    With ``num_folds`` the subjects of the split "train" take turns; without, the split "train" is learnt from and "val"
+    measured on. The split "test" stays untouched either way.
+
+    Args:
+        cache: open cache.
+        num_folds: folds by subject of the split "train"; None for train against val.
+        num_subjects: labelled subjects per fold to learn from; None for all.
+        num_held_out: subjects per fold to measure on; None for all.
+        subset_seed: which draw of them.
+        at_most: take fewer subjects where there are not as many, instead of refusing.
+        max_vox: read at most so many voxels per axis, from the middle of the volume; None for whole volumes.
+        num_label_classes: with background; None for what the label maps hold.
+        kinds: "label" and "class", what a case may count by.
+
+    Attributes:
+        rows: of every case in a fold.
+        folds: who is learnt from, who is measured on.
+        num_label_classes: 0 without label maps.
+        num_targets: 0 without classes.
+
+    Raises:
+        ValueError: for a cache without such cases, impossible numbers, or labels outside the classes.
+    """
+
+    def __init__(
+        self,
+        cache: VolumeCache,
+        num_folds: int | None = None,
+        num_subjects: int | None = None,
+        num_held_out: int | None = None,
+        subset_seed: int = 0,
+        at_most: bool = False,
+        max_vox: int | None = None,
+        num_label_classes: int | None = None,
+        kinds: tuple[str, ...] = ("label", "class"),
+    ) -> None:
+        self.cache, self.max_vox, self.kinds = cache, max_vox, kinds
+        subjects = {split: self._subjects(split) for split in ("train", "val")}
+        if not subjects["train"]:
+            what = "labelled case" if "label" in kinds else "case with a class"
+            raise ValueError(f"{cache.path} has no {what} in its split 'train'; see agssd inspect {cache.path}")
+        if num_folds is None:
+            if not subjects["val"]:
+                raise ValueError(
+                    f"{cache.path} has no labelled case in its split 'val' to measure on; measure by folds of the "
+                    "split 'train' instead"
+                )
+            turns = [(subjects["train"], subjects["val"])]
+        else:
+            parts = fold_subjects(subjects["train"], num_folds)
+            turns = [([s for other in parts if other is not held for s in other], held) for held in parts]
+
+        def drawn(names: list[str], number: int | None) -> tuple[str, ...]:
+            if at_most and number is not None:
+                number = min(number, len(names))
+            return tuple(nested_subset(names, number, None, subset_seed))
+
+        self.folds = tuple(Fold(drawn(rest, num_subjects), drawn(held, num_held_out)) for rest, held in turns)
+        used = {subject for fold in self.folds for part in fold for subject in part}
+        splits = ("train",) if num_folds is not None else ("train", "val")
+        self.rows = [
+            row
+            for row, info in enumerate(cache.cases)
+            if info.split in splits and info.subject in used and self._has(row)
+        ]
+        self.num_targets = len(cache.class_names) if any(self._target(row) is not None for row in self.rows) else 0
+        self.num_label_classes = self._label_classes(num_label_classes)
+
+    def _has(self, row: int) -> bool:
+        return self._labelled(row) or self._target(row) is not None
+
+    def _labelled(self, row: int) -> bool:
+        return "label" in self.kinds and self.cache.cases[row].label_values is not None
+
+    def _target(self, row: int) -> int | None:
+        return self.cache.cases[row].class_index if "class" in self.kinds else None
+
+    def _subjects(self, split: str) -> list[str]:
+        return sorted({self.cache.cases[row].subject for row in self.cache.select(split=split) if self._has(row)})
+
+    def _label_classes(self, wanted: int | None) -> int:
+        values = {v for row in self.rows if self._labelled(row) for v in self.cache.cases[row].label_values or ()}
+        if not values:
+            return 0
+        number = wanted or max(values) + 1
+        if min(values) < 0 or max(values) >= number or number < 2:
+            raise ValueError(
+                f"labels in {self.cache.path} hold {min(values)} to {max(values)}, which needs --num-classes "
+                f"{max(max(values) + 1, 2)}"
+            )
+        return number
+
+    @property
+    def num_subjects(self) -> int:
+        """The number of subjects that are measured on."""
+        return len({subject for fold in self.folds for subject in fold.held_out})
+
+    def volumes(self) -> Iterator[ProbeVolume]:
+        """Yield the volumes in the order of ``rows``, read now."""
+        for row in self.rows:
+            info = self.cache.cases[row]
+            size = info.shape if self.max_vox is None else _at_most(info.shape, self.max_vox)
+            start = tuple((whole - part) // 2 for whole, part in zip(info.shape, size, strict=True))
+            box = ((start[0], start[1], start[2]), size)
+            stored = torch.from_numpy(self.cache.read(row, *box, "image")).float()[None]  # (1, C, D, H, W)
+            scale, offset, low, high = (torch.tensor([getattr(info, n)]) for n in ("scale", "offset", "low", "high"))
+            real = stored * scale[:, :, None, None, None] + offset[:, :, None, None, None]
+            image = to_model_range(real, low, high, torch.tensor([info.modality == "ct"]))[0]
+            label = torch.from_numpy(self.cache.read(row, *box, "label")) if self._labelled(row) else None
+            yield ProbeVolume(info.subject, image, label, self._target(row))
+
+    def held_out_overlap(self, seen: Mapping[str, Any] | None) -> Overlap | None:
+        """Return what of the cases that are measured on is in a record of training cases; None where nobody knows.
+
+        Args:
+            seen: the encoder's record, see :mod:`agssd.data_modules.leakage`.
+        """
+        if seen is None:
+            return None
+        held_out = {subject for fold in self.folds for subject in fold.held_out}
+        rows = [(0, row) for row in self.rows if self.cache.cases[row].subject in held_out]
+        return overlap(seen, [self.cache], rows)
+
+    def held_out_seen(self, seen: Mapping[str, Any] | None) -> int | None:
+        """Return how many of the subjects that are measured on were trained on; None where nobody knows."""
+        found = self.held_out_overlap(seen)
+        return None if found is None else len(found.subjects)
+
+
+def _at_most(shape: Triple, limit: int) -> Triple:
+    return min(shape[0], limit), min(shape[1], limit), min(shape[2], limit)

@@ -1,0 +1,140 @@
+"""Frozen features of labelled volumes: tokens over the labels of their patches, and one vector per volume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from agssd.models.backbone import Backbone
+from agssd.types import Triple
+
+OUTSIDE = 255
+
+
+class ProbeVolume(NamedTuple):
+    """A volume to probe with."""
+
+    subject: str
+    image: Tensor  # (C, D, H, W) float32 in the model's range
+    label: Tensor | None  # (D, H, W) integers below 255
+    target: int | None  # class of the volume
+
+
+class ProbeFeatures(NamedTuple):
+    """What a frozen encoder says of a volume, and the truth."""
+
+    subject: str
+    tokens: Tensor  # (N, E) float32
+    cls: Tensor  # (E,) float32, the mean over the windows
+    labels: Tensor | None  # (N, P) uint8 under the tokens, 255 outside the volume
+    target: int | None
+
+
+def _padded_shape(shape: Sequence[int], patch_size: Triple, window_vox: Triple | None) -> Triple:
+    sizes = [max(-(-n // p) * p, w) for n, p, w in zip(shape, patch_size, window_vox or (0, 0, 0), strict=True)]
+    return (sizes[0], sizes[1], sizes[2])
+
+
+def _starts(length: int, window: int, stride: int) -> list[int]:
+    last = length - window
+    return [*range(0, last, stride), last]
+
+
+@torch.no_grad()
+def window_features(
+    backbone: Backbone,
+    image: Tensor,
+    window_vox: Triple | None,
+    overlap: float = 0.5,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens of a whole volume, each the mean over the windows that contain it, and the mean [CLS].
+
+    Args:
+        backbone: frozen encoder in evaluation mode.
+        image: (C, D, H, W) float32 in the model's range; padded at the end with its lowest value to whole patches.
+        window_vox: window in voxels, a multiple of the patch: the size of view the encoder was trained on; None
+            takes the whole volume in one.
+        overlap: of neighbouring windows, in [0, 1); rounded so that windows start on patch borders.
+        dtype: of autocast; None computes in float32.
+        batch_size: windows per forward pass.
+
+    Returns:
+        (N, E) float32 in raster order of the padded volume's patches, and (E,) float32, both on the CPU.
+
+    Raises:
+        ValueError: if the window is no multiple of the patch or the overlap is out of range.
+    """
+    patch = backbone.patch_size
+    if window_vox is not None and any(w < p or w % p for w, p in zip(window_vox, patch, strict=True)):
+        raise ValueError(f"window {tuple(window_vox)} is no multiple of the encoder's patch {tuple(patch)}")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap is {overlap}; give a share from 0 to below 1")
+    size = _padded_shape(image.shape[1:], patch, window_vox)
+    pads = [n for axis in (2, 1, 0) for n in (0, size[axis] - image.shape[axis + 1])]
+    padded = F.pad(image, pads, value=float(image.min()))
+    window_vox = window_vox or size
+    strides = [max(1, round((1 - overlap) * w / p)) * p for w, p in zip(window_vox, patch, strict=True)]
+    axes = [_starts(n, w, s) for n, w, s in zip(size, window_vox, strides, strict=True)]
+    places = [(d, h, w) for d in axes[0] for h in axes[1] for w in axes[2]]
+    grid = [n // p for n, p in zip(size, patch, strict=True)]
+    total = torch.zeros(*grid, backbone.embed_dim)
+    count = torch.zeros(*grid, 1)
+    d, h, w = (n // p for n, p in zip(window_vox, patch, strict=True))
+    cls = torch.zeros(backbone.embed_dim)
+    device = next(backbone.parameters()).device
+    autocast = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    for first in range(0, len(places), batch_size):
+        chosen = places[first : first + batch_size]
+        views = [padded[:, a : a + window_vox[0], b : b + window_vox[1], c : c + window_vox[2]] for a, b, c in chosen]
+        with autocast:
+            features = backbone(torch.stack(views).to(device))
+        cls += features.cls.float().cpu().sum(0)
+        tokens = features.tokens.float().cpu()
+        for (a, b, c), view in zip(chosen, tokens, strict=True):
+            i, j, k = a // patch[0], b // patch[1], c // patch[2]
+            total[i : i + d, j : j + h, k : k + w] += view.reshape(d, h, w, -1)
+            count[i : i + d, j : j + h, k : k + w] += 1
+    return (total / count).reshape(-1, backbone.embed_dim), cls / len(places)
+
+
+def patch_labels(label: Tensor, patch_size: Triple, window_vox: Triple | None) -> Tensor:
+    """Return the labels under the tokens of :func:`window_features`.
+
+    Args:
+        label: (D, H, W) integers below 255.
+        patch_size: voxels per token.
+        window_vox: window of the features, which decides the padding.
+
+    Returns:
+        (N, p_D * p_H * p_W) uint8 in raster order, 255 outside the volume.
+    """
+    size = _padded_shape(label.shape, patch_size, window_vox)
+    pads = [n for axis in (2, 1, 0) for n in (0, size[axis] - label.shape[axis])]
+    padded = F.pad(label.to(torch.uint8), pads, value=OUTSIDE)
+    d, h, w = (n // p for n, p in zip(size, patch_size, strict=True))
+    p_d, p_h, p_w = patch_size
+    blocks = padded.reshape(d, p_d, h, p_h, w, p_w).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(d * h * w, p_d * p_h * p_w)
+
+
+def encode(
+    backbone: Backbone,
+    volumes: Iterable[ProbeVolume],
+    window_vox: Triple | None,
+    overlap: float,
+    dtype: torch.dtype | None = None,
+) -> list[ProbeFeatures]:
+    """Return the features of each volume; arguments as in :func:`window_features`."""
+    found = []
+    for volume in volumes:
+        tokens, cls = window_features(backbone, volume.image, window_vox, overlap, dtype)
+        labels = None if volume.label is None else patch_labels(volume.label, backbone.patch_size, window_vox)
+        found.append(ProbeFeatures(volume.subject, tokens, cls, labels, volume.target))
+    return found
