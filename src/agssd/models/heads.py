@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -113,3 +114,37 @@ class ReconstructionHead(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             predicted: Tensor = self.linear(self.norm(tokens.float()))
         return predicted
+
+
+class ProjectionHead(nn.Module):
+    """Project features for a contrast or a prediction: linear layers with layer norm and GELU between them.
+
+    Source: projector and predictor of MoCo v3 and BYOL [R: MoCo v3].
+    Deviates: layer norm in place of batch norm, whose statistics would tie the samples of a batch together and say
+    little for the few volumes that fit a device (docs/method.md (b) 11).
+
+    Args:
+        in_dim: width of the features.
+        hidden_dim: width of the hidden layers.
+        out_dim: width of the projection.
+        layers: number of linear layers, at least 1.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, layers: int) -> None:
+        super().__init__()
+        widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
+        parts: list[nn.Module] = []
+        for number, (width, following) in enumerate(pairwise(widths)):
+            if number:
+                parts += [nn.LayerNorm(width, eps=1e-6), nn.GELU()]
+            linear = nn.Linear(width, following)
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            parts.append(linear)
+        self.mlp = nn.Sequential(*parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_dim) float32 from features (..., in_dim); not normalised."""
+        with torch.autocast(x.device.type, enabled=False):
+            projected: Tensor = self.mlp(x.float())
+        return projected
