@@ -111,8 +111,9 @@ class PGL(PretrainModule):
     def _at(self, points: Tensor, tokens: Tensor) -> Tensor:
         """Return (B, 2, r³, E): token maps (B, 2, N, E) of both views, read at ``points``."""
         with torch.autocast(points.device.type, enabled=False):
-            read = sample_tokens(tokens.flatten(0, 1).float(), self.grid, points.flatten(0, 1))
-        return read.unflatten(0, (-1, 2))
+            read: Tensor = sample_tokens(tokens.flatten(0, 1).float(), self.grid, points.flatten(0, 1))
+            both: Tensor = read.unflatten(0, (-1, 2))
+        return both
 
     # ------------------------------------------------------------ monitors
 
