@@ -36,6 +36,7 @@ class ParentBatch(TypedDict):
     edge_q99: Tensor  # (B, C) float32: 99th percentile of the edge magnitude inside the foreground, 0 if flat
     is_ct: Tensor  # (B,) bool
     spacing_mm: Tensor  # (B, 3) float32
+    centre_mm: Tensor  # (B, 3) float32: centre of the crop minus centre of the volume
     sample: Tensor  # (B,) int64: position in the endless stream; the key of every random draw
     case: Tensor  # (B,) int64: row in the list of cases of the data module, of the case that was read
     broken: Tensor  # (B, 4) int64: rows drawn before it that could not be read (data.on_broken quarantine), else -1

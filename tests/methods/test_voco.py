@@ -15,7 +15,7 @@ SAMPLES = [0, 1, 2, 3]
 
 
 def test_voco__labels_are_shares_of_volume_in_three_dimensions(tiny_cache: Path) -> None:
-    # Defect of the released code: overlaps are areas in the plane, whatever the third axis does.
+    # The released code moves crops in the plane alone and takes areas there.
     module = recipes.build(VoCo, base_grid=(2, 2, 4), num_crops=3)
     batch = recipes.parents(tiny_cache, SAMPLES)
     # An image that holds its own coordinates tells where a crop lies.

@@ -40,12 +40,12 @@ class VoCo(PretrainModule):
 
     Source: Wu, Zhuang and Chen, CVPR 2024, arXiv 2402.17300 [paper]; both directions of comparison, projector
     [R: VoCo, released code].
-    Deviates: overlaps are volumes in 3D, where the released code measures them in the plane; bases without body (less
-    than 5 %) take part in nothing (ours: crops of air are alike and cannot be orthogonal); a crop that points away from
-    a base it overlaps is still pulled, where the released ReLU has no gradient (ours); layer norm in place of batch
-    norm in the projector (ours); the teacher moves once per optimiser step instead of in the forward pass; the grid of
-    bases fits parents of about 1.75 views per axis (ours; paper 4 x 4 cells of a whole scan); our encoder and
-    schedules.
+    Deviates: crops move, and overlap, on all three axes, where the released code moves them in the plane; no flips or
+    shifts of intensity; bases without body (less than 5 %) take part in nothing (ours: crops of air are alike and
+    cannot be orthogonal); a crop that points away from a base it overlaps is still pulled, where the released ReLU has
+    no gradient (ours); layer norm in place of batch norm in the projector (ours); the teacher moves once per optimiser
+    step instead of in the forward pass; the grid of bases fits parents of about 1.75 views per axis (ours; paper 4 x 4
+    cells of a whole scan); our encoder and schedules.
 
     Args:
         backbone: the student's encoder; the teacher is its copy.

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from agssd.geometry import constant
 from agssd.transforms.crops import OverlapCrops, ViewSet, box_in_view, extract
 from agssd.transforms.edges import (
     MIN_FOREGROUND,
@@ -41,7 +42,8 @@ class Views:
     low: Tensor  # (B, C)
     high: Tensor  # (B, C)
     edge_q99: Tensor  # (B, C)
-    spacing_mm: Tensor  # (B, 2, 3) of the global views
+    spacing_mm: Tensor  # (B, 2, 3) of the global views, along their own axes
+    centre_mm: Tensor  # (B, 2, 3) centre of the global views minus centre of the volume, along the volume's axes
 
     @property
     def size_vox(self) -> Triple:
@@ -87,6 +89,7 @@ def make_views(
         random = KeyedRandom(seed, sample, "appearance of local views")
         local_views = _appear(appearance, local_views, is_ct, random)
 
+    from_middle = geometry.globals.centre - constant(tuple(parent.shape[2:]), parent.device) / 2  # voxels
     views = Views(
         sample=sample,
         geometry=geometry,
@@ -101,6 +104,7 @@ def make_views(
         high=high,
         edge_q99=batch["edge_q99"],
         spacing_mm=geometry.globals.spacing_mm(batch["spacing_mm"], crops.size_vox),
+        centre_mm=batch["centre_mm"][:, None] + from_middle * batch["spacing_mm"][:, None],
     )
     return replace(views, edges=edge_maps(views, views.hidden_view)) if with_edges else views
 
