@@ -89,6 +89,8 @@ def test_corruption__mri_below_zero_keeps_its_order_and_ct_its_units() -> None:
     mri = curve_alone(ramp * 2 - 1, torch.zeros(40, dtype=torch.bool), 0, sample).flatten(1)
     steps = mri.diff(dim=1)
     assert ((steps >= -1e-6).all(1) | (steps <= 1e-6).all(1)).all()
+    ends = torch.stack([mri[:, 0], mri[:, -1]], 1).sort(1).values
+    torch.testing.assert_close(ends, torch.tensor([-1.0, 1.0]).expand(40, 2))
     assert mri.min() >= -1 and mri.max() <= 1 and (steps.abs() > 1e-6).float().mean() > 0.95
     falling = (steps[:, 0] < 0) | (steps[:, -1] < 0)
     assert 8 < int(falling.sum()) < 32

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agssd.geometry import constant, view_affine
+from agssd.geometry import constant
 from agssd.losses.position_contrast import base_orthogonality, position_loss
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
 from agssd.models.heads import ProjectionHead
-from agssd.transforms.crops import OverlapCrops, ViewGeometry, box_share, extract
+from agssd.transforms.crops import OverlapCrops, box_share, box_views, extract
 from agssd.transforms.edges import MIN_FOREGROUND
-from agssd.transforms.intensity import to_model_range
 from agssd.transforms.keyed_random import KeyedRandom
+from agssd.transforms.views import parent_image
 from agssd.types import LossTerms, Observations, ParentBatch, Triple, ViewPanel
 
 
@@ -104,8 +104,7 @@ class VoCo(PretrainModule):
     def make_views(self, batch: ParentBatch) -> PositionViews:
         """Cut the base crops, and random crops of their size, from every parent."""
         sample = batch["sample"]
-        raw = batch["image"].float() * batch["scale"][..., None, None, None] + batch["offset"][..., None, None, None]
-        parent = to_model_range(raw, batch["low"], batch["high"], batch["is_ct"])
+        parent = parent_image(batch)
         shape = constant(tuple(parent.shape[2:]), parent.device)
         edge = shape / constant(self.base_grid, parent.device)  # (3,)
         cells = torch.cartesian_prod(*(torch.arange(n, device=parent.device) for n in self.base_grid))
@@ -115,7 +114,7 @@ class VoCo(PretrainModule):
         shared = (
             torch.minimum(low[:, :, None], base_low[:, None]) + edge - torch.maximum(low[:, :, None], base_low[:, None])
         )
-        cut = extract(parent, _boxes(torch.cat([low, base_low], 1), edge), self.size_vox)
+        cut = extract(parent, box_views(torch.cat([low, base_low], 1), edge), self.size_vox)
         return PositionViews(
             sample=sample,
             crops=cut[:, : self.num_crops],
@@ -175,15 +174,6 @@ class VoCo(PretrainModule):
             "globals": views.crops[index, :, 0],
             "locals": views.bases[index, :, 0],
         }
-
-
-def _boxes(low: Tensor, edge: Tensor) -> ViewGeometry:
-    """Return views of boxes (B, V, 3) of one edge (3,) in the parent's own orientation."""
-    edges = edge.expand_as(low)
-    identity = torch.eye(3, device=low.device).expand(*low.shape[:2], 3, 3)
-    none = torch.zeros(low.shape[:2], dtype=torch.int64, device=low.device)
-    centre = low + edges / 2
-    return ViewGeometry(centre, edges, none, view_affine(centre - 0.5, edges, identity), rotated=False)
 
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:

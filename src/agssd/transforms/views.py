@@ -52,6 +52,12 @@ class Views:
         return d, h, w
 
 
+def parent_image(batch: ParentBatch) -> Tensor:
+    """Return the parent crops (B, C, D, H, W) float32 in the model's range."""
+    raw = batch["image"].float() * batch["scale"][..., None, None, None] + batch["offset"][..., None, None, None]
+    return to_model_range(raw, batch["low"], batch["high"], batch["is_ct"])
+
+
 def make_views(
     batch: ParentBatch,
     crops: OverlapCrops,
@@ -74,8 +80,7 @@ def make_views(
     """
     sample, is_ct = batch["sample"], batch["is_ct"]
     low, high = batch["low"], batch["high"]
-    raw = batch["image"].float() * batch["scale"][..., None, None, None] + batch["offset"][..., None, None, None]
-    parent = to_model_range(raw, low, high, is_ct)
+    parent = parent_image(batch)
     geometry = crops.sample(batch["foreground"], sample, seed)
 
     channels = parent.shape[1]
