@@ -96,6 +96,7 @@ class ViewPanel(TypedDict, total=False):
     overlap_box: Tensor  # (2, 3, 2) float: overlap in voxels of each global view, [start, end) per axis
     true_box: Tensor  # (V, 3, 2) float: a place in voxels of each picture that the module is to find, [start, end)
     predicted_box: Tensor  # (V, 3, 2) float: where it believes that place to be
+    origin: Tensor  # (V, 3) float: where the vectors to the middles of both boxes start
     attention: Tensor  # (2, heads, D', H', W') teacher attention of [CLS], last block
 
 

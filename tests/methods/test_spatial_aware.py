@@ -160,6 +160,9 @@ def test_view_panel__boxes_are_where_the_crops_were_cut(anisotropic: Path, tmp_p
     for index in SAMPLES:
         panel = module.view_panel(index)
         torch.testing.assert_close(panel["predicted_box"], panel["true_box"], atol=1e-3, rtol=0)
+        first = module.view_panel(index)["origin"][0] - panel["true_box"][1].mean(-1)
+        expected = -exact[index, 1] * torch.tensor([32.0, 40.0, 32.0])
+        torch.testing.assert_close(first, expected, atol=1e-3, rtol=0)
         for row in (0, 1):  # the picture is the parent, voxel by voxel
             ends = panel["true_box"][row].round().long()
             inside = panel["clean"][row][tuple(slice(int(a), int(b)) for a, b in ends)]

@@ -62,7 +62,7 @@ def save_panels(panels: list[ViewPanel], path: Path, title: str) -> None:
 
     text(_GAP, 17, title, fontsize=12, fontweight="bold")
     if any("predicted_box" in panel for panel in panels):
-        legend = "blue box: where the crop lies · pink: where it is predicted · slices through the blue box's middle"
+        legend = "blue: where a crop lies · pink: where it is predicted"
     else:
         legend = (
             "blue box: region both global views share · orange: hidden from the student · slices through its middle"
@@ -100,8 +100,9 @@ def _blocks(panel: ViewPanel, index: int) -> list[tuple[str, list[list[_Tile]]]]
         raise ValueError("a ViewPanel needs 'clean' or 'globals' to be drawn")
     window = _window(base)
     factor = math.ceil(_TILE / max(base.shape[1:]))
+    names = ("crop 2", "crop 3") if "predicted_box" in arrays else ("view A", "view B")
     blocks = [
-        (f"sample {index + 1}\nview {'AB'[view]}", [_view_row(arrays, base[view], view, window, factor)])
+        (f"sample {index + 1}\n{names[view]}", [_view_row(arrays, base[view], view, window, factor)])
         for view in range(len(base))
     ]
     crops = arrays.get("locals")
@@ -130,6 +131,10 @@ def _view_row(
         if "predicted_box" in arrays:
             predicted = np.delete(arrays["predicted_box"][view], axis, 0)
             draw_box(pixels, predicted, np.delete(clean.shape, axis), _PREDICTED_COLOUR)
+            if box is not None and "origin" in arrays:
+                start = np.delete(arrays["origin"][view], axis)
+                for ends, colour in ((np.delete(box, axis, 0), BOX_COLOUR), (predicted, _PREDICTED_COLOUR)):
+                    draw_line(pixels, start, ends.mean(1), np.delete(clean.shape, axis), colour)
         tiles.append(_Tile(pixels, f"{plane} {centre[axis]}"))
     depth = centre[0]
 
@@ -180,6 +185,25 @@ def draw_box(pixels: _Floats, box: _Floats, shape: NDArray[np.int64], colour: ND
     pixels[bottom - line : bottom, left:right] = colour
     pixels[top:bottom, left : left + line] = colour
     pixels[top:bottom, right - line : right] = colour
+
+
+def draw_line(
+    pixels: _Floats, start: _Floats, end: _Floats, shape: NDArray[np.int64], colour: NDArray[np.float32]
+) -> None:
+    """Draw a line onto ``pixels``, in place; what lies outside is left out.
+
+    Args:
+        pixels: (h * f, w * f, 3), a slice with ``f`` pixels per voxel and its first axis pointing up.
+        start: (2,) in voxels along the slice's axes.
+        end: (2,) likewise.
+        shape: (h, w) of the slice in voxels.
+        colour: (3,) of the line, in [0, 1].
+    """
+    factor = pixels.shape[0] // int(shape[0])
+    points = np.floor(np.linspace(start, end, 2 * max(pixels.shape[:2])) * factor).astype(int)
+    rows, columns = pixels.shape[0] - 1 - points[:, 0], points[:, 1]
+    inside = (rows >= 0) & (rows < pixels.shape[0]) & (columns >= 0) & (columns < pixels.shape[1])
+    pixels[rows[inside], columns[inside]] = colour
 
 
 def _array(tensor: Tensor) -> _Floats:

@@ -249,7 +249,8 @@ class SpatialAware(PretrainModule):
     def view_panel(self, index: int) -> ViewPanel:
         """Return the parent of sample ``index`` of the last micro-batch, with boxes of the second and third crop.
 
-        ``true_box`` is where a crop lies, ``predicted_box`` where the gap from the first crop says it does.
+        ``true_box`` is where a crop lies, ``predicted_box`` where the gap from the first crop says it does, and
+        ``origin`` the first crop's middle.
 
         Raises:
             IndexError: if the batch has no such sample, or no step was taken.
@@ -271,6 +272,7 @@ class SpatialAware(PretrainModule):
             "clean": picture,
             "true_box": box(views.centre_mm[index, 1 : rows + 1]),
             "predicted_box": box(start + found[index, :rows] * views.unit_mm[index]),
+            "origin": box(start[None]).mean(-1).expand(rows, -1),
         }
 
 
