@@ -47,26 +47,27 @@ def test_pgl__is_the_mean_distance_over_the_points_of_the_overlap(tiny_cache: Pa
         for b in range(4):
             affine = views.geometry.globals.affine[b].double().numpy()
             low, high = views.geometry.overlap_box[b].double().numpy().T
-            values = []
+            points: dict[tuple[str, int], list[np.ndarray]] = {}
             maps: dict[str, list[np.ndarray]] = {"student": [], "teacher": []}
             for name in maps:
                 tokens = getattr(module, name)["backbone"](views.inputs[b]).tokens
                 maps[name] = [t.reshape(4, 4, 4, -1).double().numpy() for t in tokens]
             body = views.foreground[b, :, 0].double().numpy().reshape(2, 4, 8, 4, 8, 4, 8).mean((2, 4, 6))[..., None]
+            counts = []
             for index in np.ndindex(3, 3, 3):
                 # The parent's voxel i lies between its edges i and i + 1.
                 place = low + (np.array(index) + 0.5) / 3 * (high - low) - 0.5
                 u = [np.linalg.solve(a[:3, :3], place - a[:3, 3]) for a in affine]
-                if min(read(body[v], u[v])[0] for v in (0, 1)) < 0.05:
-                    continue
-                distances = []
-                for own, other in ((0, 1), (1, 0)):
-                    student = torch.from_numpy(read(maps["student"][own], u[own])).float()
-                    teacher = torch.from_numpy(read(maps["teacher"][other], u[other])).float()
-                    p = module.student["predictor"](module.student["projector"](student))
-                    t = module.teacher["projector"](teacher)
-                    distances.append(2 - 2 * torch.cosine_similarity(p, t, dim=0).item())
-                values.append(np.mean(distances))
+                counts.append(min(read(body[v], u[v])[0] for v in (0, 1)) >= 0.05)
+                for name, view in ((name, view) for name in maps for view in (0, 1)):
+                    points.setdefault((name, view), []).append(read(maps[name][view], u[view]))
+            seen = {key: torch.from_numpy(np.array(rows)).float() for key, rows in points.items()}
+            distances = []
+            for own, other in ((0, 1), (1, 0)):
+                p = module.student["predictor"](module.student["projector"](seen["student", own]))
+                t = module.teacher["projector"](seen["teacher", other])
+                distances.append(2 - 2 * torch.cosine_similarity(p, t, dim=1).numpy())
+            values = np.mean(distances, 0)[counts]
             total += np.mean(values) / 4
     assert given == pytest.approx(total, rel=1e-4)
 

@@ -29,9 +29,10 @@ class PGL(PretrainModule):
     Source: Xie et al., arXiv 2011.12640 [paper]: BYOL with a prior-guided local consistency in place of the global one;
     the grid of points [R: CVA] (docs/method.md §1.2, operator ii).
     Deviates: tokens are read before projector and predictor, which act on points (ours: reading is linear in tokens);
-    points in air are left out (ours); layer norm in place of batch norm in the heads (ours); the paper's scaling of the
-    loss is not known, ours is BYOL's per point; the teacher holds a copy of the predictor too, which is not read; our
-    views, encoder and schedules. [CLS] learns only through attention.
+    points in air are left out (ours); the heads standardise over the points of a view and not over the batch (ours, see
+    :class:`agssd.models.heads.PointNorm`; with layer norm features fall to a constant); the paper's scaling of the loss
+    is not known, ours is BYOL's per point; the teacher holds a copy of the predictor too, which is not read; our views,
+    encoder and schedules. [CLS] learns only through attention.
 
     Args:
         backbone: the student's encoder; the teacher is its copy.
@@ -73,8 +74,8 @@ class PGL(PretrainModule):
         self.patch = backbone.patch_size
         self.grid = backbone.token_grid(views.size_vox)
         backbone.freeze_mask_token()
-        projector = ProjectionHead(backbone.embed_dim, head_hidden, head_dim, layers=2)
-        predictor = ProjectionHead(head_dim, head_hidden, head_dim, layers=2)
+        projector = ProjectionHead(backbone.embed_dim, head_hidden, head_dim, layers=2, over_points=True)
+        predictor = ProjectionHead(head_dim, head_hidden, head_dim, layers=2, over_points=True)
         self.student = nn.ModuleDict({"backbone": backbone, "projector": projector, "predictor": predictor})
         self.build_teacher()
         self._step: tuple[Views, Tensor, Tensor, Tensor] | None = None

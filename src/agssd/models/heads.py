@@ -116,6 +116,27 @@ class ReconstructionHead(nn.Module):
         return predicted
 
 
+class PointNorm(nn.Module):
+    """Standardise each channel over the points of one view, then scale and shift it.
+
+    Source: ours: what batch norm does against collapse, without tying samples together.
+
+    Args:
+        width: channels.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., M, width) from (..., M, width), M points."""
+        centred = x - x.mean(-2, keepdim=True)
+        deviation = (centred.square().mean(-2, keepdim=True) + 1e-5).sqrt()
+        return centred / deviation * self.weight + self.bias
+
+
 class ProjectionHead(nn.Module):
     """Project features for a contrast or a prediction: linear layers with layer norm and GELU between them.
 
@@ -128,15 +149,16 @@ class ProjectionHead(nn.Module):
         hidden_dim: width of the hidden layers.
         out_dim: width of the projection.
         layers: number of linear layers, at least 1.
+        over_points: standardise hidden channels over the points of a view (:class:`PointNorm`) and not over channels.
     """
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, layers: int) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, layers: int, over_points: bool = False) -> None:
         super().__init__()
         widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
         parts: list[nn.Module] = []
         for number, (width, following) in enumerate(pairwise(widths)):
             if number:
-                parts += [nn.LayerNorm(width, eps=1e-6), nn.GELU()]
+                parts += [PointNorm(width) if over_points else nn.LayerNorm(width, eps=1e-6), nn.GELU()]
             linear = nn.Linear(width, following)
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
