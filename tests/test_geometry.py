@@ -11,6 +11,7 @@ from agssd.geometry import (
     correspondence,
     invert,
     overlap_grid,
+    rotation_from_6d,
     rotation_matrices,
     sample_tokens,
     signed_permutations,
@@ -171,3 +172,14 @@ def test_correspondence__is_the_same_under_autocast() -> None:
         given = correspondence(a, b, (6, 6, 6))
     assert torch.equal(given[0], expected[0])
     assert torch.equal(given[1], expected[1])
+
+
+def test_rotation_from_6d__keeps_rotations_and_makes_one_of_any_two_vectors() -> None:
+    generator = torch.Generator().manual_seed(4)
+    rotations = rotation_matrices(torch.rand(50, 3, generator=generator) * 6)
+    columns = torch.cat([rotations[..., 0], rotations[..., 1]], -1)
+    torch.testing.assert_close(rotation_from_6d(columns), rotations, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rotation_from_6d(columns * 7), rotations, atol=1e-5, rtol=0)
+    made = rotation_from_6d(torch.randn(50, 6, generator=generator))
+    torch.testing.assert_close(made @ made.mT, torch.eye(3).expand(50, 3, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.linalg.det(made), torch.ones(50))

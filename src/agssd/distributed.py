@@ -12,6 +12,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Return the number of this rank, 0 outside a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def all_sum(x: Tensor) -> Tensor:
     """Return the sum of ``x`` over ranks, without gradient."""
     if world_size() > 1:

@@ -147,3 +147,14 @@ def overlap_grid(affine_a: Tensor, affine_b: Tensor, box: Tensor, points_per_axi
     unit = (token_centres(grid, box.device) + 1) / 2  # (r³, 3) in (0, 1)
     points = box[:, None, :, 0] + unit * (box[:, None, :, 1] - box[:, None, :, 0])
     return transform(invert(affine_a), points), transform(invert(affine_b), points)
+
+
+def rotation_from_6d(vectors: Tensor) -> Tensor:
+    """Return (..., 3, 3) rotations whose first two columns are nearest to the two vectors (..., 6), by Gram-Schmidt.
+
+    Source: Zhou et al., CVPR 2019, arXiv 1812.07035, eq. 15.
+    """
+    first = F.normalize(vectors[..., :3], dim=-1)
+    second = vectors[..., 3:]
+    second = F.normalize(second - (first * second).sum(-1, keepdim=True) * first, dim=-1)
+    return torch.stack([first, second, torch.linalg.cross(first, second)], -1)

@@ -36,6 +36,7 @@ class ParentBatch(TypedDict):
     edge_q99: Tensor  # (B, C) float32: 99th percentile of the edge magnitude inside the foreground, 0 if flat
     is_ct: Tensor  # (B,) bool
     spacing_mm: Tensor  # (B, 3) float32
+    centre_mm: Tensor  # (B, 3) float32: centre of the crop minus centre of the volume
     sample: Tensor  # (B,) int64: position in the endless stream; the key of every random draw
     case: Tensor  # (B,) int64: row in the list of cases of the data module, of the case that was read
     broken: Tensor  # (B, 4) int64: rows drawn before it that could not be read (data.on_broken quarantine), else -1
@@ -93,6 +94,9 @@ class ViewPanel(TypedDict, total=False):
     mask: Tensor  # (2, D', H', W') bool
     reconstruction: Tensor  # (2, D, H, W) prediction where masked, clean elsewhere
     overlap_box: Tensor  # (2, 3, 2) float: overlap in voxels of each global view, [start, end) per axis
+    true_box: Tensor  # (V, 3, 2) float: a place in voxels of each picture that the module is to find, [start, end)
+    predicted_box: Tensor  # (V, 3, 2) float: where it believes that place to be
+    origin: Tensor  # (V, 3) float: where the vectors to the middles of both boxes start
     attention: Tensor  # (2, heads, D', H', W') teacher attention of [CLS], last block
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib import image
 
-from agssd.callbacks.panel_drawing import BOX_COLOUR, _blocks, draw_box, save_panels
+from agssd.callbacks.panel_drawing import BOX_COLOUR, _blocks, draw_box, draw_line, save_panels
 from agssd.callbacks.view_panels import ViewPanels
 
 
@@ -65,6 +65,17 @@ def test_draw_box__clips_to_the_slice_and_skips_empty_boxes() -> None:
     draw_box(pixels, np.array([[-3.0, 9.0], [-1.0, 2.0]]), np.array([4, 4]))
     rows, columns = np.nonzero(_is_box(pixels))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 19, 0, 9)
+
+
+def test_draw_line__joins_two_points_and_stays_inside() -> None:
+    pixels = np.zeros((40, 50, 3), np.float32)  # 8 x 10 voxels, 5 pixels each, first axis up
+    draw_line(pixels, np.array([2.0, 1.0]), np.array([2.0, 8.9]), np.array([8, 10]), BOX_COLOUR)
+    rows, columns = np.nonzero(_is_box(pixels))
+    assert set(rows) == {40 - 1 - 10} and sorted(columns) == list(range(5, 45))
+    pixels[:] = 0
+    draw_line(pixels, np.array([1.0, -4.0]), np.array([7.0, 12.0]), np.array([8, 10]), BOX_COLOUR)
+    rows, columns = np.nonzero(_is_box(pixels))
+    assert set(columns) == set(range(50)) and rows[columns.argmin()] > rows[columns.argmax()]  # it rises
 
 
 def test_save_panels__box_of_the_saved_picture_frames_the_bright_region(tmp_path) -> None:

@@ -73,7 +73,10 @@ def test_train_dataloader__voxels_are_those_of_the_cache(tiny_cache: Path) -> No
         case = cache.select(split="train")[int(batch["case"][i])]
         whole, crop = cache.read_whole(case), batch["image"][i].numpy()
         places = np.lib.stride_tricks.sliding_window_view(whole, PARENT, axis=(1, 2, 3))
-        assert (places == crop[:, None, None, None]).all(axis=(-3, -2, -1)).any()
+        found = np.argwhere((places == crop[:, None, None, None]).all(axis=(0, -3, -2, -1)))
+        assert len(found) == 1
+        centre = found[0] + np.array(PARENT) / 2 - np.array(whole.shape[1:]) / 2
+        assert batch["centre_mm"][i].tolist() == centre.tolist()  # spacing 1 mm
 
 
 def test_train_dataloader__only_the_train_split_with_equal_weight(tiny_cache: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from agssd.models.heads import PrototypeHead, ReconstructionHead
+from agssd.models.heads import PointNorm, ProjectionHead, PrototypeHead, ReconstructionHead
 
 
 @pytest.fixture
@@ -153,3 +153,28 @@ def test_reconstruction_head__predicts_every_voxel_of_a_patch_from_its_token_alo
     difference = (head(changed) - out).abs().amax(-1) > 1e-6
     assert difference.nonzero().tolist() == [[1, 4]]
     torch.testing.assert_close(head(tokens * 5 + 3), out, atol=1e-4, rtol=1e-3)  # LayerNorm first
+
+
+@pytest.mark.parametrize(("layers", "over_points"), [(1, False), (2, False), (3, True)])
+def test_projection_head__every_parameter_has_gradient_and_autocast_changes_nothing(layers, over_points):
+    torch.manual_seed(0)
+    head = ProjectionHead(24, 32, 8, layers, over_points)
+    x = torch.randn(4, 10, 24)
+    out = head(x)
+    assert out.shape == (4, 10, 8) and out.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(x), out)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in head.parameters())
+    rows = torch.stack([head(x[n]) for n in range(4)])  # no sample acts on another
+    torch.testing.assert_close(rows, out)
+
+
+def test_point_norm__what_all_points_share_is_removed():
+    # Defect of methods without negatives: features fall to a constant where no norm over samples or points forbids it.
+    torch.manual_seed(0)
+    norm, x = PointNorm(6), torch.randn(3, 20, 6)
+    out = norm(x)
+    wanted = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True, unbiased=False)
+    torch.testing.assert_close(out, wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(norm(x * 3 + 100), out, atol=1e-3, rtol=0)

@@ -151,6 +151,6 @@ def test_appearance__computing_all_views_as_devices_do_gives_the_same(monkeypatc
     def everywhere(chosen, change, image, *settings):
         return torch.where(chosen[:, None, None, None, None], change(image, *settings), image)
 
-    monkeypatch.setattr(intensity, "_apply_where", everywhere)
+    monkeypatch.setattr(intensity, "apply_where", everywhere)
     torch.testing.assert_close(apply({}, image, is_ct, torch.arange(8)), chosen_only, atol=1e-6, rtol=0)
     assert (chosen_only - image).abs().max() > 0.05

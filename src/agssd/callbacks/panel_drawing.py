@@ -27,6 +27,7 @@ _MARGIN = 74  # left, for the names of rows
 _HEAD = 22  # above each block of rows, for the names of columns
 _DPI = 100
 BOX_COLOUR = np.array([0.20, 0.85, 1.00], np.float32)
+_PREDICTED_COLOUR = np.array([1.00, 0.30, 0.75], np.float32)
 _MASK_COLOUR = np.array([1.00, 0.55, 0.10], np.float32)
 _PLANES = ("axial", "coronal", "sagittal")
 
@@ -60,10 +61,16 @@ def save_panels(panels: list[ViewPanel], path: Path, title: str) -> None:
         figure.text(x / width, 1 - y / height, words, va="center", **style)
 
     text(_GAP, 17, title, fontsize=12, fontweight="bold")
+    if any("predicted_box" in panel for panel in panels):
+        legend = "blue: where a crop lies · pink: where it is predicted"
+    else:
+        legend = (
+            "blue box: region both global views share · orange: hidden from the student · slices through its middle"
+        )
     text(
         _MARGIN + 120,
         17,
-        "blue box: region both global views share · orange: hidden from the student · slices through the box's middle",
+        legend,
         fontsize=9,
         color="0.35",
     )
@@ -93,8 +100,9 @@ def _blocks(panel: ViewPanel, index: int) -> list[tuple[str, list[list[_Tile]]]]
         raise ValueError("a ViewPanel needs 'clean' or 'globals' to be drawn")
     window = _window(base)
     factor = math.ceil(_TILE / max(base.shape[1:]))
+    names = ("crop 2", "crop 3") if "predicted_box" in arrays else ("view A", "view B")
     blocks = [
-        (f"sample {index + 1}\nview {'AB'[view]}", [_view_row(arrays, base[view], view, window, factor)])
+        (f"sample {index + 1}\n{names[view]}", [_view_row(arrays, base[view], view, window, factor)])
         for view in range(len(base))
     ]
     crops = arrays.get("locals")
@@ -111,7 +119,8 @@ def _blocks(panel: ViewPanel, index: int) -> list[tuple[str, list[list[_Tile]]]]
 def _view_row(
     arrays: dict[str, _Floats], clean: _Floats, view: int, window: tuple[float, float], factor: int
 ) -> list[_Tile]:
-    box = arrays["overlap_box"][view] if "overlap_box" in arrays else None
+    boxes = arrays.get("overlap_box", arrays.get("true_box"))
+    box = boxes[view] if boxes is not None else None
     centre = [int(np.clip(np.floor(box[axis].mean()), 0, size - 1)) if box is not None else size // 2
               for axis, size in enumerate(clean.shape)]  # fmt: skip
     tiles = []
@@ -119,6 +128,13 @@ def _view_row(
         pixels = _upscaled(_grey(_slice(clean, axis, centre[axis]), window), factor)
         if box is not None:
             draw_box(pixels, np.delete(box, axis, 0), np.delete(clean.shape, axis))
+        if "predicted_box" in arrays:
+            predicted = np.delete(arrays["predicted_box"][view], axis, 0)
+            draw_box(pixels, predicted, np.delete(clean.shape, axis), _PREDICTED_COLOUR)
+            if box is not None and "origin" in arrays:
+                start = np.delete(arrays["origin"][view], axis)
+                for ends, colour in ((np.delete(box, axis, 0), BOX_COLOUR), (predicted, _PREDICTED_COLOUR)):
+                    draw_line(pixels, start, ends.mean(1), np.delete(clean.shape, axis), colour)
         tiles.append(_Tile(pixels, f"{plane} {centre[axis]}"))
     depth = centre[0]
 
@@ -149,13 +165,14 @@ def _view_row(
     return tiles
 
 
-def draw_box(pixels: _Floats, box: _Floats, shape: NDArray[np.int64]) -> None:
+def draw_box(pixels: _Floats, box: _Floats, shape: NDArray[np.int64], colour: NDArray[np.float32] = BOX_COLOUR) -> None:
     """Draw the outline of ``box`` onto ``pixels``, in place; the line is the outermost ring of pixels inside the box.
 
     Args:
         pixels: (h * f, w * f, 3), a slice with ``f`` pixels per voxel and its first axis pointing up.
         box: (2, 2) start and end in voxels along the slice's axes; clipped to the slice.
         shape: (h, w) of the slice in voxels.
+        colour: (3,) of the line, in [0, 1].
     """
     factor = pixels.shape[0] // int(shape[0])
     edges = np.clip(np.round(box * factor), 0, np.array(shape)[:, None] * factor).astype(int)
@@ -164,10 +181,29 @@ def draw_box(pixels: _Floats, box: _Floats, shape: NDArray[np.int64]) -> None:
     if bottom <= top or right <= left:
         return
     line = min(2, bottom - top, right - left)
-    pixels[top : top + line, left:right] = BOX_COLOUR
-    pixels[bottom - line : bottom, left:right] = BOX_COLOUR
-    pixels[top:bottom, left : left + line] = BOX_COLOUR
-    pixels[top:bottom, right - line : right] = BOX_COLOUR
+    pixels[top : top + line, left:right] = colour
+    pixels[bottom - line : bottom, left:right] = colour
+    pixels[top:bottom, left : left + line] = colour
+    pixels[top:bottom, right - line : right] = colour
+
+
+def draw_line(
+    pixels: _Floats, start: _Floats, end: _Floats, shape: NDArray[np.int64], colour: NDArray[np.float32]
+) -> None:
+    """Draw a line onto ``pixels``, in place; what lies outside is left out.
+
+    Args:
+        pixels: (h * f, w * f, 3), a slice with ``f`` pixels per voxel and its first axis pointing up.
+        start: (2,) in voxels along the slice's axes.
+        end: (2,) likewise.
+        shape: (h, w) of the slice in voxels.
+        colour: (3,) of the line, in [0, 1].
+    """
+    factor = pixels.shape[0] // int(shape[0])
+    points = np.floor(np.linspace(start, end, 2 * max(pixels.shape[:2])) * factor).astype(int)
+    rows, columns = pixels.shape[0] - 1 - points[:, 0], points[:, 1]
+    inside = (rows >= 0) & (rows < pixels.shape[0]) & (columns >= 0) & (columns < pixels.shape[1])
+    pixels[rows[inside], columns[inside]] = colour
 
 
 def _array(tensor: Tensor) -> _Floats:

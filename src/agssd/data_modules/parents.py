@@ -113,7 +113,11 @@ class ParentCrops(Dataset[dict[str, "Tensor"]]):
         )
         image = cache.read(case, start, self.parent_vox, "image")  # (C, D, H, W) int16
         foreground = cache.read(case, start, self.parent_vox, "foreground")  # (D, H, W) uint8
-        return {"image": torch.from_numpy(image), "foreground": torch.from_numpy(foreground)[None]}
+        return {
+            "image": torch.from_numpy(image),
+            "foreground": torch.from_numpy(foreground)[None],
+            "centre_mm": _offset_mm(start, self.parent_vox, cache.cases[case]),
+        }
 
     def _another(self, sample: int, broken: Sequence[int], error: ValueError) -> int:
         """Return a row of the same source that has not failed for this sample."""
@@ -126,6 +130,12 @@ class ParentCrops(Dataset[dict[str, "Tensor"]]):
                 f"quarantine is not for; check the disk and the cache. The last: {error}"
             ) from error
         return others[int(keyed_generator(self.seed, _REPLACEMENT_STREAM, sample, len(broken)).integers(len(others)))]
+
+
+def _offset_mm(start: Triple, size: Triple, info: CaseInfo) -> Tensor:
+    """Return (3,) float32: centre of a crop minus centre of the volume."""
+    axes = zip(start, size, info.shape, info.spacing_mm, strict=True)
+    return torch.tensor([(first + crop / 2 - volume / 2) * mm for first, crop, volume, mm in axes], dtype=torch.float32)
 
 
 @lru_cache(maxsize=4096)

@@ -132,6 +132,16 @@ class Backbone(nn.Module, ABC):
     def freeze_mask_token(self) -> None:
         """Stop training what only masked views would train; called by recipes that mask nothing by a token."""
 
+    def freeze_patch_embedding(self) -> None:
+        """Stop training the projection of patches, and leave it as it is.
+
+        Raises:
+            ValueError: if this encoder has no single one.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no patch embedding to freeze; set model.freeze_patch_embedding to false"
+        )
+
     def cls_attention(self, x: Tensor) -> Tensor:
         """Return the attention of [CLS] to each token in the last block, (B, heads, D', H', W').
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -113,3 +114,59 @@ class ReconstructionHead(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             predicted: Tensor = self.linear(self.norm(tokens.float()))
         return predicted
+
+
+class PointNorm(nn.Module):
+    """Standardise each channel over the points of one view, then scale and shift it.
+
+    Source: ours: what batch norm does against collapse, without tying samples together.
+
+    Args:
+        width: channels.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., M, width) from (..., M, width), M points."""
+        centred = x - x.mean(-2, keepdim=True)
+        deviation = (centred.square().mean(-2, keepdim=True) + 1e-5).sqrt()
+        return centred / deviation * self.weight + self.bias
+
+
+class ProjectionHead(nn.Module):
+    """Project features for a contrast or a prediction: linear layers with layer norm and GELU between them.
+
+    Source: projector and predictor of MoCo v3 and BYOL [R: MoCo v3].
+    Deviates: layer norm in place of batch norm, whose statistics would tie the samples of a batch together and say
+    little for the few volumes that fit a device (docs/method.md (b) 11).
+
+    Args:
+        in_dim: width of the features.
+        hidden_dim: width of the hidden layers.
+        out_dim: width of the projection.
+        layers: number of linear layers, at least 1.
+        over_points: standardise hidden channels over the points of a view (:class:`PointNorm`) and not over channels.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, layers: int, over_points: bool = False) -> None:
+        super().__init__()
+        widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
+        parts: list[nn.Module] = []
+        for number, (width, following) in enumerate(pairwise(widths)):
+            if number:
+                parts += [PointNorm(width) if over_points else nn.LayerNorm(width, eps=1e-6), nn.GELU()]
+            linear = nn.Linear(width, following)
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            parts.append(linear)
+        self.mlp = nn.Sequential(*parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_dim) float32 from features (..., in_dim); not normalised."""
+        with torch.autocast(x.device.type, enabled=False):
+            projected: Tensor = self.mlp(x.float())
+        return projected

@@ -494,6 +494,11 @@ class ViT(Backbone):
         """Stop training the token that replaces hidden patches."""
         self.mask_token.requires_grad_(False)
 
+    def freeze_patch_embedding(self) -> None:
+        """Stop training the projection of patches, weight and bias."""
+        self.patch_weight.requires_grad_(False)
+        self.patch_bias.requires_grad_(False)
+
     def cls_attention(self, x: Tensor) -> Tensor:
         """Return attention of [CLS] to each patch in the last block, (B, heads, D', H', W') float32.
 

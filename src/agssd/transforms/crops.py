@@ -215,6 +215,20 @@ class OverlapCrops:
         return ViewGeometry(centre, edge, index, affine, rotation is not None)
 
 
+def box_views(low: Tensor, edge: Tensor) -> ViewGeometry:
+    """Return views of boxes as they lie in their parents, neither flipped nor turned.
+
+    Args:
+        low: (B, V, 3) float32, lower edges in parent voxels.
+        edge: (..., 3) float32, edge lengths; broadcast against ``low``.
+    """
+    edges = edge.expand_as(low)
+    none = torch.zeros(low.shape[:2], dtype=torch.int64, device=low.device)
+    identity = torch.eye(3, device=low.device).expand(*low.shape[:2], 3, 3)
+    centre = low + edges / 2
+    return ViewGeometry(centre, edges, none, view_affine(centre - 0.5, edges, identity), rotated=False)
+
+
 def box_share(mask: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Return the share of True voxels in boxes; on a GPU from one integral volume.
 

@@ -100,9 +100,9 @@ class Appearance:
         def blur(x: Tensor, amount: Tensor, width: Tensor) -> Tensor:
             return x + _per_view(amount) * (smooth(x, width[:, None].expand(-1, 3)) - x)
 
-        unit = _apply_where(chosen, blur, unit, amount, width)
+        unit = apply_where(chosen, blur, unit, amount, width)
         chosen, keep = (draw() < self.prob_gibbs) & ~is_ct, draw(0.5, 0.9)
-        unit = _apply_where(chosen, _cut_frequencies, unit, keep)
+        unit = apply_where(chosen, _cut_frequencies, unit, keep)
 
         chosen, level = draw() < self.prob_noise, draw(0.0, self.noise)
         keys = random.split(views)
@@ -110,11 +110,11 @@ class Appearance:
         def add_noise(x: Tensor, level: Tensor, keys: Tensor) -> Tensor:
             return x + _per_view(level) * KeyedRandom.from_keys(keys).normal(*x.shape[1:])
 
-        unit = _apply_where(chosen, add_noise, unit, level, keys)
+        unit = apply_where(chosen, add_noise, unit, level, keys)
         return unit.clamp(0, 1) * _per_view(span) + _per_view(floor)
 
 
-def _apply_where(chosen: Tensor, change: Callable[..., Tensor], image: Tensor, *settings: Tensor) -> Tensor:
+def apply_where(chosen: Tensor, change: Callable[..., Tensor], image: Tensor, *settings: Tensor) -> Tensor:
     """Return the image (B, ...) changed where ``chosen`` (B,) says so; settings are per view.
 
     On the CPU only the chosen views are computed; on a device all are, since selecting would make the host wait.

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from agssd.geometry import constant
 from agssd.transforms.crops import OverlapCrops, ViewSet, box_in_view, extract
 from agssd.transforms.edges import (
     MIN_FOREGROUND,
@@ -41,13 +42,20 @@ class Views:
     low: Tensor  # (B, C)
     high: Tensor  # (B, C)
     edge_q99: Tensor  # (B, C)
-    spacing_mm: Tensor  # (B, 2, 3) of the global views
+    spacing_mm: Tensor  # (B, 2, 3) of the global views, along their own axes
+    centre_mm: Tensor  # (B, 2, 3) centre of the global views minus centre of the volume, along the volume's axes
 
     @property
     def size_vox(self) -> Triple:
         """Size of a global view."""
         d, h, w = self.clean.shape[-3:]
         return d, h, w
+
+
+def parent_image(batch: ParentBatch) -> Tensor:
+    """Return the parent crops (B, C, D, H, W) float32 in the model's range."""
+    raw = batch["image"].float() * batch["scale"][..., None, None, None] + batch["offset"][..., None, None, None]
+    return to_model_range(raw, batch["low"], batch["high"], batch["is_ct"])
 
 
 def make_views(
@@ -72,8 +80,7 @@ def make_views(
     """
     sample, is_ct = batch["sample"], batch["is_ct"]
     low, high = batch["low"], batch["high"]
-    raw = batch["image"].float() * batch["scale"][..., None, None, None] + batch["offset"][..., None, None, None]
-    parent = to_model_range(raw, low, high, is_ct)
+    parent = parent_image(batch)
     geometry = crops.sample(batch["foreground"], sample, seed)
 
     channels = parent.shape[1]
@@ -87,6 +94,7 @@ def make_views(
         random = KeyedRandom(seed, sample, "appearance of local views")
         local_views = _appear(appearance, local_views, is_ct, random)
 
+    from_middle = geometry.globals.centre - constant(tuple(parent.shape[2:]), parent.device) / 2  # voxels
     views = Views(
         sample=sample,
         geometry=geometry,
@@ -101,6 +109,7 @@ def make_views(
         high=high,
         edge_q99=batch["edge_q99"],
         spacing_mm=geometry.globals.spacing_mm(batch["spacing_mm"], crops.size_vox),
+        centre_mm=batch["centre_mm"][:, None] + from_middle * batch["spacing_mm"][:, None],
     )
     return replace(views, edges=edge_maps(views, views.hidden_view)) if with_edges else views
 
