@@ -19,12 +19,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --maxproc
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## Create .venv and install the package, the demo's and the developers' tools
+install: $(STAMP) ## Create .venv and install the package, the demo's, the benches' and the developers' tools
 
 $(STAMP): pyproject.toml $(wildcard constraints.txt)
 	@test -n "$(PYTHON)" || { echo "agssd needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[demo,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[demo,dev,bench]'
 	@touch $@
 
 demo: $(STAMP) ## Simulate a cohort, pretrain, fine-tune, and print the table
@@ -61,7 +61,6 @@ bench-gpu: $(STAMP) ## The same on a CUDA device
 	$(BIN)/agssd bench --device cuda --out $(BENCH_OUT)
 
 bench-data: $(STAMP) ## Compare crops and training views per second with other data engines
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
 	$(BIN)/agssd bench-data --out $(BENCH_OUT) $(BENCH_FLAGS)
 
 wheel: $(STAMP) ## Build the wheel into dist/
