@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 EXTENTS = "_extents"  # suffix of the table's name
+_SIGNED = 2**63  # taken off a hash, which then fits an int64
 _BLOSC_FILTER = 32001  # as registered with The HDF Group
 
 
@@ -67,7 +68,7 @@ def write_extents(group: Any, name: str) -> None:
 
 def checksum(data: Any) -> int:
     """Return the XXH3 of 64 bits of some bytes, as a signed number; beside decoding them its time does not count."""
-    return int(_xxh3()(data)) - 2**63
+    return int(_xxh3()(data)) - _SIGNED
 
 
 def open_chunks(group: Any, name: str, mapped: memoryview) -> BloscChunks | None:
@@ -134,13 +135,13 @@ class BloscChunks:
         )
         # a run of voxels along the last axis is one item: numpy copies those in half the time
         columns = [(_runs(out[..., there]), _runs(chunk[..., here])) for there, here in last]
-        decompress = _blosc().decompress
+        decompress, digest = _blosc().decompress, _xxh3()
         places = product(product(*outer), columns)
         frame: Any = b""
         for (offset, length, wanted), (along, (target, source)) in zip(extents, places, strict=True):
             before, frame = frame, self._mapped[offset : offset + length]
             if frame != before:  # else it is decoded already: of a mask, most chunks are alike
-                if len(frame) != length or checksum(frame) != wanted:
+                if len(frame) != length or digest(frame) - _SIGNED != wanted:
                     raise OSError(f"the chunk at byte {offset} is truncated or damaged")
                 try:
                     decompress(frame, chunk)
