@@ -123,10 +123,11 @@ def _prepare(args: argparse.Namespace) -> int:
                 check_place(out, args.overwrite)
             print(f"salt: {salt_path} ({'created' if created else 'as found'}; keep it, and keep it private)")
             if folder.published(shard_bytes) and not folder.decided(shard_bytes):
+                left_out = len(plan.refused) + folder.left_out()
                 folder.remove()
                 print("note: an interrupted build had completed the cache; only its folder was left over")
                 print_summary(out)
-                return 3 if plan.refused else 0
+                return 3 if left_out else 0
             report = _build(folder, workshop, list(zip(plan.jobs, digests, strict=True)), shard_bytes, args)
             refused = len(plan.refused) + report.refused
             if args.shard is None:

@@ -184,9 +184,13 @@ class BuildFolder:
         note = self.path / "publishing"
         if not note.is_file() or not self.out.exists():
             return False
-        plan, form, inode = json.loads(note.read_text())
+        plan, form, inode, _ = json.loads(note.read_text())
         same_plan = not self._plan_path.is_file() or plan == self._plan_digest()  # it is taken away before the note
         return bool(same_plan and form == shard_bytes and inode == self.out.stat().st_ino)
+
+    def left_out(self) -> int:
+        """Return how many scans the published cache lacks because they were refused or repeat others."""
+        return int(json.loads((self.path / "publishing").read_text())[3])
 
     def _plan_digest(self) -> str:
         return hashlib.sha256(self._plan_path.read_bytes()).hexdigest()
@@ -239,7 +243,7 @@ class BuildFolder:
                 for digest, _ in members:
                     (self._part(digest)).unlink(missing_ok=True)
         if shard_bytes is None:
-            self._publish(files[0], None)
+            self._publish(files[0], None, repeated)
             return repeated
         rows = sorted(
             ((info, number) for number, members in enumerate(layout) for _, info in members),
@@ -254,7 +258,7 @@ class BuildFolder:
             "cases": [{**info.to_json(), "file": number} for info, number in rows],
         }
         write_whole(merged / INDEX_NAME, json.dumps(index, separators=(",", ":"), allow_nan=False).encode())
-        self._publish(merged, shard_bytes)
+        self._publish(merged, shard_bytes, repeated)
         return repeated
 
     def decided(self, shard_bytes: int | None) -> dict[str, CaseInfo]:
@@ -356,9 +360,10 @@ class BuildFolder:
                     writer.copy(part["case"], info)
             writer.finish_shard([info for _, info in members], plan["salt_fingerprint"])
 
-    def _publish(self, merged: Path, shard_bytes: int | None) -> None:
+    def _publish(self, merged: Path, shard_bytes: int | None, repeated: int) -> None:
         """Give the finished file or folder its name; what was there before is moved away first."""
-        note = [self._plan_digest(), shard_bytes, merged.stat().st_ino]
+        left_out = repeated + self.refusals().total()
+        note = [self._plan_digest(), shard_bytes, merged.stat().st_ino, left_out]
         write_whole(self.path / "publishing", json.dumps(note).encode())
         sync(self.path)
         if self.out.exists() and (self.out.is_dir() or merged.is_dir()):
