@@ -13,6 +13,7 @@ from agssd.commands.bench_data.rival import (
     LOW_HU,
     NUM_GLOBAL,
     NUM_LOCAL,
+    CutRival,
     Rival,
     Sizes,
     cut_view,
@@ -30,20 +31,12 @@ class MonaiCache(Rival):
         "float32 in memory; RandSpatialCropd (random_size), Resized trilinear, RandFlipd; copy_cache=False, no meta"
     )
 
+    libraries = ("monai.data", "monai.transforms:Resize", "nibabel")
+
     @classmethod
     def prepare(cls, folder: Path, place: Path) -> None:
         """Write the sources."""
         write_nifti(folder, place)
-
-    @classmethod
-    def load_libraries(cls) -> None:
-        """Import MONAI's data and transforms, and nibabel."""
-        import monai.data
-        import monai.transforms
-        import nibabel  # noqa: F401
-
-        monai.transforms.Resize  # noqa: B018  (loads lazily)
-        super().load_libraries()
 
     def __init__(self, place: Path, sizes: Sizes) -> None:
         super().__init__(place, sizes)
@@ -113,14 +106,6 @@ class MonaiCache(Rival):
     def _draw(self, dataset: Any) -> object:
         return dataset[int(self.rng.integers(len(dataset)))]
 
-    def crop(self, size: int) -> object:
-        """Unused: the work is drawn from MONAI's datasets."""
-        raise NotImplementedError
-
-    def views(self) -> list[Tensor]:
-        """Unused, as ``crop``."""
-        raise NotImplementedError
-
 
 class MonaiPersistent(MonaiCache):
     """MONAI's PersistentDataset: float32 tensors on disk, one file per volume, read whole for every sample."""
@@ -148,7 +133,7 @@ class MonaiPersistent(MonaiCache):
         )
 
 
-class TorchioQueue(Rival):
+class TorchioQueue(CutRival):
     """TorchIO's Queue: each volume is loaded once for ten patches; patches wait in memory."""
 
     samples_per_volume = 10
@@ -156,18 +141,12 @@ class TorchioQueue(Rival):
         "nii.gz; Queue of 10 UniformSampler patches per volume, as long as all need, SubjectsLoader, 0 workers; "
         "one patch of parent size per sample, its views cut by slicing and torch"
     )
+    libraries = ("torchio",)
 
     @classmethod
     def prepare(cls, folder: Path, place: Path) -> None:
         """Write the sources."""
         write_nifti(folder, place)
-
-    @classmethod
-    def load_libraries(cls) -> None:
-        """Import TorchIO."""
-        import torchio  # noqa: F401
-
-        super().load_libraries()
 
     def __init__(self, place: Path, sizes: Sizes) -> None:
         super().__init__(place, sizes)

@@ -14,7 +14,7 @@ from agssd.commands.bench_data.rival import (
     LOW_HU,
     NUM_LOCAL,
     BoxRival,
-    Rival,
+    CutRival,
     Sizes,
     images,
 )
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class OurChunks(Rival):
+class OurChunks(CutRival):
     """Parent crops of ``agssd``, and views from one parent by ``OverlapCrops``."""
 
     layout = "chunks"
     settings = "agssd prepare's default: Blosc-LZ4 chunks of 32³, int16; views from one parent crop per sample"
+
+    libraries = ("agssd.data_modules.pretrain", "agssd.transforms.crops")
 
     @classmethod
     def prepare(cls, folder: Path, place: Path) -> None:
@@ -56,12 +58,6 @@ class OurChunks(Rival):
                 )
                 writer.add(case, path.stem, path.stem, "train")
             writer.finish()
-
-    @classmethod
-    def load_libraries(cls) -> None:
-        """Import the data module and the views."""
-        import agssd.data_modules.pretrain
-        import agssd.transforms.crops  # noqa: F401
 
     def __init__(self, place: Path, sizes: Sizes) -> None:
         from agssd.data_modules.cache import VolumeCache

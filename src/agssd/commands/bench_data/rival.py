@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,15 +56,12 @@ class Rival(ABC):
 
     settings = ""
     whole_turn = 1  # a turn is a multiple of so many calls, where work comes in bursts
+    libraries: tuple[str, ...] = ()  # modules, or names in them where they load lazily
+    work: dict[str, tuple[Callable[[], object], int]]  # "crop", "parent", "views" -> a call, and what one call yields
 
     def __init__(self, place: Path, sizes: Sizes) -> None:
         self.place, self.sizes = place, sizes
         self.rng = np.random.default_rng(0)
-        self.work: dict[str, tuple[Callable[[], object], int]] = {
-            "crop": (partial(self.crop, sizes.view_vox), 1),
-            "parent": (partial(self.crop, sizes.parent_vox), 1),
-            "views": (self.views, NUM_GLOBAL + NUM_LOCAL),
-        }
 
     @classmethod
     @abstractmethod
@@ -73,7 +71,20 @@ class Rival(ABC):
     @classmethod
     def load_libraries(cls) -> None:
         """Import what is not to count as its memory."""
-        import torch.nn.functional  # noqa: F401
+        for name in (*cls.libraries, "torch.nn.functional"):
+            resolve_name(name)
+
+
+class CutRival(Rival):
+    """A rival whose crops and views are cut by a call of its own."""
+
+    def __init__(self, place: Path, sizes: Sizes) -> None:
+        super().__init__(place, sizes)
+        self.work = {
+            "crop": (partial(self.crop, sizes.view_vox), 1),
+            "parent": (partial(self.crop, sizes.parent_vox), 1),
+            "views": (self.views, NUM_GLOBAL + NUM_LOCAL),
+        }
 
     @abstractmethod
     def crop(self, size: int) -> object:
@@ -107,7 +118,7 @@ def cut_view(box: NDArray[np.float32], edge: int, rng: np.random.Generator) -> T
     return view.flip(axes) if axes else view
 
 
-class BoxRival(Rival):
+class BoxRival(CutRival):
     """An engine that opens a volume and reads boxes of it; every view is a read of its own, no larger than needed."""
 
     stored_in_unit_range = False

@@ -107,18 +107,12 @@ class WholeNifti(BoxRival):
     """The gzipped NIfTI file, read whole for every sample, from which all its views are cut."""
 
     settings = "nii.gz of int16, read whole once per sample; its views are cut from that"
+    libraries = ("nibabel",)
 
     @classmethod
     def prepare(cls, folder: Path, place: Path) -> None:
         """Write one file per volume."""
         write_nifti(folder, place)
-
-    @classmethod
-    def load_libraries(cls) -> None:
-        """Import nibabel."""
-        import nibabel  # noqa: F401
-
-        super().load_libraries()
 
     def __init__(self, place: Path, sizes: Sizes) -> None:
         super().__init__(place, sizes)
