@@ -257,6 +257,6 @@ def _transfer_syntax(data: Any) -> str | None:
         return None
     try:
         available = pixels.get_decoder(syntax).is_available
-    except NotImplementedError:
+    except NotImplementedError:  # how pydicom says that it knows no decoder of this syntax
         available = False
     return None if available else f"unsupported transfer syntax: {syntax.name}"
