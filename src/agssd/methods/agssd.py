@@ -17,7 +17,7 @@ from agssd.losses.reconstruction import patch_l1, standardise_patches
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
 from agssd.models.fuser import CrossViewFuser
-from agssd.models.heads import PrototypeHead, ReconstructionHead
+from agssd.models.heads import PrototypeHead, ReconstructionHead, move_means
 from agssd.schedules import linear
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.edges import patch_scores, patches_of, standardise, unpatch
@@ -482,13 +482,7 @@ class AGSSD(PretrainModule):
         self.centre_patch.update()
         if self.cvaa in ("student", "casa"):
             self.centre_fused.update()
-        for name in ("cls_head", "patch_head"):
-            teacher, student = (cast(PrototypeHead, heads[name]) for heads in (self.teacher, self.student))
-            mean = teacher.moved_mean()
-            if mean is not None:
-                for head in (teacher, student):
-                    head.mean.copy_(mean)
-                    head.updates.copy_(teacher.updates)
+        move_means(self.teacher, self.student)
 
     # ------------------------------------------------------------ monitors
 

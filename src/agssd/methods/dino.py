@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from agssd.losses.distillation import Centre, multi_crop_cross_entropy
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
-from agssd.models.heads import PrototypeHead
+from agssd.models.heads import PrototypeHead, move_means
 from agssd.schedules import linear
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.intensity import Appearance
@@ -33,6 +33,10 @@ class DINO(PretrainModule):
         head_hidden: width of the head's hidden layers.
         head_bottleneck: width before the prototypes.
         centre_momentum: of the centre, per optimiser step.
+        centre_rule: ``"mean"`` of the teacher's logits [paper], or ``"balance"``, which evens out the prototypes'
+            shares over the steps (ours, for few samples per step; see :class:`agssd.losses.distillation.Centre`).
+        head_centring: subtract the teacher's running mean before the heads' L2 norm (ours, alike; see
+            :class:`agssd.models.heads.PrototypeHead`).
         temperature_student: student's temperature.
         temperature_teacher: teacher's, from first to second over 30 % of the run.
         appearance: settings of :class:`agssd.transforms.intensity.Appearance` that differ from its defaults.
@@ -54,6 +58,8 @@ class DINO(PretrainModule):
         head_hidden: int = 2048,
         head_bottleneck: int = 256,
         centre_momentum: float = 0.9,
+        centre_rule: Literal["mean", "balance"] = "mean",
+        head_centring: bool = False,
         temperature_student: float = 0.1,
         temperature_teacher: tuple[float, float] = (0.04, 0.07),
         appearance: dict[str, float] | None = None,
@@ -76,11 +82,12 @@ class DINO(PretrainModule):
         if views.num_local:
             backbone.token_grid(views.local_size_vox)
         backbone.freeze_mask_token()
-        head = PrototypeHead(backbone.embed_dim, num_prototypes, head_hidden, head_bottleneck)
+        momentum = 0.9 if head_centring else None
+        head = PrototypeHead(backbone.embed_dim, num_prototypes, head_hidden, head_bottleneck, momentum)
         self.student = nn.ModuleDict({"backbone": backbone, "head": head})
         self.build_teacher()
         self.last_layers = (head.prototypes,)
-        self.centre = Centre(num_prototypes, centre_momentum)
+        self.centre = Centre(num_prototypes, centre_momentum, centre_rule)
         self._step: tuple[Views, Tensor, Tensor, Tensor] | None = None
 
     def schedules(self, progress: float) -> dict[str, float]:
@@ -98,7 +105,8 @@ class DINO(PretrainModule):
         with torch.no_grad():
             seen = cast(Backbone, self.teacher["backbone"]).forward_crops(views.inputs)
             temperature = self.schedules(self.progress)["temperature_teacher"]
-            targets = self.centre.targets(self.teacher["head"](seen.cls), temperature, observe=self.training)
+            all_rows = seen.cls.new_ones(seen.cls.shape[:-1]) if self.training else None
+            targets = self.centre.targets(self.teacher["head"](seen.cls, all_rows), temperature, observe=self.training)
         num_views = (2,) if views.locals is None else (2, views.locals.shape[1])
         noise = self.drop_noise(views.sample, *num_views)
         student = cast(Backbone, self.student["backbone"]).forward_crops(views.inputs, views.locals, None, noise)
@@ -111,8 +119,9 @@ class DINO(PretrainModule):
         return LossTerms(loss, {"cls": loss}, student.shared)
 
     def after_optimizer_step(self) -> None:
-        """Move the centre, once per optimiser step, from all its samples."""
+        """Move the centre and the head's mean, once per optimiser step, from all its samples."""
         self.centre.update()
+        move_means(self.teacher, self.student)
 
     # ------------------------------------------------------------ monitors
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from agssd.losses.distillation import Centre, PatchDistillation, cross_entropy, masked_mean, multi_crop_cross_entropy
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
-from agssd.models.heads import PrototypeHead
+from agssd.models.heads import PrototypeHead, move_means
 from agssd.schedules import linear
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.edges import standardise
@@ -42,6 +42,10 @@ class IBOT(PretrainModule):
         weight_cls: weight of the [CLS] term.
         weight_patch: weight of the patch term.
         centre_momentum: of both centres, per optimiser step.
+        centre_rule: ``"mean"`` of the teacher's logits [paper], or ``"balance"``, which evens out the prototypes'
+            shares over the steps (ours, for few samples per step; see :class:`agssd.losses.distillation.Centre`).
+        head_centring: subtract the teacher's running mean before the heads' L2 norm (ours, alike; see
+            :class:`agssd.models.heads.PrototypeHead`).
         temperature_student: student's temperature.
         temperature_cls: teacher's for [CLS], from first to second over 30 % of the run.
         temperature_patch: teacher's for patches, alike.
@@ -70,6 +74,8 @@ class IBOT(PretrainModule):
         weight_cls: float = 1.0,
         weight_patch: float = 1.0,
         centre_momentum: float = 0.9,
+        centre_rule: Literal["mean", "balance"] = "mean",
+        head_centring: bool = False,
         temperature_student: float = 0.1,
         temperature_cls: tuple[float, float] = (0.04, 0.04),
         temperature_patch: tuple[float, float] = (0.04, 0.07),
@@ -104,7 +110,9 @@ class IBOT(PretrainModule):
         self.masks = MaskSampler(self.grid, self.patch, kind, mask_block)
 
         heads = {
-            name: PrototypeHead(backbone.embed_dim, num_prototypes, head_hidden, head_bottleneck)
+            name: PrototypeHead(
+                backbone.embed_dim, num_prototypes, head_hidden, head_bottleneck, 0.9 if head_centring else None
+            )
             for name in (("head",) if shared_head else ("cls_head", "patch_head"))
         }
         self.student = nn.ModuleDict({"backbone": backbone, **heads})
@@ -112,8 +120,8 @@ class IBOT(PretrainModule):
         cast(Backbone, self.teacher["backbone"]).record_cls_attention = mask_score == "attention"
         self.cls_head, self.patch_head = next(iter(heads)), list(heads)[-1]  # names, in student and teacher
         self.last_layers = tuple(head.prototypes for head in heads.values())
-        self.centre_cls = Centre(num_prototypes, centre_momentum)
-        self.centre_patch = Centre(num_prototypes, centre_momentum)
+        self.centre_cls = Centre(num_prototypes, centre_momentum, centre_rule)
+        self.centre_patch = Centre(num_prototypes, centre_momentum, centre_rule)
         self._step: tuple[Views, Tensor, PatchDistillation] | None = None
 
     def schedules(self, progress: float) -> dict[str, float]:
@@ -142,8 +150,10 @@ class IBOT(PretrainModule):
             index, used = masked_indices(mask.flatten(1), self.masks.limit(self.mask_ratio[1]))
             counts = used & body.gather(1, index)  # (B, M): hidden tokens that hold body
             tokens = gather_tokens(pick(seen.tokens, hidden), index)
-            cls_logits, patch_logits = self.teacher[self.cls_head](seen.cls), self.teacher[self.patch_head](tokens)
             observe = self.training
+            all_rows = seen.cls.new_ones(seen.cls.shape[:-1]) if observe else None
+            cls_logits = self.teacher[self.cls_head](seen.cls, all_rows)
+            patch_logits = self.teacher[self.patch_head](tokens, counts if observe else None)
             cls_targets = self.centre_cls.targets(cls_logits, now["temperature_cls"], None, observe)
             patch_targets = self.centre_patch.targets(patch_logits, now["temperature_patch"], counts, observe)
 
@@ -168,9 +178,10 @@ class IBOT(PretrainModule):
         return LossTerms(total, {"cls": loss_cls, "patch": loss_patch}, student.shared)
 
     def after_optimizer_step(self) -> None:
-        """Move the centres, once per optimiser step, from all its samples."""
+        """Move the centres and the heads' means, once per optimiser step, from all its samples."""
         self.centre_cls.update()
         self.centre_patch.update()
+        move_means(self.teacher, self.student)
 
     # ------------------------------------------------------------ monitors
 

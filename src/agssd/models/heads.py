@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,21 @@ class PrototypeHead(nn.Module):
         new = torch.lerp(total[:-1] / total[-1].clamp_min(1e-6), self.mean, kept)
         self.updates += (total[-1] > 0).float()
         return torch.where(total[-1] > 0, new, self.mean)
+
+
+@torch.no_grad()
+def move_means(teacher: nn.ModuleDict, student: nn.ModuleDict) -> None:
+    """Move the running mean of every :class:`PrototypeHead` by what the teacher's saw; student and teacher share it.
+
+    Called once per optimiser step; over all ranks.
+    """
+    for name, head in teacher.items():
+        mean = head.moved_mean() if isinstance(head, PrototypeHead) else None
+        if mean is None:
+            continue
+        for own in (cast(PrototypeHead, head), cast(PrototypeHead, student[name])):
+            own.mean.copy_(mean)
+            own.updates.copy_(cast(PrototypeHead, head).updates)
 
 
 class ReconstructionHead(nn.Module):
