@@ -13,8 +13,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4
 
+# What the comments of conf/method advise for the tiny encoder and 16 samples per step.
+HEADS := --model.num_prototypes 512 --model.head_hidden 512 --model.head_bottleneck 128
+BALANCED := $(HEADS) --model.centre_rule balance --model.head_centring true --model.lr 5e-4
+SMALL := \
+	--also 'dino, small conf/method/dino.yaml $(BALANCED) --model.centre_momentum 0.83 --model.temperature_teacher [0.03,0.03]' \
+	--also 'ibot, small conf/method/ibot.yaml $(BALANCED) --model.centre_momentum 0.85 --model.temperature_cls [0.03,0.03] --model.temperature_patch [0.03,0.035] --model.shared_head false' \
+	--also 'dinov2, small conf/method/dinov2.yaml $(HEADS)' \
+	--also 'mae, small conf/method/mae.yaml --model.decoder_dim 96 --model.decoder_depth 2 --model.decoder_heads 3'
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow fmt lint types smoke conf bench bench-gpu bench-data wheel
+.PHONY: help install demo test test-slow fmt lint types smoke conf bench bench-gpu bench-data bench-methods wheel
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +71,10 @@ bench-gpu: $(STAMP) ## The same on a CUDA device
 
 bench-data: $(STAMP) ## Compare crops and training views per second with other data engines
 	$(BIN)/agssd bench-data --out $(BENCH_OUT) $(BENCH_FLAGS)
+
+bench-methods: $(STAMP) ## Train every method for 200 steps on CACHE=labelled.h5, one table (about 2 minutes each on 2 cores)
+	@test -n "$(CACHE)" || { echo "name a labelled cache: make bench-methods CACHE=hippocampus.h5"; exit 1; }
+	$(BIN)/agssd bench-methods $(CACHE) conf/method/*.yaml --out $(BENCH_OUT)/methods $(SMALL) $(BENCH_FLAGS)
 
 wheel: $(STAMP) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .
