@@ -114,6 +114,37 @@ def correspondence(affine_a: Tensor, affine_b: Tensor, grid: Triple) -> tuple[Te
         return u_b, (u_b.abs() <= limit + 1e-5).all(-1)
 
 
+def mutual_neighbours(affine_a: Tensor, affine_b: Tensor, grid: Triple) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which tokens of two views are each other's nearest, by their centres in the parent; one to one.
+
+    The axes of a view stand at right angles in the parent, so the nearest token of a point inside a view is the one
+    whose cell holds it. Nothing larger than the grid is made.
+
+    Args:
+        affine_a: (B, 4, 4) float32, A's ``u`` to parent voxels.
+        affine_b: (B, 4, 4) float32, the same for B.
+        grid: token grid of both views.
+
+    Returns:
+        ``partner`` (B, N) int64, for each token of A the token of B whose cell holds its centre (the nearest cell where
+        none does); ``mutual`` (B, N) bool, where that token's centre lies in this token's cell as well; and ``inside``
+        (B, N) bool, where the centre of A's token lies in B.
+    """
+    to_b, inside = _cells(affine_a, affine_b, grid)
+    to_a, inside_a = _cells(affine_b, affine_a, grid)
+    own = torch.arange(to_b.shape[1], device=to_b.device)
+    mutual = (to_a.gather(1, to_b) == own) & inside & inside_a.gather(1, to_b)
+    return to_b, mutual, inside
+
+
+def _cells(affine_a: Tensor, affine_b: Tensor, grid: Triple) -> tuple[Tensor, Tensor]:
+    """Return the cell (B, N) int64 of B, raster order, nearest to each token centre of A, and whether it holds it."""
+    u_b, _ = correspondence(affine_a, affine_b, grid)
+    size = constant(grid, u_b.device)
+    cell = torch.minimum(((u_b + 1) / 2 * size).floor().clamp_min(0), size - 1).long()
+    return (cell * constant((grid[1] * grid[2], grid[2], 1), cell.device, torch.int64)).sum(-1), (u_b.abs() <= 1).all(-1)
+
+
 def sample_tokens(tokens: Tensor, grid: Triple, points: Tensor) -> Tensor:
     """Return tokens read at normalised coordinates, trilinearly: the A-anchored operator of docs/method.md §1.2.
 

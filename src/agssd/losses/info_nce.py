@@ -1,10 +1,10 @@
-"""InfoNCE: each query finds its own key among the keys of all samples of all ranks."""
+"""InfoNCE: each query finds its own key among those of other samples, of the micro-batch or of earlier steps."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from agssd.distributed import gather_rows, rank
 
@@ -27,3 +27,79 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
         offered = F.normalize(gather_rows(keys.detach().float()), dim=-1, eps=1e-6)
         own = torch.arange(len(found), device=found.device) + rank() * len(found)
         return 2 * temperature * F.cross_entropy(found @ offered.T / temperature, own)
+
+
+class KeyQueue(nn.Module):
+    """Keys of earlier steps as negatives, moved once per optimiser step; stored with the checkpoint.
+
+    No negative comes from the micro-batch itself, so the result does not depend on how the batch is cut: ``loss``
+    collects the keys, and ``update`` puts those of all micro-batches and ranks in, in the order of samples, over the
+    oldest ones. Until it is full, random directions take the place of keys that are not there yet.
+
+    Source: He et al., CVPR 2020, arXiv 1911.05722 [R: MoCo]; per optimiser step and in the order of samples: ours.
+
+    Args:
+        size: number of keys.
+        width: E.
+        seed: of the random directions.
+
+    Raises:
+        ValueError: if ``size`` is below 1.
+    """
+
+    keys: Tensor
+    seen: Tensor
+
+    def __init__(self, size: int, width: int, seed: int = 0) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"queue_size is {size}; give at least 1 key, 90 per sample of a step, say")
+        random = torch.randn(size, width, generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("keys", F.normalize(random, dim=-1))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # keys put in since the start
+        # No buffers: DDP would overwrite the other ranks' keys with those of rank 0 at every micro-batch.
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def fill(self) -> Tensor:
+        """(): share of the queue that holds keys of samples."""
+        return (self.seen / len(self.keys)).clamp_max(1)
+
+    def loss(self, queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+        """Return (...,): cross-entropy of each query's own key among it and the keys of the queue.
+
+        Args:
+            queries: (..., E).
+            keys: (..., E) of the teacher, row by row; no gradient flows to them.
+            temperature: of the softmax.
+        """
+        with torch.autocast(queries.device.type, enabled=False):
+            found = F.normalize(queries.float(), dim=-1, eps=1e-6)
+            own = F.normalize(keys.detach().float(), dim=-1, eps=1e-6)
+            right = (found * own).sum(-1, keepdim=True) / temperature
+            wrong = found @ self.keys.T / temperature
+            return torch.cat([right, wrong], -1).logsumexp(-1) - right[..., 0]
+
+    @torch.no_grad()
+    def observe(self, keys: Tensor, sample: Tensor) -> None:
+        """Keep keys for the next :meth:`update`.
+
+        Args:
+            keys: (B, E), one per sample; stored at length 1, as queries are compared.
+            sample: (B,) int64.
+        """
+        with torch.autocast(keys.device.type, enabled=False):
+            self._waiting.append((F.normalize(keys.float(), dim=-1, eps=1e-6), sample))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Put in the keys observed since the last call, of all ranks; all ranks must have observed equally many."""
+        if not self._waiting:
+            return
+        rows, sample = (gather_rows(torch.cat(parts)) for parts in zip(*self._waiting, strict=True))
+        self._waiting = []
+        size = len(self.keys)
+        rows = rows[sample.argsort()][-size:]  # of more keys than there is room for, the last
+        place = (self.seen + torch.arange(len(rows), device=rows.device)) % size
+        self.keys[place] = rows
+        self.seen += len(rows)
