@@ -10,6 +10,7 @@ import torch
 from agssd.geometry import (
     correspondence,
     invert,
+    mutual_neighbours,
     overlap_grid,
     rotation_from_6d,
     rotation_matrices,
@@ -183,3 +184,44 @@ def test_rotation_from_6d__keeps_rotations_and_makes_one_of_any_two_vectors() ->
     made = rotation_from_6d(torch.randn(50, 6, generator=generator))
     torch.testing.assert_close(made @ made.mT, torch.eye(3).expand(50, 3, 3), atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.linalg.det(made), torch.ones(50))
+
+
+@pytest.mark.parametrize("grid", [(4, 4, 4), (3, 5, 2)])
+def test_mutual_neighbours__of_one_place_seen_twice_are_the_same_points_for_all_pairs_of_orientations(grid) -> None:
+    pairs = ALL_PAIRS if len(set(grid)) == 1 else ALL_PAIRS[(ALL_PAIRS < 8).all(1)]  # quarter turns need cubes
+    centre, edge = torch.tensor([5.0, 7.0, 9.0]).expand(len(pairs), 3), torch.tensor([8.0, 10.0, 9.0])
+    first, second = (affines(centre, edge.expand(len(pairs), 3), pairs[:, k]) for k in (0, 1))
+    partner, mutual, inside = mutual_neighbours(first, second, grid)
+    assert mutual.all() and inside.all()
+    coordinates = [transform(affine, token_centres(grid).expand(len(pairs), -1, -1)) for affine in (first, second)]
+    found = coordinates[1].gather(1, partner[..., None].expand(-1, -1, 3))
+    torch.testing.assert_close(found, coordinates[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_mutual_neighbours__are_those_of_a_search_over_all_distances(rotated: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    count, grid = 300, (4, 3, 5)
+    edge = 20 * (0.5 + torch.rand(2, count, 3, generator=generator))
+    centre = 25 + 12 * torch.rand(2, count, 3, generator=generator)
+    table = signed_permutations()[torch.randint(8, (2, count), generator=generator)]
+    rotation = rotation_matrices(0.4 * torch.rand(2, count, 3, generator=generator)) if rotated else None
+    first, second = view_affine(centre, edge, table, rotation)
+    partner, mutual, inside = mutual_neighbours(first, second, grid)
+    a, b = (transform(affine, token_centres(grid).expand(count, -1, -1)) for affine in (first, second))
+    distance = torch.cdist(a.double(), b.double())
+    inside_b, inside_a = (
+        (torch.linalg.solve(other.double(), torch.cat([points, torch.ones_like(points[..., :1])], -1).double().mT)
+         .abs().amax(1) <= 1)
+        for other, points in ((second, a), (first, b))
+    )  # fmt: skip
+    assert torch.equal(inside, inside_b)
+    nearest, back = distance.argmin(2), distance.argmin(1)
+    assert torch.equal(partner[inside], nearest[inside])
+    rows = torch.arange(len(nearest[0]))
+    expected = (back.gather(1, nearest) == rows) & inside & inside_a.gather(1, nearest)
+    assert torch.equal(mutual, expected) and 0.02 < mutual.float().mean() < 0.5
+    for chosen, found in zip(mutual, partner, strict=True):
+        assert len(found[chosen].unique()) == chosen.sum()  # one to one
+    again, other_way, _ = mutual_neighbours(second, first, grid)
+    assert other_way.sum() == mutual.sum()

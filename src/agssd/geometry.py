@@ -142,7 +142,9 @@ def _cells(affine_a: Tensor, affine_b: Tensor, grid: Triple) -> tuple[Tensor, Te
     u_b, _ = correspondence(affine_a, affine_b, grid)
     size = constant(grid, u_b.device)
     cell = torch.minimum(((u_b + 1) / 2 * size).floor().clamp_min(0), size - 1).long()
-    return (cell * constant((grid[1] * grid[2], grid[2], 1), cell.device, torch.int64)).sum(-1), (u_b.abs() <= 1).all(-1)
+    return (cell * constant((grid[1] * grid[2], grid[2], 1), cell.device, torch.int64)).sum(-1), (u_b.abs() <= 1).all(
+        -1
+    )
 
 
 def sample_tokens(tokens: Tensor, grid: Triple, points: Tensor) -> Tensor:

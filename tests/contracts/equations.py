@@ -61,3 +61,16 @@ def half_air(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def numbers(tensor: torch.Tensor) -> np.ndarray:
     """Return float64 numbers without gradient."""
     return tensor.detach().double().numpy()
+
+
+def sinkhorn_with_dustbin(scores: np.ndarray, temperature: float, dustbin: float, iterations: int = 100) -> np.ndarray:
+    """SuperGlue's transport of (M, N) scores on the matrix itself: rows (1, .., 1, N), columns (1, .., 1, M)."""
+    m, n = scores.shape
+    plan = np.full((m + 1, n + 1), dustbin)
+    plan[:m, :n] = scores
+    plan = np.exp((plan - plan.max()) / temperature)
+    rows, columns = np.append(np.ones(m), n), np.append(np.ones(n), m)
+    for _ in range(iterations):
+        plan *= (rows / plan.sum(1))[:, None]
+        plan *= columns / plan.sum(0)
+    return plan

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from agssd.losses.info_nce import info_nce
+from agssd.losses.info_nce import KeyQueue, info_nce
 
 
 def rows(count: int, width: int, seed: int) -> torch.Tensor:
@@ -49,3 +49,70 @@ def test_info_nce__tiny_features_in_half_precision_keep_their_direction() -> Non
     queries, keys = rows(6, 16, 0) * 1e-4, rows(6, 16, 1)
     given = info_nce(queries.half(), keys.half(), 0.2)
     assert given.item() == pytest.approx(plain(queries, keys, 0.2), rel=0.02)
+
+
+# ------------------------------------------------------------------ queue
+
+
+def test_queue__loss_equals_numpy() -> None:
+    queue = KeyQueue(20, 12)
+    queries, keys = rows(5, 12, 0), 3 * rows(5, 12, 1)
+    given = queue.loss(queries, keys, 0.3)
+    for i in range(5):
+        q, k = (x[i].double().numpy() / np.linalg.norm(x[i].double().numpy()) for x in (queries, keys))
+        logits = np.concatenate([[q @ k], queue.keys.double().numpy() @ q]) / 0.3
+        assert given[i].item() == pytest.approx(np.log(np.exp(logits).sum()) - logits[0], rel=1e-5)
+
+
+def test_queue__keys_are_as_long_as_queries_and_no_gradient_reaches_them() -> None:
+    # Defect of S2DC's released code: the queue starts normalised, queries and later keys are not.
+    queue = KeyQueue(6, 8)
+    queries, keys = (100 * rows(4, 8, 0)).requires_grad_(), (1e-3 * rows(4, 8, 1)).requires_grad_()
+    queue.observe(keys, torch.arange(4))
+    queue.update()
+    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(6))
+    torch.testing.assert_close(queue.keys[:4], torch.nn.functional.normalize(keys.detach(), dim=1))
+    queue.loss(queries, keys, 0.9).sum().backward()
+    assert queries.grad is not None and keys.grad is None
+    with torch.no_grad():  # lengths say nothing
+        torch.testing.assert_close(queue.loss(queries, keys, 0.9), queue.loss(queries / 7, keys * 9, 0.9))
+
+
+def held(queue: KeyQueue, unit: torch.Tensor) -> list[int]:
+    """Return which of these directions the queue holds."""
+    found: list[int] = ((unit @ queue.keys.T).amax(1) > 1 - 1e-5).nonzero()[:, 0].tolist()
+    return found
+
+
+def test_queue__holds_the_last_keys_in_the_order_of_samples_however_they_came() -> None:
+    samples = torch.arange(30)
+    unit = torch.nn.functional.normalize(rows(30, 4, 0), dim=1)
+    whole, cut = KeyQueue(8, 4, seed=1), KeyQueue(8, 4, seed=1)
+    assert torch.equal(whole.keys, cut.keys) and whole.fill == 0  # the same start on every rank
+    for step in range(5):  # 30 keys, 6 at a step
+        own = samples[6 * step : 6 * step + 6]
+        whole.observe(unit[own], own)
+        for part in (own[3:], own[:3]):  # micro-batches, in another order
+            cut.observe(unit[part], part)
+            before = cut.keys.clone()
+        assert torch.equal(cut.keys, before)
+        whole.update()
+        cut.update()
+        assert held(whole, unit) == list(range(max(0, 6 * step - 2), 6 * step + 6))
+        assert whole.fill == min(1, 6 * (step + 1) / 8)
+    assert torch.equal(whole.keys, cut.keys) and whole.seen == 30
+    cut.update()  # nothing new
+    assert torch.equal(whole.keys, cut.keys)
+
+
+def test_queue__of_more_keys_than_room_keeps_the_last() -> None:
+    queue = KeyQueue(5, 4, seed=1)
+    unit = torch.nn.functional.normalize(rows(12, 4, 0), dim=1)
+    queue.observe(unit, torch.arange(12))
+    queue.update()
+    assert held(queue, unit) == list(range(7, 12))
+
+
+def test_queue__is_refused_without_room() -> None:
+    with pytest.raises(ValueError, match="queue_size is 0"):
+        KeyQueue(0, 4)

@@ -55,22 +55,21 @@ class DustbinTransport(nn.Module):
 
         Args:
             cosines: (B, M, N) float32.
-            rows: (B, M) bool, tokens that take part; None lets all. The others go to the dustbin as a whole, and the
-                plan of the rest is that without them.
+            rows: (B, M) bool, tokens that take part; None lets all. The others have no mass, -inf in the result, and
+                the plan of the rest is that without them.
             columns: (B, N) bool, likewise.
         """
         with torch.autocast(cosines.device.type, enabled=False):
             batch, m, n = cosines.shape
             scores = cosines.float() / self.temperature
-            if rows is not None:
-                scores = scores.masked_fill(~rows[:, :, None], -torch.inf)
-            if columns is not None:
-                scores = scores.masked_fill(~columns[:, None], -torch.inf)
             dustbin = self.dustbin.float() / self.temperature
             scores = torch.cat([scores, dustbin.expand(batch, m, 1)], 2)
             scores = torch.cat([scores, dustbin.expand(batch, 1, n + 1)], 1)
-            mass_rows, mass_columns = scores.new_ones(m + 1), scores.new_ones(n + 1)
-            mass_rows[-1], mass_columns[-1] = n, m
+            mass_rows = scores.new_ones(batch, m) if rows is None else rows.float()
+            mass_columns = scores.new_ones(batch, n) if columns is None else columns.float()
+            rest_rows, rest_columns = mass_columns.sum(1, keepdim=True), mass_rows.sum(1, keepdim=True)
+            mass_rows = torch.cat([mass_rows, rest_rows], 1)
+            mass_columns = torch.cat([mass_columns, rest_columns], 1)
             return log_sinkhorn(scores, mass_rows, mass_columns, self.iterations)
 
 
@@ -85,9 +84,9 @@ def log_sinkhorn(scores: Tensor, mass_rows: Tensor, mass_columns: Tensor, iterat
     NeurIPS 2018, arXiv 1805.11897 [R].
 
     Args:
-        scores: (B, R, C) float32; -inf forbids an entry, but no whole row or column.
-        mass_rows: (R,) float32, above 0.
-        mass_columns: (C,) float32, above 0, of the same sum.
+        scores: (B, R, C) float32, finite.
+        mass_rows: (B, R) float32; rows without mass are -inf in the result and take no part.
+        mass_columns: (B, C) float32, of the same sum.
         iterations: pairs of normalisations.
     """
     plan: Tensor = _LogSinkhorn.apply(scores, mass_rows, mass_columns, iterations)  # type: ignore[no-untyped-call]
@@ -97,25 +96,28 @@ def log_sinkhorn(scores: Tensor, mass_rows: Tensor, mass_columns: Tensor, iterat
 class _LogSinkhorn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, mass_rows: Tensor, mass_columns: Tensor, iterations: int) -> Tensor:
-        log_rows, log_columns = mass_rows.log()[:, None], mass_columns.log()
-        row, column = scores.new_zeros(1), scores.new_zeros(1)
-        for _ in range(iterations):
-            row = log_rows - (scores + column).logsumexp(2, keepdim=True)  # (B, R, 1)
-            column = log_columns - (scores + row).logsumexp(1, keepdim=True)  # (B, 1, C)
+        log_rows, log_columns = mass_rows[:, :, None].log(), mass_columns[:, None].log()
+        empty_rows, empty_columns = log_rows.isneginf(), log_columns.isneginf()
+        scores = scores.masked_fill(empty_rows | empty_columns, -torch.inf)
+        column = torch.zeros_like(log_columns)
+        for _ in range(iterations):  # empty ones would be -inf + inf
+            row = (log_rows - (scores + column).logsumexp(2, keepdim=True)).masked_fill_(empty_rows, 0)  # (B, R, 1)
+            column = (log_columns - (scores + row).logsumexp(1, keepdim=True)).masked_fill_(empty_columns, 0)
         log_plan = scores + row + column
         ctx.save_for_backward(log_plan, mass_rows, mass_columns)
         ctx.iterations = iterations
         return log_plan
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         log_plan, mass_rows, mass_columns = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
             plan = log_plan.exp()
             # Sums of rows and columns stay: a_i x_i + sum_j P_ij y_j = sum_j G_ij, and the same for columns.
+            grad = grad.masked_fill(log_plan.isneginf(), 0)
             sum_rows, sum_columns = grad.sum(2, keepdim=True), grad.sum(1, keepdim=True).mT  # (B, R, 1), (B, C, 1)
-            a, b = mass_rows[:, None], mass_columns[:, None]
+            a, b = (mass[..., None].clamp_min(1e-30) for mass in (mass_rows, mass_columns))
             x, y = torch.zeros_like(sum_rows), torch.zeros_like(sum_columns)
             for _ in range(ctx.iterations):
                 y = (sum_columns - plan.mT @ x) / b
