@@ -23,10 +23,11 @@ class ModelsGenesis(PretrainModule):
     Source: Zhou et al., MedIA 2021, arXiv 2004.07882 [paper]: local shuffling, nonlinear intensities, in- and
     out-painting with their probabilities, mean squared error on all voxels.
     Deviates: corruptions are batched on the device (:mod:`agssd.transforms.corruption`); curves invert no CT unless
-    ``invert_ct``, because its contrast means Hounsfield units (ours); MRI is restored in [-1, 1] and CT in [0, 1], and
-    nothing bounds what the decoder says, where the released code has [0, 1] and a sigmoid; our encoder gives tokens, and a
-    decoder without skips restores from the last ones (ours: with skips the encoder could leave the work to them); views
-    are flipped by the sampler of views; AdamW instead of SGD at rate 1; our views and schedules.
+    ``invert_ct``, because its contrast means Hounsfield units (ours); MRI is restored in [-1, 1] and CT in [0, 1],
+    and nothing bounds what the decoder says, where the released code has [0, 1] and a sigmoid; our encoder gives
+    tokens, and a decoder without skips restores from the last ones (ours: with skips the encoder could leave the
+    work to them); views are flipped by the sampler of views; AdamW instead of SGD at rate 1; our views and
+    schedules.
 
     Args:
         backbone: the encoder.

@@ -28,11 +28,11 @@ class PGL(PretrainModule):
 
     Source: Xie et al., arXiv 2011.12640 [paper]: BYOL with a prior-guided local consistency in place of the global one;
     the grid of points [R: CVA] (docs/method.md §1.2, operator ii).
-    Deviates: tokens are read before projector and predictor, which act on points (ours: reading is linear in tokens);
-    points in air, or outside a rotated view, are left out (ours); the heads standardise over the points of a view and not over the batch (ours, see
-    :class:`agssd.models.heads.PointNorm`; with layer norm features fall to a constant); the paper's scaling of the loss
-    is not known, ours is BYOL's per point; the teacher holds a copy of the predictor too, which is not read; our views,
-    encoder and schedules. [CLS] learns only through attention.
+    Deviates: tokens are read before projector and predictor, which act on points (ours: reading is linear in
+    tokens); points in air, or outside a rotated view, are left out (ours); the heads standardise over the points of
+    a view and not over the batch (ours, see :class:`agssd.models.heads.PointNorm`; with layer norm features fall to
+    a constant); the paper's scaling of the loss is not known, ours is BYOL's per point; the teacher holds a copy of
+    the predictor too, which is not read; our views, encoder and schedules. [CLS] learns only through attention.
 
     Args:
         backbone: the student's encoder; the teacher is its copy.
