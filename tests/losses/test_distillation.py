@@ -207,10 +207,18 @@ def test_sinkhorn__equals_the_plain_algorithm(shape, temperature, iterations):
     np.testing.assert_allclose(got.sum(-1), 1, atol=1e-6)
 
 
-def test_sinkhorn__equals_the_plain_algorithm_to_1e_6_at_moderate_logits():
-    logits = cosines((128, 64)) * 0.3
-    got = sinkhorn(logits, 0.1).double().numpy()
-    assert np.abs(got - plain_sinkhorn(logits.numpy(), 0.1)).max() < 1e-6
+@pytest.mark.parametrize("temperature", [0.04, 0.07, 0.1])
+def test_sinkhorn__with_the_global_maximum_equals_the_exact_result_to_1e_6_and_with_row_maxima_does_not(temperature):
+    # Defect of the family: dinov2's pull request 583 subtracts each row's maximum against overflow and calls it equal.
+    for seed in range(5):
+        logits = cosines((64, 512), seed)
+        x = logits.double().numpy()
+        exact = plain_sinkhorn(x, temperature)  # exp(1 / 0.04) is no trouble in float64
+        assert np.abs(plain_sinkhorn(x - x.max(), temperature) - exact).max() < 1e-12
+        assert np.abs(sinkhorn(logits, temperature).double().numpy() - exact).max() < 1e-6
+        sparse = np.random.default_rng(seed).normal(0, 0.3, x.shape)
+        by_row = plain_sinkhorn(sparse - sparse.max(1, keepdims=True), temperature)
+        assert np.abs(by_row - plain_sinkhorn(sparse, temperature)).max() > 0.01
 
 
 def test_sinkhorn__uses_prototypes_evenly():

@@ -163,3 +163,38 @@ def test_mae__reconstruction_hides_what_the_teacher_predicts_badly(
 def test_mae__teacher_exists_where_its_score_is_used_alone() -> None:
     assert recipes.build(MAE, mask_score="reconstruction").has_teacher
     assert not recipes.build(MAE).has_teacher
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_mae__step_runs_its_encoder_at_the_cost_of_the_visible_share(
+    ratio: float, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Defect of the family: hidden patches replaced by a token, or dropped after the blocks, cost as much as all.
+    module = recipes.build(MAE, {"size_vox": (32, 32, 32)}, mask_ratio=(ratio, ratio))  # 64 tokens
+    encoder, encode, costs = module.student["backbone"], module.student["backbone"].forward_visible, []
+
+    def counted(*given: Any) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            features = encode(*given)
+        costs.append(counter.get_total_flops())
+        return features
+
+    monkeypatch.setattr(encoder, "forward_visible", counted)
+    views = module.make_views(recipes.parents(tiny_cache, [0, 1]))
+    with FlopCounterMode(display=False) as counter:
+        encoder.forward_views([views.clean.flatten(0, 1)])
+    module.pretrain_loss(views)
+    assert len(costs) == 1 and costs[0] / counter.get_total_flops() == pytest.approx(1 - ratio, abs=0.03)
+
+
+def test_mae__noise_of_flat_patches_is_no_target(tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Defect of the family: patches over their own deviation plus 1e-6 turn fluid and air into noise of variance 1.
+    module = recipes.build(MAE, drop_path=0.0)
+    views = module.make_views(recipes.parents(tiny_cache, [0, 1]))
+    noise = torch.randn(views.clean.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    noise[..., :8, :8, :8] += views.clean[..., :8, :8, :8]  # one patch with contrast
+    body = torch.ones_like(views.foreground)
+    decoder = module.student["decoder"]
+    monkeypatch.setattr(decoder, "forward", lambda _, visible, hidden: torch.zeros(*hidden.shape, 512))
+    loss = module.pretrain_loss(dataclasses.replace(views, clean=noise, foreground=body)).total
+    assert float(loss) < 0.1  # one patch of 27 at most has a target of variance 1

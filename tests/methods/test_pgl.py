@@ -6,13 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import equations
 import numpy as np
 import pytest
 import recipes
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agssd.methods.pgl import PGL
+from agssd.transforms.crops import extract
 
 SAMPLES = [0, 1, 2, 3]
 VIEWS = {"orientations": "all", "size_vox": (32, 32, 32)}
@@ -40,10 +43,10 @@ def read(tokens: np.ndarray, u: np.ndarray) -> np.ndarray:
 
 def test_pgl__is_the_mean_distance_over_the_points_of_the_overlap(tiny_cache: Path) -> None:
     module = moved(recipes.build(PGL, VIEWS, points_per_axis=3)).eval()
-    views = module.make_views(recipes.parents(tiny_cache, SAMPLES))
+    views = module.make_views(equations.half_air(recipes.parents(tiny_cache, SAMPLES)))
     with torch.no_grad():
         given = module.pretrain_loss(views).total.item()
-        total = 0.0
+        total, left_out = 0.0, 0
         for b in range(4):
             affine = views.geometry.globals.affine[b].double().numpy()
             low, high = views.geometry.overlap_box[b].double().numpy().T
@@ -68,8 +71,22 @@ def test_pgl__is_the_mean_distance_over_the_points_of_the_overlap(tiny_cache: Pa
                 t = module.teacher["projector"](seen["teacher", other])
                 distances.append(2 - 2 * torch.cosine_similarity(p, t, dim=1).numpy())
             values = np.mean(distances, 0)[counts]
+            left_out += 27 - sum(counts)
             total += np.mean(values) / 4
+    assert 4 < left_out < 4 * 27, "the batch has no air to leave out"
     assert given == pytest.approx(total, rel=1e-4)
+
+
+def places_of(module: Any, batch: dict[str, Tensor], views: Any) -> tuple[Tensor, Tensor]:
+    """Return (B, 3, r³) of each view: what its points read where every voxel holds its place in the parent."""
+    points = module._points(views).flip(-1)[:, :, :, None, None]
+    shape = batch["image"].shape[2:]
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in shape), indexing="ij")
+    cut = extract(torch.stack(axes).expand(len(points), -1, -1, -1, -1), views.geometry.globals, (32, 32, 32))
+    first, second = (
+        F.grid_sample(cut[:, v], points[:, v], align_corners=False, padding_mode="border")[..., 0, 0] for v in (0, 1)
+    )
+    return first, second
 
 
 def test_pgl__points_lie_at_the_same_place_of_the_image_in_both_views(tiny_cache: Path) -> None:
@@ -79,20 +96,24 @@ def test_pgl__points_lie_at_the_same_place_of_the_image_in_both_views(tiny_cache
     batch: dict[str, Tensor] = recipes.parents(tiny_cache, SAMPLES)
     views = module.make_views(batch)
     points = module._points(views)
-    shape = batch["image"].shape[2:]
-    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in shape), indexing="ij")
-    from agssd.transforms.crops import extract
-
-    places = extract(torch.stack(axes).expand(4, -1, -1, -1, -1), views.geometry.globals, (32, 32, 32))
-    at = points.flip(-1)[:, :, :, None, None]
-    seen = [
-        torch.nn.functional.grid_sample(places[:, v], at[:, v], align_corners=False, padding_mode="border")[..., 0, 0]
-        for v in (0, 1)
-    ]
+    first, second = places_of(module, batch, views)
     assert views.geometry.globals.orientation.unique().numel() > 2
-    assert (seen[0] - seen[1]).abs().max() < 0.1  # voxels; borders of a view repeat, the pre-blur is even
+    assert (first - second).abs().max() < 0.1  # voxels; borders of a view repeat, the pre-blur is even
     inside = points.abs().amax((1, 3)) < 0.9
-    assert inside.any() and (seen[0] - seen[1]).abs().amax(1)[inside].max() < 1e-3
+    assert inside.any() and (first - second).abs().amax(1)[inside].max() < 1e-3
+
+
+def test_pgl__corners_of_the_overlap_that_a_rotation_turns_out_of_a_view_do_not_count(tiny_cache: Path) -> None:
+    module = recipes.build(PGL, {"size_vox": (32, 32, 32), "rotation_deg": 40.0})
+    batch: dict[str, Tensor] = recipes.parents(tiny_cache, SAMPLES)
+    batch["foreground"] = torch.ones_like(batch["foreground"])
+    views = module.make_views(batch)
+    module.pretrain_loss(views)
+    counts = module._step[3]
+    first, second = places_of(module, batch, views)
+    apart = (first - second).abs().amax(1)
+    assert apart.max() > 1, "no point is outside"
+    assert 0.3 < counts.float().mean() < 1 and apart[counts].max() < 0.3
 
 
 def test_pgl__points_in_air_change_nothing(tiny_cache: Path) -> None:

@@ -67,3 +67,17 @@ def test_simmim__what_is_hidden_never_reaches_a_prediction(tiny_cache: Path, mon
     assert float(second.total) != float(first.total), "the targets are the hidden voxels"
     shown = dataclasses.replace(views, clean=torch.where(covered, views.clean, noise))
     assert not torch.allclose(step(module, shown, monkeypatch)[2], predicted)
+
+
+@pytest.mark.parametrize("score", ["random", "block"])
+def test_simmim__hidden_units_are_whole_and_as_many_as_stated(
+    score: str, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Defects of the family: single small patches, which their neighbours give away, and maskers that count a block that
+    # overlaps another as newly hidden, so that less is hidden than stated.
+    module = recipes.build(SimMIM, {"size_vox": (32, 32, 32)}, mask_block=2, mask_score=score)  # 4³ tokens, 2³ units
+    views = module.make_views(recipes.parents(tiny_cache, [0, 1, 2, 3]))
+    _, masks, _ = step(module, views, monkeypatch)
+    units = masks.reshape(8, 2, 2, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+    assert torch.equal(units.all(-1), units.any(-1))
+    assert units.any(-1).sum(1).tolist() == [round(0.6 * 8)] * 8

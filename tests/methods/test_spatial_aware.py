@@ -130,6 +130,21 @@ def test_gap_head__changes_sign_when_crops_are_exchanged() -> None:
         assert not head(first, first).any()
 
 
+@pytest.mark.parametrize(("width", "grid"), [(192, 4), (384, 6)])
+def test_gap_head__first_predictions_are_not_vanishing(width: int, grid: int) -> None:
+    # Defect of the family: torch's default initialisation lets three convolutions shrink features, the gap's gradient
+    # is a tenth of the other terms', and 100 steps of conf/experiment/small.yaml taught no gap.
+    torch.manual_seed(0)
+    spread = []
+    for _ in range(4):
+        head = GapHead(width)
+        tokens = torch.randn(2, 8, grid**3, width)  # as a layer norm leaves them
+        with torch.no_grad():
+            first, second = (head.embed(Features(torch.empty(0), part, (grid,) * 3, [])) for part in tokens)
+            spread.append(head(first, second).std().item())
+    assert 0.015 < np.mean(spread) < 0.5  # of a parent's edge
+
+
 def test_observations__a_route_adds_nothing_to_its_ends_and_errors_are_in_mm(anisotropic: Path) -> None:
     module = moved(recipes.build(SpatialAware, num_crops=4)).eval()
     views = module.make_views(recipes.parents(anisotropic, SAMPLES))

@@ -81,8 +81,9 @@ def test_bezier_intensity__equals_the_curve_evaluated_point_by_point() -> None:
     torch.testing.assert_close(ends.flatten(), torch.tensor([0.0, 1.0]))
 
 
-def test_corruption__mri_below_zero_keeps_its_order_and_ct_its_units() -> None:
-    # Defect of the family: the curve is defined on [0, 1], and intensities in [-1, 1] lose their lower half.
+def test_corruption__curves_span_the_range_of_each_modality_and_invert_no_ct_unless_asked() -> None:
+    # Defects of the family: the curve is defined on [0, 1], and intensities in [-1, 1] lose their lower half; half of
+    # the curves turn air into bone, which no Hounsfield unit allows.
     ramp = torch.linspace(0, 1, 512).view(1, 1, 1, 8, 8, 8).expand(40, -1, -1, -1, -1, -1)
     curve_alone = Corruption(0.0, 1.0, False, 0.0)
     sample = torch.arange(40)
@@ -95,9 +96,12 @@ def test_corruption__mri_below_zero_keeps_its_order_and_ct_its_units() -> None:
     falling = (steps[:, 0] < 0) | (steps[:, -1] < 0)
     assert 8 < int(falling.sum()) < 32
     ct = torch.ones(40, dtype=torch.bool)
-    assert torch.equal(curve_alone(ramp, ct, 0, sample), ramp)
-    wanted = Corruption(0.0, 1.0, True, 0.0)(ramp, ct, 0, sample)
-    assert (wanted != ramp).any() and wanted.min() >= 0 and wanted.max() <= 1
+    rising = curve_alone(ramp, ct, 0, sample).flatten(1)
+    assert (rising.diff(dim=1) >= -1e-6).all()
+    torch.testing.assert_close(rising[:, [0, -1]], torch.tensor([0.0, 1.0]).expand(40, 2))
+    assert ((rising - ramp.flatten(1)).abs().amax(1) > 0.02).float().mean() > 0.7, "CT keeps its intensities"
+    inverting = Corruption(0.0, 1.0, True, 0.0)(ramp, ct, 0, sample).flatten(1)
+    torch.testing.assert_close(inverting * 2 - 1, mri, atol=1e-5, rtol=0)  # with the flag as MRI
 
 
 # ------------------------------------------------------------------ painting

@@ -22,9 +22,10 @@ class MoCoV3(PretrainModule):
 
     Source: Chen, Xie and He, ICCV 2021, arXiv 2104.02057 [paper]: symmetric InfoNCE without a queue, projector and
     predictor, frozen random patch embedding, momentum teacher.
-    Deviates: layer norm in place of batch norm in the heads (ours, see :class:`agssd.models.heads.ProjectionHead`); the
-    teacher moves once per optimiser step, not in the forward pass; the teacher holds a copy of the predictor too, which
-    is not read; views overlap by construction; our encoder and schedules.
+    Deviates: layer norm and GELU in place of batch norm and ReLU in the heads, and no norm after their last layer
+    (ours, see :class:`agssd.models.heads.ProjectionHead`); the teacher moves once per optimiser step, not in the
+    forward pass; the teacher holds a copy of the predictor too, which is not read; views overlap by construction;
+    our encoder and schedules.
 
     Negatives are the other samples of a micro-batch of all ranks, so accumulation changes the result.
 

@@ -22,17 +22,19 @@ class ModelsGenesis(PretrainModule):
 
     Source: Zhou et al., MedIA 2021, arXiv 2004.07882 [paper]: local shuffling, nonlinear intensities, in- and
     out-painting with their probabilities, mean squared error on all voxels.
-    Deviates: corruptions are batched on the device (:mod:`agssd.transforms.corruption`); CT keeps its intensities
-    unless ``curve_ct``, because the curve may invert a contrast that means Hounsfield units (ours); our encoder gives
-    tokens, and a decoder without skips restores from the last ones (ours: with skips the encoder could leave the work
-    to them); views are flipped by the sampler of views; AdamW instead of SGD at rate 1; our views and schedules.
+    Deviates: corruptions are batched on the device (:mod:`agssd.transforms.corruption`); curves invert no CT unless
+    ``invert_ct``, because its contrast means Hounsfield units (ours); MRI is restored in [-1, 1] and CT in [0, 1],
+    and nothing bounds what the decoder says, where the released code has [0, 1] and a sigmoid; our encoder gives
+    tokens, and a decoder without skips restores from the last ones (ours: with skips the encoder could leave the
+    work to them); views are flipped by the sampler of views; AdamW instead of SGD at rate 1; our views and
+    schedules.
 
     Args:
         backbone: the encoder.
         views: sampler of the views; local ones are not used.
         prob_shuffle: share of views whose voxels are shuffled in windows.
         prob_curve: share of views whose intensities go through a Bezier curve.
-        curve_ct: also on CT.
+        invert_ct: whether half of these curves invert the contrast on CT as well.
         prob_paint: share of views that are painted.
         prob_out: share of these that are painted around boxes and not inside.
         decoder_dim: channels of the decoder's first step.
@@ -51,7 +53,7 @@ class ModelsGenesis(PretrainModule):
         views: OverlapCrops,
         prob_shuffle: float = 0.5,
         prob_curve: float = 0.9,
-        curve_ct: bool = False,
+        invert_ct: bool = False,
         prob_paint: float = 0.9,
         prob_out: float = 0.8,
         decoder_dim: int = 96,
@@ -66,7 +68,7 @@ class ModelsGenesis(PretrainModule):
         super().__init__(lr, min_lr, warmup, weight_decay, betas, 0.0, seed, compile)
         self.save_hyperparameters(ignore=["backbone", "views"])
         self.views = views
-        self.corruption = Corruption(prob_shuffle, prob_curve, curve_ct, prob_paint, prob_out)
+        self.corruption = Corruption(prob_shuffle, prob_curve, invert_ct, prob_paint, prob_out)
         backbone.token_grid(views.size_vox)
         backbone.freeze_mask_token()
         decoder = DenseDecoder(backbone.embed_dim, backbone.patch_size, backbone.in_channels, decoder_dim)

@@ -28,11 +28,11 @@ class PGL(PretrainModule):
 
     Source: Xie et al., arXiv 2011.12640 [paper]: BYOL with a prior-guided local consistency in place of the global one;
     the grid of points [R: CVA] (docs/method.md §1.2, operator ii).
-    Deviates: tokens are read before projector and predictor, which act on points (ours: reading is linear in tokens);
-    points in air are left out (ours); the heads standardise over the points of a view and not over the batch (ours, see
-    :class:`agssd.models.heads.PointNorm`; with layer norm features fall to a constant); the paper's scaling of the loss
-    is not known, ours is BYOL's per point; the teacher holds a copy of the predictor too, which is not read; our views,
-    encoder and schedules. [CLS] learns only through attention.
+    Deviates: tokens are read before projector and predictor, which act on points (ours: reading is linear in
+    tokens); points in air, or outside a rotated view, are left out (ours); the heads standardise over the points of
+    a view and not over the batch (ours, see :class:`agssd.models.heads.PointNorm`; with layer norm features fall to
+    a constant); the paper's scaling of the loss is not known, ours is BYOL's per point; the teacher holds a copy of
+    the predictor too, which is not read; our views, encoder and schedules. [CLS] learns only through attention.
 
     Args:
         backbone: the student's encoder; the teacher is its copy.
@@ -94,12 +94,13 @@ class PGL(PretrainModule):
             targets: Tensor = self.teacher["projector"](local)
             share = foreground_share(views.foreground.flatten(0, 1), self.patch).unflatten(0, (-1, 2))
             counts = (self._at(points, share[..., None])[..., 0] >= MIN_FOREGROUND).all(1)  # (B, r³): body in both
+            counts &= (points.abs().amax(-1) <= 1).all(1)  # a view that is rotated has lost corners of the overlap
         noise = self.drop_noise(views.sample, 2)
         student = cast(Backbone, self.student["backbone"]).forward_crops(views.inputs, drop_noise=noise)
         projected: Tensor = self.student["projector"](self._at(points, student.tokens))
         distance = cosine_distance(self.student["predictor"](projected), targets.flip(1))  # (B, 2, r³)
         loss = masked_mean(distance.mean(1), counts)
-        self._step = (views, seen.cls, local, counts)
+        self._step = (views, seen.tokens.mean(2), local, counts)
         return LossTerms(loss, {"local": loss}, (student.tokens,))
 
     def _points(self, views: Views) -> Tensor:
@@ -120,16 +121,16 @@ class PGL(PretrainModule):
 
     @property
     def observations(self) -> Observations | None:
-        """Outputs of the last micro-batch for monitors; how much closer corresponding points are than others."""
+        """Mean and local tokens of the last micro-batch, and how much closer corresponding points are than others."""
         if self._step is None:
             return None
-        views, cls, local, counts = self._step
+        views, tokens, local, counts = self._step
         same = torch.cosine_similarity(local[:, 0], local[:, 1], dim=-1)
         other = torch.cosine_similarity(local[:, 0], local[:, 1].roll(1, 1), dim=-1)
         figures = {"overlap": views.geometry.overlap.mean(), "body_points": counts.float().mean()}
         figures |= {"correspondence_margin": masked_mean(same - other, counts)}
         return {
-            "cls_features": cls.flatten(0, 1).float(),
+            "cls_features": tokens.flatten(0, 1).float(),
             "patch_features": local[:, 0][counts].float(),
             "scalars": figures | self.gradient_norms,
         }

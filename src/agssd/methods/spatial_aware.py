@@ -51,6 +51,11 @@ class GapHead(nn.Module):
         self.convolutions = nn.ModuleList(
             nn.Conv3d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)
         )
+        for (
+            convolution
+        ) in self.convolutions:  # torch's default starts with gaps 18 times as small, and learns them last
+            nn.init.kaiming_normal_(cast(nn.Conv3d, convolution).weight, nonlinearity="relu")
+            nn.init.zeros_(cast(Tensor, convolution.bias))
         self.linear = nn.Linear(widths[-1], 3, bias=False)
 
     def embed(self, features: Features) -> Tensor:
@@ -78,11 +83,13 @@ class SpatialAware(PretrainModule):
     - ``location``: differences of predicted locations against the gaps, and the first crop's own location (Smooth-L1).
 
     Source: arXiv 2509.05967 [paper: abstract]; heads and losses [R: the first author's earlier code].
-    Deviates: whether the published method equals that code is not known to us. The gap's linear map has no bias, so it
-    is antisymmetric; the sum of gaps along a route telescopes to its ends and is logged, not trained; the location of
-    the first crop is regressed too, which fixes the origin; token grids stand in for dense maps, and a part is the mean
-    of tokens read at its points; labels are in mm over the parent's edges, where theirs are voxels over a constant
-    (all ours, docs/method.md). Crops are not flipped. [CLS] learns only through attention.
+    Deviates: whether the published method equals that code is not known to us. The gap's linear map has no bias, so
+    it is antisymmetric; the sum of gaps along a route telescopes to its ends and is logged, not trained; the
+    location of the first crop is regressed too, which fixes the origin; token grids stand in for dense maps, and a
+    part is the mean of tokens read at its points; labels are in mm over the parent's edges, where theirs are voxels
+    over a constant; the gap's convolutions start with He's variance; the teacher's momentum is the callback's,
+    theirs 0.9999 (all ours, docs/method.md). Crops are neither flipped nor changed in intensity. [CLS] learns only
+    through attention.
 
     Args:
         backbone: the student's encoder; the teacher is its copy.
@@ -117,7 +124,7 @@ class SpatialAware(PretrainModule):
         weight_gap: float = 1.0,
         weight_similarity: float = 1.0,
         weight_location: float = 1.0,
-        lr: float = 1e-4,
+        lr: float = 3e-4,
         min_lr: float = 1e-6,
         warmup: float = 0.05,
         weight_decay: tuple[float, float] = (0.05, 0.05),

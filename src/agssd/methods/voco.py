@@ -38,14 +38,16 @@ class VoCo(PretrainModule):
     The parent is cut into a grid of base crops; random crops of the same size lie anywhere in it. Crops of the student
     are compared with bases of the teacher and the reverse; bases of one volume are pushed towards orthogonality.
 
-    Source: Wu, Zhuang and Chen, CVPR 2024, arXiv 2402.17300 [paper]; both directions of comparison, projector
-    [R: VoCo, released code].
-    Deviates: crops move, and overlap, on all three axes, where the released code moves them in the plane; no flips or
-    shifts of intensity; bases without body (less than 5 %) take part in nothing (ours: crops of air are alike and
-    cannot be orthogonal); a crop that points away from a base it overlaps is still pulled, where the released ReLU has
-    no gradient (ours); layer norm in place of batch norm in the projector (ours); the teacher moves once per optimiser
-    step instead of in the forward pass; the grid of bases fits parents of about 1.75 views per axis (ours; paper 4 x 4
-    cells of a whole scan); our encoder and schedules.
+    Source: Wu, Zhuang and Chen, CVPR 2024, arXiv 2402.17300, eq. 3 and 4 [paper]; both directions of comparison,
+    sizes of the projector [R: VoCo, released code, whose loss is another one: it weighs bases that are overlapped
+    and others apart, and squares similarities].
+    Deviates: [CLS] stands for the pooled maps of all stages; crops move, and overlap, on all three axes, where the
+    released code moves them in the plane; no flips or shifts of intensity; bases without body (less than 5 %) take
+    part in nothing (ours: crops of air are alike and cannot be orthogonal); a crop that points away from a base it
+    overlaps is still pulled, where the released ReLU has no gradient (ours); layer norm and GELU in place of batch
+    norm and ReLU in the projector (ours); the teacher moves once per optimiser step instead of in the forward pass;
+    the grid of bases fits parents of about 1.75 views per axis (ours; paper 4 x 4 cells of a whole scan); our
+    encoder and schedules.
 
     Args:
         backbone: the student's encoder; the teacher is its copy.
@@ -78,7 +80,7 @@ class VoCo(PretrainModule):
         weight_orthogonality: float = 1.0,
         lr: float = 1e-4,
         min_lr: float = 1e-6,
-        warmup: float = 0.05,
+        warmup: float = 0.02,
         weight_decay: tuple[float, float] = (0.01, 0.01),
         betas: tuple[float, float] = (0.9, 0.999),
         seed: int = 0,

@@ -62,7 +62,7 @@ def _per_window(window: Tensor, random: KeyedRandom) -> Tensor:
     return number.view(window.shape)
 
 
-def bezier_intensity(unit: Tensor, random: KeyedRandom, prob_invert: float = 0.5) -> Tensor:
+def bezier_intensity(unit: Tensor, random: KeyedRandom, prob_invert: float | Tensor = 0.5) -> Tensor:
     """Return intensities after a random monotone curve from (0, 0) to (1, 1), or to its mirror image.
 
     The curve is a cubic Bezier with two control points drawn uniformly; it falls instead of rising, and inverts the
@@ -71,7 +71,7 @@ def bezier_intensity(unit: Tensor, random: KeyedRandom, prob_invert: float = 0.5
     Args:
         unit: (B, C, D, H, W) float32 in [0, 1].
         random: keyed by the B images.
-        prob_invert: share of falling curves.
+        prob_invert: probability of a falling curve, of all images or (B, 1) of each.
     """
     controls = random.uniform(2, 2)  # (B, point, x or y)
     t = torch.linspace(0, 1, _CURVE_POINTS, device=unit.device)
@@ -121,8 +121,8 @@ class Corruption:
 
     Args:
         prob_shuffle: share of views whose voxels are shuffled in windows.
-        prob_curve: share of views whose intensities go through a Bezier curve.
-        curve_ct: also on CT, whose Hounsfield units mean something and whose contrast the curve may invert.
+        prob_curve: share of views whose intensities go through a Bezier curve; half of the curves invert the contrast.
+        invert_ct: also on CT, whose Hounsfield units mean something; else every curve rises there.
         prob_paint: share of views that are painted.
         prob_out: share of these that are painted around boxes and not inside.
     """
@@ -131,13 +131,13 @@ class Corruption:
         self,
         prob_shuffle: float = 0.5,
         prob_curve: float = 0.9,
-        curve_ct: bool = False,
+        invert_ct: bool = False,
         prob_paint: float = 0.9,
         prob_out: float = 0.8,
     ) -> None:
         self.prob_shuffle = prob_shuffle
         self.prob_curve = prob_curve
-        self.curve_ct = curve_ct
+        self.invert_ct = invert_ct
         self.prob_paint = prob_paint
         self.prob_out = prob_out
 
@@ -152,23 +152,27 @@ class Corruption:
         """
         count = views.shape[1]
         keys = {name: KeyedRandom(seed, sample, name).split(count) for name in ("corrupt", "shuffle", "curve", "paint")}
-        chosen = KeyedRandom.from_keys(keys.pop("corrupt")).uniform(3)  # (BV, 3)
+        random = KeyedRandom.from_keys(keys.pop("corrupt"))
         ct = is_ct.repeat_interleave(count)
         span, floor = (_per_view(torch.where(ct, a, b)) for a, b in ((1.0, 2.0), (0.0, -1.0)))
         unit = (rearrange(views, "b v ... -> (b v) ...") - floor) / span
-        curved = (chosen[:, 1] < self.prob_curve) & (~ct | self.curve_ct)
-        for name, which, change in (
-            ("shuffle", chosen[:, 0] < self.prob_shuffle, shuffle_windows),
-            ("curve", curved, bezier_intensity),
-            ("paint", chosen[:, 2] < self.prob_paint, self._paint),
+        for name, prob, change in (
+            ("shuffle", self.prob_shuffle, self._shuffle),
+            ("curve", self.prob_curve, self._curve),
+            ("paint", self.prob_paint, self._paint),
         ):
-            unit = apply_where(
-                which, lambda x, key, change=change: change(x, KeyedRandom.from_keys(key)), unit, keys[name]
-            )
+            unit = apply_where(random.uniform(1)[:, 0] < prob, change, unit, keys[name], ct)
         return rearrange(unit * span + floor, "(b v) ... -> b v ...", v=count)
 
-    def _paint(self, unit: Tensor, random: KeyedRandom) -> Tensor:
-        return paint(unit, random, self.prob_out)
+    def _shuffle(self, unit: Tensor, keys: Tensor, is_ct: Tensor) -> Tensor:
+        return shuffle_windows(unit, KeyedRandom.from_keys(keys))
+
+    def _curve(self, unit: Tensor, keys: Tensor, is_ct: Tensor) -> Tensor:
+        prob_invert = torch.where(is_ct & (not self.invert_ct), 0.0, 0.5)[:, None]
+        return bezier_intensity(unit, KeyedRandom.from_keys(keys), prob_invert)
+
+    def _paint(self, unit: Tensor, keys: Tensor, is_ct: Tensor) -> Tensor:
+        return paint(unit, KeyedRandom.from_keys(keys), self.prob_out)
 
 
 def _per_view(values: Tensor) -> Tensor:
