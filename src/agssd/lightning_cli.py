@@ -1,8 +1,8 @@
 """``agssd fit|validate|test|predict``: LightningCLI with the house's groups, links, standing callbacks and guards.
 
 The groups of a configuration are ``trainer``, ``model``, ``data``, ``backbone`` and ``views`` (the last two are handed
-to the model, so that a method's YAML does not repeat them), the standing callbacks by name, ``checkpoint`` and
-``wandb``. Every group may be a reference to another YAML, relative to the file that holds it.
+to the model, so that a method's YAML does not repeat them), the standing callbacks by name, ``checkpoint``,
+``best_checkpoint`` and ``wandb``. Every group may be a reference to another YAML, relative to the file that holds it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
+from agssd.callbacks.best_checkpoint import BestCheckpoint
 from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.data_stream import DataStream
 from agssd.callbacks.ema_teacher import EMATeacher
@@ -132,6 +133,7 @@ class AgssdCLI(LightningCLI):
         for name, callback in STANDING.items():
             parser.add_lightning_class_args(callback, name)
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_class_arguments(WandbRun, "wandb")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -210,7 +212,7 @@ class AgssdCLI(LightningCLI):
             callback = self._get(self.config_init, name)
             if isinstance(callback, StandingCallback):
                 callback.explicit = _demands(given[name]) != _demands(defaults[name])
-            if isinstance(callback, RunCheckpoint):
+            if isinstance(callback, (RunCheckpoint, BestCheckpoint)):
                 if config["enable_checkpointing"] is False:
                     continue
                 callback.dirpath = callback.dirpath or str(self.run_directory / CHECKPOINTS)
@@ -263,7 +265,7 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 def _demands(settings: Namespace) -> dict[str, Any]:
     """Return a callback's settings without its rhythm and size, which ask nothing of the module."""
-    asks_nothing = ("every_n_steps", "min_samples", "window_vox", "max_vox")
+    asks_nothing = ("every_n_steps", "min_samples", "window_vox", "max_vox", "at_start", "at_end")
     return {name: value for name, value in settings.as_dict().items() if name not in asks_nothing}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from agssd.callbacks.online_probe import OnlineProbe
 from agssd.models.ema import update_ema
+from agssd.models.vit import ViT
 
 
 class Toy(pl.LightningModule):
@@ -70,6 +73,48 @@ class Plain(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Encoding(Toy):
+    """A toy with an encoder to probe."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = ViT(patch_size=8, embed_dim=12, depth=1, num_heads=2)
+
+
+class Labelled(pl.LightningDataModule):
+    """Has label maps of two classes, so it says."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(torch.randn(4096, 4)), batch_size=2)
+
+    def probe_set(self, *given: Any) -> Any:
+        return SimpleNamespace(num_label_classes=2, num_targets=0)
+
+
+class ScriptedProbe(OnlineProbe):
+    """Finds the Dice that it is told for each step; ``after`` is called whenever it measures."""
+
+    def __init__(self, dice: dict[int, float], after: Callable[[], None] = lambda: None, **settings: Any) -> None:
+        super().__init__(readouts=["linear-seg"], **settings)
+        self.dice, self.after = dice, after
+        self.steps: list[int] = []
+
+    def _measure(self, trainer: Any, module: Any) -> dict[str, float]:
+        self.after()
+        self.steps.append(trainer.global_step)
+        return {"linear_seg_dice": self.dice.get(trainer.global_step, 0.0)}
+
+
+@pytest.fixture
+def scripted() -> Callable[..., tuple[ScriptedProbe, pl.LightningModule, pl.LightningDataModule]]:
+    """Return a function that makes a scripted probe, a module it suits and labelled data."""
+
+    def make(dice: dict[int, float] | None = None, **settings: Any) -> Any:
+        return ScriptedProbe(dice or {}, **settings), Encoding(), Labelled()
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,14 @@ from typing import Any, ClassVar, cast
 import lightning.pytorch as pl
 import torch
 
+from agssd.callbacks.best_checkpoint import PREFIX, BestCheckpoint
 from agssd.callbacks.standing import StandingCallback, log_figures
+from agssd.callbacks.throughput import StepClock, outside_training
 from agssd.evaluation.probe import (
     READOUTS,
     ProbeData,
     ReadoutName,
+    all_finite,
     figure_names,
     kinds_of,
     possible_readouts,
@@ -25,20 +28,21 @@ from agssd.models.backbone import Backbone, build_fresh
 from agssd.types import HasBackbone, Triple
 
 _LOG = logging.getLogger(__name__)
-PREFIX = "probe/"
 
 
 class OnlineProbe(StandingCallback):
     """Probes the encoder that would be kept (the teacher's where there is one) every ``every_n_steps`` optimiser steps.
 
-    Keys: ``probe/<figure>`` for each figure of :mod:`agssd.evaluation.probe`; ``probe/held_out_subjects`` and
-    ``probe/held_out_seen``, how many of them are in this pretraining; ``probe/seconds`` of this probe and
-    ``probe/time_share``, its share of the time since the last one. The same settings of ``agssd probe`` give the
-    same figures of the same checkpoint.
+    Also before the first step and after the last one, however few there are. Keys: ``probe/<figure>`` for each figure
+    of :mod:`agssd.evaluation.probe`, NaN where the encoder's features are not finite; ``probe/step``, how many
+    optimiser steps it has had; ``probe/held_out_subjects`` and ``probe/held_out_seen``, how many of them are in this
+    pretraining; ``probe/seconds`` of this probe and ``probe/time_share``, what share of the time a probe takes if
+    there is one every ``every_n_steps`` steps as long as those since the last one. The same settings of
+    ``agssd probe`` give the same figures of the same checkpoint.
 
     A frozen copy is probed, so neither the module nor its random numbers notice; in the run's precision (bf16 or else
-    float32). Rank 0 measures, the others wait and get its figures. Let checkpoints be chosen by a figure with
-    ``checkpoint: {monitor: probe/linear_seg_dice, mode: max}``.
+    float32). Rank 0 measures, the others wait and get its figures. The best weights are kept as ``best.ckpt``, see
+    :class:`agssd.callbacks.best_checkpoint.BestCheckpoint`.
 
     Without ``cache`` the training cache's own cases with a label map or a class serve: the split "train" is learnt from
     and "val", which pretraining does not see, measured on. A training cache without either is not probed, nor are
@@ -49,7 +53,8 @@ class OnlineProbe(StandingCallback):
     Args:
         cache: labelled cache; null for the training cache.
         every_n_steps: optimiser steps between probes.
-        at_start: also probe the untrained encoder.
+        at_start: also probe the untrained encoder, so that what cannot work stops the run before its first step.
+        at_end: also probe after the last step where the interval does not end there.
         readouts: which; null for every one that the labels allow.
         num_folds: measure by folds of the split "train" instead of on "val". Its subjects are in pretraining if the
             cache is the training cache, which ``probe/held_out_seen`` says.
@@ -59,7 +64,7 @@ class OnlineProbe(StandingCallback):
         overlap: of windows.
         max_vox: at most so many voxels per axis, from the middle of the volume; null for whole volumes.
         linear_steps: optimiser steps of linear segmentation.
-        max_time_share: share of the time above which one sentence says so, and which interval would do.
+        max_time_share: ``probe/time_share`` above which one sentence says so, and which interval would do.
     """
 
     needs: ClassVar[type[Any]] = HasBackbone
@@ -68,7 +73,8 @@ class OnlineProbe(StandingCallback):
         self,
         cache: str | None = None,
         every_n_steps: int = 1000,
-        at_start: bool = False,
+        at_start: bool = True,
+        at_end: bool = True,
         readouts: list[ReadoutName] | None = None,
         num_folds: int | None = None,
         num_subjects: int = 16,
@@ -88,6 +94,7 @@ class OnlineProbe(StandingCallback):
         self.cache = cache
         self.every_n_steps = every_n_steps
         self.at_start = at_start
+        self.at_end = at_end
         self.readouts = readouts
         self.num_folds = num_folds
         self.num_subjects = num_subjects
@@ -100,7 +107,8 @@ class OnlineProbe(StandingCallback):
         self._data: ProbeData | None = None
         self._chosen: list[ReadoutName] = []
         self._step = 0
-        self._last = (0, 0.0)  # optimiser step and time at which the last probe ended
+        self._probed = -1  # optimiser step of the last probe
+        self._clock = StepClock()  # of the steps since then
         self._warned = False
 
     # ---------------------------------------------------------------- before
@@ -111,7 +119,7 @@ class OnlineProbe(StandingCallback):
         Raises:
             ValueError: for an unusable ``cache``, readouts that its labels do not allow, a window that does not fit the
                 encoder, or a checkpoint that would be chosen by a figure that is not measured, not measured at its
-                step, or by the smallest.
+                step, or is best where it is small.
         """
         self._data = self._open(data) if self.active else None
         if self._data is not None:
@@ -146,6 +154,9 @@ class OnlineProbe(StandingCallback):
     def _check_monitors(self, trainer: pl.Trainer) -> None:
         known = [] if self._data is None else [PREFIX + name for name in figure_names(self._data, self._chosen)]
         for checkpoint in cast(Any, trainer).checkpoint_callbacks:
+            if isinstance(checkpoint, BestCheckpoint):
+                checkpoint.choose_by(known)
+                continue
             monitor = getattr(checkpoint, "monitor", None) or ""
             if not monitor.startswith(PREFIX):
                 continue
@@ -187,9 +198,10 @@ class OnlineProbe(StandingCallback):
         self.check_data(trainer, pl_module, getattr(trainer, "datamodule", None))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock; probe the untrained encoder if asked to."""
+        """Probe the untrained encoder if asked to."""
         self._step = trainer.global_step
-        self._last, self._warned = (trainer.global_step, time.perf_counter()), False
+        self._probed, self._warned = -1, False
+        self._clock.running = False  # starts with the first step's end: that step compiles and fills caches
         if self._data is not None and self.at_start and trainer.global_step == 0:
             self._probe(trainer, pl_module)
 
@@ -204,9 +216,51 @@ class OnlineProbe(StandingCallback):
         self._step = trainer.global_step
         if self._step % self.every_n_steps == 0:
             self._probe(trainer, pl_module)
+        if not self._clock.running:
+            self._clock.start(self._step, pl_module.device)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self._clock.pause(pl_module.device)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock again."""
+        self._clock.resume()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Probe the last weights, unless they were."""
+        if self._data is not None and self.at_end and self._probed != self._step:
+            self._probe(trainer, pl_module)
 
     def _probe(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        steps_s, steps = self._clock.read(self._step, module.device) if self._clock.running else (0.0, 0)
         started = time.perf_counter()
+        with outside_training(trainer, module.device):
+            figures = self._everywhere(trainer, module)
+        seconds = time.perf_counter() - started
+        times = {"step": float(self._step), "seconds": seconds}
+        if steps:
+            times["time_share"] = seconds / (seconds + self.every_n_steps * steps_s / steps)
+        times = trainer.strategy.broadcast(times)
+        log_figures(trainer, {PREFIX + name: value for name, value in (figures | times).items()})
+        for checkpoint in cast(Any, trainer).checkpoint_callbacks:
+            if isinstance(checkpoint, BestCheckpoint):
+                checkpoint.probed(self._step)
+        self._probed = self._step
+        if self._clock.running:
+            self._clock.start(self._step, module.device)
+        if times.get("time_share", 0.0) > self.max_time_share and not self._warned and trainer.is_global_zero:
+            self._warned = True
+            wanted = seconds * (1 / self.max_time_share - 1) / (steps_s / steps)
+            _LOG.warning(
+                "step %d: a probe took %.1f s, %.1f %% of the time with one every %d steps of %.2f s and more than "
+                "%.1f %%; set online_probe.every_n_steps to about %d, or probe fewer subjects or readouts",
+                *(self._step, seconds, 100 * times["time_share"], self.every_n_steps, steps_s / steps),
+                *(100 * self.max_time_share, math.ceil(wanted / 100) * 100),
+            )
+
+    def _everywhere(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+        """Return the figures that rank 0 measures, on every rank."""
         figures: dict[str, float] | None = None
         failure: Exception | None = None
         if trainer.is_global_zero:
@@ -220,21 +274,7 @@ class OnlineProbe(StandingCallback):
         figures, reason = told
         if figures is None:
             raise RuntimeError(f"the probe failed on rank 0: {reason}")
-        now, (last_step, last_time) = time.perf_counter(), self._last
-        seconds, training = now - started, started - last_time
-        times = {"seconds": seconds} | ({"time_share": seconds / (now - last_time)} if self._step else {})
-        times = trainer.strategy.broadcast(times)
-        log_figures(trainer, {PREFIX + name: value for name, value in (figures | times).items()})
-        self._last = (self._step, time.perf_counter())
-        share = times.get("time_share", 0.0)
-        if share > self.max_time_share and not self._warned and trainer.is_global_zero:
-            self._warned = True
-            steps = seconds / self.max_time_share / (training / (self._step - last_step))
-            _LOG.warning(
-                "step %d: a probe took %.1f s, %.1f %% of the time since the last one and more than %.1f %%; set "
-                "online_probe.every_n_steps to about %d, or probe fewer subjects or readouts",
-                *(self._step, seconds, 100 * share, 100 * self.max_time_share, math.ceil(steps / 100) * 100),
-            )
+        return figures
 
     @torch.no_grad()
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
@@ -253,7 +293,11 @@ class OnlineProbe(StandingCallback):
                 torch.bfloat16 if str(trainer.precision).startswith("bf16") else None,
             )
             del frozen
-            found = run_readouts(features, self._data, self._chosen, self.linear_steps, module.device).figures
+            if all_finite(features):
+                found = run_readouts(features, self._data, self._chosen, self.linear_steps, module.device).figures
+            else:  # the run has diverged, which is for its own alarms to say; a probe does not end it
+                _LOG.warning("step %d: the encoder's features are not finite, nor are the probe's figures", self._step)
+                found = dict.fromkeys(figure_names(self._data, self._chosen), math.nan)
         seen = self._data.held_out_seen(cast(Any, trainer).datamodule.seen)
         found["held_out_subjects"] = float(self._data.num_subjects)
         return found if seen is None else found | {"held_out_seen": float(seen)}

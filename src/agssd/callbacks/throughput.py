@@ -9,7 +9,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -23,13 +24,54 @@ from agssd.callbacks.standing import StandingCallback, log_figures
 _LOG = logging.getLogger(__name__)
 
 
+class StepClock:
+    """Counts the time of optimiser steps, without pauses; waits for the device whenever it is read or stopped."""
+
+    def __init__(self) -> None:
+        self.running = False
+        self._began = self._pause_began = 0.0
+        self._step = 0
+
+    def start(self, step: int, device: torch.device) -> None:
+        """Begin anew after ``step`` optimiser steps."""
+        _wait_for(device)
+        self.running, self._began, self._step = True, time.perf_counter(), step
+
+    def pause(self, device: torch.device) -> None:
+        """Stop until :meth:`resume`."""
+        _wait_for(device)
+        self._pause_began = time.perf_counter()
+
+    def resume(self) -> None:
+        """Go on."""
+        self._began += time.perf_counter() - self._pause_began
+
+    def read(self, step: int, device: torch.device) -> tuple[float, int]:
+        """Return seconds and optimiser steps since :meth:`start`."""
+        _wait_for(device)
+        return time.perf_counter() - self._began, step - self._step
+
+
+@contextmanager
+def outside_training(trainer: pl.Trainer, device: torch.device) -> Iterator[None]:
+    """Keep the time spent inside out of the figures of every :class:`Throughput` of the run."""
+    clocks = [callback.clock for callback in cast(Any, trainer).callbacks if isinstance(callback, Throughput)]
+    for clock in clocks:
+        clock.pause(device)
+    try:
+        yield
+    finally:
+        for clock in clocks:
+            clock.resume()
+
+
 class Throughput(StandingCallback):
     """Logs speed, data wait and memory every ``every_n_steps`` optimiser steps.
 
     Keys: ``throughput/samples_per_s`` over all ranks; ``throughput/s_per_step``; ``throughput/data_wait``, the share of
     the time that the slowest rank's training loop spent waiting for its data loader; ``throughput/peak_memory_gib`` of
-    rank 0, device memory on CUDA and resident memory on a CPU. Validation does not count, nor does
-    the first step of a run, which compiles and fills caches.
+    rank 0, device memory on CUDA and resident memory on a CPU. Validation and probes (``probe/seconds``) do not count,
+    nor does the first step of a run, which compiles and fills caches.
 
     The device is waited for once per interval, so the figures are exact and the steps between stay asynchronous. Data
     wait is host time: on a GPU that still has work queued it is an upper bound of what was lost.
@@ -50,40 +92,37 @@ class Throughput(StandingCallback):
             raise ValueError(f"throughput.every_n_steps is {every_n_steps}; it must be at least 1")
         self.every_n_steps = every_n_steps
         self.max_data_wait = max_data_wait
-        self._clock: _FetchClock | None = None
+        self.clock = StepClock()
+        self._fetches: _FetchClock | None = None
         self._step = 0
-        self._began: float | None = None
-        self._began_step = 0
-        self._paused = 0.0
-        self._pause_began = 0.0
         self._warned = False
         self._workers_wanted = 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to the time that Lightning's loop spends in the data loader."""
         owner = cast(Any, trainer)  # Lightning declares the attribute nowhere
-        self._clock = owner.profiler = _FetchClock(owner.profiler)
+        self._fetches = owner.profiler = _FetchClock(owner.profiler)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the trainer its own profiler back."""
         owner = cast(Any, trainer)
-        if self._clock is not None and owner.profiler is self._clock:
-            owner.profiler = self._clock.inner
-        self._clock = None
+        if self._fetches is not None and owner.profiler is self._fetches:
+            owner.profiler = self._fetches.inner
+        self._fetches = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget an earlier fit."""
         self._step = trainer.global_step
-        self._began = None
+        self.clock.running = False
         self._warned = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
-        self._pause_began = time.perf_counter()
+        self.clock.pause(pl_module.device)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock again."""
-        self._paused += time.perf_counter() - self._pause_began
+        self.clock.resume()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -92,25 +131,22 @@ class Throughput(StandingCallback):
         if not self.active or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if self._began is None:
+        if not self.clock.running:
             self._restart(pl_module.device)
         elif self._step % self.every_n_steps == 0:
             self._report(trainer, pl_module, batch)
             self._restart(pl_module.device)
 
     def _restart(self, device: torch.device) -> None:
-        _wait_for(device)
-        self._began, self._began_step, self._paused = time.perf_counter(), self._step, 0.0
+        self.clock.start(self._step, device)
         self._workers_wanted = _processor_seconds() or 0.0
-        if self._clock is not None:
-            self._clock.waited = 0.0
+        if self._fetches is not None:
+            self._fetches.waited = 0.0
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
-        _wait_for(module.device)
-        assert self._began is not None and self._clock is not None
-        seconds = time.perf_counter() - self._began - self._paused
-        steps = self._step - self._began_step
-        shares = module.all_gather(torch.tensor(self._clock.waited / seconds, device=module.device))
+        assert self._fetches is not None
+        seconds, steps = self.clock.read(self._step, module.device)
+        shares = module.all_gather(torch.tensor(self._fetches.waited / seconds, device=module.device))
         assert isinstance(shares, Tensor)
         wait = float(shares.max())
         figures = {"s_per_step": seconds / steps, "data_wait": wait, "peak_memory_gib": _peak_memory_gib(module.device)}

@@ -126,7 +126,7 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
 
     from agssd.data_modules.cache import VolumeCache
     from agssd.data_modules.probe_set import ProbeSet
-    from agssd.evaluation.probe import kinds_of, possible_readouts, run_readouts
+    from agssd.evaluation.probe import all_finite, kinds_of, possible_readouts, run_readouts
     from agssd.evaluation.probe_features import encode
 
     cache = VolumeCache(args.cache)
@@ -151,6 +151,8 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
         started = time.perf_counter()
         backbone = backbone.to(args.device).eval()
         features = encode(backbone, data.volumes(), _window(args.window_vox, backbone), args.overlap, dtype)
+        if not all_finite(features):
+            raise ValueError(f"encoder {name} gives features that are not finite; its weights have diverged")
         result = run_readouts(features, data, args.readout, args.linear_steps, args.device)
         figures.setdefault(name, []).append(result.figures)
         for readout, by_subject in result.by_subject.items():

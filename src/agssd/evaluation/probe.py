@@ -84,6 +84,11 @@ def figure_names(data: ProbeData, readouts: Sequence[ReadoutName]) -> list[str]:
     return [*names, "rankme_tokens", "rankme_cls"]
 
 
+def all_finite(features: Sequence[ProbeFeatures]) -> bool:
+    """Return whether no feature is infinite or NaN, which no readout could be fitted to."""
+    return all(bool(f.tokens.isfinite().all()) and bool(f.cls.isfinite().all()) for f in features)
+
+
 def run_readouts(
     features: Sequence[ProbeFeatures],
     data: ProbeData,
@@ -101,8 +106,11 @@ def run_readouts(
         device: where token readouts are fitted.
 
     Raises:
-        ValueError: if a fold has nothing to learn from, or would learn from what it predicts.
+        ValueError: if a fold has nothing to learn from, or would learn from what it predicts, or features are not
+            finite.
     """
+    if not all_finite(features):
+        raise ValueError("the encoder's features are not finite: its weights, or the volumes, hold infinity or NaN")
     figures: dict[str, float] = {}
     by_subject: dict[str, dict[str, np.ndarray]] = {}
     cases = [ProbeCase(f.subject, f.tokens, f.labels) for f in features if f.labels is not None]
