@@ -36,6 +36,7 @@ SMALL: dict[str, Any] = {
     "num_prototypes": 64,
     "head_hidden": 64,
     "head_bottleneck": 32,
+    "head_dim": 32,
     "fuser_heads": 3,
     "fuser_depth": 1,
     "decoder_dim": 48,

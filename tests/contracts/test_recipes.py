@@ -158,6 +158,28 @@ def test_recipe__interrupted_and_resumed_equals_undisturbed(
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [case for case in CASES if case[1]],
+    ids=[f"{kind.__name__}-{recipes.name_of(variant)}" for kind, variant in CASES if variant],
+)
+def test_recipe__alternatives_resume_too(
+    kind: type[PretrainModule], variant: dict[str, Any], tiny_cache: Path, tmp_path: Path
+) -> None:
+    whole, record = recipes.build(kind, **variant), recipes.Recorder()
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=False)
+    data = recipes.data_module(tiny_cache)
+    recipes.trainer(record, keep, enable_checkpointing=True, default_root_dir=tmp_path).fit(whole, data)
+    resumed, again = recipes.build(kind, **variant), recipes.Recorder()
+    for tensor in resumed.state_dict().values():
+        tensor.zero_()
+    path = tmp_path / "step=1.ckpt"
+    recipes.trainer(again).fit(resumed, recipes.data_module(tiny_cache), ckpt_path=path, weights_only=True)
+    assert len(again.losses) == 2 and again.losses == record.losses[1:]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
 @every_recipe
 def test_recipe__checkpoint_is_data_only_and_exports_to_equal_features(
     kind: type[PretrainModule], runs: Any, tmp_path: Path
