@@ -121,7 +121,18 @@ def test_probe__of_a_checkpoint__gives_the_figures_of_the_probe_while_training(
     out = tmp_path / "probe.json"
     overlap = [] if "--overlap" in offline else ["--overlap", "0"]
     best = tmp_path / "run/checkpoints/best.ckpt"  # the last ones as well, after two steps
-    arguments = ["--encoder", str(tmp_path / "run"), "--encoder", str(best), "--window-vox", "32", *overlap, *QUICK, "--out", str(out)]
+    arguments = [
+        "--encoder",
+        str(tmp_path / "run"),
+        "--encoder",
+        str(best),
+        "--window-vox",
+        "32",
+        *overlap,
+        *QUICK,
+        "--out",
+        str(out),
+    ]
     assert main(["probe", str(tiny_cache), *arguments, *offline]) == 0
     for encoder in json.loads(out.read_text())["encoders"].values():
         (offline_figures,) = encoder["figures_by_seed"]
