@@ -228,7 +228,8 @@ class NeighbourReadout:
         weights, rows = neighbours(tokens.to(self._tokens.device), self._tokens, counts[-1])
         classes = self.num_classes + 1  # with one for voxels outside, whose votes count for nobody
         chunk = max(1, _MAX_VOTES // (classes * self._labels.shape[1]))
-        parts = [self._votes(*part, classes, counts) for part in zip(weights.split(chunk), rows.split(chunk))]
+        chunks = zip(weights.split(chunk), rows.split(chunk), strict=True)
+        parts = [self._votes(*part, classes, counts) for part in chunks]
         return [torch.cat(found) for found in zip(*parts, strict=True)]
 
     def _votes(self, weights: Tensor, rows: Tensor, classes: int, counts: Sequence[int]) -> list[Tensor]:
