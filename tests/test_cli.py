@@ -49,6 +49,7 @@ def conf(tmp_path: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> P
                 "backbone": "../backbone/toy.yaml",
                 "views": "../views/toy.yaml",
                 "data": "../data/toy.yaml",
+                "online_probe": {"at_start": False, "at_end": False},  # a toy has no tokens
             },
         )
     dump(root / "backbone/toy.yaml", {"class_path": "toy_recipe.ToyBackbone", "init_args": {"embed_dim": 5}})

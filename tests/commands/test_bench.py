@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,3 +49,27 @@ def test_run__writes_the_table_it_prints(
     report = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert [row["what"] for row in report["rows"]] == ["nothing"]
     assert report["machine"] in capsys.readouterr().out
+
+
+def test_time_probe__seconds_of_probes_and_of_the_default_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agssd.callbacks.online_probe import OnlineProbe
+    from agssd.commands import _bench_probe
+
+    monkeypatch.setattr(_bench_probe, "_SUBJECTS", {"train": 2, "val": 1})
+    monkeypatch.setattr(_bench_probe, "STEPS_TIMED", 2)
+    probed: list[int] = []
+    original = OnlineProbe._measure
+
+    def measure(self: OnlineProbe, trainer: Any, module: Any) -> Any:
+        probed.append(trainer.global_step)
+        time.sleep(0.5)
+        return original(self, trainer, module)
+
+    monkeypatch.setattr(OnlineProbe, "_measure", measure)
+    pairs = _bench_probe.time_probe(2, torch.device("cpu"), tmp_path)
+    assert probed == [0, 2, 4]
+    assert len(pairs) == 2 and _bench_probe.interval() == OnlineProbe().every_n_steps
+    for probe, steps in pairs:
+        assert probe > 0.5 and steps > 0

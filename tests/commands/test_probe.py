@@ -32,6 +32,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 QUICK = ["--linear-steps", "10"]
+ALL = ["--readout", "linear-seg", "knn-seg", "knn-cls", "linear-cls"]
 
 
 def test_probe__two_seeds_and_random__table_pairs_and_json(
@@ -75,46 +76,67 @@ def test_probe__encoder_pretrained_on_held_out_subjects__counted(
     assert found["b"]["held_out_seen"] == [{"subjects": 4, "near_duplicates": 0}]
 
 
-def fit_agssd(cache: Path, run: Path, *more: str) -> dict[str, float]:
-    """Train two steps and return the figures of the probe at the second."""
-    arguments = ["fit", "--config", str(CONF / "experiment/agssd_small.yaml"), "--data.cache", str(cache)]
+def fit(experiment: str, cache: Path, run: Path, *more: str) -> dict[str, float]:
+    """Train two steps and return the figures of the probe at the second; the interval of probes ends elsewhere."""
+    arguments = ["fit", "--config", str(CONF / f"experiment/{experiment}.yaml"), "--data.cache", str(cache)]
     arguments += ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--data.num_workers", "0"]
     arguments += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(run), "--data.global_batch_size=4"]
-    arguments += ["--trainer.enable_progress_bar", "false", "--online_probe.every_n_steps", "2"]
+    arguments += ["--trainer.enable_progress_bar", "false"]
     assert main([*arguments, *more]) == 0
     with (run / "metrics.csv").open() as file:
-        (row,) = [row for row in csv.DictReader(file) if row.get("probe/seconds")]
-    own = ("seconds", "time_share", "held_out_seen", "held_out_subjects")
+        untrained, row = [row for row in csv.DictReader(file) if row.get("probe/seconds")]
+    assert (float(untrained["probe/step"]), float(row["probe/step"])) == (0, 2)
+    own = ("step", "seconds", "time_share", "held_out_seen", "held_out_subjects")
     found = {name.removeprefix("probe/"): float(v) for name, v in row.items() if name.startswith("probe/") and v}
     assert found["held_out_subjects"] > 1
     return {name: value for name, value in found.items() if name not in own}
 
 
 @pytest.mark.parametrize(
-    ("online", "offline"),
+    ("experiment", "online", "offline"),
     [
-        ([], ["--on-val", "--precision", "bf16", "--readout", "linear-seg", "knn-seg", "knn-cls", "linear-cls"]),
+        ("agssd_small", [], ["--on-val", "--precision", "bf16", *ALL]),
+        ("small", ["--model", str(CONF / "method/simmim.yaml")], ["--on-val", "--precision", "bf16", *ALL]),
         (
+            "agssd_small",
             ["--online_probe.num_folds", "2", "--trainer.precision", "32-true", "--online_probe.num_subjects", "2"]
             + ["--online_probe.readouts", "[linear-seg,knn-cls]", "--online_probe.overlap", "0.5"],
             ["--folds", "2", "--num-subjects", "2", "--readout", "linear-seg", "knn-cls", "--overlap", "0.5"],
         ),
     ],
-    ids=["train-val-bf16", "folds-fp32"],
+    ids=["teacher-bf16", "no-teacher-bf16", "teacher-folds-fp32"],
 )
 def test_probe__of_a_checkpoint__gives_the_figures_of_the_probe_while_training(
-    online: list[str], offline: list[str], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: str,
+    online: list[str],
+    offline: list[str],
+    tiny_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     torch.set_num_threads(1)
     window = ["--online_probe.window_vox", "[32,32,32]", "--online_probe.linear_steps", "10"]
-    found = fit_agssd(tiny_cache, tmp_path / "run", *window, *online)
+    found = fit(experiment, tiny_cache, tmp_path / "run", *window, *online)
     out = tmp_path / "probe.json"
     overlap = [] if "--overlap" in offline else ["--overlap", "0"]
-    arguments = ["--encoder", str(tmp_path / "run"), "--window-vox", "32", *overlap, *QUICK, "--out", str(out)]
+    best = tmp_path / "run/checkpoints/best.ckpt"  # the last ones as well, after two steps
+    arguments = [
+        "--encoder",
+        str(tmp_path / "run"),
+        "--encoder",
+        str(best),
+        "--window-vox",
+        "32",
+        *overlap,
+        *QUICK,
+        "--out",
+        str(out),
+    ]
     assert main(["probe", str(tiny_cache), *arguments, *offline]) == 0
-    (offline_figures,) = json.loads(out.read_text())["encoders"]["run"]["figures_by_seed"]
-    assert offline_figures == pytest.approx(found, rel=0, abs=0, nan_ok=True)  # AUROC of a single class is NaN
+    for encoder in json.loads(out.read_text())["encoders"].values():
+        (offline_figures,) = encoder["figures_by_seed"]
+        assert offline_figures == pytest.approx(found, rel=0, abs=0, nan_ok=True)  # AUROC of a single class is NaN
     assert sum(value == value for value in found.values()) >= 6
 
 

@@ -16,19 +16,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contracts"))
 
 import recipes  # noqa: E402  (torch's launcher starts this file as a script, which pytest's path does not reach)
 
+from agssd.callbacks.best_checkpoint import BestCheckpoint  # noqa: E402
 from agssd.callbacks.ema_teacher import EMATeacher  # noqa: E402
 from agssd.callbacks.online_probe import OnlineProbe  # noqa: E402
 from agssd.methods.agssd import AGSSD  # noqa: E402
 
 
 def figures(cache: Path, out: Path, devices: int) -> dict[str, float]:
-    """Return the figures in ``callback_metrics`` after one step."""
+    """Return the figures in ``callback_metrics`` after one step; keep ``OUT/DEVICES/best.ckpt``."""
     probe = OnlineProbe(every_n_steps=1, window_vox=(16, 16, 16), max_vox=32, linear_steps=4)
     trainer = L.Trainer(
         default_root_dir=out, max_steps=1, accelerator="cpu", devices=devices, limit_val_batches=0,
         strategy="ddp" if devices > 1 else "auto", use_distributed_sampler=False, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[EMATeacher(), probe],
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[EMATeacher(), probe, BestCheckpoint(dirpath=str(out / str(devices)))],
     )  # fmt: skip
     data = recipes.data_module(cache)
     trainer.fit(recipes.build(AGSSD, lr=0.0), data)  # the same weights on any number of ranks, bit for bit

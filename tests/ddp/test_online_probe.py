@@ -1,4 +1,4 @@
-"""Two ranks are told the same figures of the probe, those of one process."""
+"""Two ranks are told the same figures of the probe, those of one process and of their best checkpoint's file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from agssd.data_modules.cache import VolumeCache
+from agssd.data_modules.probe_set import ProbeSet
+from agssd.evaluation.probe import READOUTS, run_readouts
+from agssd.evaluation.probe_features import encode
+from agssd.tasks.encoders import load_encoder
 
 pytestmark = pytest.mark.ddp
 
@@ -44,6 +50,7 @@ def on_ranks(number: int, cache: Path, out: Path) -> list[dict[str, float]]:
 
 def untimed(figures: dict[str, float]) -> dict[str, float]:
     own = {name: value for name, value in figures.items() if name not in ("probe/seconds", "probe/time_share")}
+    assert own.pop("probe/step") == 1
     return {name: value for name, value in own.items() if not math.isnan(value)}  # AUROC of a single class
 
 
@@ -52,3 +59,11 @@ def test_online_probe__two_ranks_are_told_what_one_process_measures(tiny_cache: 
     assert untimed(first) == untimed(second) and first["probe/seconds"] == second["probe/seconds"]
     (alone,) = on_ranks(1, tiny_cache, tmp_path)
     assert untimed(first) == untimed(alone) and len(untimed(alone)) > 8
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks
+    data, encoder = ProbeSet(VolumeCache(tiny_cache), max_vox=32), load_encoder(tmp_path / "2/best.ckpt")
+    offline = run_readouts(encode(encoder, data.volumes(), (16, 16, 16), 0.0), data, READOUTS, 4).figures
+    torch.set_num_threads(threads)
+    told = {name: value for name, value in untimed(first).items() if "held_out" not in name}
+    single = {f"probe/{name}": float(torch.tensor(value)) for name, value in offline.items()}  # as callback_metrics are
+    assert told == {name: value for name, value in single.items() if not math.isnan(value)}

@@ -81,8 +81,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     print(f"{'what':<46} {'ours':>22} {'ms':>9}   {'other':<24} {'ms':>9}  ratio (lowest to highest round)")
     rows = []
     with TemporaryDirectory() as folder:
-        for case in _cases(device, Path(folder)):
-            row = compare(case, arguments.rounds, device)
+        for case in _cases(device, Path(folder), arguments.rounds):
+            row = case if isinstance(case, Row) else compare(case, arguments.rounds, device)
             rows.append(row)
             print(
                 f"{row.what:<46} {row.ours:>22} {row.ours_ms:>9.2f}   {row.other:<24} {row.other_ms:>9.2f}  "
@@ -110,7 +110,11 @@ def compare(case: Case, rounds: int, device: Any) -> Row:
     what, ours, run_ours, other, run_other = case
     for warm in (run_ours, run_other):
         _seconds(warm, device)
-    pairs = [(_seconds(run_ours, device), _seconds(run_other, device)) for _ in range(rounds)]
+    return row_of(what, ours, other, [(_seconds(run_ours, device), _seconds(run_other, device)) for _ in range(rounds)])
+
+
+def row_of(what: str, ours: str, other: str, pairs: list[tuple[float, float]]) -> Row:
+    """Return the row of pairs of seconds, ours and the other side's of each round."""
     ratios = [second / first for first, second in pairs]
     return Row(
         what,
@@ -135,12 +139,13 @@ def _seconds(call: Callable[[], object], device: Any) -> float:
     return time.perf_counter() - started
 
 
-def _cases(device: Any, folder: Path) -> Iterator[Case]:
+def _cases(device: Any, folder: Path, rounds: int) -> Iterator[Case | Row]:
     yield from _reading(folder)
     yield from _views(device)
     yield from _encoder(device)
     yield from _heads(device)
     yield from _teacher(device)
+    yield _probe(device, folder, rounds)
 
 
 def _reading(folder: Path) -> Iterator[Case]:
@@ -273,3 +278,12 @@ def _teacher(device: Any) -> Iterator[Case]:
 
     what = "EMA of a vit_base teacher"
     yield what, "foreach lerp", lambda: update_ema(student, teacher, 0.996), "mul and add, one by one", one_by_one
+
+
+def _probe(device: Any, folder: Path, rounds: int) -> Row:
+    """A probe while training beside the steps from one probe to the next."""
+    from agssd.commands._bench_probe import STEPS_TIMED, interval, time_probe
+
+    what = "probe while training (2 % at a ratio of 50)"
+    other = f"{interval()} steps ({STEPS_TIMED} timed)"
+    return row_of(what, "linear-seg and knn-seg", other, time_probe(rounds, device, folder))
