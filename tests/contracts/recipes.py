@@ -73,8 +73,7 @@ def variants(kind: type[PretrainModule]) -> list[dict[str, Any]]:
             found.append({name: not parameter.default})
         elif name.startswith("weight_") and parameter.default == 0:
             found.append({name: 0.1})
-    # The teacher's score has kinds of its own, which act only where it is chosen.
-    return [{"mask_score": "teacher", **given} if "teacher_score" in given else given for given in found]
+    return found
 
 
 def name_of(variant: dict[str, Any]) -> str:

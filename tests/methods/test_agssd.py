@@ -154,7 +154,7 @@ def test_agssd__background_tokens_enter_neither_loss_nor_centre(batch: Any) -> N
     assert torch.equal(again.terms["rec"], loss.terms["rec"])
 
 
-@pytest.mark.parametrize("score", ["edge", "entropy", "teacher", "random", "block"])
+@pytest.mark.parametrize("score", ["edge", "entropy", "attention", "loss", "random", "block"])
 @pytest.mark.parametrize("cvaa", ["student", "teacher", "casa", "none"])
 def test_agssd__sample_without_body_gives_finite_loss_and_gradient(score: str, cvaa: str, batch: Any, at: Any) -> None:
     at(0.6)
@@ -185,7 +185,7 @@ def test_agssd__centres_stay_without_a_token_that_counts(batch: Any) -> None:
     assert module.centre_cls.centre.any()
 
 
-@pytest.mark.parametrize("score", ["edge", "entropy", "teacher"])
+@pytest.mark.parametrize("score", ["edge", "entropy", "attention", "loss"])
 def test_agssd__flat_volume_is_masked_at_random(score: str, batch: Any, at: Any) -> None:
     at(1.0)
     flat = {name: tensor.clone() for name, tensor in batch.items()}

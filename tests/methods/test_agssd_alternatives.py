@@ -27,8 +27,8 @@ VIEWS = {"size_vox": [32, 32, 32], "local_size_vox": [16, 16, 16], "num_local": 
 ENCODER = {"patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "drop_path": 0.3}
 ALTERNATIVES: dict[str, dict[str, Any]] = {
     "entropy": {"model": {"mask_score": "entropy"}},
-    "teacher attention": {"model": {"mask_score": "teacher", "teacher_score": "attention"}},
-    "teacher reconstruction": {"model": {"mask_score": "teacher", "teacher_score": "reconstruction"}},
+    "teacher attention": {"model": {"mask_score": "attention"}},
+    "teacher loss": {"model": {"mask_score": "loss"}},
     "random": {"model": {"mask_score": "random"}},
     "block": {"model": {"mask_score": "block"}},
     "hidden blocks": {"model": {"mask_block": 2}},

@@ -186,6 +186,17 @@ def test_entropy_scores__equals_numpy_histograms():
     assert torch.equal(entropy_scores(torch.full((1, 1, 8, 8, 8), 3.0), (4, 4, 4)), torch.zeros(1, 8))
 
 
+def test_entropy_scores__of_equally_frequent_intensities_is_the_log_of_their_number():
+    image = torch.zeros(1, 1, 4, 4, 16)
+    for patch, levels in enumerate((1, 2, 8, 32)):
+        values = (torch.arange(64) % levels) / 31  # one per bin: 0 and 1 are the ends of the range
+        shuffled = values[torch.randperm(64, generator=torch.Generator().manual_seed(patch))]
+        image[..., 4 * patch : 4 * patch + 4] = shuffled.reshape(4, 4, 4)
+    wanted = torch.tensor([[1.0, 2.0, 8.0, 32.0]]).log()
+    torch.testing.assert_close(entropy_scores(image, (4, 4, 4)), wanted)
+    torch.testing.assert_close(entropy_scores(1000 * image - 300, (4, 4, 4)), wanted, atol=0.1, rtol=0)  # any unit
+
+
 def test_foreground_share__counts_body_voxels():
     foreground = torch.rand(1, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.3
     wanted = [block.mean() for block in blocks(foreground[0, 0].numpy(), (4, 4, 2))]

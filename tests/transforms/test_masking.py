@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.masking import (
     BACKGROUND_WEIGHT,
     MaskSampler,
+    MaskScore,
     draw_cuboids,
     draw_masks,
     mask_counts,
@@ -222,7 +224,7 @@ def test_masked_indices__lists_hidden_tokens_in_raster_order_and_pads_with_shown
     assert torch.equal(used.sum(1), mask[2:].sum(1)) and short.shape == used.shape
 
 
-@pytest.mark.parametrize("score", ["random", "block", "edge", "entropy", "given"])
+@pytest.mark.parametrize("score", get_args(MaskScore))
 @pytest.mark.parametrize("block", [1, 2])
 def test_mask_sampler__hides_as_many_as_it_says_for_every_score(score, block):
     masks = MaskSampler((4, 4, 4), (4, 4, 4), score, block)
@@ -236,7 +238,7 @@ def test_mask_sampler__hides_as_many_as_it_says_for_every_score(score, block):
         assert masks.exact(ratio) <= masks.limit(ratio) < masks.exact(ratio) + block**3 + 1
 
 
-@pytest.mark.parametrize("score", ["edge", "entropy", "given"])
+@pytest.mark.parametrize("score", ["edge", "entropy", "attention", "loss"])
 def test_mask_sampler__prefers_its_score_more_as_the_run_proceeds(score):
     # Patch n of the second half of the grid holds noise (edges, entropy, high scores); of the first half nothing.
     masks = MaskSampler((4, 4, 4), (4, 4, 4), score, hints=0.0)
@@ -251,3 +253,39 @@ def test_mask_sampler__prefers_its_score_more_as_the_run_proceeds(score):
         shares.append(float(mask[:, rich].sum() / mask.sum()))
     assert shares[0] == pytest.approx(0.5, abs=0.03)
     assert shares[1] > shares[0] + 0.03 and shares[2] > shares[1] + 0.03
+
+
+def test_mask_sampler__entropy_asks_the_body_alone():
+    masks = MaskSampler((4, 4, 4), (4, 4, 4), "entropy", score_share=1.0, hints=0.0)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(64, 1, 16, 16, 16, generator=generator)
+    image[:, :, :8] *= torch.rand(64, 1, 8, 1, 1, generator=generator)  # body of several entropies
+    image[:, :, 0, 0, 0], image[:, :, 0, 0, 1] = 0.0, 1.0  # and of the whole range
+    body = torch.arange(64).expand(64, -1) < 32
+    flat, noisy = image.clone(), image.clone()
+    flat[:, :, 8:], noisy[:, :, 8:] = 0.5, torch.rand(64, 1, 8, 16, 16, generator=generator)
+    scores = [masks.scores(body, volume, None)[:, :32] for volume in (flat, noisy)]
+    assert torch.equal(scores[0], scores[1]) and float(scores[0].std()) > 0.5
+    # Air, however noisy, is not what is drawn by score.
+    mask = masks.draw(keyed(64), torch.full((64,), 0.25), 1.0, body, noisy).flatten(1)
+    assert not (mask & ~body).any()
+
+
+@pytest.mark.parametrize(("grid", "block"), [((3, 3, 3), 1), ((4, 6, 2), 2), ((2, 2, 2), 1)])
+def test_error_by_halves__asks_every_patch_once_while_it_and_its_block_are_hidden(grid, block):
+    masks, count = MaskSampler(grid, (4, 4, 4), "loss", block), math.prod(grid)
+    asked = []
+
+    def error(mask, index):
+        asked.append(mask.flatten(1))
+        assert mask.dtype == torch.bool and mask.shape == (5, *grid)
+        assert mask.flatten(1).gather(1, index).all() and index.shape[1] == int(mask[0].sum())
+        return 100.0 * torch.arange(5)[:, None] + index
+
+    found = masks.error_by_halves(keyed(5), error)
+    assert torch.equal(found, 100.0 * torch.arange(5)[:, None] + torch.arange(count))
+    assert len(asked) == 2 and torch.equal(asked[0], ~asked[1])
+    assert abs(int(asked[0][0].sum()) - count / 2) <= block**3 / 2
+    assert len({tuple(row) for row in asked[0].tolist()}) > 1  # each view has halves of its own
+    coarse = asked[0].reshape(-1, grid[0] // block, block, grid[1] // block, block, grid[2] // block, block)
+    assert torch.equal(coarse.amax((2, 4, 6)), coarse.amin((2, 4, 6)))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from agssd.geometry import constant, correspondence, sample_tokens, token_centres
@@ -17,13 +16,13 @@ from agssd.losses.reconstruction import patch_l1, standardise_patches
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
 from agssd.models.fuser import CrossViewFuser
-from agssd.models.heads import PrototypeHead, ReconstructionHead, move_means
+from agssd.models.heads import PrototypeHead, ReconstructionHead, move_means, predict_hidden
 from agssd.schedules import linear
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.edges import patch_scores, patches_of, standardise, unpatch
 from agssd.transforms.intensity import Appearance
 from agssd.transforms.keyed_random import KeyedRandom
-from agssd.transforms.masking import MaskSampler, gather_tokens, masked_indices
+from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
 from agssd.transforms.views import Views, body_of, in_hidden_view, make_views, mask_hidden_view, panel_of, pick
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
@@ -91,10 +90,9 @@ class AGSSD(PretrainModule):
         temperature_cls: teacher's temperature for [CLS].
         temperature_patch: teacher's temperature for patches, from first to second over 30 % of the run.
         mask_ratio: range of the share of hidden tokens, one draw per sample.
-        mask_score: what EAAM prefers: ``"edge"``, ``"entropy"``, ``"teacher"``; or ``"random"`` and ``"block"`` masks.
-        teacher_score: what ``mask_score="teacher"`` means: ``"attention"`` of the teacher's [CLS] [R: AttMask] or the
-            teacher's ``"reconstruction"`` loss per patch [R: AnatoMask].
-        teacher_score_edges: share of the edge score mixed into the teacher's.
+        mask_score: what EAAM prefers, or ``"random"`` and ``"block"`` masks; see
+            :class:`agssd.transforms.masking.MaskSampler`. ``"loss"`` is that of reconstruction.
+        teacher_score_edges: share of the edge score mixed into the teacher's, ``"attention"`` or ``"loss"``.
         mask_edge_share: share of hidden tokens drawn by score at the end of the run; it rises linearly from 0.
         mask_temperature: of that draw, from first to second over the run (linear in its logarithm).
         mask_hints: share of hidden tokens of the strongest patches that are shown after all.
@@ -138,8 +136,7 @@ class AGSSD(PretrainModule):
         temperature_cls: float = 0.04,
         temperature_patch: tuple[float, float] = (0.04, 0.07),
         mask_ratio: tuple[float, float] = (0.3, 0.7),
-        mask_score: Literal["edge", "entropy", "teacher", "random", "block"] = "edge",
-        teacher_score: Literal["attention", "reconstruction"] = "attention",
+        mask_score: MaskScore = "edge",
         teacher_score_edges: float = 0.7,
         mask_edge_share: float = 0.5,
         mask_temperature: tuple[float, float] = (4.0, 1.0),
@@ -173,8 +170,6 @@ class AGSSD(PretrainModule):
         self.temperature_cls = temperature_cls
         self.temperature_patch = temperature_patch
         self.mask_ratio = mask_ratio
-        self.mask_score = mask_score
-        self.teacher_score = teacher_score
         self.teacher_score_edges = teacher_score_edges
         self.cvaa = cvaa
         self.fused_share = fused_share
@@ -186,15 +181,6 @@ class AGSSD(PretrainModule):
         self.appearance = Appearance(**(appearance or {}))
         self.patch = backbone.patch_size
         self.grid = backbone.token_grid(views.size_vox)
-        self.masks = MaskSampler(
-            self.grid,
-            self.patch,
-            "given" if mask_score == "teacher" else mask_score,
-            mask_block,
-            mask_edge_share,
-            mask_temperature,
-            mask_hints,
-        )
         if views.num_local:
             backbone.token_grid(views.local_size_vox)
 
@@ -216,6 +202,9 @@ class AGSSD(PretrainModule):
         elif cvaa == "casa":
             self.student["fuser"] = CrossViewFuser(backbone.embed_dim, fuser_heads, 1, 4.0, None, "post")
         self.build_teacher()
+        self.hide_by(
+            MaskSampler(self.grid, self.patch, mask_score, mask_block, mask_edge_share, mask_temperature, mask_hints)
+        )
         self.last_layers = tuple(
             cast(PrototypeHead, self.student[name]).prototypes for name in ("cls_head", "patch_head")
         )
@@ -251,30 +240,26 @@ class AGSSD(PretrainModule):
 
     # ---------------------------------------------------------------- EAAM
 
-    def _teacher_scores(self, views: Views, body: Tensor, attention: Tensor | None) -> Tensor:
-        """Return (B, N) z-scores: edges mixed with what the teacher attends to or fails to reconstruct."""
+    def _voxels(self, views: Views) -> Tensor:
+        """Return (B, N, P): what is reconstructed of each patch of the hidden view."""
+        clean = pick(views.clean, views.hidden_view)
+        voxels = patches_of(clean, self.patch)
+        return standardise_patches(voxels, clean.std((1, 2, 3, 4))) if self.norm_pix else voxels
+
+    def _scores(self, views: Views, body: Tensor, voxels: Tensor, attention: Tensor | None) -> Tensor | None:
+        """Return (B, N) z-scores of the teacher mixed with edges, where the teacher is asked."""
+        view = pick(views.inputs, views.hidden_view)
+
+        def error(mask: Tensor, index: Tensor) -> Tensor:
+            prediction, _ = predict_hidden(self.teacher, "reconstruction", view, mask, index)
+            return (prediction - gather_tokens(voxels, index)).abs().mean(-1)
+
+        scores = self.teacher_scores(views.sample, view, body, error, attention)
+        if scores is None:
+            return None
         assert views.edges is not None
         edges = standardise(patch_scores(views.edges, self.patch), body)
-        if self.teacher_score == "attention":
-            assert attention is not None
-            hard = attention.mean(1).flatten(1)
-        else:
-            hard = self._reconstruction_loss_per_patch(views)
-        return self.teacher_score_edges * edges + (1 - self.teacher_score_edges) * standardise(hard, body)
-
-    def _reconstruction_loss_per_patch(self, views: Views) -> Tensor:
-        """Return (B, N): the teacher's L1 per patch, each patch hidden in one of two complementary random masks."""
-        random = KeyedRandom(self.seed, views.sample, "half masks")
-        tokens = math.prod(self.grid)
-        order = random.uniform(tokens).argsort(1)
-        half = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, : tokens // 2], True)
-        masks = torch.stack([half, ~half], 1).reshape(-1, *self.grid)  # (2B, ...)
-        inputs = repeat(pick(views.inputs, views.hidden_view), "b ... -> (b two) ...", two=2)
-        features = cast(Backbone, self.teacher["backbone"]).forward_views([inputs], [masks])[0]
-        predicted = rearrange(self.teacher["reconstruction"](features.tokens), "(b two) n p -> b two n p", two=2)
-        target = patches_of(pick(views.clean, views.hidden_view), self.patch)
-        error = (predicted - target[:, None]).abs().mean(-1)  # (B, 2, N)
-        return torch.where(half, error[:, 0], error[:, 1])
+        return self.teacher_score_edges * edges + (1 - self.teacher_score_edges) * scores
 
     # ---------------------------------------------------------------- CVAA
 
@@ -318,13 +303,12 @@ class AGSSD(PretrainModule):
         hidden = views.hidden_view
 
         with torch.no_grad():
-            encoder = cast(Backbone, self.teacher["backbone"])
-            encoder.record_cls_attention = self.mask_score == "teacher" and self.teacher_score == "attention"
-            seen = encoder.forward_crops(views.inputs)
+            seen = cast(Backbone, self.teacher["backbone"]).forward_crops(views.inputs)
             teacher_cls, teacher_tokens = seen.cls, seen.tokens
             attention = None if seen.attention is None else pick(seen.attention, hidden)
             body = body_of(pick(views.foreground, hidden), self.patch)
-            given = self._teacher_scores(views, body, attention) if self.mask_score == "teacher" else None
+            voxels = self._voxels(views)
+            given = self._scores(views, body, voxels, attention)
             mask, ratio = mask_hidden_view(views, body, self.masks, self.mask_ratio, self.seed, self.progress, given)
             flat_mask = mask.flatten(1)
             index, used = masked_indices(flat_mask, self.masks.limit(self.mask_ratio[1]))
@@ -375,12 +359,9 @@ class AGSSD(PretrainModule):
 
         # Voxels of hidden patches.
         prediction = self.student["reconstruction"](gather_tokens(hidden_tokens, index))
-        clean = pick(views.clean, hidden)
-        target = gather_tokens(patches_of(clean, self.patch), index)
-        if self.norm_pix:
-            target = standardise_patches(target, clean.std((1, 2, 3, 4)))
+        target = gather_tokens(voxels, index)
         assert views.edges is not None
-        edges = gather_tokens(patches_of(views.edges.expand_as(clean), self.patch), index)
+        edges = gather_tokens(patches_of(views.edges.expand_as(pick(views.clean, hidden)), self.patch), index)
         loss_rec = patch_l1(prediction, target, 1 + self.reconstruction_edges * edges, counts)
 
         terms = {"cls": loss_cls, "patch": loss_patch, "rec": loss_rec}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from types import MappingProxyType
 from typing import Any, cast
@@ -16,16 +16,19 @@ from agssd.distributed import all_sum, world_size
 from agssd.models.backbone import Backbone
 from agssd.models.ema import update_ema
 from agssd.schedules import cosine, warmup_cosine
-from agssd.transforms.keyed_random import drop_path_noise
+from agssd.transforms.edges import standardise
+from agssd.transforms.keyed_random import KeyedRandom, drop_path_noise
+from agssd.transforms.masking import TEACHER_SCORES, MaskSampler
 from agssd.types import LossTerms, ParentBatch
 
 
 class PretrainModule(L.LightningModule, ABC):
     """A recipe: views from parent crops, a loss on views, an encoder.
 
-    A recipe fills ``student`` (with ``"backbone"``), calls :meth:`build_teacher` if it distils, and implements
-    :meth:`make_views` and :meth:`pretrain_loss`. Learning rate and weight decay are set before every optimiser step as
-    pure functions of the share of the run that is done, so nothing but the step number is needed to resume them.
+    A recipe fills ``student`` (with ``"backbone"``), calls :meth:`build_teacher` if it distils and :meth:`hide_by` if
+    it hides patches, and implements :meth:`make_views` and :meth:`pretrain_loss`. Learning rate and weight decay are
+    set before every optimiser step as pure functions of the share of the run that is done, so nothing but the step
+    number is needed to resume them.
 
     Args:
         lr: peak learning rate of AdamW, as it is used (no scaling behind the scenes).
@@ -40,6 +43,7 @@ class PretrainModule(L.LightningModule, ABC):
 
     student: nn.ModuleDict
     teacher: nn.ModuleDict  # only where build_teacher was called
+    masks: MaskSampler  # only where hide_by was called
     last_layers: tuple[nn.Parameter, ...] = ()
     weights: Mapping[str, float] = MappingProxyType({})  # of the loss terms; 1 where a term has none
     measure_gradients: bool = False
@@ -132,6 +136,59 @@ class PretrainModule(L.LightningModule, ABC):
     def has_teacher(self) -> bool:
         """Whether :meth:`build_teacher` was called."""
         return "teacher" in self._modules
+
+    # -------------------------------------------------------------- masks
+
+    def hide_by(self, masks: MaskSampler) -> None:
+        """Hide patches as ``masks`` says; called after ``student`` and teacher are built.
+
+        A score of the teacher gives a recipe without one a momentum teacher, which is then what is exported.
+
+        Raises:
+            ValueError: if the score is the attention of [CLS] and the encoder has none.
+        """
+        self.masks = masks
+        if masks.score not in TEACHER_SCORES:
+            return
+        distils = self.has_teacher
+        if not distils:
+            self.build_teacher()
+        if masks.score == "attention":
+            one_patch = next(self.backbone.parameters()).new_zeros(1, self.backbone.in_channels, *masks.patch)
+            try:
+                with torch.no_grad():
+                    self.backbone.cls_attention(one_patch)
+            except ValueError as error:
+                raise ValueError(
+                    f"mask_score attention: {error}; or choose another mask_score, loss for one"
+                ) from error
+            self.backbone.record_cls_attention = distils  # in the pass over whole views that it needs anyway
+
+    @torch.no_grad()
+    def teacher_scores(
+        self,
+        sample: Tensor,
+        views: Tensor,
+        body: Tensor,
+        error: Callable[[Tensor, Tensor], Tensor],
+        attention: Tensor | None = None,
+    ) -> Tensor | None:
+        """Return (V, N) float32 z-scores of what the teacher attends to or predicts badly; None for other scores.
+
+        Args:
+            sample: (B,) int64.
+            views: (V, C, D, H, W), as many whole views of each sample, side by side.
+            body: (V, N) bool, patches that hold body.
+            error: the teacher's at hidden patches, see :meth:`MaskSampler.error_by_halves`; asked for ``"loss"``.
+            attention: (V, heads, D', H', W') of the teacher's [CLS] to ``views``, if a pass has left it already.
+        """
+        if self.masks.score == "attention":
+            seen = self.backbone.cls_attention(views) if attention is None else attention
+            return standardise(seen.mean(1).flatten(1), body)
+        if self.masks.score == "loss":
+            keys = KeyedRandom(self.seed, sample, "halves").split(len(views) // len(sample))
+            return standardise(self.masks.error_by_halves(KeyedRandom.from_keys(keys), error), body)
+        return None
 
     # ---------------------------------------------------------- run length
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,11 @@ from agssd.losses.distillation import PatchDistillation, cross_entropy, masked_m
 from agssd.losses.koleo import koleo
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
-from agssd.models.heads import PrototypeHead
+from agssd.models.heads import PrototypeHead, predict_hidden
 from agssd.schedules import linear
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.intensity import Appearance
-from agssd.transforms.masking import MaskSampler, gather_tokens, masked_indices
+from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
 from agssd.transforms.views import Views, body_of, in_hidden_view, make_views, mask_hidden_view, panel_of, pick
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
@@ -23,7 +23,9 @@ from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 class DINOv2(PretrainModule):
     """DINO's and iBOT's terms with heads of their own, Sinkhorn targets, and KoLeo, which spreads [CLS].
 
-    One of a sample's two global views is masked, the other is whole; which one is drawn.
+    One of a sample's two global views is masked, the other is whole; which one is drawn. ``mask_score="attention"``
+    is AttMask; with ``"loss"`` hidden first is where the teacher's own prediction from a half-hidden view has the
+    highest cross-entropy with its targets of the whole view (ours).
 
     Source: Oquab et al., TMLR 2024, arXiv 2304.07193 [paper]; in 3D 3DINO [R: 3DINO].
     Deviates: Sinkhorn works in the log domain, where subtracting no maximum is needed (their fix of the overflow
@@ -72,7 +74,7 @@ class DINOv2(PretrainModule):
         temperature_student: float = 0.1,
         temperature_teacher: tuple[float, float] = (0.04, 0.07),
         mask_ratio: tuple[float, float] = (0.1, 0.5),
-        mask_score: Literal["block", "random", "edge", "entropy"] = "block",
+        mask_score: MaskScore = "block",
         mask_block: int = 1,
         appearance: dict[str, float] | None = None,
         lr: float = 5e-4,
@@ -97,12 +99,12 @@ class DINOv2(PretrainModule):
         self.grid = backbone.token_grid(views.size_vox)
         if views.num_local:
             backbone.token_grid(views.local_size_vox)
-        self.masks = MaskSampler(self.grid, self.patch, mask_score, mask_block)
         cls_head, patch_head = (
             PrototypeHead(backbone.embed_dim, num_prototypes, head_hidden, head_bottleneck) for _ in range(2)
         )
         self.student = nn.ModuleDict({"backbone": backbone, "cls_head": cls_head, "patch_head": patch_head})
         self.build_teacher()
+        self.hide_by(MaskSampler(self.grid, self.patch, mask_score, mask_block))
         self.last_layers = (cls_head.prototypes, patch_head.prototypes)
         self._step: tuple[Views, Tensor, PatchDistillation] | None = None
 
@@ -128,10 +130,20 @@ class DINOv2(PretrainModule):
         with torch.no_grad():
             seen = cast(Backbone, self.teacher["backbone"]).forward_crops(views.inputs)
             body = body_of(pick(views.foreground, hidden), self.patch)  # (B, N)
-            mask, _ = mask_hidden_view(views, body, self.masks, self.mask_ratio, self.seed, self.progress)
+            view, whole = pick(views.inputs, hidden), pick(seen.tokens, hidden)
+
+            def error(mask: Tensor, index: Tensor) -> Tensor:
+                logits, _ = predict_hidden(self.teacher, "patch_head", view, mask, index)
+                own = self.teacher["patch_head"](gather_tokens(whole, index))
+                targets = sinkhorn(own, temperature, body.gather(1, index))
+                return cross_entropy(targets, logits / self.temperature_student)
+
+            attention = None if seen.attention is None else pick(seen.attention, hidden)
+            scores = self.teacher_scores(views.sample, view, body, error, attention)
+            mask, _ = mask_hidden_view(views, body, self.masks, self.mask_ratio, self.seed, self.progress, scores)
             index, used = masked_indices(mask.flatten(1), self.masks.limit(self.mask_ratio[1]))
             counts = used & body.gather(1, index)  # (B, M): hidden tokens that hold body
-            tokens = gather_tokens(pick(seen.tokens, hidden), index)
+            tokens = gather_tokens(whole, index)
             cls_targets = sinkhorn(self.teacher["cls_head"](seen.cls), temperature)
             patch_targets = sinkhorn(self.teacher["patch_head"](tokens), temperature, counts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from agssd.losses.distillation import Centre, PatchDistillation, cross_entropy, masked_mean, multi_crop_cross_entropy
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
-from agssd.models.heads import PrototypeHead, move_means
+from agssd.models.heads import PrototypeHead, move_means, predict_hidden
 from agssd.schedules import linear
 from agssd.transforms.crops import OverlapCrops
-from agssd.transforms.edges import standardise
 from agssd.transforms.intensity import Appearance
-from agssd.transforms.masking import MaskSampler, gather_tokens, masked_indices
+from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
 from agssd.transforms.views import Views, body_of, in_hidden_view, make_views, mask_hidden_view, panel_of, pick
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
@@ -24,7 +23,8 @@ class IBOT(PretrainModule):
     """Image BERT with an online tokeniser: [CLS] between views, hidden patches within a view, by one shared head.
 
     One of a sample's two global views is masked, the other is whole; which one is drawn. ``mask_score="attention"``
-    is AttMask: what the teacher's [CLS] attends to is hidden first.
+    is AttMask: what the teacher's [CLS] attends to is hidden first. With ``"loss"`` it is where the teacher's own
+    prediction from a half-hidden view has the highest cross-entropy with its targets of the whole view (ours).
 
     Source: Zhou et al., ICLR 2022, arXiv 2111.07832 [paper]; AttMask, ECCV 2022 [R: AttMask].
     Deviates: of two views exactly one is masked, where the paper masks each with probability 0.5, so that every sample
@@ -80,7 +80,7 @@ class IBOT(PretrainModule):
         temperature_cls: tuple[float, float] = (0.04, 0.04),
         temperature_patch: tuple[float, float] = (0.04, 0.07),
         mask_ratio: tuple[float, float] = (0.1, 0.5),
-        mask_score: Literal["block", "random", "edge", "entropy", "attention"] = "block",
+        mask_score: MaskScore = "block",
         mask_block: int = 1,
         appearance: dict[str, float] | None = None,
         lr: float = 1.25e-4,
@@ -106,9 +106,6 @@ class IBOT(PretrainModule):
         self.grid = backbone.token_grid(views.size_vox)
         if views.num_local:
             backbone.token_grid(views.local_size_vox)
-        kind = "given" if mask_score == "attention" else mask_score
-        self.masks = MaskSampler(self.grid, self.patch, kind, mask_block)
-
         heads = {
             name: PrototypeHead(
                 backbone.embed_dim, num_prototypes, head_hidden, head_bottleneck, 0.9 if head_centring else None
@@ -117,7 +114,7 @@ class IBOT(PretrainModule):
         }
         self.student = nn.ModuleDict({"backbone": backbone, **heads})
         self.build_teacher()
-        cast(Backbone, self.teacher["backbone"]).record_cls_attention = mask_score == "attention"
+        self.hide_by(MaskSampler(self.grid, self.patch, mask_score, mask_block))
         self.cls_head, self.patch_head = next(iter(heads)), list(heads)[-1]  # names, in student and teacher
         self.last_layers = tuple(head.prototypes for head in heads.values())
         self.centre_cls = Centre(num_prototypes, centre_momentum, centre_rule)
@@ -143,13 +140,20 @@ class IBOT(PretrainModule):
         with torch.no_grad():
             seen = cast(Backbone, self.teacher["backbone"]).forward_crops(views.inputs)
             body = body_of(pick(views.foreground, hidden), self.patch)  # (B, N)
-            scores = None
-            if seen.attention is not None:
-                scores = standardise(pick(seen.attention, hidden).mean(1).flatten(1), body)
+            view, whole = pick(views.inputs, hidden), pick(seen.tokens, hidden)
+
+            def error(mask: Tensor, index: Tensor) -> Tensor:
+                logits, _ = predict_hidden(self.teacher, self.patch_head, view, mask, index)
+                own = self.teacher[self.patch_head](gather_tokens(whole, index))
+                targets = self.centre_patch.targets(own, now["temperature_patch"])
+                return cross_entropy(targets, logits / self.temperature_student)
+
+            attention = None if seen.attention is None else pick(seen.attention, hidden)
+            scores = self.teacher_scores(views.sample, view, body, error, attention)
             mask, _ = mask_hidden_view(views, body, self.masks, self.mask_ratio, self.seed, self.progress, scores)
             index, used = masked_indices(mask.flatten(1), self.masks.limit(self.mask_ratio[1]))
             counts = used & body.gather(1, index)  # (B, M): hidden tokens that hold body
-            tokens = gather_tokens(pick(seen.tokens, hidden), index)
+            tokens = gather_tokens(whole, index)
             observe = self.training
             all_rows = seen.cls.new_ones(seen.cls.shape[:-1]) if observe else None
             cls_logits = self.teacher[self.cls_head](seen.cls, all_rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,8 @@ from agssd.models.heads import ReconstructionHead
 from agssd.models.position import sincos_position
 from agssd.models.vit import Block, Group
 from agssd.transforms.crops import OverlapCrops
-from agssd.transforms.edges import patches_of, standardise, unpatch
-from agssd.transforms.keyed_random import KeyedRandom
-from agssd.transforms.masking import MaskSampler, gather_tokens, masked_indices
+from agssd.transforms.edges import patches_of, unpatch
+from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
 from agssd.transforms.views import Views, body_of, make_views, mask_both_views, panel_of
 from agssd.types import Features, LossTerms, ParentBatch, Triple, ViewPanel
 
@@ -82,12 +81,12 @@ class MAE(PretrainModule):
     """Masked autoencoder: the encoder gets the visible patches alone, so its cost follows their share.
 
     Each of a sample's two global views is masked by a draw of its own; no augmentation of intensities. With
-    ``mask_score="reconstruction"`` what a momentum teacher predicts badly is hidden first, as AnatoMask does: the
-    teacher predicts each patch from a random half of the others, and it is the teacher that is exported.
+    ``mask_score="loss"`` what a momentum teacher predicts badly is hidden first, as AnatoMask does; the teacher, which
+    scores ``"loss"`` and ``"attention"`` alone bring along, is what is exported then.
 
     Source: He et al., CVPR 2022, arXiv 2111.06377 [paper]: ratio 0.75, light decoder with a mask token of its own,
     MSE of standardised patches over hidden patches alone; in 3D SelfMedMAE [R: SelfMedMAE] and nnssl [R: nnssl];
-    loss-guided masks: Li et al., arXiv 2407.06468 [R: AnatoMask], ours in the two halves.
+    loss-guided masks: Li et al., arXiv 2407.06468 [R: AnatoMask].
     Deviates: standard deviations of target patches have a floor (ours, see
     :func:`agssd.losses.reconstruction.standardise_patches`); patches with less than 5 % body are not predicted (ours);
     our views, encoder and schedules.
@@ -121,7 +120,7 @@ class MAE(PretrainModule):
         backbone: Backbone,
         views: OverlapCrops,
         mask_ratio: tuple[float, float] = (0.75, 0.75),
-        mask_score: Literal["random", "block", "edge", "entropy", "reconstruction"] = "random",
+        mask_score: MaskScore = "random",
         mask_block: int = 1,
         decoder_dim: int = 384,
         decoder_depth: int = 8,
@@ -142,8 +141,6 @@ class MAE(PretrainModule):
         self.norm_pix = norm_pix
         self.patch = backbone.patch_size
         self.grid = backbone.token_grid(views.size_vox)
-        kind = "given" if mask_score == "reconstruction" else mask_score
-        self.masks = MaskSampler(self.grid, self.patch, kind, mask_block)
         self._one_ratio()
         backbone.freeze_mask_token()
         channels = backbone.in_channels
@@ -151,8 +148,7 @@ class MAE(PretrainModule):
             backbone.embed_dim, self.grid, self.patch, channels, decoder_dim, decoder_depth, decoder_heads
         )
         self.student = nn.ModuleDict({"backbone": backbone, "decoder": decoder})
-        if mask_score == "reconstruction":
-            self.build_teacher()
+        self.hide_by(MaskSampler(self.grid, self.patch, mask_score, mask_block))
         self._step: tuple[Views, Tensor, Tensor, Tensor] | None = None
 
     def _one_ratio(self) -> float:
@@ -176,29 +172,28 @@ class MAE(PretrainModule):
         if self.norm_pix:
             target = standardise_patches(target, clean.std((1, 2, 3, 4)))
         hidden_count = self.masks.exact(self._one_ratio())
-        scores = self._hardness(views.sample, clean, target, body) if self.has_teacher else None
+
+        def error(mask: Tensor, hidden: Tensor) -> Tensor:
+            prediction, _ = self._predict(self.teacher, clean, mask.flatten(1), hidden)
+            return (prediction - gather_tokens(target, hidden)).square().mean(-1)
+
+        scores = self.teacher_scores(views.sample, clean, body, error)
         mask = mask_both_views(views, body, self.masks, self.mask_ratio, self.seed, self.progress, scores).flatten(1)
         hidden, _ = masked_indices(mask, hidden_count)  # (2B, H)
-        visible, _ = masked_indices(~mask, mask.shape[1] - hidden_count)  # (2B, V)
         (noise,) = self.drop_noise(views.sample, 2)
-        features = cast(Backbone, self.student["backbone"]).forward_visible(clean, visible, noise)
-        prediction: Tensor = self.student["decoder"](features, visible, hidden)
-        target = gather_tokens(target, hidden)
-        loss = patch_mse(prediction, target, body.gather(1, hidden))
+        prediction, features = self._predict(self.student, clean, mask, hidden, noise)
+        loss = patch_mse(prediction, gather_tokens(target, hidden), body.gather(1, hidden))
         self._step = (views, mask, hidden, prediction.detach())
         return LossTerms(loss, {"rec": loss}, (features.tokens,))
 
-    @torch.no_grad()
-    def _hardness(self, sample: Tensor, clean: Tensor, target: Tensor, body: Tensor) -> Tensor:
-        """Return (2B, N) z-scores of the teacher's error per patch, predicted from a random half of the others."""
-        random = KeyedRandom.from_keys(KeyedRandom(self.seed, sample, "halves").split(2))
-        halves = random.uniform(body.shape[1]).argsort(1).tensor_split(2, 1)
-        error = torch.zeros_like(body, dtype=torch.float32)
-        for visible, hidden in (halves, halves[::-1]):
-            features = cast(Backbone, self.teacher["backbone"]).forward_visible(clean, visible)
-            predicted = self.teacher["decoder"](features, visible, hidden)
-            error = error.scatter(1, hidden, (predicted - gather_tokens(target, hidden)).square().mean(-1))
-        return standardise(error, body)
+    @staticmethod
+    def _predict(
+        network: nn.ModuleDict, clean: Tensor, mask: Tensor, hidden: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Features]:
+        """Return the voxels (2B, H, P) of patches ``hidden`` (2B, H), and features of all others; ``mask`` (2B, N)."""
+        visible, _ = masked_indices(~mask, mask.shape[1] - hidden.shape[1])  # (2B, V)
+        features = cast(Backbone, network["backbone"]).forward_visible(clean, visible, noise)
+        return network["decoder"](features, visible, hidden), features
 
     # ------------------------------------------------------------ monitors
 

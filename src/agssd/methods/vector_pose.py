@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,10 +10,10 @@ from agssd.geometry import constant, rotation_from_6d
 from agssd.losses.reconstruction import patch_l1
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
-from agssd.models.heads import ProjectionHead, ReconstructionHead
+from agssd.models.heads import ProjectionHead, ReconstructionHead, predict_hidden
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.edges import patches_of
-from agssd.transforms.masking import MaskSampler, gather_tokens, masked_indices
+from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
 from agssd.transforms.views import Views, body_of, edge_maps, make_views, mask_both_views, panel_of
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
@@ -72,7 +70,7 @@ class VectorPOSE(PretrainModule):
         backbone: Backbone,
         views: OverlapCrops,
         mask_ratio: tuple[float, float] = (0.5, 0.5),
-        mask_score: Literal["random", "block", "edge", "entropy"] = "random",
+        mask_score: MaskScore = "random",
         mask_block: int = 1,
         head_hidden: int = 512,
         weight_pose: float = 1.0,
@@ -93,12 +91,12 @@ class VectorPOSE(PretrainModule):
         self.weights = {"pose": weight_pose, "rec": weight_reconstruction}
         self.weight_boundary = weight_boundary
         self.patch = backbone.patch_size
-        self.masks = MaskSampler(backbone.token_grid(views.size_vox), self.patch, mask_score, mask_block)
         heads = {
             "pose": ProjectionHead(backbone.embed_dim, head_hidden, 12, layers=2),
             "reconstruction": ReconstructionHead(backbone.embed_dim, self.patch, backbone.in_channels),
         }
         self.student = nn.ModuleDict({"backbone": backbone, **heads})
+        self.hide_by(MaskSampler(backbone.token_grid(views.size_vox), self.patch, mask_score, mask_block))
         self._step: tuple[Views, Tensor, Tensor, Tensor, Tensor] | None = None
 
     def make_views(self, batch: ParentBatch) -> Views:
@@ -110,21 +108,26 @@ class VectorPOSE(PretrainModule):
         self._step = None  # frees the last step before this one needs the memory
         clean = views.clean.flatten(0, 1)  # (2B, C, D, H, W)
         body = body_of(views.foreground.flatten(0, 1), self.patch)  # (2B, N)
-        mask = mask_both_views(views, body, self.masks, self.mask_ratio, self.seed, self.progress)
+        with torch.no_grad(), torch.autocast(clean.device.type, enabled=False):
+            maps = [edge_maps(views, torch.full_like(views.hidden_view, view)) for view in (0, 1)]
+            edges = torch.stack(maps, 1).flatten(0, 1).expand_as(clean)
+        voxels, weights = patches_of(clean, self.patch), 1 + self.weight_boundary * patches_of(edges, self.patch)
+
+        def error(mask: Tensor, index: Tensor) -> Tensor:
+            prediction, _ = predict_hidden(self.teacher, "reconstruction", clean, mask, index)
+            return ((prediction - gather_tokens(voxels, index)).abs() * gather_tokens(weights, index)).mean(-1)
+
+        scores = self.teacher_scores(views.sample, clean, body, error)
+        mask = mask_both_views(views, body, self.masks, self.mask_ratio, self.seed, self.progress, scores)
         index, used = masked_indices(mask.flatten(1), self.masks.limit(self.mask_ratio[1]))  # (2B, M)
         (noise,) = self.drop_noise(views.sample, 2)
-        features = self.backbone.forward_views([clean], [mask], [noise])[0]
+        prediction, features = predict_hidden(self.student, "reconstruction", clean, mask, index, noise)
 
         truth = pose_vectors(views)  # (B, 2, 12)
         pose: Tensor = self.student["pose"](features.cls).unflatten(0, (-1, 2))
         loss_pose = F.smooth_l1_loss(pose, truth)
 
-        with torch.no_grad(), torch.autocast(clean.device.type, enabled=False):
-            maps = [edge_maps(views, torch.full_like(views.hidden_view, view)) for view in (0, 1)]
-            edges = torch.stack(maps, 1).flatten(0, 1).expand_as(clean)
-        prediction: Tensor = self.student["reconstruction"](gather_tokens(features.tokens, index))
-        target, boundary = (gather_tokens(patches_of(volume, self.patch), index) for volume in (clean, edges))
-        weight = 1 + self.weight_boundary * boundary
+        target, weight = gather_tokens(voxels, index), gather_tokens(weights, index)
         loss_rec = patch_l1(prediction, target, weight, used & body.gather(1, index))
 
         self._step = (views, mask, pose.detach(), truth, features.cls.detach())

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agssd.distributed import all_sum
-from agssd.types import Triple
+from agssd.models.backbone import Backbone
+from agssd.transforms.masking import gather_tokens
+from agssd.types import Features, Triple
 
 
 class PrototypeHead(nn.Module):
@@ -186,3 +188,20 @@ class ProjectionHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             projected: Tensor = self.mlp(x.float())
         return projected
+
+
+def predict_hidden(
+    network: nn.ModuleDict, head: str, views: Tensor, mask: Tensor, index: Tensor, drop_noise: Tensor | None = None
+) -> tuple[Tensor, Features]:
+    """Return what a head predicts of hidden patches, (B, M, ...), and the encoder's features of the masked views.
+
+    Args:
+        network: student or teacher, with ``"backbone"`` and the head.
+        head: its name; it takes tokens (B, M, E).
+        views: (B, C, D, H, W).
+        mask: (B, D', H', W') bool, True = hidden.
+        index: (B, M) int64, positions of the patches to predict.
+        drop_noise: (B, depth) uniforms in [0, 1) for stochastic depth, or None for no drop.
+    """
+    features = cast(Backbone, network["backbone"]).forward_views([views], [mask], [drop_noise])[0]
+    return network[head](gather_tokens(features.tokens, index)), features

@@ -8,6 +8,7 @@ and the background rules are ours (docs/method.md §1.3).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,7 +21,8 @@ from agssd.transforms.edges import entropy_scores, patch_scores, standardise
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.types import Triple
 
-MaskScore = Literal["random", "block", "edge", "entropy", "given"]
+MaskScore = Literal["random", "block", "edge", "entropy", "attention", "loss"]
+TEACHER_SCORES = ("attention", "loss")  # what only a teacher can tell; the recipe brings them
 
 BACKGROUND_WEIGHT = 0.2  # of a background token in the random quota
 # Edges as shares of the grid (ours). On average 32 such cuboids cover 0.90 of 6³ tokens; the rest is filled at random.
@@ -147,8 +149,8 @@ class MaskSampler:
         grid: token grid of a view.
         patch: voxels of a token.
         score: ``"random"``; ``"block"`` for unions of cuboids; or what is preferred: ``"edge"`` (strong edges),
-            ``"entropy"`` (of local intensities), ``"given"`` (z-scores that the recipe brings, of a teacher's attention
-            or of its reconstruction loss, say).
+            ``"entropy"`` (of the intensities of a patch) [R: arXiv 2605.21970], ``"attention"`` (of the teacher's [CLS]
+            to the whole view) [R: AttMask], ``"loss"`` (what the teacher predicts badly) [R: AnatoMask].
         block: tokens per side of a hidden block.
         score_share: share of the hidden tokens drawn by score at the end of the run.
         temperature: first and last.
@@ -183,8 +185,8 @@ class MaskSampler:
 
     def scores(self, body: Tensor, image: Tensor, edges: Tensor | None, given: Tensor | None = None) -> Tensor:
         """Return (B, N) z-scores over the patches that hold body; 0 for flat volumes and where no score is used."""
-        if self.score == "given":
-            assert given is not None, "the recipe brings the scores"
+        if self.score in TEACHER_SCORES:
+            assert given is not None, "the recipe brings its teacher's scores"
             return given
         if self.score == "edge":
             assert edges is not None, "the recipe asks for edges where they are the score"
@@ -212,7 +214,7 @@ class MaskSampler:
             body: (B, N) bool, patches that hold body.
             image: (B, C, D, H, W) float32, the clean views.
             edges: (B, 1, D, H, W) their edge maps, for ``score="edge"``.
-            given: (B, N) float32 z-scores, for ``score="given"``.
+            given: (B, N) float32 z-scores of the teacher, for ``"attention"`` and ``"loss"``.
 
         Raises:
             ValueError: if ``block`` does not divide the grid.
@@ -223,6 +225,31 @@ class MaskSampler:
         share, hints = (now["mask_edge_share"], self.hints) if by_score else (0.0, 0.0)
         scores = self.scores(body, image, edges, given)
         return draw_masks(scores, body, self.grid, ratio, share, now["mask_temperature"], hints, random, self.block)
+
+    def error_by_halves(self, random: KeyedRandom, error: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return (B, N): the error at every patch, each predicted while a random half of the view is hidden.
+
+        Source: loss-guided masks [R: AnatoMask]; two complementary halves of whole blocks, so that every patch is
+        predicted once and from as much as any other, are ours.
+
+        Args:
+            random: keyed by the B views.
+            error: (B, M) float32 at the hidden patches, of a mask (B, *grid) bool, True = hidden, and their positions
+                (B, M) int64.
+
+        Raises:
+            ValueError: if ``block`` does not divide the grid.
+        """
+        coarse = _coarse_grid(self.grid, self.block)
+        blocks = math.prod(coarse)
+        order = random.uniform(blocks).argsort(1)
+        half = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, : blocks // 2], True)
+        found = torch.zeros(len(order), math.prod(self.grid), device=order.device)
+        for hidden, count in ((half, blocks // 2), (~half, blocks - blocks // 2)):
+            mask = _spread(hidden, coarse, self.block)
+            index, _ = masked_indices(mask.flatten(1), count * self.block**3)
+            found = found.scatter(1, index, error(mask, index))
+        return found
 
     def limit(self, ratio: float) -> int:
         """Return at least the number of hidden tokens of a view of which the share ``ratio`` or less is hidden."""

@@ -161,7 +161,7 @@ def mask_hidden_view(
         ratio: range of the share of hidden tokens, one draw per sample.
         seed: of the run.
         progress: share of the run that is done.
-        given: (B, N) float32 z-scores, where the score is the recipe's own.
+        given: (B, N) float32 z-scores, where the score is the teacher's.
 
     Returns:
         mask (B, D', H', W') bool, True = hidden, and the nominal ratio (B,).
@@ -197,7 +197,7 @@ def mask_both_views(
         ratio: range of the share of hidden tokens, one draw per view.
         seed: of the run.
         progress: share of the run that is done.
-        given: (2B, N) float32 z-scores, where the score is the recipe's own.
+        given: (2B, N) float32 z-scores, where the score is the teacher's.
     """
     random = KeyedRandom.from_keys(KeyedRandom(seed, views.sample, "mask").split(2))
     share = random.between(*ratio, 1)[:, 0]
