@@ -216,6 +216,8 @@ class AGSSD(PretrainModule):
         elif cvaa == "casa":
             self.student["fuser"] = CrossViewFuser(backbone.embed_dim, fuser_heads, 1, 4.0, None, "post")
         self.build_teacher()
+        asks = mask_score == "teacher" and teacher_score == "attention"
+        cast(Backbone, self.teacher["backbone"]).record_cls_attention = asks
         self.last_layers = tuple(
             cast(PrototypeHead, self.student[name]).prototypes for name in ("cls_head", "patch_head")
         )
@@ -319,7 +321,6 @@ class AGSSD(PretrainModule):
 
         with torch.no_grad():
             encoder = cast(Backbone, self.teacher["backbone"])
-            encoder.record_cls_attention = self.mask_score == "teacher" and self.teacher_score == "attention"
             seen = encoder.forward_crops(views.inputs)
             teacher_cls, teacher_tokens = seen.cls, seen.tokens
             attention = None if seen.attention is None else pick(seen.attention, hidden)
@@ -572,7 +573,9 @@ class AGSSD(PretrainModule):
             reconstruction[hidden] = unpatch(patches, self.grid, self.patch)[0, 0]
         masks = in_hidden_view(step.mask.unflatten(1, self.grid), views.hidden_view)
         panel = panel_of(views, index, masks, reconstruction)
-        panel["attention"] = cast(Backbone, self.teacher["backbone"]).cls_attention(views.inputs[index])
+        encoder = cast(Backbone, self.teacher["backbone"])
+        if encoder.has_cls_attention:
+            panel["attention"] = encoder.cls_attention(views.inputs[index])
         return panel
 
 

@@ -73,8 +73,8 @@ class Backbone(nn.Module, ABC):
 
     def _no_cls(self) -> str:
         return (
-            f"this {type(self).__name__} has no [CLS] token, hence no attention of [CLS]; use a ViT with one, or a mask "
-            "score that does not ask for it"
+            f"this {type(self).__name__} has no [CLS] token, hence no attention of [CLS]; use a ViT with "
+            "class_token: true, or a mask score that does not ask for it"
         )
 
     def refuse_without_leaving_out(self) -> None:
