@@ -58,7 +58,7 @@ def test_unetr_decoder__patch__scores_on_the_images_grid_with_gradient_everywher
     patch: tuple[int, int, int], stem: bool
 ) -> None:
     torch.manual_seed(0)
-    decoder = UNETRDecoder(1, (12,) * 4, patch, 3, feature_size=4, stem=stem)
+    decoder = UNETRDecoder(1, (12,) * 4, (patch,) * 4, 3, feature_size=4, stem=stem)
     given = features((2, 2, 2), 12)
     image = torch.randn(1, 1, *(2 * p for p in patch))
     scores = decoder(image, given)
@@ -69,19 +69,19 @@ def test_unetr_decoder__patch__scores_on_the_images_grid_with_gradient_everywher
 
 
 def test_unetr_decoder__patch_16__every_earlier_level_is_a_skip() -> None:
-    assert UNETRDecoder(1, (6,) * 4, (16, 16, 16), 2, feature_size=2).skip_levels == [0, 1, 2]
-    assert UNETRDecoder(1, (6,) * 4, (8, 8, 8), 2, feature_size=2).skip_levels == [0, 2]
+    assert UNETRDecoder(1, (6,) * 4, ((16, 16, 16),) * 4, 2, feature_size=2).skip_levels == [0, 1, 2]
+    assert UNETRDecoder(1, (6,) * 4, ((8, 8, 8),) * 4, 2, feature_size=2).skip_levels == [0, 2]
 
 
 def test_unetr_decoder__without_stem__image_has_no_influence() -> None:
     torch.manual_seed(0)
     given, image = features((2, 2, 2), 12), torch.randn(1, 1, 16, 16, 16)
     for stem in (False, True):
-        decoder = UNETRDecoder(1, (12,) * 4, (8, 8, 8), 3, feature_size=4, stem=stem).eval()
+        decoder = UNETRDecoder(1, (12,) * 4, ((8, 8, 8),) * 4, 3, feature_size=4, stem=stem).eval()
         same = torch.equal(decoder(image, given), decoder(torch.randn_like(image), given))
         assert same != stem
 
 
 def test_unetr_decoder__patch_6__refused_with_a_remedy() -> None:
     with pytest.raises(ValueError, match="powers of two.*decoder: linear"):
-        UNETRDecoder(1, (12,) * 4, (6, 6, 6), 3)
+        UNETRDecoder(1, (12,) * 4, ((6, 6, 6),) * 4, 3)

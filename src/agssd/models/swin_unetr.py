@@ -282,8 +282,13 @@ class SwinUNETREncoder(Backbone):
         Raises:
             ValueError: if channels or shape do not fit.
         """
-        maps = [self._normed(m) for m in self._maps(x, None, None)]
-        return self._features(maps[-1], [m.permute(0, 4, 1, 2, 3).contiguous() for m in maps])
+        levels = self.hidden_states(x)
+        return self._features(levels[-1].permute(0, 2, 3, 4, 1), levels)
+
+    def hidden_states(self, x: Tensor, normalize: bool = True) -> list[Tensor]:
+        """Return the maps (B, E_i, D_i, H_i, W_i) after the embedding and after each stage, normed or not."""
+        maps = self._maps(x, None, None)
+        return [(self._normed(m) if normalize else m).permute(0, 4, 1, 2, 3).contiguous() for m in maps]
 
     def forward_views(
         self,
