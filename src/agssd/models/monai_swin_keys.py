@@ -136,8 +136,8 @@ def load_into_monai_swin(backbone: SwinUNETREncoder, network: nn.Module) -> None
     _check_fit(state, target, "our weights", f"the MONAI {type(network).__name__}")
     if _joining_order(swin) != MERGING[backbone.downsample]:
         raise ValueError(
-            f"the backbone joins cells by downsample={backbone.downsample!r} and the MONAI network in another order; build "
-            f"the network with downsample={backbone.downsample!r}, or where this MONAI has none such, set "
+            f"the backbone joins cells by downsample={backbone.downsample!r} and the MONAI network in another order; "
+            f"build the network with downsample={backbone.downsample!r}, or where this MONAI has none such, set "
             "`network.swinViT = MonaiSwinEncoder(backbone)`"
         )
     swin.load_state_dict(state)
@@ -148,8 +148,8 @@ def _encoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefixes = {name.removesuffix(PATCH) for name in state if name.endswith(PATCH)}
     if len(prefixes) != 1:
         raise ValueError(
-            f"{len(prefixes)} weights named ...{PATCH}; give the state dict of one MONAI SwinUNETR, of its swinViT, or of "
-            "a released checkpoint"
+            f"{len(prefixes)} weights named ...{PATCH}; give the state dict of one MONAI SwinUNETR, of its swinViT, or "
+            "of a released checkpoint"
         )
     (prefix,) = prefixes
     own = {}
@@ -195,9 +195,10 @@ def _check_fit(state: Mapping[str, Tensor], target: Mapping[str, Tensor], source
 
 
 class MonaiSwinEncoder(nn.Module):
-    """Our encoder behind the interface of MONAI's ``SwinTransformer``: ``network.swinViT = MonaiSwinEncoder(backbone)``.
+    """Our encoder behind the interface of MONAI's ``SwinTransformer``.
 
-    Features are the backbone's own, however it joins cells. SwinUNETR's decoder takes an encoder of four stages.
+    ``network.swinViT = MonaiSwinEncoder(backbone)`` puts it into a SwinUNETR. Features are the backbone's own, however
+    it joins cells. SwinUNETR's decoder takes an encoder of four stages.
     """
 
     def __init__(self, backbone: SwinUNETREncoder) -> None:

@@ -27,7 +27,7 @@ COMPILED_GRAPHS = 64  # two per stage (shifted or not), per size of view, with a
 
 
 def merge_cells(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Return (B, D/2, H/2, W/2, 8E) from (B, D, H, W, E): the cells of each 2 x 2 x 2 block side by side in ``order``."""
+    """Return (B, D/2, H/2, W/2, 8E) from (B, D, H, W, E): the cells of each 2 x 2 x 2 block in ``order``."""
     cells = rearrange(x, "b (d p) (h q) (w r) e -> (p q r) b d h w e", p=2, q=2, r=2).unbind(0)
     return torch.cat([cells[i] for i in order], -1)
 
@@ -66,15 +66,15 @@ class SwinUNETREncoder(Backbone):
     """The encoder of MONAI's SwinUNETR (``swinViT``), or its first stages.
 
     Patches of ``patch_embed_stride`` voxels become cells; every stage attends within windows, every other block within
-    windows moved by half, and then joins 2 x 2 x 2 cells to one of twice the channels. ``levels`` are the maps after the
-    embedding and after each stage, normed without gain as MONAI's ``swinViT`` returns them; ``tokens`` are the last of
-    them, so ``patch_size`` is ``patch_embed_stride * 2**stages``. Fewer stages give finer tokens.
+    windows moved by half, and then joins 2 x 2 x 2 cells to one of twice the channels. ``levels`` are the maps after
+    the embedding and after each stage, normed without gain as MONAI's ``swinViT`` returns them; ``tokens`` are the last
+    of them, so ``patch_size`` is ``patch_embed_stride * 2**stages``. Fewer stages give finer tokens.
 
     There is no [CLS]: ``cls`` is the mean token, of hidden places too, as in DINO and iBOT on Swin [R: iBOT]. Masks are
     on the grid of tokens; a learned cell takes the place of all cells of a hidden token, so cost does not follow the
     visible share [R: SimMIM]. Stochastic depth follows ``drop_noise``. The modules and their parameter names are
-    MONAI's, below ``swinViT.``; :mod:`agssd.models.monai_swin_keys` takes weights over and gives them back. The residual
-    stream stays float32 under autocast.
+    MONAI's, below ``swinViT.``; :mod:`agssd.models.monai_swin_keys` takes weights over and gives them back. The
+    residual stream stays float32 under autocast.
 
     Where a grid is smaller than the window, MONAI shrinks the window but reads its bias from the first rows of the
     table for the full one, so offsets no longer match places; it is kept for equality. Choose a window that fits the
@@ -127,7 +127,8 @@ class SwinUNETREncoder(Backbone):
         self.stages = len(depths)
         if not 1 <= self.stages <= 4 or len(num_heads) != self.stages:
             raise ValueError(
-                f"depths={tuple(depths)} and num_heads={tuple(num_heads)} must name the same 1 to 4 stages, one number each"
+                f"depths={tuple(depths)} and num_heads={tuple(num_heads)} must name the same 1 to 4 stages, one number "
+                "each"
             )
         if min(in_channels, feature_size, d, h, w, *depths, *num_heads, *window) < 1:
             raise ValueError("channels, sizes, depths and heads must be at least 1")
@@ -227,7 +228,8 @@ class SwinUNETREncoder(Backbone):
         if noise is None or self.drop_probs[-1] == 0.0:
             return None
         prob = self.drop_prob_row.float()
-        return ((noise >= prob).float() / (1 - prob)).t()[..., None, None, None, None]
+        factors: Tensor = (noise >= prob).float() / (1 - prob)
+        return factors.t()[..., None, None, None, None]
 
     def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return cells (B, D_0, H_0, W_0, E_0) in the dtype of the weights, hidden ones replaced."""
@@ -236,10 +238,11 @@ class SwinUNETREncoder(Backbone):
             self.check_mask(mask, len(x), grid)
         cells = self.swinViT.patch_embed(x).permute(0, 2, 3, 4, 1).to(self.mask_token.dtype)
         if mask is None:
-            return cells + 0 * self.mask_token  # keeps every parameter in the graph, as DDP needs
+            return torch.add(cells, self.mask_token, alpha=0)  # keeps every parameter in the graph, as DDP needs
         for axis in (1, 2, 3):
             mask = mask.repeat_interleave(2**self.stages, axis)
-        return torch.where(mask[..., None], self.mask_token, cells)
+        hidden: Tensor = torch.where(mask[..., None], self.mask_token, cells)
+        return hidden
 
     def _maps(self, x: Tensor, mask: Tensor | None, noise: Tensor | None) -> list[Tensor]:
         """Return the maps (B, D_i, H_i, W_i, E_i) after the embedding and after each stage, not normed."""
@@ -247,7 +250,7 @@ class SwinUNETREncoder(Backbone):
         x, done = self._embed(x, mask), 0
         maps = [x]
         for stage in range(1, self.stages + 1):
-            layer = self.swinViT.get_submodule(f"layers{stage}.0")
+            layer: Any = self.swinViT.get_submodule(f"layers{stage}.0")
             if self.swinViT.use_v2:
                 convolved = self.swinViT.get_submodule(f"layers{stage}c.0")(x.permute(0, 4, 1, 2, 3).contiguous())
                 x = convolved.permute(0, 2, 3, 4, 1).to(x.dtype)

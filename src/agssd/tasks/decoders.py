@@ -65,9 +65,9 @@ class UNETRDecoder(nn.Module):
     """UNETR's decoder for any encoder whose strides are powers of two, with or without the full-resolution stem.
 
     The map of the last level grows by transposed convolutions of stride 2. At each resolution between tokens and voxels
-    an earlier level joins as a skip: the one of that resolution, behind a residual block, where the encoder is a pyramid
-    (SwinUNETR); else one on the grid of tokens, grown to that resolution (UNETR). The latter are spread evenly, shallow
-    levels to the fine resolutions.
+    an earlier level joins as a skip: the one of that resolution, behind a residual block, where the encoder is a
+    pyramid (SwinUNETR); else one on the grid of tokens, grown to that resolution (UNETR). The latter are spread evenly,
+    shallow levels to the fine resolutions.
 
     Args:
         in_channels: image channels.
@@ -85,8 +85,8 @@ class UNETRDecoder(nn.Module):
             decoder passes.
 
     Source: UNETR, SwinUNETR. Deviates: number of steps, strides and skips follow the encoder (UNETR: 16 only;
-    SwinUNETR: 32 only); the stem can be left out; widths are UNETR's for both, and the deepest map of a pyramid grows at once,
-    without SwinUNETR's residual block of 16 times its feature size.
+    SwinUNETR: 32 only); the stem can be left out; widths are UNETR's for both, and the deepest map of a pyramid grows
+    at once, without SwinUNETR's residual block of 16 times its feature size.
     """
 
     def __init__(
