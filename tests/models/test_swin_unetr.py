@@ -216,13 +216,14 @@ def test_layers__numbered_from_embedding_through_blocks() -> None:
     model = swin(use_v2=True, depths=(2, 1, 3), num_heads=(1, 1, 1))
     names = [name for name, _ in model.named_parameters()]
     layers = {name: model.layer_index(name) for name in names}
-    assert set(layers.values()) == set(range(model.depth + 1)) and model.depth == 6
+    assert set(layers.values()) == set(range(model.depth + 2)) and model.depth == 6
     assert layers["mask_token"] == layers["swinViT.patch_embed.proj.weight"] == 0
     assert layers["swinViT.layers1.0.blocks.1.attn.qkv.weight"] == layers["swinViT.layers1.0.downsample.norm.bias"] == 2
     assert (
         layers["swinViT.layers3c.0.layer.conv1.conv.weight"] == layers["swinViT.layers3.0.blocks.0.norm1.weight"] == 4
     )
     assert layers["swinViT.layers3.0.blocks.2.mlp.linear1.bias"] == 6
+    assert layers["swinViT.layers3.0.downsample.reduction.weight"] == 7
     free = model.no_weight_decay()
     assert {name for name in names if "position_bias" in name} | {"mask_token"} == free and len(free) == 7
 

@@ -187,9 +187,9 @@ class SwinUNETREncoder(Backbone):
         return {n for n, _ in self.named_parameters() if n == "mask_token" or n.endswith("position_bias_table")}
 
     def layer_index(self, name: str) -> int:
-        """Return 0 for embedding and mask token, 1 .. depth for blocks.
+        """Return 0 for embedding and mask token, 1 .. depth for blocks, depth + 1 for the last merging.
 
-        The convolution before a stage counts with its first block, the merging after it with its last.
+        The convolution before a stage counts with its first block, an earlier merging with the block before it.
         """
         part = name.removeprefix("swinViT.layers")
         if part == name:
@@ -198,7 +198,9 @@ class SwinUNETREncoder(Backbone):
         before = sum(self.depths[:stage])
         if rest[0] == "c":
             return before + 1
-        return before + (self.depths[stage] if rest[2] == "downsample" else int(rest[3]) + 1)
+        if rest[2] == "downsample":
+            return before + self.depths[stage] + (stage == self.stages - 1)
+        return before + int(rest[3]) + 1
 
     def freeze_mask_token(self) -> None:
         """Stop training the cell that replaces hidden ones."""

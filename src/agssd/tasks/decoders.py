@@ -65,9 +65,9 @@ class UNETRDecoder(nn.Module):
     """UNETR's decoder for any encoder whose strides are powers of two, with or without the full-resolution stem.
 
     The map of the last level grows by transposed convolutions of stride 2. At each resolution between tokens and voxels
-    an earlier level joins as a skip: the one of that resolution, behind a residual block, where the encoder is a
-    pyramid (SwinUNETR); else one on the grid of tokens, grown to that resolution (UNETR). The latter are spread evenly,
-    shallow levels to the fine resolutions.
+    an earlier level joins as a skip: where the encoder is a pyramid the one of that resolution, behind a residual block
+    (SwinUNETR); else one of coarser cells, grown to that resolution. Levels on one grid, as a ViT's, are spread evenly,
+    shallow ones to the fine resolutions (UNETR).
 
     Args:
         in_channels: image channels.
@@ -106,10 +106,7 @@ class UNETRDecoder(nn.Module):
         steps = len(strides)
         widths = [feature_size * 2**scale for scale in range(steps)]  # fine to coarse
         scales = [_scale_of(stride, strides) for stride in level_strides]
-        own = {scale: level for level, scale in enumerate(scales[:-1])}  # a pyramid has one level per scale
-        plain = [level for level, scale in enumerate(scales[:-1]) if scale == steps]
-        spread = [plain[i] if plain else len(scales) - 1 for i in _spread(len(plain), steps - 1)]
-        self.skip_levels = [own.get(scale, spread[scale - 1]) for scale in range(1, steps)]
+        self.skip_levels = _skip_levels(scales)
         self.skips = nn.ModuleList()
         for scale, level in enumerate(self.skip_levels, 1):
             # a skip at scale s has 2^s-fold coarser voxels than the image: from scale t it needs steps t to s
@@ -208,10 +205,24 @@ def _scale_of(stride: Triple, up: list[Triple]) -> int:
     )
 
 
+def _skip_levels(scales: list[int]) -> list[int]:
+    """Return the level that joins at each scale between voxels and tokens, fine to coarse.
+
+    It is the earlier level whose cells are nearest in size and not smaller; of several, as of a ViT, each has its turn.
+
+    Args:
+        scales: of each level, shallow to deep; see :func:`_scale_of`.
+    """
+    steps, chosen = scales[-1], []
+    for scale in range(1, steps):
+        nearest = min((own for own in scales[:-1] if own >= scale), default=None)
+        levels = [level for level, own in enumerate(scales[:-1]) if own == nearest] or [len(scales) - 1]
+        chosen.append(levels[_spread(len(levels), steps - 1)[scale - 1]])
+    return chosen
+
+
 def _spread(available: int, wanted: int) -> list[int]:
-    """Return ``wanted`` indices of the ``available`` first levels, evenly spread and ascending; level 0 if none."""
-    if available <= 0:
-        return [0] * wanted
+    """Return ``wanted`` indices of ``available`` levels, evenly spread and ascending."""
     if wanted == 1:
         return [(available - 1) // 2]
     return [int(step * (available - 1) / (wanted - 1) + 0.5) for step in range(wanted)]
