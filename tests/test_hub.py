@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import agssd
 from agssd.hub import export_backbone, load_backbone, resize_kernel
+from agssd.models.swin_unetr import SwinUNETREncoder
 from agssd.models.vit import ViT
 from agssd.types import Features
 
@@ -139,6 +140,22 @@ def test_patch_size__grown_patch_keeps_embedding_of_resized_volume(tmp_path: Pat
         torch.testing.assert_close(other(large).tokens, model(x).tokens, rtol=1e-4, atol=1e-4)
         assert other.contract is not None and other.contract["patch_size"] == list(other.patch_size)
         assert other.contract["adapted_from"] == {"patch_size": [4, 4, 4]}
+
+
+def test_load__swin__other_channels_adapted_and_other_patches_refused_with_the_remedy(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = SwinUNETREncoder(2, 12, 2, (1, 1), (1, 2), 3)
+    file = export_backbone(model, tmp_path, contract=PREPARED)
+    x = torch.randn(1, 1, 8, 16, 8)
+    expected = model(x.expand(-1, 2, -1, -1, -1)).levels
+    for channels in (1, 2, 3):
+        other = load_backbone(file, in_channels=channels, patch_size=8)  # what it has
+        for ours, theirs in zip(other(x.expand(-1, channels, -1, -1, -1)).levels, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert type(other) is SwinUNETREncoder and other.in_channels == channels
+    for patch in (2, 4, 16):  # 2 is the size of its kernel, not of its tokens
+        with pytest.raises(ValueError, match=r"SwinUNETREncoder has tokens of \(8, 8, 8\) voxels.*without patch_size"):
+            load_backbone(file, patch_size=patch)
 
 
 def test_resize_kernel__shrunk_patch_keeps_smooth_content() -> None:

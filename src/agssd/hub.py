@@ -121,9 +121,8 @@ def load_backbone(
         ValueError: if the file is missing, damaged, foreign, or cannot be adapted as asked.
     """
     file, contract, weights = _read(Path(path))
-    config = contract["backbone"]
-    kind = _backbone_class(config["class_path"], trust_class, str(file))
-    config, weights, changes = _adapt(kind, config, weights, in_channels, patch_size)
+    kind = _backbone_class(contract["backbone"]["class_path"], trust_class, str(file))
+    config, weights, changes = _adapt(kind, contract, weights, in_channels, patch_size)
     backbone = _build(kind, config["init_args"], weights, str(file))
     if changes:
         changes = contract.get("adapted_from", {}) | changes
@@ -257,12 +256,13 @@ def _build(kind: type[Backbone], init_args: dict[str, Any], weights: dict[str, T
 
 def _adapt(
     kind: type[Backbone],
-    config: dict[str, Any],
+    contract: dict[str, Any],
     weights: dict[str, Tensor],
     in_channels: int | None,
     patch_size: int | Triple | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Return config and weights for the channels and patch asked for, and what they were before."""
+    config, own_patch = contract["backbone"], tuple(contract["patch_size"])
     init_args = dict(config["init_args"])
     if in_channels is None and patch_size is None:
         return config, weights, {}
@@ -281,9 +281,12 @@ def _adapt(
         d, h, w = (patch_size,) * 3 if isinstance(patch_size, int) else patch_size
         if min(d, h, w) < 1:
             raise ValueError(f"patch_size is {(d, h, w)}; use at least 1 per axis")
-        if (d, h, w) != tuple(kernel.shape[2:]):
-            if "patch_size" not in init_args or tuple(init_args["patch_size"]) != tuple(kernel.shape[2:]):
-                raise ValueError(f"{kind.__name__} cannot be adapted to another patch; load it without patch_size")
+        if (d, h, w) != own_patch:
+            if own_patch != tuple(kernel.shape[2:]) or tuple(init_args.get("patch_size", ())) != own_patch:
+                raise ValueError(
+                    f"{kind.__name__} has tokens of {own_patch} voxels and cannot be adapted to {(d, h, w)}; load it "
+                    "without patch_size"
+                )
             changes["patch_size"] = list(kernel.shape[2:])
             kernel = resize_kernel(kernel, (d, h, w))
             init_args["patch_size"] = [d, h, w]

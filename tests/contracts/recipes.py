@@ -26,6 +26,8 @@ import agssd.methods
 from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.data_modules.pretrain import PretrainDataModule
 from agssd.methods.base import PretrainModule
+from agssd.models.backbone import Backbone
+from agssd.models.swin_unetr import SwinUNETREncoder
 from agssd.models.vit import ViT
 from agssd.transforms.crops import OverlapCrops
 
@@ -47,6 +49,17 @@ SMALL: dict[str, Any] = {
 }
 
 
+# Second to the ViT, and without its [CLS]: windows that shift and that need padding.
+SECOND = "swin"
+
+
+def encoder(family: str, drop_path: float) -> Backbone:
+    """Return a small encoder of 48 channels with tokens of 8 voxels; "vit" or "swin"."""
+    if family == SECOND:
+        return SwinUNETREncoder(1, 24, 4, (2,), (3,), 4, drop_path=drop_path)
+    return ViT(1, 8, depth=2, embed_dim=48, num_heads=3, drop_path=drop_path)
+
+
 def find_recipes() -> list[type[PretrainModule]]:
     """Return every concrete subclass of PretrainModule that a module of ``agssd.methods`` defines."""
     found = []
@@ -61,7 +74,8 @@ def find_recipes() -> list[type[PretrainModule]]:
 def variants(kind: type[PretrainModule]) -> list[dict[str, Any]]:
     """Return ``{}`` and every alternative that the signature shows.
 
-    Other choices of a ``Literal``, the other value of a bool, and 0.1 for a ``weight_*`` that is 0 by default.
+    Other choices of a ``Literal``, the other value of a bool, and 0.1 for a ``weight_*`` that is 0 by default; and the
+    second family of encoders, unless the recipe refuses it.
     """
     hints = typing.get_type_hints(kind.__init__)
     found: list[dict[str, Any]] = [{}]
@@ -73,7 +87,18 @@ def variants(kind: type[PretrainModule]) -> list[dict[str, Any]]:
             found.append({name: not parameter.default})
         elif name.startswith("weight_") and parameter.default == 0:
             found.append({name: 0.1})
+    if "backbone" in hints and refusal(kind, {}) is None:
+        found.append({"backbone": SECOND})
     return found
+
+
+def refusal(kind: type[PretrainModule], variant: dict[str, Any]) -> str | None:
+    """Return why a variant does not take the second family of encoders, or None if it does."""
+    try:
+        build(kind, **variant, backbone=SECOND)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def name_of(variant: dict[str, Any]) -> str:
@@ -87,8 +112,7 @@ def build(kind: type[PretrainModule], views: dict[str, Any] | None = None, **giv
     named = inspect.signature(kind).parameters
     settings = {name: value for name, value in SMALL.items() if name in named} | given
     if "backbone" in named:
-        drop_path = settings.pop("drop_path", 0.3)
-        settings["backbone"] = ViT(1, 8, depth=2, embed_dim=48, num_heads=3, drop_path=drop_path)
+        settings["backbone"] = encoder(settings.get("backbone", "vit"), settings.pop("drop_path", 0.3))
     if "views" in named:
         default: dict[str, Any] = {"size_vox": (24, 24, 24), "scale": (0.6, 1.0), "num_local": 2}
         settings["views"] = OverlapCrops(**default | {"local_size_vox": (16, 16, 16)} | (views or {}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import agssd.methods
 from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.hub import export_backbone, load_backbone
 from agssd.methods.base import PretrainModule
+from agssd.models.vit import ViT
 
 RECIPES = recipes.find_recipes()
 CASES = [(kind, variant) for kind in RECIPES for variant in recipes.variants(kind)]
@@ -24,7 +26,9 @@ every_recipe = pytest.mark.parametrize("kind", RECIPES, ids=lambda kind: kind.__
 every_variant = pytest.mark.parametrize(
     ("kind", "variant"), CASES, ids=[f"{kind.__name__}-{recipes.name_of(variant)}" for kind, variant in CASES]
 )
+ON_VIT = [(kind, variant) for kind, variant in CASES if "backbone" not in variant]
 STEPS, RESUMED_AT = 24, 10
+VOLUME = torch.randn(2, 1, 32, 24, 24, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -196,15 +200,60 @@ def test_recipe__checkpoint_is_data_only_and_exports_to_equal_features(
     assert seen == saved["agssd"]["contract"]["seen"]
     beside = json.loads((tmp_path / "backbone.json").read_text())["seen"]
     assert beside == {name: seen[name] for name in ("num_cases", "num_subjects", "salts")}
-    volume = torch.randn(2, 1, 32, 24, 24, generator=torch.Generator().manual_seed(0))
-    module.eval()
-    with torch.no_grad():
-        given, kept = encoder(volume), module.backbone(volume)
-    for a, b in ((given.cls, kept.cls), (given.tokens, kept.tokens), *zip(given.levels, kept.levels, strict=True)):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert_same_features(encoder, module)
     if module.has_teacher:  # the teacher's, not the student's, features
         with torch.no_grad():
-            assert not torch.allclose(module.student["backbone"](volume).cls, given.cls, atol=1e-4)
+            assert not torch.allclose(module.student["backbone"](VOLUME).cls, encoder(VOLUME).cls, atol=1e-4)
+
+
+def assert_same_features(encoder: Any, module: Any) -> None:
+    """Hold an exported encoder to the one that its module keeps."""
+    module.eval()
+    with torch.no_grad():
+        given, kept = encoder(VOLUME), module.backbone(VOLUME)
+    for a, b in ((given.cls, kept.cls), (given.tokens, kept.tokens), *zip(given.levels, kept.levels, strict=True)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------ the second family of encoders
+
+
+@every_recipe
+def test_recipe__second_family_trains_and_exports_to_equal_features(
+    kind: type[PretrainModule], tiny_cache: Path, tmp_path: Path
+) -> None:
+    if {"backbone": recipes.SECOND} not in recipes.variants(kind):
+        pytest.skip("refuses it; see the next test")
+    module = recipes.build(kind, backbone=recipes.SECOND)
+    before = copy.deepcopy(module.backbone.state_dict())
+    trainer = recipes.trainer(max_steps=2, default_root_dir=tmp_path)
+    trainer.fit(module, recipes.data_module(tiny_cache))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    encoder = load_backbone(export_backbone(tmp_path / "last.ckpt", tmp_path))
+    assert type(encoder) is type(module.backbone) and encoder.config == module.backbone.config
+    assert any(not torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert_same_features(encoder, module)
+
+
+@pytest.mark.parametrize(("kind", "variant"), ON_VIT, ids=[f"{k.__name__}-{recipes.name_of(v)}" for k, v in ON_VIT])
+def test_recipe__refuses_the_second_family_before_the_run_exactly_where_it_needs_what_only_a_vit_has(
+    kind: type[PretrainModule],
+    variant: dict[str, Any],
+    tiny_cache: Path,
+    halfway: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used = []
+    for name, needs in (("forward_visible", "cannot leave tokens out"), ("_cls_rows", r"no \[CLS\] token")):
+        plain = getattr(ViT, name)
+        monkeypatch.setattr(ViT, name, lambda *given, needs=needs, plain=plain: used.append(needs) or plain(*given))
+    module = recipes.build(kind, **variant)
+    with torch.no_grad():
+        module.pretrain_loss(module.make_views(recipes.parents(tiny_cache, [0, 1])))
+    reason = recipes.refusal(kind, variant)
+    assert (reason is not None) == bool(used), f"uses {used}, and a Swin is refused because of {reason}"
+    if reason is not None:
+        assert any(re.search(needs, reason) for needs in used) and "use a ViT" in reason
 
 
 # ------------------------------------------------------------------ teacher

@@ -15,6 +15,7 @@ import torch
 
 from agssd.data_modules.downstream import SegmentationDataModule
 from agssd.hub import export_backbone
+from agssd.models.swin_unetr import SwinUNETREncoder
 from agssd.models.vit import ViT
 from agssd.tasks.segmentation import SegmentationTask
 
@@ -48,6 +49,41 @@ def test_fit__encoder_learnt__every_part_moves(tiny_cache: Path, make_vit: MakeV
     blocks = [name for name in before if name.startswith("backbone.blocks") and name.endswith("weight")]
     moved = [name for name in blocks if not torch.equal(before[name], module.get_parameter(name))]
     assert moved == blocks
+
+
+def swin() -> SwinUNETREncoder:
+    torch.manual_seed(0)
+    return SwinUNETREncoder(1, 12, 2, (1, 2), (1, 2), 4)
+
+
+@pytest.mark.parametrize("decoder", ["unetr", "linear"])
+def test_fit__swin_unetr__every_part_moves_and_exports_to_the_same_scores(
+    tmp_path: Path, tiny_cache: Path, make_trainer: MakeTrainer, decoder: str
+) -> None:
+    module = task(swin(), decoder=decoder, feature_size=4)
+    before = {name: value.clone() for name, value in module.named_parameters()}
+    trainer = make_trainer(2)
+    trainer.fit(module, data(tiny_cache))
+    still = [name for name, value in module.named_parameters() if torch.equal(before[name], value)]
+    assert still in (["backbone.mask_token"], []), "only what masked views train may stay"
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = task(swin(), encoder=str(tmp_path / "last.ckpt"), decoder=decoder, feature_size=4)
+    again.decoder.load_state_dict(module.decoder.state_dict())
+    image = torch.randn(1, 1, 40, 33, 50)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval().segment(image), module.eval().segment(image), rtol=1e-5, atol=1e-5)
+
+
+def test_parameter_groups__swin_unetr__layers_upwards_from_the_embedding() -> None:
+    module = task(swin(), lr=1e-2, encoder_lr=1e-3, layer_decay=0.5, weight_decay=0.1)
+    groups = module.parameter_groups()
+    rates = {group["name"].removesuffix("_no_decay"): group["lr"] for group in groups}
+    assert rates == pytest.approx({"head": 1e-2} | {f"layer{i}": 1e-3 * 0.5 ** (4 - i) for i in range(5)})
+    found = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(found) == sorted(id(parameter) for parameter in module.parameters())
+    free = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    tables = [p for name, p in module.named_parameters() if "position_bias" in name]
+    assert len(tables) == 3 and all(id(table) in free for table in tables)
 
 
 def test_init__exported_encoder__same_weights_and_equal_features(tmp_path: Path, make_vit: MakeViT) -> None:

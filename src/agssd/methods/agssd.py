@@ -553,7 +553,9 @@ class AGSSD(PretrainModule):
             reconstruction[hidden] = unpatch(patches, self.grid, self.patch)[0, 0]
         masks = in_hidden_view(step.mask.unflatten(1, self.grid), views.hidden_view)
         panel = panel_of(views, index, masks, reconstruction)
-        panel["attention"] = cast(Backbone, self.teacher["backbone"]).cls_attention(views.inputs[index])
+        encoder = cast(Backbone, self.teacher["backbone"])
+        if encoder.has_cls_attention:
+            panel["attention"] = encoder.cls_attention(views.inputs[index])
         return panel
 
 

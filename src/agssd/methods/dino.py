@@ -145,5 +145,7 @@ class DINO(PretrainModule):
         if self._step is None:
             return panel_of(None, index)
         panel = panel_of(self._step[0], index)
-        panel["attention"] = cast(Backbone, self.teacher["backbone"]).cls_attention(self._step[0].inputs[index])
+        encoder = cast(Backbone, self.teacher["backbone"])
+        if encoder.has_cls_attention:
+            panel["attention"] = encoder.cls_attention(self._step[0].inputs[index])
         return panel

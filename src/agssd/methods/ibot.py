@@ -207,5 +207,7 @@ class IBOT(PretrainModule):
             return panel_of(None, index)
         views, mask, _ = self._step
         panel = panel_of(views, index, mask)
-        panel["attention"] = cast(Backbone, self.teacher["backbone"]).cls_attention(views.inputs[index])
+        encoder = cast(Backbone, self.teacher["backbone"])
+        if encoder.has_cls_attention:
+            panel["attention"] = encoder.cls_attention(views.inputs[index])
         return panel

@@ -136,6 +136,7 @@ class MAE(PretrainModule):
     ) -> None:
         super().__init__(lr, min_lr, warmup, weight_decay, betas, 0.0, seed, compile)
         self.save_hyperparameters(ignore=["backbone", "views"])
+        backbone.refuse_without_leaving_out()
         self.views = views
         self.mask_ratio = mask_ratio
         self.norm_pix = norm_pix

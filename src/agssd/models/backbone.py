@@ -39,7 +39,10 @@ class Backbone(nn.Module, ABC):
         input_weight: name of the patch embedding's parameter (E, C, *patch), by which ``agssd.load_backbone`` adapts
             the encoder to other channels or patches; "" if it cannot be adapted.
         contract: how volumes must be prepared, set by ``agssd.load_backbone``; None otherwise.
-        record_cls_attention: when True, each ``forward_views`` leaves ``last_cls_attention``.
+        has_cls_attention: whether there is a [CLS] token whose attention can be asked for.
+        can_leave_out: whether tokens can be left out (:meth:`forward_visible`).
+        record_cls_attention: when True, each ``forward_views`` leaves ``last_cls_attention``; refused where there is
+            no [CLS].
         last_cls_attention: per group (B_i, heads, D', H', W') float32, detached, of the last ``forward_views``.
     """
 
@@ -52,8 +55,36 @@ class Backbone(nn.Module, ABC):
     config: dict[str, Any]
     input_weight: str = ""
     contract: dict[str, Any] | None = None
-    record_cls_attention: bool = False
+    has_cls_attention: bool = False
+    can_leave_out: bool = False
     last_cls_attention: list[Tensor] | None = None
+    _record_cls_attention: bool = False
+
+    @property
+    def record_cls_attention(self) -> bool:
+        """Whether each ``forward_views`` leaves ``last_cls_attention``."""
+        return self._record_cls_attention
+
+    @record_cls_attention.setter
+    def record_cls_attention(self, wanted: bool) -> None:
+        if wanted and not self.has_cls_attention:
+            raise ValueError(self._no_cls())
+        self._record_cls_attention = wanted
+
+    def _no_cls(self) -> str:
+        return (
+            f"this {type(self).__name__} has no [CLS] token, hence no attention of [CLS]; use a ViT with "
+            "class_token: true, or a mask score that does not ask for it"
+        )
+
+    def refuse_without_leaving_out(self) -> None:
+        """Refuse this encoder where a recipe will need :meth:`forward_visible`.
+
+        Raises:
+            ValueError: if it cannot leave tokens out.
+        """
+        if not self.can_leave_out:
+            raise ValueError(f"{type(self).__name__} cannot leave tokens out; use a ViT, or SimMIM instead of MAE")
 
     @abstractmethod
     def forward(self, x: Tensor) -> Features:
@@ -127,7 +158,8 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: if this encoder cannot leave tokens out, or a shape does not fit.
         """
-        raise ValueError(f"{type(self).__name__} cannot leave tokens out; use a ViT, or SimMIM instead of MAE")
+        self.refuse_without_leaving_out()
+        raise NotImplementedError
 
     def freeze_mask_token(self) -> None:
         """Stop training what only masked views would train; called by recipes that mask nothing by a token."""
@@ -148,7 +180,7 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: if this encoder has no [CLS] token.
         """
-        raise ValueError(f"{type(self).__name__} has no [CLS] token, hence no attention of [CLS]; use a ViT for it")
+        raise ValueError(self._no_cls())
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the repeated parts in place; parameter names and the state dict stay as they are.
@@ -187,6 +219,40 @@ class Backbone(nn.Module, ABC):
         d, h, w = (s // p for s, p in zip(size, self.patch_size, strict=True))
         return d, h, w
 
+    def check_groups(self, views: list[Tensor], **given: list[Tensor | None] | None) -> None:
+        """Refuse ``masks`` or ``drop_noise``, named as keywords, that are not one per group of views.
+
+        Raises:
+            ValueError: naming the argument and both counts.
+        """
+        for name, entries in given.items():
+            if entries is not None and len(entries) != len(views):
+                raise ValueError(
+                    f"{name} has {len(entries)} entries for {len(views)} groups of views; give one per group"
+                )
+
+    def check_mask(self, mask: Tensor, samples: int, grid: Triple) -> None:
+        """Refuse a mask that is not bool of shape (B, D', H', W').
+
+        Raises:
+            ValueError: naming what it is and what is expected.
+        """
+        if mask.dtype != torch.bool or tuple(mask.shape) != (samples, *grid):
+            raise ValueError(
+                f"mask is {mask.dtype} {tuple(mask.shape)}; expected bool {(samples, *grid)}, True = hidden"
+            )
+
+    def check_drop_noise(self, noise: Tensor, samples: int) -> None:
+        """Refuse draws for stochastic depth that are not of shape (B, depth).
+
+        Raises:
+            ValueError: naming both shapes.
+        """
+        if tuple(noise.shape) != (samples, self.depth):
+            raise ValueError(
+                f"drop_noise has shape {tuple(noise.shape)}; expected (B, depth) = {(samples, self.depth)}"
+            )
+
     def check_input(self, x: Tensor) -> Triple:
         """Return the token grid of ``x`` (B, C, D, H, W).
 
@@ -201,6 +267,17 @@ class Backbone(nn.Module, ABC):
                 f"pass in_channels={x.shape[1]} when building or loading it"
             )
         return self.token_grid(tuple(x.shape))
+
+
+def drop_probabilities(drop_path: float, depth: int) -> tuple[float, ...]:
+    """Return the drop probability of each block: rises linearly from 0 at the first to ``drop_path`` at the last.
+
+    Raises:
+        ValueError: if ``drop_path`` is no probability below 1.
+    """
+    if not 0.0 <= drop_path < 1.0:
+        raise ValueError(f"drop_path is {drop_path}; use a probability in [0, 1)")
+    return tuple(drop_path * (i / (depth - 1) if depth > 1 else 1.0) for i in range(depth))
 
 
 def build_fresh(config: dict[str, Any], seed: int = 0) -> Backbone:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from agssd.models.backbone import Backbone
+from agssd.models.backbone import Backbone, drop_probabilities
 from agssd.models.position import Rotation, rotary_angles, rotate, sincos_position
 from agssd.types import Features, Triple
 
@@ -144,6 +144,7 @@ class ViT(Backbone):
     """
 
     input_weight = "patch_weight"
+    can_leave_out = True
 
     def __init__(
         self,
@@ -182,13 +183,9 @@ class ViT(Backbone):
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
         if rotary and (self.embed_dim // self.num_heads) % 2:
             raise ValueError(f"rotary needs an even head size, got {self.embed_dim // self.num_heads}")
-        if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f"drop_path is {drop_path}; use a probability in [0, 1)")
         self.rotary = rotary
         self.position_scale = position_scale
-        self.drop_probs = tuple(
-            drop_path * (i / (self.depth - 1) if self.depth > 1 else 1.0) for i in range(self.depth)
-        )
+        self.drop_probs = drop_probabilities(drop_path, self.depth)
         self.drop_prob_row: Tensor
         self.register_buffer("drop_prob_row", torch.tensor(self.drop_probs), persistent=False)
         self.level_blocks = tuple(i * self.depth // 4 for i in (1, 2, 3))
@@ -217,6 +214,7 @@ class ViT(Backbone):
         self.patch_weight = nn.Parameter(torch.empty(self.embed_dim, in_channels, *self.patch_size))
         self.patch_bias = nn.Parameter(torch.zeros(self.embed_dim))
         self.cls_token = nn.Parameter(torch.empty(1, self.embed_dim)) if class_token else None
+        self.has_cls_attention = class_token
         self.registers = nn.Parameter(torch.empty(num_registers, self.embed_dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.empty(self.embed_dim))
         self.blocks = nn.ModuleList(
@@ -297,10 +295,8 @@ class ViT(Backbone):
         """Return flat tokens (T, E), their groups and their grids, after masking and positions."""
         grids = [self.check_input(view) for view in views]
         for view, mask, grid in zip(views, masks, grids, strict=True):
-            if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (view.shape[0], *grid)):
-                raise ValueError(
-                    f"mask is {mask.dtype} {tuple(mask.shape)}; expected bool {(view.shape[0], *grid)}, True = hidden"
-                )
+            if mask is not None:
+                self.check_mask(mask, view.shape[0], grid)
         patches = [self._patchify(view) for view in views]
         flat = torch.cat(patches) if len(patches) > 1 else patches[0]
         embedded = F.linear(flat, self.patch_weight.flatten(1), self.patch_bias)
@@ -329,10 +325,7 @@ class ViT(Backbone):
             if uniform is None:
                 factors.append(like.new_ones(group.samples * group.length, self.depth, dtype=torch.float32))
                 continue
-            if tuple(uniform.shape) != (group.samples, self.depth):
-                raise ValueError(
-                    f"drop_noise has shape {tuple(uniform.shape)}; expected (B, depth) = {(group.samples, self.depth)}"
-                )
+            self.check_drop_noise(uniform, group.samples)
             factor = (uniform >= prob).float() / (1 - prob)
             factors.append(factor.repeat_interleave(group.length, dim=0))
         return torch.cat(factors).t().unsqueeze(-1).contiguous()
@@ -383,7 +376,7 @@ class ViT(Backbone):
         states = []
         for i, block in enumerate(self.blocks):
             last = i == self.depth - 1
-            if self.record_cls_attention and last and self.cls_token is not None and grids is not None:
+            if self.record_cls_attention and last and grids is not None:
                 with torch.no_grad():
                     self.last_cls_attention = self._cls_rows(x, groups, grids, rotations)
             x = block(x, groups, rotations, None if keep is None else keep[i])
@@ -444,11 +437,7 @@ class ViT(Backbone):
         Raises:
             ValueError: if a shape does not fit.
         """
-        for name, given in (("masks", masks), ("drop_noise", drop_noise)):
-            if given is not None and len(given) != len(views):
-                raise ValueError(
-                    f"{name} has {len(given)} entries for {len(views)} groups of views; give one per group"
-                )
+        self.check_groups(views, masks=masks, drop_noise=drop_noise)
         if not views:
             return []
         normed, _, grids = self._blocks(views, masks, drop_noise)
@@ -509,8 +498,8 @@ class ViT(Backbone):
         Raises:
             ValueError: if the encoder has no [CLS] or ``x`` does not fit.
         """
-        if self.cls_token is None:
-            raise ValueError("this ViT was built with class_token=False and has no attention of [CLS]")
+        if not self.has_cls_attention:
+            raise ValueError(self._no_cls())
         tokens, groups, grids = self._embed([x], [None])
         rotations = [self._rotation(grids[0])] if self.rotary else None
         for block in self.blocks[:-1]:

@@ -1,7 +1,7 @@
 """Decoders from the features of a backbone to class scores per voxel.
 
-Source: UNETR (Hatamizadeh et al. 2022) built from MONAI's blocks; the linear decoder is ours (SimMIM's reconstruction
-head with classes in place of intensities).
+Source: UNETR and SwinUNETR (Hatamizadeh et al. 2022) built from MONAI's blocks; the linear decoder is ours (SimMIM's
+reconstruction head with classes in place of intensities).
 """
 
 from __future__ import annotations
@@ -62,55 +62,63 @@ def up_strides(patch_size: Triple) -> list[Triple]:
 
 
 class UNETRDecoder(nn.Module):
-    """UNETR's decoder for any patch size of powers of two, with or without the full-resolution stem.
+    """UNETR's decoder for any encoder whose strides are powers of two, with or without the full-resolution stem.
 
-    The token map of the last level grows by transposed convolutions of stride 2; at each resolution between tokens and
-    voxels an earlier level joins as a skip, grown to that resolution. Levels are spread evenly over these resolutions,
-    shallow levels to the fine ones.
+    The map of the last level grows by transposed convolutions of stride 2. At each resolution between tokens and voxels
+    an earlier level joins as a skip: where the encoder is a pyramid the one of that resolution, behind a residual block
+    (SwinUNETR); else one of coarser cells, grown to that resolution. Levels on one grid, as a ViT's, are spread evenly,
+    shallow ones to the fine resolutions (UNETR).
 
     Args:
         in_channels: image channels.
         level_channels: channels of each level that the backbone returns, shallow to deep; at least one.
-        patch_size: voxels of a token per axis; powers of two.
+        level_strides: voxels per cell and axis of each level; the last is that of the tokens.
         num_classes: classes with background.
         feature_size: channels at full resolution; doubled at each coarser one.
         stem: join a convolution of the input image itself at full resolution, as UNETR does. Without it every voxel's
-            score comes from tokens alone, so that the result measures the encoder (with it a frozen random encoder
+            score comes from the encoder alone, so that the result measures the encoder (with it a frozen random ViT
             comes within a point of Dice of full training).
         norm_name: MONAI's name of the normalisation.
 
     Raises:
-        ValueError: if the patch size has a side that is no power of two.
+        ValueError: if the tokens' stride has a side that is no power of two, or a level lies on no resolution that the
+            decoder passes.
 
-    Source: UNETR. Deviates: number of steps, strides and skips follow the patch size (UNETR: 16 only); the stem can
-    be left out.
+    Source: UNETR, SwinUNETR. Deviates: number of steps, strides and skips follow the encoder (UNETR: 16 only;
+    SwinUNETR: 32 only); the stem can be left out; widths are UNETR's for both, and the deepest map of a pyramid grows
+    at once, without SwinUNETR's residual block of 16 times its feature size.
     """
 
     def __init__(
         self,
         in_channels: int,
         level_channels: Sequence[int],
-        patch_size: Triple,
+        level_strides: Sequence[Triple],
         num_classes: int,
         feature_size: int = 16,
         stem: bool = True,
         norm_name: str = "instance",
     ) -> None:
-        """Build stem, skips and upward steps for the patch size."""
+        """Build stem, skips and upward steps for the strides."""
         super().__init__()
-        strides = up_strides(patch_size)
+        self.level_strides = tuple(level_strides)
+        strides = up_strides(level_strides[-1])
         steps = len(strides)
         widths = [feature_size * 2**scale for scale in range(steps)]  # fine to coarse
-        self.skip_levels = _spread(len(level_channels) - 1, steps - 1)  # for scales 1 .. steps - 1
+        scales = [_scale_of(stride, strides) for stride in level_strides]
+        self.skip_levels = _skip_levels(scales)
         self.skips = nn.ModuleList()
         for scale, level in enumerate(self.skip_levels, 1):
-            # a skip at scale s has 2^s-fold coarser voxels than the image: it needs all steps but the last s
+            # a skip at scale s has 2^s-fold coarser voxels than the image: from scale t it needs steps t to s
             layers: list[nn.Module] = []
-            for done, stride in enumerate(strides[: steps - scale]):
-                first = level_channels[level] if done == 0 else widths[scale]
-                layers.append(UnetrPrUpBlock(3, first, widths[scale], 0, 3, 1, stride, norm_name))
+            first = level_channels[level]
+            for done, stride in enumerate(strides[steps - scales[level] : steps - scale]):
+                channels = widths[scale] if done else first
+                layers.append(UnetrPrUpBlock(3, channels, widths[scale], 0, 3, 1, stride, norm_name))
                 if done > 0:
                     layers.append(UnetrBasicBlock(3, widths[scale], widths[scale], 3, 1, norm_name, res_block=True))
+            if not layers:
+                layers.append(UnetrBasicBlock(3, first, widths[scale], 3, 1, norm_name, res_block=True))
             self.skips.append(nn.Sequential(*layers))
         self.ups = nn.ModuleList()  # coarse to fine, down to scale 1
         channels = level_channels[-1]
@@ -134,13 +142,14 @@ class UNETRDecoder(nn.Module):
         """Return scores (B, num_classes, D, H, W) for an image (B, C, D, H, W) and its features.
 
         Raises:
-            ValueError: if the levels do not share the token grid.
+            ValueError: if the levels are not those of the encoder that the decoder was built for.
         """
-        levels = features.levels
-        if any(tuple(level.shape[2:]) != tuple(features.grid) for level in levels):
+        levels, shape = features.levels, image.shape[2:]
+        expected = [tuple(n // s for n, s in zip(shape, stride, strict=True)) for stride in self.level_strides]
+        if [tuple(level.shape[2:]) for level in levels] != expected:
             raise ValueError(
-                f"the UNETR decoder needs levels on the token grid {features.grid}, got "
-                f"{[tuple(level.shape[2:]) for level in levels]}; use decoder: linear for this backbone"
+                f"the UNETR decoder was built for levels of strides {list(self.level_strides)}, for an image of "
+                f"{tuple(shape)} {expected}, got {[tuple(level.shape[2:]) for level in levels]}"
             )
         skips = [block(levels[index]) for block, index in zip(self.skips, self.skip_levels, strict=True)]
         x = levels[-1]
@@ -179,10 +188,41 @@ class LinearDecoder(nn.Module):
         return place_patches(self.proj(self.norm(features.tokens)), features.grid, self.patch_size)
 
 
+def _scale_of(stride: Triple, up: list[Triple]) -> int:
+    """Return how many of the last steps of ``up`` lead from a level of ``stride`` to the voxels.
+
+    Raises:
+        ValueError: if none does.
+    """
+    grown = (1, 1, 1)
+    for scale, step in enumerate([(1, 1, 1), *reversed(up)]):
+        grown = (grown[0] * step[0], grown[1] * step[1], grown[2] * step[2])
+        if grown == tuple(stride):
+            return scale
+    raise ValueError(
+        f"the encoder has a level of stride {tuple(stride)}, which the UNETR decoder does not pass on its way from "
+        f"tokens to voxels by {up}; use decoder: linear"
+    )
+
+
+def _skip_levels(scales: list[int]) -> list[int]:
+    """Return the level that joins at each scale between voxels and tokens, fine to coarse.
+
+    It is the earlier level whose cells are nearest in size and not smaller; of several, as of a ViT, each has its turn.
+
+    Args:
+        scales: of each level, shallow to deep; see :func:`_scale_of`.
+    """
+    steps, chosen = scales[-1], []
+    for scale in range(1, steps):
+        nearest = min((own for own in scales[:-1] if own >= scale), default=None)
+        levels = [level for level, own in enumerate(scales[:-1]) if own == nearest] or [len(scales) - 1]
+        chosen.append(levels[_spread(len(levels), steps - 1)[scale - 1]])
+    return chosen
+
+
 def _spread(available: int, wanted: int) -> list[int]:
-    """Return ``wanted`` indices of the ``available`` first levels, evenly spread and ascending; level 0 if none."""
-    if available <= 0:
-        return [0] * wanted
+    """Return ``wanted`` indices of ``available`` levels, evenly spread and ascending."""
     if wanted == 1:
         return [(available - 1) // 2]
     return [int(step * (available - 1) / (wanted - 1) + 0.5) for step in range(wanted)]

@@ -45,12 +45,15 @@ def resolve_encoder(backbone: Backbone | None, encoder: str | None) -> Backbone:
     return loaded
 
 
+NO_FUNCTION = ("drop_path", "size", "use_checkpoint")  # arguments of encoders
+
+
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration without what does not change the function computed by trained weights.
 
     ``size`` is only a name: an encoder's own configuration states the numbers behind it.
     """
-    kept = {name: value for name, value in config.get("init_args", {}).items() if name not in ("drop_path", "size")}
+    kept = {name: value for name, value in config.get("init_args", {}).items() if name not in NO_FUNCTION}
     kept = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
     return {"class_path": config.get("class_path"), "init_args": kept}
 

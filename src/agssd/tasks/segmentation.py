@@ -23,9 +23,10 @@ from agssd.types import Features, LabelledBatch, Triple
 class SegmentationTask(DownstreamTask):
     """Fine-tunes or probes an encoder for segmentation.
 
-    ``decoder: unetr`` is UNETR's decoder; ``decoder: linear`` one linear layer from a token to the classes of each
-    voxel of its patch. ``freeze_encoder: true`` with ``linear`` is the linear probe; ``stem: false`` keeps UNETR's
-    decoder from looking at the image itself, so that the result depends on the encoder.
+    ``decoder: unetr`` is UNETR's decoder, with SwinUNETR's skips where the encoder is a pyramid; ``decoder: linear``
+    one linear layer from a token to the classes of each voxel of its patch. ``freeze_encoder: true`` with ``linear`` is
+    the linear probe; ``stem: false`` keeps UNETR's decoder from looking at the image itself, so that the result depends
+    on the encoder.
 
     Training minimises Dice (without background) plus cross-entropy. Dice is taken over the crops that a device holds at
     once, because single crops often lack a class; so, unlike in pretraining, the loss changes a little with the cut of
@@ -102,7 +103,7 @@ class SegmentationTask(DownstreamTask):
             self.decoder = UNETRDecoder(
                 self.backbone.in_channels,
                 self.backbone.level_channels,
-                self.backbone.patch_size,
+                self.backbone.level_strides,
                 num_classes,
                 feature_size,
                 stem,
