@@ -154,14 +154,11 @@ class PretrainModule(L.LightningModule, ABC):
         if not distils:
             self.build_teacher()
         if masks.score == "attention":
-            one_patch = next(self.backbone.parameters()).new_zeros(1, self.backbone.in_channels, *masks.patch)
-            try:
-                with torch.no_grad():
-                    self.backbone.cls_attention(one_patch)
-            except ValueError as error:
+            if not self.backbone.has_cls_attention:
                 raise ValueError(
-                    f"mask_score attention: {error}; or choose another mask_score, loss for one"
-                ) from error
+                    f"mask_score is attention, but this {type(self.backbone).__name__} has no [CLS] token; use a ViT with "
+                    "class_token: true, or another mask_score, loss for one"
+                )
             self.backbone.record_cls_attention = distils  # in the pass over whole views that it needs anyway
 
     @torch.no_grad()
