@@ -230,7 +230,7 @@ def test_masked_recipe__attention_without_a_class_token_is_refused_when_it_is_bu
     kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipes, "ViT", partial(ViT, class_token=False))
-    with pytest.raises(ValueError, match="mask_score attention: .*class_token=False.* another mask_score"):
+    with pytest.raises(ValueError, match=r"mask_score is attention, but this ViT has no \[CLS\].*another mask_score"):
         recipes.build(kind, mask_score="attention")
     recipes.build(kind, mask_score="loss")
 

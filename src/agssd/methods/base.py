@@ -156,8 +156,8 @@ class PretrainModule(L.LightningModule, ABC):
         if masks.score == "attention":
             if not self.backbone.has_cls_attention:
                 raise ValueError(
-                    f"mask_score is attention, but this {type(self.backbone).__name__} has no [CLS] token; use a ViT with "
-                    "class_token: true, or another mask_score, loss for one"
+                    f"mask_score is attention, but this {type(self.backbone).__name__} has no [CLS] token; use a ViT "
+                    "with class_token: true, or another mask_score, loss for one"
                 )
             self.backbone.record_cls_attention = distils  # in the pass over whole views that it needs anyway
 
