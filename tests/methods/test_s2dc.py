@@ -227,6 +227,7 @@ def test_s2dc__figures_for_monitors(tiny_cache: Path) -> None:
     assert figures["valid_pairs"] == pairs.matrix.sum().item() / 8
     assert figures["dustbin"] == 0 and figures["queue_fill"] == 0
     assert -20 < figures["log_pair_mass"] < 0 and 0 < figures["dustbin_share_lost"] < 1
+    assert 0 <= figures["own_key_found"] <= 1
     assert all(math.isfinite(value) for value in figures.values())
     assert seen["cls_features"].shape == (8, 48) and len(seen["patch_features"]) == pairs.rows.sum()
     assert module.view_panel(0)["clean"].shape == (2, 32, 32, 32)

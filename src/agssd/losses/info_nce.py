@@ -29,18 +29,29 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
         return 2 * temperature * F.cross_entropy(found @ offered.T / temperature, own)
 
 
+def first_among_all(cosines: Tensor, temperature: float) -> Tensor:
+    """Return (...,): the cross-entropy of the first of (..., 1 + n) cosines, that of the own key, among all."""
+    logits = cosines / temperature
+    return logits.logsumexp(-1) - logits[..., 0]
+
+
 class KeyQueue(nn.Module):
     """Keys of earlier steps as negatives, moved once per optimiser step; stored with the checkpoint.
 
-    No negative comes from the micro-batch itself, so the result does not depend on how the batch is cut: ``loss``
-    collects the keys, and ``update`` puts those of all micro-batches and ranks in, in the order of samples, over the
-    oldest ones. Until it is full, random directions take the place of keys that are not there yet.
+    No negative comes from the micro-batch itself, so the result does not depend on how the batch is cut: ``observe``
+    collects keys, and ``update`` puts those of all micro-batches and ranks in, in the order of samples, over the oldest
+    ones. Until it is full, random directions take the place of keys that are not there yet.
 
-    Source: He et al., CVPR 2020, arXiv 1911.05722 [R: MoCo]; per optimiser step and in the order of samples: ours.
+    Queries and keys are seen from the running mean of keys, moved with the queue. What all samples share would
+    otherwise drift away from the queue's older keys for ever, which lowers the loss and tells no sample from another.
+
+    Source: He et al., CVPR 2020, arXiv 1911.05722 [R: MoCo]; per optimiser step, in the order of samples and from the
+    mean, which there is left to batch norm: ours.
 
     Args:
         size: number of keys.
         width: E.
+        momentum: share of the old mean that is kept per optimiser step.
         seed: of the random directions.
 
     Raises:
@@ -48,15 +59,20 @@ class KeyQueue(nn.Module):
     """
 
     keys: Tensor
+    mean: Tensor
     seen: Tensor
+    updates: Tensor
 
-    def __init__(self, size: int, width: int, seed: int = 0) -> None:
+    def __init__(self, size: int, width: int, momentum: float = 0.9, seed: int = 0) -> None:
         super().__init__()
         if size < 1:
             raise ValueError(f"queue_size is {size}; give at least 1 key, 90 per sample of a step, say")
+        self.momentum = momentum
         random = torch.randn(size, width, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("keys", F.normalize(random, dim=-1))
+        self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # keys put in since the start
+        self.register_buffer("updates", torch.zeros(()))
         # No buffers: DDP would overwrite the other ranks' keys with those of rank 0 at every micro-batch.
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
@@ -65,31 +81,29 @@ class KeyQueue(nn.Module):
         """(): share of the queue that holds keys of samples."""
         return (self.seen / len(self.keys)).clamp_max(1)
 
-    def loss(self, queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-        """Return (...,): cross-entropy of each query's own key among it and the keys of the queue.
+    def _directions(self, x: Tensor) -> Tensor:
+        return F.normalize(x.float() - self.mean, dim=-1, eps=1e-6)
+
+    def cosines(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return (..., 1 + size) float32: how alike each query is to its own key, first, and to those of the queue.
 
         Args:
             queries: (..., E).
             keys: (..., E) of the teacher, row by row; no gradient flows to them.
-            temperature: of the softmax.
         """
         with torch.autocast(queries.device.type, enabled=False):
-            found = F.normalize(queries.float(), dim=-1, eps=1e-6)
-            own = F.normalize(keys.detach().float(), dim=-1, eps=1e-6)
-            right = (found * own).sum(-1, keepdim=True) / temperature
-            wrong = found @ self.keys.T / temperature
-            return torch.cat([right, wrong], -1).logsumexp(-1) - right[..., 0]
+            found, own = self._directions(queries), self._directions(keys.detach())
+            return torch.cat([(found * own).sum(-1, keepdim=True), found @ self.keys.T], -1)
 
     @torch.no_grad()
     def observe(self, keys: Tensor, sample: Tensor) -> None:
         """Keep keys for the next :meth:`update`.
 
         Args:
-            keys: (B, E), one per sample; stored at length 1, as queries are compared.
+            keys: (B, E), one per sample; stored as they are compared, at length 1.
             sample: (B,) int64.
         """
-        with torch.autocast(keys.device.type, enabled=False):
-            self._waiting.append((F.normalize(keys.float(), dim=-1, eps=1e-6), sample))
+        self._waiting.append((keys.float(), sample))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -99,7 +113,10 @@ class KeyQueue(nn.Module):
         rows, sample = (gather_rows(torch.cat(parts)) for parts in zip(*self._waiting, strict=True))
         self._waiting = []
         size = len(self.keys)
-        rows = rows[sample.argsort()][-size:]  # of more keys than there is room for, the last
-        place = (self.seen + torch.arange(len(rows), device=rows.device)) % size
-        self.keys[place] = rows
-        self.seen += len(rows)
+        rows = rows[sample.argsort()]
+        last = self._directions(rows)[-size:]  # of more keys than there is room for
+        self.keys[(self.seen + torch.arange(len(last), device=last.device)) % size] = last
+        self.seen += len(last)
+        kept = torch.clamp(self.updates / (self.updates + 1), max=self.momentum)
+        self.mean.copy_(torch.lerp(rows.mean(0), self.mean, kept))
+        self.updates += 1

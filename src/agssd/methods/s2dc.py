@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agssd.geometry import mutual_neighbours
 from agssd.losses.distillation import masked_mean
-from agssd.losses.info_nce import KeyQueue
+from agssd.losses.info_nce import KeyQueue, first_among_all
 from agssd.losses.optimal_transport import DustbinTransport
 from agssd.losses.token_matching import TokenPairs, consistency, discrepancy, mean_where
 from agssd.methods.base import PretrainModule
@@ -39,6 +39,7 @@ class _Step(NamedTuple):
     pairs: TokenPairs  # of the 2B pairs of views
     log_mass: Tensor
     log_dustbin: Tensor
+    found: Tensor  # (B, 2) bool, whether a view is nearest to its own key
     cls: Tensor  # (B, 2, E) teacher
     tokens: Tensor  # (B, 2, N, E) teacher
 
@@ -60,7 +61,8 @@ class S2DC(PretrainModule):
     0.1 and a learned dustbin from 0 (ours, see :class:`agssd.losses.optimal_transport.DustbinTransport`); the paper's
     three versions of an input become two views, each seen clean by the student and changed by the teacher; negatives of
     the global term are keys of earlier steps alone (paper: other tiles of the same volume too), normalised like the
-    queries, which the released code forgets, one per sample and put in once per optimiser step; the teacher moves after
+    queries, which the released code forgets, one per sample, seen from their running mean in place of batch norm and
+    put in once per optimiser step (ours, see :class:`agssd.losses.info_nce.KeyQueue`); the teacher moves after
     the step and not in the forward pass; heads standardise over the points of a view or over channels in place of batch
     norm (ours, see :class:`agssd.models.heads.ProjectionHead`); our encoder and schedules.
 
@@ -144,7 +146,7 @@ class S2DC(PretrainModule):
         }
         self.student = nn.ModuleDict({"backbone": backbone, **heads})
         self.build_teacher()
-        self.queue = KeyQueue(queue_size, head_dim, seed)
+        self.queue = KeyQueue(queue_size, head_dim, seed=seed)
         self._step: _Step | None = None
 
     def make_views(self, batch: ParentBatch) -> Views:
@@ -164,17 +166,17 @@ class S2DC(PretrainModule):
 
         queries: Tensor = self.student["token_head"](own.tokens)
         matched = self._match(queries.flatten(0, 1), token_keys.flip(1).flatten(0, 1), pairs)
-        contrast = self.queue.loss(self.student["global_head"](own.cls), keys.flip(1), self.contrast_temperature)
+        alike = self.queue.cosines(self.student["global_head"](own.cls), keys.flip(1))  # (B, 2, 1 + queue)
         if self.training:
             self.queue.observe(keys[:, 0], views.sample)
         terms = {
             "discrepancy": matched.discrepancy.mean(),
             "consistency": matched.consistency.mean(),
-            "global": contrast.mean(),
+            "global": first_among_all(alike, self.contrast_temperature).mean(),
         }
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         log_mass, log_dustbin = matched.log_mass.detach(), matched.log_dustbin.detach()
-        self._step = _Step(views, pairs, log_mass, log_dustbin, seen.cls, seen.tokens)
+        self._step = _Step(views, pairs, log_mass, log_dustbin, alike.detach().argmax(-1) == 0, seen.cls, seen.tokens)
         return LossTerms(total, terms, own.shared)
 
     def after_optimizer_step(self) -> None:
@@ -222,7 +224,7 @@ class S2DC(PretrainModule):
         """Outputs of the last micro-batch for monitors: where the mass goes, and how alike counterparts are."""
         if self._step is None:
             return None
-        views, pairs, log_mass, log_dustbin, cls, tokens = self._step
+        views, pairs, log_mass, log_dustbin, found, cls, tokens = self._step
         with torch.no_grad():
             rows, others = tokens.flatten(0, 1).float(), tokens.flip(1).flatten(0, 1).float()
             index = pairs.partner[..., None].expand_as(others)
@@ -237,6 +239,7 @@ class S2DC(PretrainModule):
                 "dustbin_share_paired": mean_where(share, pairs.paired).mean(),
                 "dustbin_share_lost": masked_mean(share, pairs.lost_rows),
                 "correspondence_margin": masked_mean(same - random, pairs.paired),
+                "own_key_found": found.float().mean(),
                 "queue_fill": self.queue.fill,
             }
         return {
