@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from monai.networks.nets import SwinUNETR
 
-import agssd.lightning_cli
 from agssd.lightning_cli import AgssdCLI
+from agssd.models.monai_swin_keys import load_into_monai_swin
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -23,6 +24,7 @@ FILES = sorted(CONF.rglob("*.yaml"))
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
 WITHOUT_METHOD = ("small", "ct", "mri")
 PRETRAINING = [path for path in EXPERIMENTS if path.stem.startswith("agssd") or path.stem in WITHOUT_METHOD]
+BACKBONES = sorted((CONF / "backbone").glob("*.yaml"))
 METHODS = sorted((CONF / "method").glob("*.yaml"))
 TASKS = [path for path in EXPERIMENTS if path not in PRETRAINING]
 OVERLAYS = sorted((CONF / "cluster").glob("*.yaml"))
@@ -70,6 +72,19 @@ def only_build(monkeypatch: pytest.MonkeyPatch) -> list[AgssdCLI]:
 
     monkeypatch.setattr(AgssdCLI, "_run_subcommand", stop)
     return built
+
+
+@pytest.fixture
+def only_parse(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let the CLI parse and then stop by ``Parsed``; return the list that receives the configuration."""
+    seen: list[Any] = []
+
+    def stop(self: AgssdCLI) -> None:
+        seen.append(self.config["fit"])
+        raise Parsed
+
+    monkeypatch.setattr(AgssdCLI, "before_instantiate_classes", stop)
+    return seen
 
 
 def arguments(experiment: Path, *more: str) -> list[str]:
@@ -123,19 +138,10 @@ def test_overlay__says_where_and_never_what(overlay: Path) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=names(OVERLAYS))
 @pytest.mark.parametrize("experiment", PRETRAINING, ids=names(PRETRAINING))
-def test_overlay__merges_into_every_experiment(
-    overlay: Path, experiment: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
-
-    def stop(self: AgssdCLI) -> None:
-        seen.append(self.config["fit"])
-        raise Parsed
-
-    monkeypatch.setattr(agssd.lightning_cli.AgssdCLI, "before_instantiate_classes", stop)
+def test_overlay__merges_into_every_experiment(overlay: Path, experiment: Path, only_parse: list[Any]) -> None:
     with pytest.raises(Parsed):
         AgssdCLI(arguments(experiment, "--config", str(overlay)))
-    (config,) = seen
+    (config,) = only_parse
     given = content(overlay)["trainer"]
     assert config.trainer.devices == given["devices"]
     trainer = content(CONF / "experiment" / content(experiment)["trainer"])
@@ -204,6 +210,42 @@ def test_method__keeps_its_own_settings_in_every_experiment(
     if ratio is not None:
         schedule._apply(cli.trainer, cli.model)
         assert list(cli.model.mask_ratio) == ratio, "the experiment's ratio replaces the method's"
+
+
+@pytest.mark.parametrize("second", BACKBONES, ids=names(BACKBONES))
+@pytest.mark.parametrize("first", BACKBONES, ids=names(BACKBONES))
+def test_backbone__replaces_another_without_a_trace(first: Path, second: Path, only_parse: list[Any]) -> None:
+    with pytest.raises(Parsed):
+        AgssdCLI(arguments(CONF / "experiment/ct.yaml", "--backbone", str(first), "--backbone", str(second)))
+    (config,) = only_parse
+    for found in (config.backbone, config.model.init_args.backbone):
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.init_args.items()}
+        assert {"class_path": found.class_path, "init_args": plain} == content(second)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=names(METHODS))
+def test_method__takes_the_second_family_of_encoders_or_says_why_not(
+    method: Path, only_build: list[AgssdCLI], capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = ["--model", str(method), "--backbone", str(CONF / "backbone/swin_unetr_tiny.yaml")]
+    command = ["fit", "--config", str(CONF / "experiment/small.yaml"), *parts, "--data.cache", "cache.h5"]
+    try:
+        AgssdCLI([*command, "--trainer.accelerator", "cpu"])
+    except ValueError as error:
+        assert method.stem == "mae" and "SwinUNETREncoder cannot leave tokens out; use a ViT" in str(error)
+        return
+    encoder = only_build[0].model.backbone
+    assert type(encoder).__name__ == "SwinUNETREncoder" and encoder.patch_size == (8, 8, 8)
+
+
+def test_swin_unetr_v2__has_monais_usual_sizes(only_build: list[AgssdCLI]) -> None:
+    parts = ["--model", str(CONF / "method/simmim.yaml"), "--backbone", str(CONF / "backbone/swin_unetr_v2.yaml")]
+    command = ["fit", "--config", str(CONF / "experiment/ct.yaml"), *parts, "--data.cache", "cache.h5"]
+    AgssdCLI([*command, "--trainer.accelerator", "cpu"])
+    encoder = only_build[0].model.backbone
+    network = SwinUNETR(1, 2, feature_size=48, use_v2=True, downsample="mergingv2")
+    load_into_monai_swin(encoder, network)
+    assert encoder.token_grid((96, 96, 96)) == (3, 3, 3) and encoder.embed_dim == 768
 
 
 def test_agssd_small__trains_and_its_callbacks_act(tiny_cache: Path, tmp_path: Path) -> None:
