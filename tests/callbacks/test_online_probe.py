@@ -47,10 +47,11 @@ def figures(folder: Path) -> dict[int, dict[str, float]]:
     return found
 
 
-def test_online_probe__training_is_the_same_bit_for_bit(make_trainer: Make, tiny_cache: Path) -> None:
+@pytest.mark.parametrize("kind", [AGSSD, SimMIM])
+def test_online_probe__training_is_the_same_bit_for_bit(make_trainer: Make, tiny_cache: Path, kind: Any) -> None:
     results = []
     for probe in ([], [OnlineProbe(**QUICK)]):
-        module = recipes.build(AGSSD)
+        module = recipes.build(kind)
         modes: list[bool] = []
         original = module.training_step
 

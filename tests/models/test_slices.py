@@ -114,14 +114,47 @@ def test_load_slice_model__local_weights__whole_and_strict(timm, name: str, tmp_
     assert not torch.allclose(SliceEncoder(fresh, patch_vox=8)(image).tokens, outputs[0], atol=1e-4)
 
 
+def test_load_slice_model__dinov3_in_its_authors_names(
+    timm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "vit_small_patch16_dinov3"
+    torch.manual_seed(1)
+    source = timm.create_model(name, num_classes=0).eval()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.normal_(std=0.02)
+    renamed = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma", "reg_token": "storage_tokens"}
+    state = {}
+    for key, value in source.state_dict().items():
+        for ours, theirs in renamed.items():
+            key = key.replace(ours, theirs)
+        state[key] = value
+    state |= {"mask_token": torch.zeros(1, 384), "rope_embed.periods": torch.zeros(16)}
+    assert set(state) != set(source.state_dict())
+    torch.save(state, tmp_path / "dinov3_vits16_pretrain.pth")
+    loaded = load_slice_model(name, tmp_path / "dinov3_vits16_pretrain.pth")
+    for key, value in source.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    assert not capsys.readouterr().out
+    found = SliceEncoder(loaded, axis="coronal", patch_vox=8)(torch.rand(1, 1, 24, 2, 40))
+    assert found.grid == (3, 2, 5) and found.tokens.shape == (1, 30, 384) and torch.isfinite(found.tokens).all()
+    del state["norm.weight"]
+    torch.save(state, tmp_path / "torn.pth")
+    with pytest.raises(ValueError, match=f"do not fit {name}.*norm.weight"):
+        load_slice_model(name, tmp_path / "torn.pth")
+
+
 def test_load_slice_model__wrong_names_and_files__refused(timm, tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(b"nothing")
     torch.save({"other": torch.zeros(1)}, tmp_path / "o.pth")
+    (tmp_path / "code.pth").write_bytes(b"cbuiltins\nexec\n(Vraise SystemExit\ntR.")  # a pickle that runs code
     for name, file, reason in (
         ("no_such_model", "random", "timm cannot make"),
         ("test_vit", "missing.pth", "no such file"),
         ("test_vit", "w.pth", "cannot be read as weights"),
+        ("test_vit", "code.pth", "cannot be read as weights"),
         ("test_vit", "o.pth", "do not fit test_vit"),
+        ("vit_small_patch16_dinov3", "o.pth", "do not fit vit_small_patch16_dinov3"),
     ):
         weights = file if file == "random" else tmp_path / file
         with pytest.raises(ValueError, match=reason):

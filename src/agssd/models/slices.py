@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,8 +126,8 @@ def load_slice_model(name: str, weights: str | Path) -> nn.Module:
 
     Args:
         name: of timm, for example ``vit_small_patch16_dinov3``.
-        weights: a file of safetensors or a PyTorch state dict, read as data only; "random" for fresh weights, the same
-            each time.
+        weights: a file of safetensors or a PyTorch state dict, read as data only, in timm's names or in those of the
+            model's authors that timm knows; "random" for fresh weights, the same each time.
 
     Raises:
         ValueError: without timm, for a name that it does not know, and for a file that is not there or does not fit.
@@ -152,11 +155,25 @@ def load_slice_model(name: str, weights: str | Path) -> nn.Module:
     except Exception as error:
         raise ValueError(f"--weights {weights} cannot be read as weights: {str(error).partition(chr(10))[0]}") from None
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    kept = {key: value for key, value in state.items() if not key.startswith(tuple(f"{head}." for head in heads))}
+    heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else tuple(classifier)))
     try:
-        model.load_state_dict(kept)
+        if {key for key in state if not key.startswith(heads)} != set(model.state_dict()):
+            state = _in_timm_names(state, model)
+        model.load_state_dict({key: value for key, value in state.items() if not key.startswith(heads)})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"--weights {weights} do not fit {name}: {reason}") from None
     return model
+
+
+def _in_timm_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return ``state`` as timm's own loader would rename it for ``model``; as it is where timm knows no other names."""
+    convert = getattr(import_module(type(model).__module__), "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    try:
+        with redirect_stdout(StringIO()):  # it prints what it tries
+            converted: dict[str, Tensor] = convert(state, model)
+    except (AttributeError, KeyError, RuntimeError, ValueError):  # nothing that it knows
+        return state
+    return converted
