@@ -28,8 +28,8 @@ def interval() -> int:
 def time_probe(rounds: int, device: Any, folder: Path) -> list[tuple[float, float]]:
     """Return per round the seconds of one probe and of the steps of the default interval before it.
 
-    SimMIM, whose step is cheap, at the size of conf/experiment/small.yaml; the steps are those of one run as it is, with
-    data loading and views, of which ``STEPS_TIMED`` are timed before each probe.
+    SimMIM, whose step is cheap, at the size of conf/experiment/small.yaml; the steps are those of one run as it is,
+    with data loading and views, of which ``STEPS_TIMED`` are timed before each probe.
 
     Args:
         rounds: how many, after one probe that does not count.
