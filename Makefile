@@ -20,7 +20,9 @@ SMALL := \
 	--also 'dino, small conf/method/dino.yaml $(BALANCED) --model.centre_momentum 0.83 --model.temperature_teacher [0.03,0.03]' \
 	--also 'ibot, small conf/method/ibot.yaml $(BALANCED) --model.centre_momentum 0.85 --model.temperature_cls [0.03,0.03] --model.temperature_patch [0.03,0.035] --model.shared_head false' \
 	--also 'dinov2, small conf/method/dinov2.yaml $(HEADS)' \
-	--also 'mae, small conf/method/mae.yaml --model.decoder_dim 96 --model.decoder_depth 2 --model.decoder_heads 3'
+	--also 'mae, small conf/method/mae.yaml --model.decoder_dim 96 --model.decoder_depth 2 --model.decoder_heads 3' \
+	--also 's2dc, small conf/method/s2dc.yaml --model.head_hidden 512 --model.head_dim 128' \
+	--also 's2dc, small, SwinUNETR conf/method/s2dc.yaml --model.head_hidden 512 --model.head_dim 128 --backbone conf/backbone/swin_unetr_tiny.yaml'
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow fmt lint types smoke conf bench bench-gpu bench-data bench-methods wheel
