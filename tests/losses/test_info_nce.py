@@ -62,13 +62,13 @@ def test_queue__loss_equals_numpy() -> None:
     queue = KeyQueue(20, 12)
     queue.observe(rows(9, 12, 2) + 2, torch.arange(9))
     queue.update()
-    mean = (rows(9, 12, 2) + 2).double().numpy().mean(0)
+    mean = unit(rows(9, 12, 2) + 2).double().numpy().mean(0)
     queries, keys = rows(5, 12, 0) + 1, 3 * rows(5, 12, 1)
     given = first_among_all(queue.cosines(queries, keys), 0.3)
     for i in range(5):
-        q, k = (x[i].double().numpy() - mean for x in (queries, keys))
-        q, k = q / np.linalg.norm(q), k / np.linalg.norm(k)
-        logits = np.concatenate([[q @ k], queue.keys.double().numpy() @ q]) / 0.3
+        q, k = (unit(x[i]).double().numpy() - mean for x in (queries, keys))
+        others = [*queue.keys.double().numpy(), k]
+        logits = np.array([q @ other / np.linalg.norm(q) / np.linalg.norm(other) for other in reversed(others)]) / 0.3
         assert given[i].item() == pytest.approx(np.log(np.exp(logits).sum()) - logits[0], rel=1e-5)
 
 
@@ -78,8 +78,13 @@ def test_queue__keys_are_as_long_as_queries_and_no_gradient_reaches_them() -> No
     queries, keys = (100 * rows(4, 8, 0)).requires_grad_(), (1e-3 * rows(4, 8, 1)).requires_grad_()
     queue.observe(keys, torch.arange(4))
     queue.update()
-    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(6))
     torch.testing.assert_close(queue.keys[:4], unit(keys.detach()))
+    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(6))
+    longer = KeyQueue(6, 8)
+    longer.observe(7 * keys, torch.arange(4))
+    longer.update()
+    torch.testing.assert_close(longer.cosines(queries, 3 * keys), queue.cosines(5 * queries, keys))
+    assert queue.cosines(queries, keys).abs().max() <= 1 + 1e-6
     first_among_all(queue.cosines(queries, keys), 0.9).sum().backward()
     assert queries.grad is not None and keys.grad is None
 
@@ -98,7 +103,7 @@ def test_queue__what_all_samples_share_does_not_lower_the_loss() -> None:
         return loss
 
     alone = last_loss(0, 0)
-    assert last_loss(1, 0) == pytest.approx(alone, rel=1e-4)
+    assert last_loss(1, 0) == pytest.approx(alone, rel=0.01)
     assert last_loss(1, 0.05) > alone and last_loss(1, 0.2) > last_loss(1, 0.05)
 
 
@@ -110,7 +115,7 @@ def test_queue__mean_is_that_of_all_keys_first_and_of_the_last_steps_later() -> 
         queue.observe(keys, torch.arange(3 * step, 3 * step + 3))
         queue.update()
         kept = min(step / (step + 1), 0.5)
-        expected = kept * expected + (1 - kept) * keys.double().numpy().mean(0)
+        expected = kept * expected + (1 - kept) * unit(keys).double().numpy().mean(0)
         np.testing.assert_allclose(queue.mean.double().numpy(), expected, rtol=1e-5, atol=1e-7)
 
 

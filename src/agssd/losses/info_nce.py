@@ -42,8 +42,9 @@ class KeyQueue(nn.Module):
     collects keys, and ``update`` puts those of all micro-batches and ranks in, in the order of samples, over the oldest
     ones. Until it is full, random directions take the place of keys that are not there yet.
 
-    Queries and keys are seen from the running mean of keys, moved with the queue. What all samples share would
-    otherwise drift away from the queue's older keys for ever, which lowers the loss and tells no sample from another.
+    Queries and keys are compared by their directions from the running mean of keys, of each key's own time; all have
+    length 1 before and after. What all samples share would otherwise drift away from the queue's older keys for ever,
+    which lowers the loss and tells no sample from another.
 
     Source: He et al., CVPR 2020, arXiv 1911.05722 [R: MoCo]; per optimiser step, in the order of samples and from the
     mean, which there is left to batch norm: ours.
@@ -81,8 +82,8 @@ class KeyQueue(nn.Module):
         """(): share of the queue that holds keys of samples."""
         return (self.seen / len(self.keys)).clamp_max(1)
 
-    def _directions(self, x: Tensor) -> Tensor:
-        return F.normalize(x.float() - self.mean, dim=-1, eps=1e-6)
+    def _from_mean(self, x: Tensor) -> Tensor:
+        return F.normalize(x.float(), dim=-1, eps=1e-6) - self.mean
 
     def cosines(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Return (..., 1 + size) float32: how alike each query is to its own key, first, and to those of the queue.
@@ -92,15 +93,18 @@ class KeyQueue(nn.Module):
             keys: (..., E) of the teacher, row by row; no gradient flows to them.
         """
         with torch.autocast(queries.device.type, enabled=False):
-            found, own = self._directions(queries), self._directions(keys.detach())
-            return torch.cat([(found * own).sum(-1, keepdim=True), found @ self.keys.T], -1)
+            found, own, others = (
+                F.normalize(x, dim=-1, eps=1e-6)
+                for x in (self._from_mean(queries), self._from_mean(keys.detach()), self.keys)
+            )
+            return torch.cat([(found * own).sum(-1, keepdim=True), found @ others.T], -1)
 
     @torch.no_grad()
     def observe(self, keys: Tensor, sample: Tensor) -> None:
         """Keep keys for the next :meth:`update`.
 
         Args:
-            keys: (B, E), one per sample; stored as they are compared, at length 1.
+            keys: (B, E), one per sample.
             sample: (B,) int64.
         """
         self._waiting.append((keys.float(), sample))
@@ -113,8 +117,8 @@ class KeyQueue(nn.Module):
         rows, sample = (gather_rows(torch.cat(parts)) for parts in zip(*self._waiting, strict=True))
         self._waiting = []
         size = len(self.keys)
-        rows = rows[sample.argsort()]
-        last = self._directions(rows)[-size:]  # of more keys than there is room for
+        rows = F.normalize(rows[sample.argsort()], dim=-1, eps=1e-6)
+        last = self._from_mean(rows)[-size:]  # of more keys than there is room for
         self.keys[(self.seen + torch.arange(len(last), device=last.device)) % size] = last
         self.seen += len(last)
         kept = torch.clamp(self.updates / (self.updates + 1), max=self.momentum)

@@ -30,6 +30,7 @@ class _Matched(NamedTuple):
     consistency: Tensor  # (V,)
     log_mass: Tensor  # (V, N) log of the plan at each row's counterpart
     log_dustbin: Tensor  # (V, N) log of each row's share in the dustbin
+    margin: Tensor  # (V,) cosine of counterparts minus that of others
 
 
 class _Step(NamedTuple):
@@ -37,8 +38,7 @@ class _Step(NamedTuple):
 
     views: Views
     pairs: TokenPairs  # of the 2B pairs of views
-    log_mass: Tensor
-    log_dustbin: Tensor
+    matched: _Matched
     found: Tensor  # (B, 2) bool, whether a view is nearest to its own key
     cls: Tensor  # (B, 2, E) teacher
     tokens: Tensor  # (B, 2, N, E) teacher
@@ -175,8 +175,8 @@ class S2DC(PretrainModule):
             "global": first_among_all(alike, self.contrast_temperature).mean(),
         }
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        log_mass, log_dustbin = matched.log_mass.detach(), matched.log_dustbin.detach()
-        self._step = _Step(views, pairs, log_mass, log_dustbin, alike.detach().argmax(-1) == 0, seen.cls, seen.tokens)
+        matched = _Matched(*(x.detach() for x in matched))
+        self._step = _Step(views, pairs, matched, alike.detach().argmax(-1) == 0, seen.cls, seen.tokens)
         return LossTerms(total, terms, own.shared)
 
     def after_optimizer_step(self) -> None:
@@ -214,30 +214,41 @@ class S2DC(PretrainModule):
         with torch.autocast(queries.device.type, enabled=False):
             cosines = F.normalize(queries.float(), dim=-1, eps=1e-6) @ F.normalize(keys.float(), dim=-1, eps=1e-6).mT
             log_plan: Tensor = self.student["transport"](cosines, truth.rows, truth.columns)
-            mass = truth.of_partner(log_plan[:, :-1, :-1])
-            return _Matched(discrepancy(log_plan, truth), consistency(cosines, truth), mass, log_plan[:, :-1, -1])
+            margin = mean_where(truth.of_partner(cosines), truth.paired) - mean_where(cosines, truth.others)
+            return _Matched(
+                discrepancy=discrepancy(log_plan, truth),
+                consistency=consistency(cosines, truth),
+                log_mass=truth.of_partner(log_plan[:, :-1, :-1]),
+                log_dustbin=log_plan[:, :-1, -1],
+                margin=margin,
+            )
 
     # ------------------------------------------------------------ monitors
 
     @property
     def observations(self) -> Observations | None:
-        """Outputs of the last micro-batch for monitors: where the mass goes, and how alike counterparts are."""
+        """Outputs of the last micro-batch for monitors: where the mass goes, and how alike counterparts are.
+
+        ``matching_margin`` is that of the projections that the losses see, ``correspondence_margin`` that of the
+        teacher's tokens before the head.
+        """
         if self._step is None:
             return None
-        views, pairs, log_mass, log_dustbin, found, cls, tokens = self._step
+        views, pairs, matched, found, cls, tokens = self._step
         with torch.no_grad():
             rows, others = tokens.flatten(0, 1).float(), tokens.flip(1).flatten(0, 1).float()
             index = pairs.partner[..., None].expand_as(others)
             same = torch.cosine_similarity(rows, others.gather(1, index), dim=-1)
             random = torch.cosine_similarity(rows, others.gather(1, index.roll(1, 1)), dim=-1)
-            share = log_dustbin.exp()
+            share = matched.log_dustbin.exp()
             figures = {
                 "overlap": views.geometry.overlap.mean(),
                 "valid_pairs": pairs.paired.float().sum(1).mean(),
-                "log_pair_mass": mean_where(log_mass, pairs.paired).mean(),
+                "log_pair_mass": mean_where(matched.log_mass, pairs.paired).mean(),
                 "dustbin": cast(DustbinTransport, self.student["transport"]).dustbin.detach().clone(),
                 "dustbin_share_paired": mean_where(share, pairs.paired).mean(),
                 "dustbin_share_lost": masked_mean(share, pairs.lost_rows),
+                "matching_margin": matched.margin.mean(),
                 "correspondence_margin": masked_mean(same - random, pairs.paired),
                 "own_key_found": found.float().mean(),
                 "queue_fill": self.queue.fill,
