@@ -56,7 +56,7 @@ SECOND = "swin"
 def encoder(family: str, drop_path: float) -> Backbone:
     """Return a small encoder of 48 channels with tokens of 8 voxels; "vit" or "swin"."""
     if family == SECOND:
-        return SwinUNETREncoder(1, 24, 4, (2,), (3,), 4, drop_path=drop_path)
+        return SwinUNETREncoder(1, 24, 4, (2,), (2,), 3, 2.0, drop_path=drop_path)
     return ViT(1, 8, depth=2, embed_dim=48, num_heads=3, drop_path=drop_path)
 
 

@@ -76,9 +76,9 @@ class SwinUNETREncoder(Backbone):
     MONAI's, below ``swinViT.``; :mod:`agssd.models.monai_swin_keys` takes weights over and gives them back. The
     residual stream stays float32 under autocast.
 
-    Where a grid is smaller than the window, MONAI shrinks the window but reads its bias from the first rows of the
-    table for the full one, so offsets no longer match places; it is kept for equality. Choose a window that fits the
-    smallest grid to avoid it.
+    Where a grid is smaller than the window, MONAI shrinks the window but looks biases up as for the first cells of the
+    full one, so that they no longer belong to offsets; this is kept for equality. A window that fits the smallest grid
+    avoids it.
 
     Source: Hatamizadeh et al. 2022, arXiv 2201.01266; MONAI's implementation.
     Deviates: the order in which cells are joined is stated here, because MONAI's "merging" differs between its versions
@@ -97,7 +97,7 @@ class SwinUNETREncoder(Backbone):
             version 1.5 on, and "merging_1.4" up to 1.4, by which most released weights were trained.
         drop_path: drop probability of the last block; rises linearly from 0 at the first. Acts only on views whose
             ``drop_noise`` is given, in train and eval mode alike.
-        use_checkpoint: compute blocks anew in the backward pass, for less memory and about a third more time.
+        use_checkpoint: compute blocks anew in the backward pass, for less memory and more time.
     """
 
     input_weight = "swinViT.patch_embed.proj.weight"
