@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import re
@@ -87,6 +88,36 @@ def test_recipe__loss_in_bfloat16_is_within_two_percent(
     for name, value in exact.terms.items():
         assert rounded.terms[name].dtype == torch.float32
         assert float(rounded.terms[name]) == pytest.approx(float(value), rel=0.02, abs=2e-3), name
+
+
+# Settings that would give NaN, divide by 0, or leave hidden tokens out of the loss without a word.
+WRONG: dict[str, tuple[Any, ...]] = {
+    "mask_ratio": ((0.7, 0.3), (-0.5, 0.5), (0.0, 0.0), (1.0, 1.0), (0.5, 1.5)),
+    "mask_block": (0, -1, 2),  # of a grid of 3
+    "mask_temperature": ((4.0, 0.0),),
+    "temperature": (0.0,),
+    "temperature_student": (0.0, -1.0),
+    "temperature_teacher": ((0.0, 0.07),),
+    "temperature_patch": ((0.04, -1.0),),
+    "contrast_temperature": (0.0,),
+    "transport_temperature": (0.0,),
+    "num_prototypes": (0,),
+    "head_hidden": (0,),
+    "head_bottleneck": (0,),
+    "head_dim": (0,),
+    "points_per_axis": (0,),
+    "crop_scale": (0.0, -1.0),
+    "prob_paint": (-0.1, 1.5),
+}
+
+
+@every_recipe
+def test_recipe__settings_out_of_range_are_refused_by_name_when_it_is_built(kind: type[PretrainModule]) -> None:
+    recipes.build(kind)
+    for name in WRONG.keys() & inspect.signature(kind).parameters.keys():
+        for value in WRONG[name]:
+            with pytest.raises(ValueError, match=name.replace("_", "[_ ]")):
+                recipes.build(kind, **{name: value})
 
 
 # ------------------------------------------------------------------ the run

@@ -16,6 +16,20 @@ from agssd.distributed import all_max, all_sum
 from agssd.types import Observations
 
 
+def refuse_temperatures(**given: float | tuple[float, float]) -> None:
+    """Refuse temperatures, or ranges of them, that logits cannot be divided by.
+
+    Args:
+        given: by the name of the setting.
+
+    Raises:
+        ValueError: if one is not above 0.
+    """
+    for name, value in given.items():
+        if min(value if isinstance(value, (tuple, list)) else (value,)) <= 0:
+            raise ValueError(f"{name} is {value}; a temperature lies above 0, 0.1 say")
+
+
 def cross_entropy(targets: Tensor, logits: Tensor) -> Tensor:
     """Return (...,): ``-sum_k p_k log softmax(logits)_k``.
 

@@ -10,7 +10,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from agssd.geometry import constant, correspondence, sample_tokens, token_centres
-from agssd.losses.distillation import Centre, cross_entropy, masked_mean, multi_crop_cross_entropy, sinkhorn
+from agssd.losses.distillation import (
+    Centre,
+    cross_entropy,
+    masked_mean,
+    multi_crop_cross_entropy,
+    refuse_temperatures,
+    sinkhorn,
+)
 from agssd.losses.koleo import koleo
 from agssd.losses.reconstruction import patch_l1, standardise_patches
 from agssd.methods.base import PretrainModule
@@ -163,6 +170,11 @@ class AGSSD(PretrainModule):
     ) -> None:
         super().__init__(lr, min_lr, warmup, weight_decay, betas, freeze_last_layer, seed, compile)
         self.save_hyperparameters(ignore=["backbone", "views"])
+        refuse_temperatures(
+            temperature_student=temperature_student,
+            temperature_cls=temperature_cls,
+            temperature_patch=temperature_patch,
+        )
         self.views = views
         self.weights = {"cls": weight_cls, "patch": weight_patch, "rec": weight_reconstruction, "koleo": weight_koleo}
         self.assignment = assignment

@@ -44,6 +44,7 @@ class PretrainModule(L.LightningModule, ABC):
     student: nn.ModuleDict
     teacher: nn.ModuleDict  # only where build_teacher was called
     masks: MaskSampler  # only where hide_by was called
+    mask_ratio: tuple[float, float]  # likewise, set before it
     last_layers: tuple[nn.Parameter, ...] = ()
     weights: Mapping[str, float] = MappingProxyType({})  # of the loss terms; 1 where a term has none
     measure_gradients: bool = False
@@ -140,13 +141,17 @@ class PretrainModule(L.LightningModule, ABC):
     # -------------------------------------------------------------- masks
 
     def hide_by(self, masks: MaskSampler) -> None:
-        """Hide patches as ``masks`` says; called after ``student`` and teacher are built.
+        """Hide patches as ``masks`` says; called after ``student`` and teacher are built and ``mask_ratio`` is set.
 
         A score of the teacher gives a recipe without one a momentum teacher, which is then what is exported.
 
         Raises:
-            ValueError: if the score is the attention of [CLS] and the encoder has none.
+            ValueError: if ``mask_ratio`` is no range of shares, or the score is the attention of [CLS] and the encoder
+                has none.
         """
+        low, high = self.mask_ratio
+        if not 0 < low <= high < 1:
+            raise ValueError(f"mask_ratio is ({low}, {high}); give two shares of hidden tokens, 0 < low <= high < 1")
         self.masks = masks
         if masks.score not in TEACHER_SCORES:
             return

@@ -7,7 +7,11 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from agssd.losses.distillation import Centre, multi_crop_cross_entropy
+from agssd.losses.distillation import (
+    Centre,
+    multi_crop_cross_entropy,
+    refuse_temperatures,
+)
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
 from agssd.models.heads import PrototypeHead, move_means
@@ -74,6 +78,7 @@ class DINO(PretrainModule):
     ) -> None:
         super().__init__(lr, min_lr, warmup, weight_decay, betas, freeze_last_layer, seed, compile)
         self.save_hyperparameters(ignore=["backbone", "views"])
+        refuse_temperatures(temperature_student=temperature_student, temperature_teacher=temperature_teacher)
         self.views = views
         self.appearance = Appearance(**(appearance or {}))
         self.temperature_student = temperature_student

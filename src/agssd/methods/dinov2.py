@@ -7,7 +7,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from agssd.losses.distillation import PatchDistillation, cross_entropy, masked_mean, multi_crop_cross_entropy, sinkhorn
+from agssd.losses.distillation import (
+    PatchDistillation,
+    cross_entropy,
+    masked_mean,
+    multi_crop_cross_entropy,
+    refuse_temperatures,
+    sinkhorn,
+)
 from agssd.losses.koleo import koleo
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
@@ -88,6 +95,7 @@ class DINOv2(PretrainModule):
     ) -> None:
         super().__init__(lr, min_lr, warmup, weight_decay, betas, freeze_last_layer, seed, compile)
         self.save_hyperparameters(ignore=["backbone", "views"])
+        refuse_temperatures(temperature_student=temperature_student, temperature_teacher=temperature_teacher)
         self.views = views
         self.appearance = Appearance(**(appearance or {}))
         self.weights = {"cls": weight_cls, "patch": weight_patch, "koleo": weight_koleo}

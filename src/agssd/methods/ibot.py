@@ -7,7 +7,14 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from agssd.losses.distillation import Centre, PatchDistillation, cross_entropy, masked_mean, multi_crop_cross_entropy
+from agssd.losses.distillation import (
+    Centre,
+    PatchDistillation,
+    cross_entropy,
+    masked_mean,
+    multi_crop_cross_entropy,
+    refuse_temperatures,
+)
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
 from agssd.models.heads import PrototypeHead, move_means, predict_hidden
@@ -94,6 +101,11 @@ class IBOT(PretrainModule):
     ) -> None:
         super().__init__(lr, min_lr, warmup, weight_decay, betas, freeze_last_layer, seed, compile)
         self.save_hyperparameters(ignore=["backbone", "views"])
+        refuse_temperatures(
+            temperature_student=temperature_student,
+            temperature_cls=temperature_cls,
+            temperature_patch=temperature_patch,
+        )
         self.views = views
         self.appearance = Appearance(**(appearance or {}))
         self.weights = {"cls": weight_cls, "patch": weight_patch}

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from agssd.losses.distillation import refuse_temperatures
 from agssd.losses.info_nce import info_nce
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
@@ -65,6 +66,7 @@ class MoCoV3(PretrainModule):
     ) -> None:
         super().__init__(lr, min_lr, warmup, weight_decay, betas, 0.0, seed, compile)
         self.save_hyperparameters(ignore=["backbone", "views"])
+        refuse_temperatures(temperature=temperature)
         self.views = views
         self.appearance = Appearance(**(appearance or {}))
         self.temperature = temperature

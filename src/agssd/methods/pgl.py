@@ -48,6 +48,9 @@ class PGL(PretrainModule):
         betas: of AdamW.
         seed: of views and appearance.
         compile: compile the encoders block by block with ``torch.compile``.
+
+    Raises:
+        ValueError: if ``points_per_axis`` is below 1.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class PGL(PretrainModule):
     ) -> None:
         super().__init__(lr, min_lr, warmup, weight_decay, betas, 0.0, seed, compile)
         self.save_hyperparameters(ignore=["backbone", "views"])
+        if points_per_axis < 1:
+            raise ValueError(f"points_per_axis is {points_per_axis}; give at least 1, 4 say")
         self.views = views
         self.appearance = Appearance(**(appearance or {}))
         self.points_per_axis = points_per_axis

@@ -110,7 +110,7 @@ class SpatialAware(PretrainModule):
         compile: compile the encoders block by block with ``torch.compile``.
 
     Raises:
-        ValueError: if ``num_crops`` is below 2.
+        ValueError: if ``num_crops`` is below 2, or ``crop_scale`` not above 0.
     """
 
     def __init__(
@@ -136,6 +136,8 @@ class SpatialAware(PretrainModule):
         self.save_hyperparameters(ignore=["backbone", "views"])
         if num_crops < 2:
             raise ValueError(f"num_crops is {num_crops}; a gap needs at least 2 crops")
+        if crop_scale <= 0:
+            raise ValueError(f"crop_scale is {crop_scale}; give a number above 0, 0.75 say")
         self.size_vox = views.size_vox
         self.min_foreground = views.min_foreground
         self.num_crops = num_crops

@@ -32,6 +32,9 @@ class PrototypeHead(nn.Module):
         hidden_dim: width of the two hidden layers.
         bottleneck_dim: width before the prototypes.
         centre_momentum: share of the old mean that is kept per optimiser step; None leaves the bottleneck as it is.
+
+    Raises:
+        ValueError: if a size is below 1.
     """
 
     mean: Tensor
@@ -46,6 +49,11 @@ class PrototypeHead(nn.Module):
         centre_momentum: float | None = None,
     ) -> None:
         super().__init__()
+        if min(num_prototypes, hidden_dim, bottleneck_dim) < 1:
+            raise ValueError(
+                f"num_prototypes is {num_prototypes}, head_hidden {hidden_dim} and head_bottleneck {bottleneck_dim}; "
+                "give at least 1 each"
+            )
         self.centre_momentum = centre_momentum
         self.mlp = nn.Sequential(
             nn.Linear(embed_dim, hidden_dim),
@@ -168,10 +176,15 @@ class ProjectionHead(nn.Module):
         out_dim: width of the projection.
         layers: number of linear layers, at least 1.
         over_points: standardise hidden channels over the points of a view (:class:`PointNorm`) and not over channels.
+
+    Raises:
+        ValueError: if a width is below 1.
     """
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, layers: int, over_points: bool = False) -> None:
         super().__init__()
+        if min(hidden_dim, out_dim) < 1:
+            raise ValueError(f"head_hidden is {hidden_dim} and head_dim {out_dim}; give at least 1 each")
         widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
         parts: list[nn.Module] = []
         for number, (width, following) in enumerate(pairwise(widths)):

@@ -125,6 +125,9 @@ class Corruption:
         invert_ct: also on CT, whose Hounsfield units mean something; else every curve rises there.
         prob_paint: share of views that are painted.
         prob_out: share of these that are painted around boxes and not inside.
+
+    Raises:
+        ValueError: if a share is no number from 0 to 1.
     """
 
     def __init__(
@@ -135,6 +138,10 @@ class Corruption:
         prob_paint: float = 0.9,
         prob_out: float = 0.8,
     ) -> None:
+        shares = {"shuffle": prob_shuffle, "curve": prob_curve, "paint": prob_paint, "out": prob_out}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"prob_{name} is {share}; a share lies from 0 to 1")
         self.prob_shuffle = prob_shuffle
         self.prob_curve = prob_curve
         self.invert_ct = invert_ct

@@ -155,6 +155,9 @@ class MaskSampler:
         score_share: share of the hidden tokens drawn by score at the end of the run.
         temperature: first and last.
         hints: share of hidden tokens of the strongest patches that are shown after all.
+
+    Raises:
+        ValueError: if ``block`` does not divide the grid, or a temperature is not above 0.
     """
 
     def __init__(
@@ -167,6 +170,9 @@ class MaskSampler:
         temperature: tuple[float, float] = (4.0, 1.0),
         hints: float = 0.1,
     ) -> None:
+        _coarse_grid(grid, block)
+        if min(temperature) <= 0:
+            raise ValueError(f"mask_temperature is {tuple(temperature)}; give numbers above 0, (4, 1) say")
         self.grid = grid
         self.patch = patch
         self.score = score
@@ -215,9 +221,6 @@ class MaskSampler:
             image: (B, C, D, H, W) float32, the clean views.
             edges: (B, 1, D, H, W) their edge maps, for ``score="edge"``.
             given: (B, N) float32 z-scores of the teacher, for ``"attention"`` and ``"loss"``.
-
-        Raises:
-            ValueError: if ``block`` does not divide the grid.
         """
         if self.score == "block":
             return draw_cuboids(self.grid, ratio, random, self.block)
@@ -236,9 +239,6 @@ class MaskSampler:
             random: keyed by the B views.
             error: (B, M) float32 at the hidden patches, of a mask (B, *grid) bool, True = hidden, and their positions
                 (B, M) int64.
-
-        Raises:
-            ValueError: if ``block`` does not divide the grid.
         """
         coarse = _coarse_grid(self.grid, self.block)
         blocks = math.prod(coarse)
@@ -281,7 +281,7 @@ def masked_indices(mask: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 def _coarse_grid(grid: Triple, block: int) -> Triple:
-    if any(n % block for n in grid):
+    if block < 1 or any(n % block for n in grid):
         raise ValueError(f"mask_block is {block}, which does not divide the token grid {grid}; choose a divisor")
     return (grid[0] // block, grid[1] // block, grid[2] // block)
 
