@@ -154,3 +154,11 @@ def test_appearance__computing_all_views_as_devices_do_gives_the_same(monkeypatc
     monkeypatch.setattr(intensity, "apply_where", everywhere)
     torch.testing.assert_close(apply({}, image, is_ct, torch.arange(8)), chosen_only, atol=1e-6, rtol=0)
     assert (chosen_only - image).abs().max() > 0.05
+
+
+def test_appearance__settings_that_are_unknown_or_out_of_range_are_refused_by_name():
+    assert vars(Appearance.of(None)) == vars(Appearance())
+    assert Appearance.of({"noise": 0.2}).noise == 0.2
+    for name, value in {"contrast": 1.0, "prob_blur": 1.5, "prob_gibbs": -0.1, "gamma": 0.9, "noise": -1.0}.items():
+        with pytest.raises(ValueError, match=rf"appearance\.{name} is "):
+            Appearance.of({name: value})

@@ -190,7 +190,7 @@ class AGSSD(PretrainModule):
         self.key_dropout = key_dropout
         self.reconstruction_edges = reconstruction_edges
         self.norm_pix = norm_pix
-        self.appearance = Appearance(**(appearance or {}))
+        self.appearance = Appearance.of(appearance)
         self.patch = backbone.patch_size
         self.grid = backbone.token_grid(views.size_vox)
         if views.num_local:

@@ -80,7 +80,7 @@ class DINO(PretrainModule):
         self.save_hyperparameters(ignore=["backbone", "views"])
         refuse_temperatures(temperature_student=temperature_student, temperature_teacher=temperature_teacher)
         self.views = views
-        self.appearance = Appearance(**(appearance or {}))
+        self.appearance = Appearance.of(appearance)
         self.temperature_student = temperature_student
         self.temperature_teacher = temperature_teacher
         backbone.token_grid(views.size_vox)

@@ -97,7 +97,7 @@ class DINOv2(PretrainModule):
         self.save_hyperparameters(ignore=["backbone", "views"])
         refuse_temperatures(temperature_student=temperature_student, temperature_teacher=temperature_teacher)
         self.views = views
-        self.appearance = Appearance(**(appearance or {}))
+        self.appearance = Appearance.of(appearance)
         self.weights = {"cls": weight_cls, "patch": weight_patch, "koleo": weight_koleo}
         self.temperature_student = temperature_student
         self.temperature_teacher = temperature_teacher

@@ -107,7 +107,7 @@ class IBOT(PretrainModule):
             temperature_patch=temperature_patch,
         )
         self.views = views
-        self.appearance = Appearance(**(appearance or {}))
+        self.appearance = Appearance.of(appearance)
         self.weights = {"cls": weight_cls, "patch": weight_patch}
         self.temperature_student = temperature_student
         self.temperature_cls = temperature_cls

@@ -68,7 +68,7 @@ class MoCoV3(PretrainModule):
         self.save_hyperparameters(ignore=["backbone", "views"])
         refuse_temperatures(temperature=temperature)
         self.views = views
-        self.appearance = Appearance(**(appearance or {}))
+        self.appearance = Appearance.of(appearance)
         self.temperature = temperature
         backbone.token_grid(views.size_vox)
         backbone.freeze_mask_token()

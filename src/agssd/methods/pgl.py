@@ -74,7 +74,7 @@ class PGL(PretrainModule):
         if points_per_axis < 1:
             raise ValueError(f"points_per_axis is {points_per_axis}; give at least 1, 4 say")
         self.views = views
-        self.appearance = Appearance(**(appearance or {}))
+        self.appearance = Appearance.of(appearance)
         self.points_per_axis = points_per_axis
         self.patch = backbone.patch_size
         self.grid = backbone.token_grid(views.size_vox)

@@ -127,7 +127,7 @@ class S2DC(PretrainModule):
         if contrast_temperature <= 0:
             raise ValueError(f"contrast_temperature is {contrast_temperature}; give a number above 0, 0.9 say")
         self.views = views
-        self.appearance = Appearance(**(appearance or {}))
+        self.appearance = Appearance.of(appearance)
         self.matched_at_once = matched_at_once
         self.contrast_temperature = contrast_temperature
         self.weights = {

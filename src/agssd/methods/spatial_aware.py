@@ -86,10 +86,10 @@ class SpatialAware(PretrainModule):
     Deviates: whether the published method equals that code is not known to us. The gap's linear map has no bias, so
     it is antisymmetric; the sum of gaps along a route telescopes to its ends and is logged, not trained; the
     location of the first crop is regressed too, which fixes the origin; token grids stand in for dense maps, and a
-    part is the mean of tokens read at its points; labels are in mm over the parent's edges, where theirs are voxels
-    over a constant; the gap's convolutions start with He's variance; the teacher's momentum is the callback's,
-    theirs 0.9999 (all ours, docs/method.md). Crops are neither flipped nor changed in intensity. [CLS] learns only
-    through attention.
+    part is the mean of tokens read at its points, through linear layers where theirs has four convolutions; labels
+    are in mm over the parent's edges, where theirs are voxels over a constant; the gap's convolutions start with He's
+    variance; the teacher's momentum is the callback's, theirs 0.9999 (all ours, docs/method.md). Crops are neither
+    flipped nor changed in intensity. [CLS] learns only through attention.
 
     Args:
         backbone: the student's encoder; the teacher is its copy.

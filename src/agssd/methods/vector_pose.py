@@ -25,7 +25,7 @@ def pose_vectors(views: Views) -> Tensor:
 
     Three numbers for the centre's offset from the volume's centre along the volume's axes, in units of 100 mm; three
     for the natural logarithm of the edge lengths in that unit, along the view's own axes; six for the first two of
-    these axes as unit vectors in the volume's frame. Of a mirrored view the third axis is not in the vector.
+    these axes as unit vectors in the volume's frame, in voxels. Of a mirrored view the third axis is not in the vector.
     """
     size = constant(views.size_vox, views.spacing_mm.device)
     linear = views.geometry.globals.affine[..., :3, :3]  # column = axis of the view, in parent voxels per unit of u

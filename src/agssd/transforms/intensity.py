@@ -7,7 +7,8 @@ ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -48,6 +49,9 @@ class Appearance:
         prob_noise: share of views with Gaussian noise.
         noise: largest standard deviation of the noise, in units of the model's range.
         prob_gibbs: share of MRI views whose highest spatial frequencies are cut.
+
+    Raises:
+        ValueError: if a share is no probability, or a strength is below the one that changes nothing.
     """
 
     def __init__(
@@ -61,6 +65,13 @@ class Appearance:
         noise: float = 0.05,
         prob_gibbs: float = 0.1,
     ) -> None:
+        shares = {"gamma": prob_gamma, "histogram": prob_histogram, "blur": prob_blur, "noise": prob_noise}
+        for name, share in (shares | {"gibbs": prob_gibbs}).items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"appearance.prob_{name} is {share}; give a probability, 0 to 1")
+        for name, strength, least in (("gamma", gamma, 1), ("blur_vox", blur_vox, 0), ("noise", noise, 0)):
+            if strength < least:
+                raise ValueError(f"appearance.{name} is {strength}; give at least {least}, which changes nothing")
         self.prob_gamma = prob_gamma
         self.gamma = gamma
         self.prob_histogram = prob_histogram
@@ -69,6 +80,19 @@ class Appearance:
         self.prob_noise = prob_noise
         self.noise = noise
         self.prob_gibbs = prob_gibbs
+
+    @classmethod
+    def of(cls, settings: Mapping[str, float] | None) -> Appearance:
+        """Return the augmentation of a recipe's ``appearance``, the settings that differ from the defaults.
+
+        Raises:
+            ValueError: if a setting is unknown or out of range.
+        """
+        known = list(inspect.signature(cls).parameters)
+        for name in settings or {}:
+            if name not in known:
+                raise ValueError(f"appearance.{name} is unknown; choose from {', '.join(known)}")
+        return cls(**(settings or {}))
 
     def __call__(self, image: Tensor, is_ct: Tensor, random: KeyedRandom, views: int) -> Tensor:
         """Return the views with a new appearance.
