@@ -20,6 +20,7 @@ from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.hub import export_backbone, load_backbone
 from agssd.methods.base import PretrainModule
 from agssd.models.vit import ViT
+from agssd.types import Observable
 
 RECIPES = recipes.find_recipes()
 CASES = [(kind, variant) for kind in RECIPES for variant in recipes.variants(kind)]
@@ -258,6 +259,8 @@ def test_recipe__second_family_trains_and_exports_to_equal_features(
     before = copy.deepcopy(module.backbone.state_dict())
     trainer = recipes.trainer(max_steps=2, default_root_dir=tmp_path)
     trainer.fit(module, recipes.data_module(tiny_cache))
+    if isinstance(module, Observable):
+        assert "attention" not in module.view_panel(0), "there is no [CLS]"
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     encoder = load_backbone(export_backbone(tmp_path / "last.ckpt", tmp_path))
     assert type(encoder) is type(module.backbone) and encoder.config == module.backbone.config
