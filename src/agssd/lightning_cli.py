@@ -132,8 +132,9 @@ class AgssdCLI(LightningCLI):
             parser.link_arguments(name, f"model.init_args.{name}")
         for name, callback in STANDING.items():
             parser.add_lightning_class_args(callback, name)
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        # the best first: what is saved after it knows it, so that a resumed run does too
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_class_arguments(WandbRun, "wandb")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

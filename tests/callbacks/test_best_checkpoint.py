@@ -27,7 +27,7 @@ def fit(make_trainer: Make, folder: Path, scripted: Any, dice: dict[int, float],
     resumed, steps = given.pop("ckpt_path", None), given.pop("max_steps", 4)
     best = BestCheckpoint(dirpath=str(folder), **given)
     probe, module, data = scripted(dice, every_n_steps=1)
-    trainer = make_trainer(probe, RunCheckpoint(100, dirpath=str(folder)), best, max_steps=steps, **SETTINGS)
+    trainer = make_trainer(probe, best, RunCheckpoint(100, dirpath=str(folder)), max_steps=steps, **SETTINGS)
     trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
     return best
 
@@ -50,14 +50,34 @@ def test_best_checkpoint__last_step_between_two_probes__counts(
     assert probe.steps == [0, 2, 3] and step_of(tmp_path / "c/best.ckpt") == 3
 
 
-@pytest.mark.parametrize(("later", "winner"), [(0.8, 2), (0.95, 6)])
+@pytest.mark.parametrize("first", [2, 4])  # 4: the step of last.ckpt itself
+@pytest.mark.parametrize(("later", "later_wins"), [(0.8, False), (0.95, True)])
 def test_best_checkpoint__resumed__competes_with_the_best_before(
-    make_trainer: Make, tmp_path: Path, scripted: Any, later: float, winner: int
+    make_trainer: Make, tmp_path: Path, scripted: Any, first: int, later: float, later_wins: bool
 ) -> None:
     folder = tmp_path / "c"
-    fit(make_trainer, folder, scripted, {2: 0.9})
+    fit(make_trainer, folder, scripted, {first: 0.9})
     fit(make_trainer, folder, scripted, {6: later}, ckpt_path=str(folder / "last.ckpt"), max_steps=6)
-    assert step_of(folder / "best.ckpt") == winner and step_of(folder / "last.ckpt") == 6
+    assert step_of(folder / "best.ckpt") == (6 if later_wins else first) and step_of(folder / "last.ckpt") == 6
+
+
+def test_best_checkpoint__resumed_after_the_directory_moved__still_competes(
+    make_trainer: Make, tmp_path: Path, scripted: Any
+) -> None:
+    fit(make_trainer, tmp_path / "c", scripted, {2: 0.9})
+    moved = (tmp_path / "c").rename(tmp_path / "d")
+    best = fit(make_trainer, moved, scripted, {6: 0.8}, ckpt_path=str(moved / "last.ckpt"), max_steps=6)
+    assert step_of(moved / "best.ckpt") == 2 and best.best_model_path == str(moved / "best.ckpt")
+    assert not (tmp_path / "c").exists()
+
+
+def test_best_checkpoint__resumed_where_no_best_is__finds_a_new_one(
+    make_trainer: Make, tmp_path: Path, scripted: Any
+) -> None:
+    fit(make_trainer, tmp_path / "c", scripted, {2: 0.9})
+    last = str(tmp_path / "c/last.ckpt")
+    fit(make_trainer, tmp_path / "d", scripted, {6: 0.8}, ckpt_path=last, max_steps=6)
+    assert step_of(tmp_path / "d/best.ckpt") == 6 and step_of(tmp_path / "c/best.ckpt") == 2
 
 
 def test_best_checkpoint__resumed_with_another_figure__old_scores_do_not_count(

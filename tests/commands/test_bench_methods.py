@@ -78,3 +78,15 @@ def test_bench_methods__trains_tabulates_goes_on_and_says_what_failed(
     said = capsys.readouterr()
     assert "broken: failed" in said.out and "mask_block is 7" in said.out and "broken failed" in said.err
     assert [row["name"] for row in json.loads((out / "methods.json").read_text())["rows"]] == ["simmim"]
+    assert "Failed: broken.\n" in (out / "methods.md").read_text()
+
+
+def test_train__folder_in_use__says_by_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "simmim").mkdir()
+    method = str(ROOT / "conf/method/simmim.yaml")
+    command = ["bench-methods", "cache.h5", method, "--out", str(tmp_path)]
+    assert main(command) == 1
+    assert "simmim holds a run that did not end; remove it" in capsys.readouterr().out
+    (tmp_path / "simmim/bench.json").write_text('{"command": "another", "seconds": 1}')
+    assert main(command) == 1
+    assert "simmim holds a run of another command; remove it" in capsys.readouterr().out

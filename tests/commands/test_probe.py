@@ -121,6 +121,8 @@ def test_probe__of_a_checkpoint__gives_the_figures_of_the_probe_while_training(
     out = tmp_path / "probe.json"
     overlap = [] if "--overlap" in offline else ["--overlap", "0"]
     best = tmp_path / "run/checkpoints/best.ckpt"  # the last ones as well, after two steps
+    resumed = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["callbacks"]["BestCheckpoint"]
+    assert float(resumed["best_model_score"]) == pytest.approx(found["linear_seg_dice"])  # saved knowing of it
     arguments = [
         "--encoder",
         str(tmp_path / "run"),

@@ -212,6 +212,49 @@ def test_method__keeps_its_own_settings_in_every_experiment(
         assert list(cli.model.mask_ratio) == ratio, "the experiment's ratio replaces the method's"
 
 
+def advised(path: Path) -> list[str]:
+    """Return the flags that the comments of a method file advise, the words of its commands left out."""
+    found: list[str] = []
+    for line in path.read_text().splitlines():
+        if line.startswith("#") and "agssd fit" not in line:
+            found += re.findall(r"--(?:model|ema_teacher)\.\w+ (?!with\b)[^\s;]+", line)
+    return [word for flag in found for word in flag.rstrip(".:,").split(" ")]
+
+
+ADVISED = [path for path in METHODS if advised(path)]
+
+
+@pytest.mark.parametrize("method", ADVISED, ids=names(ADVISED))
+def test_method__what_its_comments_advise_builds(method: Path, only_build: list[AgssdCLI]) -> None:
+    flags = advised(method)
+    model, data = ["--model", str(method), *flags], ["--data.cache", "cache.h5", "--trainer.accelerator", "cpu"]
+    AgssdCLI(["fit", "--config", str(CONF / "experiment/small.yaml"), *model, *data])
+    config = only_build[0].config["fit"]
+    for flag, text in zip(flags[::2], flags[1::2], strict=True):
+        group, name = flag.removeprefix("--").split(".")
+        found = (config.model.init_args if group == "model" else config[group])[name]
+        assert (list(found) if isinstance(found, tuple) else found) == yaml.safe_load(
+            re.sub(r"^(\d+)e", r"\1.0e", text)
+        ), flag
+
+
+def test_makefile__bench_methods_takes_what_the_comments_advise() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    names_of = dict(re.findall(r"^(\w+) := (--model.*)$", makefile, re.MULTILINE))
+    rows = re.findall(r"--also '\S+ small (conf/method/\w+\.yaml) (.*)'", makefile)
+    assert len(rows) >= 4
+    for path, flags in rows:
+        for _ in range(2):  # one variable holds another
+            flags = re.sub(r"\$\((\w+)\)", lambda found: names_of[found[1]], flags)
+        words, wanted = flags.split(), advised(ROOT / path)
+        assert dict(zip(words[::2], words[1::2], strict=True)) == dict(zip(wanted[::2], wanted[1::2], strict=True))
+
+
+def test_readme__lists_every_method_once() -> None:
+    listed = re.findall(r"^\| `(\w+)\.yaml` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == [path.stem for path in METHODS if path.stem != "agssd_small"]
+
+
 @pytest.mark.parametrize("second", BACKBONES, ids=names(BACKBONES))
 @pytest.mark.parametrize("first", BACKBONES, ids=names(BACKBONES))
 def test_backbone__replaces_another_without_a_trace(first: Path, second: Path, only_parse: list[Any]) -> None:

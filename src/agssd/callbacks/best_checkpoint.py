@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,8 +25,9 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps ``checkpoints/best.ckpt``, of the step with the best probe so far, beside the newest of RunCheckpoint.
 
     Written right after a probe of :class:`agssd.callbacks.online_probe.OnlineProbe` that beats every earlier one, those
-    before an interruption included; a file is replaced when the new one is whole. Untrained weights and figures that
-    are not finite are no candidates. Does nothing in a run that is not probed.
+    before an interruption included if their ``best.ckpt`` is still there; a file is replaced when the new one is whole.
+    Untrained weights and figures that are not finite are no candidates. Does nothing in a run that is not probed.
+    It stands before other checkpoints in the trainer's callbacks: what they save in the same step knows of it.
 
     Source: ours.
 
@@ -43,7 +45,7 @@ class BestCheckpoint(ModelCheckpoint):
         self.figure = figure
         self.enabled = enabled
         self._measured = -1
-        self._restored: str | None = None
+        self._restored: tuple[str | None, Any] | None = None  # figure and score of the best so far
 
     @property
     def state_key(self) -> str:
@@ -73,12 +75,20 @@ class BestCheckpoint(ModelCheckpoint):
         self._measured = step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the best of an interrupted run that was chosen by another figure."""
+        """Go on from the best of an interrupted run, unless another figure chose it or its file is gone."""
         super().on_train_start(trainer, pl_module)
-        if self._restored is not None and self._restored != self.monitor:
-            rank_zero_info(f"best.ckpt was chosen by {self._restored}; from now on it is by {self.monitor}")
-            self.best_k_models, self.kth_best_model_path, self.best_model_score = {}, "", None
-        self._restored = None
+        (chosen_by, score), self._restored = self._restored or (None, None), None
+        if score is None or self.monitor is None or not self.enabled:
+            return
+        path = Path(str(self.dirpath)) / f"{self.filename}{self.FILE_EXTENSION}"
+        if chosen_by != self.monitor:
+            rank_zero_info(f"best.ckpt was chosen by {chosen_by}; from now on it is by {self.monitor}")
+        elif not trainer.strategy.broadcast(path.is_file()):  # a run goes on elsewhere, which Lightning would forget
+            rank_zero_info(f"there is no {path} of the earlier part of this run; its best is looked for from now on")
+        else:
+            self.best_model_path = self.kth_best_model_path = str(path)
+            self.best_model_score = self.kth_value = score
+            self.best_k_models = {str(path): score}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -100,6 +110,5 @@ class BestCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, candidates)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the best so far, and by which figure."""
-        super().load_state_dict(state_dict)
-        self._restored = cast("str | None", state_dict.get("monitor"))
+        """Remember the best so far, and by which figure, whatever the directory was called then."""
+        self._restored = (state_dict["monitor"], state_dict["best_model_score"])

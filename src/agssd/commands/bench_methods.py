@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "agssd bench-methods hippocampus.h5 conf/method/*.yaml --out runs/methods \\\n"
         "  --also 'dino, small conf/method/dino.yaml --model.num_prototypes 512'\n"
-        "A method that is there with the same command is not trained again."
+        "A method that is there with the same command is not trained again; one that failed or was stopped is, once\n"
+        "its folder is removed."
     )
     parser.add_argument("cache", help="labelled cache written by agssd prepare")
     parser.add_argument("methods", nargs="+", metavar="YAML", help="methods, for example conf/method/*.yaml")
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"loss {row.loss[0]:.3f} to {row.loss[1]:.3f} in {row.seconds:.0f} s", flush=True)
     report = {"machine": _machine(), "command": shlex.join(["agssd", *sys.argv[1:]]), "rows": [asdict(r) for r in rows]}
     (out / "methods.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    text = table(rows)
+    text = table(rows) + (f"\n\nFailed: {', '.join(failed)}." if failed else "")
     (out / "methods.md").write_text(f"{report['machine']}\n\n`{report['command']}`\n\n{text}\n", encoding="utf-8")
     print(f"\n{text}\n\nwritten: {out / 'methods.md'} and methods.json")
     if failed:
@@ -138,7 +139,8 @@ def _train(name: str, flags: list[str], arguments: argparse.Namespace) -> Row:
         seconds = float(before["seconds"])
     else:
         if folder.exists():
-            raise ValueError(f"{folder} holds another run; remove it, or give another --out")
+            what = "a run of another command" if done.is_file() else "a run that did not end"
+            raise ValueError(f"{folder} holds {what}; remove it, or give another --out")
         log = arguments.out / f"{folder.name}.log"
         started = time.perf_counter()
         with log.open("w", encoding="utf-8") as file:
