@@ -240,14 +240,15 @@ def test_method__what_its_comments_advise_builds(method: Path, only_build: list[
 
 def test_makefile__bench_methods_takes_what_the_comments_advise() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    names_of = dict(re.findall(r"^(\w+) := (--model.*)$", makefile, re.MULTILINE))
-    rows = re.findall(r"--also '\S+ small (conf/method/\w+\.yaml) (.*)'", makefile)
+    variables = dict(re.findall(r"^(\w+) := (.+)$", makefile, re.MULTILINE))
+    rows = re.findall(r"--also '[^']*? (conf/method/\w+\.yaml) ([^']+)'", makefile)
     assert len(rows) >= 4
     for path, flags in rows:
         for _ in range(2):  # one variable holds another
-            flags = re.sub(r"\$\((\w+)\)", lambda found: names_of[found[1]], flags)
+            flags = re.sub(r"\$\((\w+)\)", lambda found: variables[found[1]], flags)
         words, wanted = flags.split(), advised(ROOT / path)
-        assert dict(zip(words[::2], words[1::2], strict=True)) == dict(zip(wanted[::2], wanted[1::2], strict=True))
+        given = {pair for pair in zip(words[::2], words[1::2], strict=True) if pair[0].startswith("--model.")}
+        assert given and given <= set(zip(wanted[::2], wanted[1::2], strict=True)), path
 
 
 def test_readme__lists_every_method_once() -> None:
