@@ -142,7 +142,7 @@ def test_agssd__alternative_from_yaml_changes_loss_and_gradient(
 
 
 def test_agssd__alternatives_cover_every_choice_of_the_signature() -> None:
-    choices = [variant for variant in recipes.variants(AGSSD) if variant]
+    choices = [variant for variant in recipes.variants(AGSSD) if variant and "backbone" not in variant]
     given = [{**SMALL, **alternative.get("model", {})} for alternative in ALTERNATIVES.values()] + [SMALL]
     for variant in choices:
         for name, value in variant.items():
