@@ -32,7 +32,7 @@ def two_ranks(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
         with open(out / f"{rank}.log", "w") as log:
             ranks.append(subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log))
     try:
-        codes = [rank.wait(timeout=300) for rank in ranks]
+        codes = [rank.wait(timeout=600) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
