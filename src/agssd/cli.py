@@ -25,7 +25,10 @@ EXIT_PIPE_CLOSED = 141  # as a shell reports a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``agssd ARGV`` and return the exit code: 0 done, 2 refused (bad argument, data or file).
+    """Run ``agssd ARGV`` and return the exit code.
+
+    0 done; 2 refused (bad argument, data or file); 75 a training was told to stop by SIGUSR1 or SIGTERM and has saved
+    itself, the same command goes on.
 
     A refusal is one message on stderr. ``--traceback`` anywhere, or AGSSD_TRACEBACK=1, shows where it came from; real
     bugs always keep their traceback.
@@ -74,10 +77,10 @@ def _dispatch(name: str, arguments: list[str]) -> int:
         from agssd.lightning_cli import AgssdCLI, FinishedRun
 
         try:
-            AgssdCLI([name, *arguments])
+            return AgssdCLI([name, *arguments]).exit_code
         except FinishedRun as nothing_left:
             print(nothing_left)
-        return 0
+            return 0
     from agssd import commands
 
     if not commands.exists(name):
@@ -88,7 +91,12 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"agssd {name}", description=commands.summaries()[name])
     command = commands.load(name)
     command.add_arguments(parser)
-    return command.run(parser.parse_args(arguments))
+    if not getattr(command, "TAKES_MORE", False):
+        return command.run(parser.parse_args(arguments))
+    parser.allow_abbrev = False  # --data.cache must not be taken for a flag of ours
+    args, more = parser.parse_known_args(arguments)
+    args.more = more
+    return command.run(args)
 
 
 def _import_training() -> None:

@@ -18,17 +18,20 @@ from typing import Any, cast
 import lightning.pytorch as L
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
+from agssd import slurm
 from agssd.callbacks.best_checkpoint import BestCheckpoint
 from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.data_stream import DataStream
 from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.callbacks.mask_ratio import MaskRatioSchedule
 from agssd.callbacks.online_probe import OnlineProbe
+from agssd.callbacks.preemption import Preempted, Preemption
 from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.callbacks.standing import StandingCallback
 from agssd.callbacks.throughput import Throughput
@@ -99,6 +102,7 @@ class AgssdCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         """Parse, build, check and run."""
         self.run_directory = Path()
+        self.exit_code = 0
         self._goes_on_from: str | None = None  # a checkpoint
         self._first_step: int | None = 0  # None where only Lightning can tell
         self._asked = args[0] if args else ""
@@ -144,6 +148,7 @@ class AgssdCLI(LightningCLI):
         # the best first: what is saved after it knows it, so that a resumed run does too
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Preemption, "preemption")  # after the checkpoints, which save what it asks for
         parser.add_class_arguments(WandbRun, "wandb")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -230,14 +235,18 @@ class AgssdCLI(LightningCLI):
             callback = self._get(self.config_init, name)
             if isinstance(callback, StandingCallback):
                 callback.explicit = _demands(given[name]) != _demands(defaults[name])
+            if config["enable_checkpointing"] is False and isinstance(callback, Checkpoint):
+                continue
             if isinstance(callback, (RunCheckpoint, BestCheckpoint)):
-                if config["enable_checkpointing"] is False:
-                    continue
                 callback.dirpath = callback.dirpath or str(self.run_directory / CHECKPOINTS)
             callbacks.append(callback)
         if config["logger"] in (None, True):
             config["logger"] = self._loggers()
-        return self._instantiate_trainer(config, callbacks)
+        trainer = self._instantiate_trainer(config, callbacks)
+        environment = cast(Any, trainer)._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):  # also where Lightning finds SLURM by itself
+            environment.auto_requeue = False  # it would save from inside a signal handler, into another lineage
+        return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Tell Lightning the checkpoint; in the saved configuration it would outlive the file."""
@@ -249,6 +258,24 @@ class AgssdCLI(LightningCLI):
         loggers: list[Logger] = [RunCSVLogger(self.run_directory, filename)]
         wandb = self._get(self.config_init, "wandb").logger(self.run_directory) if self.subcommand == "fit" else None
         return [*loggers, wandb] if wandb is not None else loggers
+
+    # ---------------------------------------------------------------- running
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run, and where the run was told to stop and has saved itself, see that it goes on."""
+        preemption = next((c for c in cast(Any, self.trainer).callbacks if isinstance(c, Preemption)), None)
+        if preemption is None or subcommand != "fit":
+            super()._run_subcommand(subcommand)
+            return
+        preemption.listen()  # the first step may be minutes away
+        if slurm.restarts():
+            rank_zero_info(f"SLURM job {slurm.job()}, started for the {slurm.restarts() + 1}. time")
+        try:
+            super()._run_subcommand(subcommand)
+        except Preempted as stopped:
+            self.exit_code = preemption.hand_over(self.trainer, stopped)
+        finally:
+            preemption.release()
 
     # --------------------------------------------------------------- checking
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -282,6 +283,15 @@ class QuietWandbLogger(WandbLogger):
             rank_zero_info(f"W&B cannot be reached ({error}); logging offline")
             self._wandb_init["mode"] = "offline"
             inherited(self)
+
+    def interrupt(self) -> None:
+        """Send what there is and mark the run as one that goes on; give up after half a minute without network."""
+        if self._experiment is not None:
+            run = self._experiment
+            run.mark_preempting()
+            sending = threading.Thread(target=run.finish, kwargs={"exit_code": 1}, daemon=True)
+            sending.start()
+            sending.join(timeout=30)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:

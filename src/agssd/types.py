@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from torch import Tensor, nn
 
 Triple = tuple[int, int, int]
@@ -119,6 +120,28 @@ class TeacherStudent(Protocol):
 
     def update_teacher(self, momentum: float) -> None:
         """Move every teacher parameter to ``momentum * teacher + (1 - momentum) * student``; copy buffers."""
+        ...
+
+
+@runtime_checkable
+class SavesOnRequest(Protocol):
+    """A checkpoint callback that saves a step as the newest of the run when it is asked to, on every rank."""
+
+    def save_before_next(self, trainer: Trainer) -> None:
+        """At the end of a step: save it before the next begins, after its validation."""
+        ...
+
+    def save(self, trainer: Trainer) -> None:
+        """Save the step just done now."""
+        ...
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """A logger that can be told that its run stops here and goes on later."""
+
+    def interrupt(self) -> None:
+        """Send what there is."""
         ...
 
 

@@ -70,6 +70,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._scores: dict[int, float] = {}
         self._random: tuple[int, dict[str, Any]] | None = None  # after a step, before anything of the next
         self._restored: dict[str, Any] | None = None
+        self._asked_for = -1  # a step
 
     @property
     def state_key(self) -> str:
@@ -111,6 +112,11 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.global_step != self._last_global_step_saved and not cast(Any, trainer).fast_dev_run:
             self.save(trainer)
 
+    def save_before_next(self, trainer: L.Trainer) -> None:
+        """Save the step just done like one of the rhythm; called on every rank at the end of that step."""
+        self._asked_for = trainer.global_step
+        self._note_random_states(trainer)
+
     def save(self, trainer: L.Trainer) -> None:
         """Write the checkpoint of the step just done and drop those that are no longer kept; called on every rank."""
         step, figures = trainer.global_step, self._monitor_candidates(trainer)
@@ -151,7 +157,8 @@ class RunCheckpoint(ModelCheckpoint):
         return {"scores": dict(self._scores)}
 
     def _is_due(self, trainer: L.Trainer) -> bool:
-        return self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
+        step, rhythm = trainer.global_step, self._every_n_train_steps
+        return step == self._asked_for or (rhythm > 0 and step % rhythm == 0)
 
     def _note_random_states(self, trainer: L.Trainer) -> None:
         if self._is_due(trainer):

@@ -5,6 +5,8 @@ A command is a module (or package) ``agssd.commands.NAME`` with a one-line docst
 - ``add_arguments(parser: argparse.ArgumentParser) -> None``,
 - ``run(args: argparse.Namespace) -> int``, returning the exit code.
 
+A module with ``TAKES_MORE = True`` finds arguments that it has not declared in ``args.more``.
+
 Adding a command is adding a file. This module imports none of them: help texts are read from the source, so that
 ``agssd --help`` stays fast whatever the commands need.
 """

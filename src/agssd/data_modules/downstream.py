@@ -23,6 +23,7 @@ from agssd.data_modules.labelled import Item, LabelledVolumes, Row
 from agssd.data_modules.leakage import check_leakage, record_after
 from agssd.data_modules.sampling import MicroBatches, micro_batch_size
 from agssd.data_modules.subsets import check_fold, fold_subjects, nested_subset
+from agssd.data_modules.workers import outlive_signals
 from agssd.transforms.intensity import Appearance, to_model_range
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.types import LabelledBatch, Triple
@@ -275,6 +276,7 @@ class DownstreamDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=outlive_signals,
         )
 
     # -------------------------------------------------------------- on device

@@ -20,6 +20,7 @@ from agssd.data_modules.probe_set import ProbeSet
 from agssd.data_modules.quarantine import QuarantineList
 from agssd.data_modules.sampling import MicroBatches, check_padding, micro_batch_size
 from agssd.data_modules.subsets import check_fold, fold_subjects
+from agssd.data_modules.workers import outlive_signals
 from agssd.evaluation.contract import check_contract
 from agssd.types import ParentBatch, Triple
 
@@ -268,6 +269,7 @@ class PretrainDataModule(L.LightningDataModule):
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             prefetch_factor=self.prefetch if workers else None,
             persistent_workers=workers > 0,
+            worker_init_fn=outlive_signals,
         )
         return cast("DataLoader[ParentBatch]", loader)
 

@@ -1,0 +1,209 @@
+"""A run that is told to stop saves itself at the next step and says that it wants to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any, ClassVar, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from agssd import slurm
+from agssd.callbacks.standing import StandingCallback
+from agssd.distributed import world_size
+from agssd.types import Interruptible, SavesOnRequest
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+class Preempted(SystemExit):
+    """The run has been saved because it was told to stop; its code is 75, as a plain script's exit code too.
+
+    Args:
+        step: optimiser steps done and saved.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(EXIT_PREEMPTED)
+        self.step = step
+
+
+class Preemption(StandingCallback, Checkpoint):
+    """On SIGUSR1 or SIGTERM saves one checkpoint, as ``last.ckpt``, at the next optimiser step's end, and stops.
+
+    A signal to any rank counts and only sets a flag. All ranks learn of it at the end of an optimiser step, when
+    teacher, schedules, figures and the other checkpoints of that step are done; with several ranks one step later. For
+    that each rank sends its flag after every step over a gloo group of its own and looks at the answer after the next:
+    nobody waits for it, and the accelerator is not involved. The run then leaves by :class:`Preempted`, without the
+    validation, probes and pictures of an ending run. Lightning's handlers of these signals are not installed: one
+    saves, one communicates, both from inside the handler and into checkpoints of another lineage.
+
+    Inert without a checkpoint callback to save by: signals then do what they do to any program.
+
+    Source: ours.
+
+    Args:
+        requeue: put a SLURM job back into the queue after the save.
+    """
+
+    needs: ClassVar[type[Any]] = pl.LightningModule
+
+    def __init__(self, requeue: bool = True) -> None:
+        super().__init__()
+        self.requeue = requeue
+        self._previous: dict[signal.Signals, Any] = {}
+        self._releases = False
+        self._process = os.getpid()
+        self._received: tuple[signal.Signals, float] | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._question: tuple[dist.Work, Tensor] | None = None
+        self._step = 0
+        self._stopping = False
+
+    # ---------------------------------------------------------------- signals
+
+    def listen(self) -> None:
+        """Take over the signals in this process; a forked worker that inherits the handler does nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._process = os.getpid()
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if handler != self._note:
+                self._previous[number] = handler
+                signal.signal(number, self._note)
+
+    def release(self) -> None:
+        """Give the signals back to who had them."""
+        for number, handler in self._previous.items():
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._process and self._received is None:
+            self._received = signal.Signals(number), time.monotonic()
+
+    # ------------------------------------------------------------------ hooks
+
+    def usable(self, module: pl.LightningModule) -> bool:
+        """Return True: every module can be saved."""
+        return True
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Listen from now on, in Lightning's place."""
+        super().setup(trainer, pl_module, stage)
+        self.active = self.active and self._checkpoint(trainer) is not None
+        if self.active:
+            cast(Any, trainer)._signal_connector.register_signal_handlers = _do_nothing
+            self._releases = not self._previous  # who has listened before the run does so after it
+            self.listen()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up the step that the run starts at and open the ranks' own group."""
+        if not self.active:
+            return
+        self._step, self._stopping, self._question = trainer.global_step, False, None
+        if world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+            # Lightning asks the same of all ranks before every batch, on the device, and waits for the answer there
+            cast(Any, trainer).fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if this batch completed an optimiser step and some rank has been told to stop."""
+        if not self.active or self._stopping or trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if self._some_rank_was_told():
+            self._stopping = True
+            cast(SavesOnRequest, self._checkpoint(trainer)).save_before_next(trainer)
+            name = "A signal to another rank" if self._received is None else self._received[0].name
+            rank_zero_info(f"{name}: the run stops after step {self._step}")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Leave before anything of the next step, when figures of the last are logged and the checkpoint has saved."""
+        if self._stopping:
+            raise Preempted(self._step)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save and leave before a validation, for which there may be no time."""
+        if self._stopping:
+            cast(SavesOnRequest, self._checkpoint(trainer)).save(trainer)
+            rank_zero_info(f"The validation of step {self._step} is left out")
+            raise Preempted(self._step)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        if self._releases:
+            self.release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        if self._releases:
+            self.release()
+
+    # --------------------------------------------------------------- handing over
+
+    def hand_over(self, trainer: pl.Trainer, stopped: Preempted) -> int:
+        """Close the W&B run, put a SLURM job back into the queue, and return the exit code; called by every rank.
+
+        The code is 75 on the first rank of every machine and 0 on the others: a launcher kills all ranks as soon as
+        one of them fails.
+        """
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, Interruptible):
+                    logger.interrupt()
+            after = "" if self._received is None else f", {time.monotonic() - self._received[1]:.1f} s after the signal"
+            rank_zero_info(f"stopped after step {stopped.step}{after}; {self._what_next()}")
+        if self._group is not None:
+            try:
+                dist.all_reduce(torch.zeros(1), group=self._group)
+            except RuntimeError as error:
+                rank_zero_info(f"the ranks do not end together: {error}")
+        return EXIT_PREEMPTED if trainer.local_rank == 0 else 0
+
+    def _what_next(self) -> str:
+        if not self.requeue or slurm.job() is None:
+            return "the same command goes on"
+        try:
+            return slurm.requeue()
+        except OSError as error:
+            return str(error)
+
+    # ---------------------------------------------------------------- asking
+
+    def _some_rank_was_told(self) -> bool:
+        """Return, alike on every rank, whether one had been told to stop when the question was sent; send the next."""
+        if self._group is None:
+            return self._received is not None
+        told = False
+        if self._question is not None:
+            work, answer = self._question
+            work.wait()
+            told = bool(answer.item())
+        flag = torch.tensor([int(self._received is not None)])
+        self._question = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flag
+        return told
+
+    @staticmethod
+    def _checkpoint(trainer: pl.Trainer) -> SavesOnRequest | None:
+        callbacks = cast(Any, trainer).checkpoint_callbacks
+        return next((callback for callback in callbacks if isinstance(callback, SavesOnRequest)), None)
+
+
+def _do_nothing() -> None:
+    """Stand in for Lightning's own ways with signals."""

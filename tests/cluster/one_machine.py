@@ -1,0 +1,137 @@
+"""A real SLURM of one node on this machine: munged, slurmctld and slurmd in a folder of their own, as who runs this."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel")
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/local/sbin"  # where Debian puts the daemons
+
+_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=2
+CredType=cred/munge
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+SlurmdParameters=config_overrides
+OverTimeLimit=0
+KillWait=20
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 NodeHostname={host} CPUs=4 State=UNKNOWN
+PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing() -> str:
+    """Return the programs of SLURM that are not installed, an empty string where it is whole."""
+    return ", ".join(name for name in PROGRAMS if shutil.which(name, path=_PATH) is None)
+
+
+def _free_ports(number: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [taken.getsockname()[1] for taken in sockets]
+    for taken in sockets:
+        taken.close()
+    return ports
+
+
+class OneMachine:
+    """The cluster: started by ``start``, asked by ``call``, ended by ``stop``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(folder / "slurm.conf")}
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Start the three daemons and wait until the node is idle."""
+        folder, host = self.folder, socket.gethostname().partition(".")[0]
+        folder.mkdir(parents=True)
+        folder.chmod(0o755)
+        for name in ("state", "spool"):
+            (folder / name).mkdir()
+        key = folder / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        conf = _CONF.format(host=host, folder=folder, user=getpass.getuser(), ports=_free_ports(2))
+        (folder / "slurm.conf").write_text(conf)
+        files = {
+            "--socket": "munge.socket",
+            "--key-file": "munge.key",
+            "--pid-file": "munge.pid",
+            "--log-file": "munge.log",
+            "--seed-file": "munge.seed",
+        }
+        self._daemon("munged", "--foreground", "--force", *(f"{flag}={folder / name}" for flag, name in files.items()))
+        self._wait(lambda: (folder / "munge.socket").exists(), "munged")
+        self._daemon("slurmctld", "-D")
+        self._daemon("slurmd", "-D", "-N", host)
+        self._wait(lambda: self.call("sinfo", "-h", "-o", "%T") == "idle", "the node")
+
+    def _daemon(self, name: str, *arguments: str) -> None:
+        program = shutil.which(name, path=_PATH)
+        assert program is not None
+        log = (self.folder / f"{name}.out").open("wb")
+        self._daemons.append(subprocess.Popen([program, *arguments], env=self.environment, stdout=log, stderr=log))
+
+    def _wait(self, ready: object, what: str, seconds: float = 30.0) -> None:
+        assert callable(ready)
+        ends = time.monotonic() + seconds
+        while not ready():
+            if time.monotonic() > ends:
+                logs = [f"{log.name}:\n{log.read_text()[-2000:]}" for log in sorted(self.folder.glob("*.[lo][ou]*"))]
+                raise RuntimeError(f"{what} is not ready after {seconds:.0f} s\n" + "\n".join(logs))
+            time.sleep(0.1)
+
+    def call(self, *command: str, check: bool = False) -> str:
+        """Return what a SLURM command prints, stripped."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        if check and done.returncode:
+            raise RuntimeError(f"{command}: {done.stderr}")
+        return done.stdout.strip()
+
+    def state(self, job: str) -> str:
+        """Return the state of a job: PENDING, RUNNING, COMPLETED and so on, empty if SLURM knows it no more."""
+        fields = dict(field.partition("=")[::2] for field in self.call("scontrol", "show", "job", "-o", job).split())
+        return fields.get("JobState", "")
+
+    def stop(self) -> None:
+        """Cancel what runs and end the daemons."""
+        self.call("scancel", "--user", getpass.getuser())
+        ends = time.monotonic() + 10
+        while self.call("squeue", "-h", "-t", "all", "-o", "%T").replace("\n", " ").count("ING") and (
+            time.monotonic() < ends
+        ):
+            time.sleep(0.2)
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+        for daemon in self._daemons:
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()

@@ -1,0 +1,42 @@
+"""A student with a teacher whose steps take as long as TOY_STEP_S says, so that a test can strike between them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+
+from agssd.models.ema import update_ema
+
+
+class PacedToy(L.LightningModule):
+    """Its loss depends on the sample's number and on dropout, its weights on momentum: on every state there is."""
+
+    def __init__(self, lr: float = 0.01) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr = lr
+        self.student = nn.Linear(8, 8)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    def update_teacher(self, momentum: float) -> None:
+        """Move the teacher."""
+        update_ema(self.student, self.teacher, momentum)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Take TOY_STEP_S seconds over a step."""
+        time.sleep(float(os.environ.get("TOY_STEP_S", "0")))
+        image = batch["image"].float().flatten(1)[:, :64].reshape(-1, 8, 8) / 300.0
+        target = self.teacher(image) + torch.sin(batch["sample"].float())[:, None, None]
+        loss = (nn.functional.dropout(self.student(image), 0.1) - target).square().mean()
+        self.log("train/loss", loss, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return SGD with momentum."""
+        return torch.optim.SGD(self.student.parameters(), lr=self.lr, momentum=0.9)

@@ -1,0 +1,93 @@
+"""Two ranks under a real SLURM: signalled, requeued, resumed and cancelled."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from one_machine import OneMachine
+from paced_runs import STEPS, Runs
+
+pytestmark = pytest.mark.ddp
+
+
+def wait(until: Callable[[], object], what: str, log: Path, seconds: float = 240.0) -> None:
+    ends = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < ends, f"{what}: not after {seconds:.0f} s\n{log.read_text() if log.exists() else ''}"
+        time.sleep(0.2)
+
+
+def submit(runs: Runs, slurm: OneMachine, run: str, step_s: float, *flags: str) -> tuple[str, Path]:
+    """Submit a run; return its job and its log."""
+    command = [sys.executable, "-m", "agssd", "submit", "--config", str(runs.experiment), "--cluster"]
+    command += [str(runs.cluster), "--trainer.default_root_dir", str(runs.folder / run), *flags]
+    environment = {**runs.environment(step_s), **{key: slurm.environment[key] for key in ("PATH", "SLURM_CONF")}}
+    done = subprocess.run(command, env=environment, cwd=runs.folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = re.match(r"job (\d+), run directory ", done.stdout)
+    assert found, done.stdout
+    log = runs.folder / run / f"slurm-{found[1]}.log"
+    assert f"squeue --job {found[1]}" in done.stdout and f"/slurm-{found[1]}.log" in done.stdout
+    return found[1], log
+
+
+def test_slurm__signalled_job_is_requeued_and_ends_like_an_undisturbed_one(runs: Runs, slurm: OneMachine) -> None:
+    job, log = submit(runs, slurm, "signalled", 0.3, "--wandb.mode", "offline")
+    wait(lambda: len(runs.steps("signalled")) >= 3, "three steps", log)
+    slurm.call("scancel", "--signal=USR1", job, check=True)
+    told = time.monotonic()
+    wait(lambda: "back in the queue" in log.read_text(), "requeued", log, 60)
+    print(f"requeued {time.monotonic() - told:.1f} s after the signal")
+    wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), "the end", log)
+    assert slurm.state(job) == "COMPLETED", log.read_text()
+    said = log.read_text()
+    (stopped,) = re.findall(r"stopped after step (\d+); job", said)
+    assert 3 <= int(stopped) < STEPS
+    assert f"SLURM job {job}, started for the 2. time" in said and f"step {stopped} of {STEPS}" in said
+    runs.assert_equal("signalled", "undisturbed")
+    folder = runs.folder / "signalled"
+    assert not list(folder.glob("**/hpc_ckpt*"))
+    (wandb_id,) = {path.name.rpartition("-")[2] for path in folder.glob("wandb/offline-run-*")}
+    assert wandb_id == (folder / "wandb_id").read_text() and len(list(folder.glob("wandb/offline-run-*"))) == 2
+
+
+def test_slurm__cancelled_job_is_saved_and_stays_cancelled(runs: Runs, slurm: OneMachine) -> None:
+    job, log = submit(runs, slurm, "cancelled", 0.3)
+    wait(lambda: len(runs.steps("cancelled")) >= 2, "two steps", log)
+    slurm.call("scancel", job, check=True)
+    wait(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), "the end", log, 60)
+    assert slurm.state(job) == "CANCELLED"
+    assert f"job {job} is cancelled and not put back into the queue" in log.read_text()
+    assert (runs.folder / "cancelled/checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_slurm__job_whose_time_is_up_goes_on_by_itself(runs: Runs, slurm: OneMachine) -> None:
+    job, log = submit(runs, slurm, "limited", 2.0, "--time", "1", "--signal-seconds", "40")
+    wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), "the end", log, 500)
+    assert slurm.state(job) == "COMPLETED", log.read_text()
+    assert log.read_text().count("back in the queue") >= 1
+    runs.assert_equal("limited", "undisturbed")
+
+
+@pytest.mark.parametrize("how", ["plain", "torchrun"])
+def test_signal__run_without_slurm_ends_with_75_and_the_same_command_goes_on(runs: Runs, how: str) -> None:
+    flags = ["--nproc-per-node", "2", "--standalone"]
+    command = runs.plain(how) if how == "plain" else runs.torchrun(how, *flags)
+    run = runs.start(command, 0.3)
+    wait(lambda: len(runs.steps(how)) >= 3, "three steps", Path(os.devnull))
+    run.terminate()
+    said, _ = run.communicate(timeout=90)
+    assert run.returncode == (75 if how == "plain" else 1), said  # torchrun has one code for every failure
+    assert "the same command goes on" in said
+    again = runs.start(command)
+    said, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    runs.assert_equal(how, "undisturbed")
