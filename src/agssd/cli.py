@@ -11,8 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from agssd import __version__
+
+if TYPE_CHECKING:
+    from agssd.commands import Fit
 
 TRAINING = {
     "fit": "train a method or a task: agssd fit --config conf/experiment/NAME.yaml --data.cache PATH",
@@ -91,12 +95,20 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"agssd {name}", description=commands.summaries()[name])
     command = commands.load(name)
     command.add_arguments(parser)
-    if not getattr(command, "TAKES_MORE", False):
+    if not getattr(command, "TAKES_FIT", False):
         return command.run(parser.parse_args(arguments))
-    parser.allow_abbrev = False  # --data.cache must not be taken for a flag of ours
-    args, more = parser.parse_known_args(arguments)
-    args.more = more
-    return command.run(args)
+    parser.allow_abbrev = False  # --data is fit's, and no short form of anything here
+    parser.epilog = "Everything else on the command line is that of `agssd fit`; see `agssd fit --help`."
+    own, of_fit = parser.parse_known_args(arguments)
+
+    def parse(*more: str) -> Fit:
+        _import_training()
+        from agssd.lightning_cli import ParsedFit
+
+        return ParsedFit([*of_fit, *more])
+
+    own.of_fit, own.fit = of_fit, parse
+    return command.run(own)
 
 
 def _import_training() -> None:

@@ -313,6 +313,40 @@ class AgssdCLI(LightningCLI):
                     callback.check_data(self.trainer, self.model, self.datamodule)
 
 
+class ParsedFit(AgssdCLI):
+    """The command line of ``agssd fit``, parsed and refused as by ``fit``; see :class:`agssd.commands.Fit`.
+
+    Args:
+        args: the command line after ``agssd fit``.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        """Parse."""
+        super().__init__(["fit", *args])
+        self.settings = self.config[self.subcommand]
+
+    def instantiate_classes(self) -> None:
+        """Build nothing yet."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+    def build(self) -> None:
+        """Make the model and the data module; nothing is read or written."""
+        super().instantiate_classes()
+        self._trainer_settings = self._get(self.config_init, "trainer")
+        del self.config_init  # so that nothing but ``model`` holds the model
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build none with the rest."""
+        return cast(L.Trainer, None)
+
+    def build_trainer(self) -> L.Trainer:
+        """Return the trainer without callbacks and loggers; after :meth:`build`."""
+        without = {"logger": False, "enable_checkpointing": False, "callbacks": None, "enable_model_summary": False}
+        return self._instantiate_trainer({**self._trainer_settings, **without}, [])
+
+
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage()
 

@@ -15,7 +15,7 @@ from agssd.commands import submit
 def arguments(*line: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     submit.add_arguments(parser)
-    args, args.more = parser.parse_known_args(["--config", "a.yaml", "--cluster", "c.yaml", *line])
+    args, args.of_fit = parser.parse_known_args(["--config", "a.yaml", "--cluster", "c.yaml", *line])
     return args
 
 
@@ -64,4 +64,4 @@ def test_script__devices_must_be_a_number(devices: Any) -> None:
 
 def test_arguments__what_is_not_ours_goes_to_fit_in_its_order() -> None:
     args = arguments("--time", "60", "--data.cache", "x.h5", "--model", "m.yaml", "--trainer.max_steps=5")
-    assert args.more == ["--data.cache", "x.h5", "--model", "m.yaml", "--trainer.max_steps=5"] and args.time == "60"
+    assert args.of_fit == ["--data.cache", "x.h5", "--model", "m.yaml", "--trainer.max_steps=5"] and args.time == "60"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TAKES_MORE = True  # what is no argument of ours is one of agssd fit
+TAKES_FIT = True
 # Flags of sbatch that a training needs often; every other goes by --sbatch.
 _SBATCH = (
     "account",
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in _SBATCH:
         parser.add_argument(f"--{name}", metavar="X", help=f"sbatch --{name}")
     parser.add_argument("--sbatch", action="append", default=[], metavar="FLAG=X", help="any other flag of sbatch")
-    parser.set_defaults(more=[])
+    parser.set_defaults(of_fit=[])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--signal-seconds is {args.signal_seconds}; it must be at least 1")
     directory = Path(args.run_directory or _new_directory(args.config[0])).absolute()
     arguments = [word for file in (*args.config, args.cluster) for word in ("--config", file)]
-    arguments += [*args.more, "--trainer.default_root_dir", str(directory)]
+    arguments += [*args.of_fit, "--trainer.default_root_dir", str(directory)]
     config = _resolved(arguments)
     if config is None:
         return 2
