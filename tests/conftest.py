@@ -148,3 +148,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared scans: set AGSSD_SHARED_DATA to their folder")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests have counted, each with ``record_property("printed", TEXT)``."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, text in getattr(report, "user_properties", []):
+                if name == "printed" and report.when == "call":
+                    terminalreporter.write_line(str(text))

@@ -212,7 +212,12 @@ def test_fit__fills_its_directory_and_the_checkpoint_is_plain(conf: Path, tmp_pa
     run = tmp_path / "run"
     assert fit(conf, run, "--model.lr", "0.07", "--checkpoint.every_n_train_steps", "2") == 0
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv"]
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["last.ckpt", "step00000002.ckpt"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "step00000002.ckpt",
+        "step00000003.ckpt",
+    ]
+    assert (run / "checkpoints/last.ckpt").samefile(run / "checkpoints/step00000003.ckpt")  # one file, two names
     assert len(losses(run)) == 3
     saved = checkpoint(run)
     assert saved["global_step"] == 3  # the last step, though no multiple of 2
@@ -259,23 +264,33 @@ def test_fit__without_directory_every_run_gets_its_own(conf: Path, tmp_path: Pat
     assert main(arguments) == 0
     (run,) = (tmp_path / "runs/toyplain").iterdir()
     assert (run / "config.yaml").is_file()
-    assert main(arguments) == 2  # same stamp: a second process of the same job would share it
-    assert "already holds a run" in capsys.readouterr().err
+    assert main(arguments) == 0  # same stamp, as after a requeue: the same run
+    assert f"{run.relative_to(tmp_path)} is finished" in capsys.readouterr().out
 
 
-def test_fit__refuses_a_used_directory_and_leaves_it_alone(conf: Path, tmp_path: Path, capsys: Any) -> None:
+def test_fit__finished_run_says_so_and_is_left_alone(conf: Path, tmp_path: Path, capsys: Any) -> None:
     run = tmp_path / "run"
     assert fit(conf, run) == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert fit(conf, run) == 2
-    error = capsys.readouterr().err
-    assert "already holds a run" in error and "--ckpt_path" in error and "Traceback" not in error
+    for how in ([], ["--ckpt_path", "last"], ["--ckpt_path", str(run / "checkpoints/last.ckpt")]):
+        assert fit(conf, run, *how) == 0
+        told = capsys.readouterr().out
+        assert "is finished" in told and "step 3 of 3" in told and "another --trainer.default_root_dir" in told
+    assert fit(conf, run, "--trainer.max_steps", "4") == 2  # schedules would have another length
+    assert "trainer.max_steps: 3 in the checkpoint, 4 now" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fit__run_without_checkpoints_wants_a_directory_of_its_own(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    assert fit(conf, tmp_path / "run", "--trainer.enable_checkpointing", "false") == 0
+    assert fit(conf, tmp_path / "run", "--trainer.enable_checkpointing", "false") == 2
+    error = capsys.readouterr().err
+    assert "already holds a run" in error and "name another --trainer.default_root_dir" in error
+
+
+@pytest.mark.parametrize(("accumulate", "how"), [(1, []), (2, []), (2, ["--ckpt_path", "last"])])
 def test_fit__resumed_run_ends_like_an_undisturbed_one(
-    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int, how: list[str]
 ) -> None:
     more = ("--trainer.max_steps", "5", "--trainer.accumulate_grad_batches", str(accumulate))
     assert fit(conf, tmp_path / "whole", *more) == 0
@@ -283,7 +298,7 @@ def test_fit__resumed_run_ends_like_an_undisturbed_one(
     assert fit(conf, tmp_path / "cut", *more) == 0
     assert checkpoint(tmp_path / "cut")["global_step"] == 2
     monkeypatch.delenv("TOY_STOPS_AT")
-    assert fit(conf, tmp_path / "cut", "--ckpt_path", "last", *more) == 0
+    assert fit(conf, tmp_path / "cut", *how, *more) == 0
     whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
     assert torch.equal(whole["state_dict"]["backbone.gain"], cut["state_dict"]["backbone.gain"])
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -313,7 +328,7 @@ def test_fit__resuming_on_other_data_settings_is_refused_but_workers_are_free(
     run = tmp_path / "run"
     monkeypatch.setenv("TOY_STOPS_AT", "1")
     assert fit(conf, run) == 0
-    again = ("--ckpt_path", "last", "--data.pin_memory", "false", "--data.prefetch", "3")
+    again = ("--data.pin_memory", "false", "--data.prefetch", "3", "--trainer.accumulate_grad_batches", "2")
     assert fit(conf, run, *again, "--data.prob_foreground", "0.1") == 2
     error = capsys.readouterr().err
     assert "data.prob_foreground: 0.8 in the checkpoint, 0.1 now" in error and error.count("in the checkpoint") == 1
@@ -333,7 +348,7 @@ def test_fit__broken_scan_stops_the_run_with_its_name_and_resumes_without_it(
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert f"{broken}: cannot read image of case case001" in line and "Traceback" not in error
     again = ("--data.on_broken", "quarantine", "--data.num_workers", "2")
-    assert fit(conf, run, *settings, *again, "--ckpt_path", "last") == 0
+    assert fit(conf, run, *settings, *again) == 0
     listed = (run / "quarantine.csv").read_text().splitlines()
     assert listed[0] == "case,cache,first_sample" and len(listed) == 2 and listed[1].startswith("case001,0,")
     with (run / "metrics.csv").open() as file:

@@ -106,6 +106,41 @@ def test_metrics__every_row_is_on_disk_at_once_and_survives_a_resume(tmp_path: P
     ]
 
 
+def table(path: Path) -> list[tuple[int, str]]:
+    with path.open(newline="") as file:
+        return [(int(row["step"]), row["train/loss"]) for row in csv.DictReader(file)]
+
+
+def test_metrics__rows_of_an_interrupted_part_are_taken_out_and_a_torn_line_too(tmp_path: Path) -> None:
+    first = RunCSVLogger(tmp_path)
+    for step in range(5):
+        first.log_metrics({"train/loss": float(step)}, step=step)
+    path = tmp_path / "metrics.csv"
+    path.write_text(path.read_text() + "9.0")  # the power failed in the middle of a row
+    second = RunCSVLogger(tmp_path)
+    second.rewind(3)
+    assert table(path) == [(0, "0.0"), (1, "1.0"), (2, "2.0")]
+    second.log_metrics({"train/loss": 30.0}, step=3)
+    assert table(path) == [(0, "0.0"), (1, "1.0"), (2, "2.0"), (3, "30.0")]
+    RunCSVLogger(tmp_path).rewind(9)
+    assert len(table(path)) == 4
+    RunCSVLogger(tmp_path).rewind(0)  # killed before the first checkpoint
+    assert not path.exists()
+
+
+def test_metrics__a_new_column_never_leaves_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = RunCSVLogger(tmp_path)
+    logger.log_metrics({"train/loss": 1.0}, step=0)
+
+    def killed(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        logger.log_metrics({"train/loss": 2.0, "val/loss": 3.0}, step=1)
+    assert table(tmp_path / "metrics.csv") == [(0, "1.0")]
+
+
 def test_has_wandb_account__by_key_or_netrc(no_account: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not has_wandb_account()
     no_account.write_text("machine elsewhere login a password b\n")

@@ -71,9 +71,12 @@ def _reader_has_gone() -> bool:
 def _dispatch(name: str, arguments: list[str]) -> int:
     if name in TRAINING:
         _import_training()
-        from agssd.lightning_cli import AgssdCLI
+        from agssd.lightning_cli import AgssdCLI, FinishedRun
 
-        AgssdCLI([name, *arguments])
+        try:
+            AgssdCLI([name, *arguments])
+        except FinishedRun as nothing_left:
+            print(nothing_left)
         return 0
     from agssd import commands
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as L
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info
 
 from agssd.callbacks.best_checkpoint import BestCheckpoint
 from agssd.callbacks.collapse_monitor import CollapseMonitor
@@ -29,13 +29,14 @@ from agssd.callbacks.data_stream import DataStream
 from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.callbacks.mask_ratio import MaskRatioSchedule
 from agssd.callbacks.online_probe import OnlineProbe
+from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.callbacks.standing import StandingCallback
 from agssd.callbacks.throughput import Throughput
 from agssd.callbacks.view_panels import ViewPanels
+from agssd.checkpoints import CheckpointFiles, check_whole, newest_checkpoint, read_checkpoint
 from agssd.models.backbone import Backbone
 from agssd.run_directory import (
     CHECKPOINTS,
-    RunCheckpoint,
     RunCSVLogger,
     SaveRunConfig,
     WandbRun,
@@ -58,6 +59,7 @@ STANDING: dict[str, type[Callback]] = {
 _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning on newer torch
     r".*module\(s\) in eval mode at the start of training.*",  # the teacher, a frozen encoder
+    r".*Checkpoint directory .* exists and is not empty.*",  # a run goes on where it was
     r".*You have overridden `on_after_batch_transfer` in `LightningModule`.*",  # where views are made, by design
 )
 # What a run computes; all schedules are shares of max_steps.
@@ -74,7 +76,11 @@ _RESUMED_FREELY = (
     "data.leakage",
     "data.on_broken",  # a run that a broken scan has stopped goes on without it
 )
-_KEYWORD_CHECKPOINTS = ("last", "best", "hpc", "registry")
+_KEYWORD_CHECKPOINTS = ("best", "hpc", "registry")
+
+
+class FinishedRun(Exception):
+    """The run that was asked for has nothing left to do; its text says so."""
 
 
 class AgssdCLI(LightningCLI):
@@ -87,11 +93,14 @@ class AgssdCLI(LightningCLI):
         ValueError: for settings that contradict each other, the checkpoint or the run directory, before anything is
             written.
         argparse.ArgumentError: for settings that do not exist or have the wrong type.
+        FinishedRun: if the run in the directory has taken its last step.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
         """Parse, build, check and run."""
         self.run_directory = Path()
+        self._goes_on_from: str | None = None  # a checkpoint
+        self._first_step: int | None = 0  # None where only Lightning can tell
         self._asked = args[0] if args else ""
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
         for text in _EXPECTED_WARNINGS:
@@ -146,20 +155,55 @@ class AgssdCLI(LightningCLI):
         refuse_missing_parts(self.config[self.config.subcommand])
 
     def _parse_ckpt_path(self) -> None:
-        """Refuse a checkpoint whose model settings differ, where LightningCLI would silently prefer the checkpoint's.
+        """Decide the run directory and, for ``fit``, what the run goes on from: the newest checkpoint in it.
 
-        ``--ckpt_path`` of ``fit`` means: continue this run, unchanged. The other subcommands take the configuration as
-        it is given; weights that do not fit it fail on loading.
+        LightningCLI would silently prefer the settings of a checkpoint to those that are given; here they are refused
+        where they differ and a run cannot be continued with them. The other subcommands take the configuration as it
+        is given; weights that do not fit it fail on loading.
         """
         subcommand = str(self.config.subcommand)
-        ckpt_path = self.config[subcommand].get("ckpt_path")
-        if not ckpt_path:
-            return
-        path = self._checkpoint_file(str(ckpt_path), self.config[subcommand].trainer.default_root_dir)
-        if path is None or subcommand != "fit":
-            return
-        saved = read_checkpoint(path).get("config", {})
-        given = plain_config(self._parser(subcommand), self.config[subcommand])
+        config = self.config[subcommand]
+        given = str(config.get("ckpt_path") or "")
+        of_checkpoint = run_of_checkpoint(given)
+        if config.trainer.default_root_dir:
+            self.run_directory = Path(config.trainer.default_root_dir)
+        elif of_checkpoint is not None:
+            self.run_directory = of_checkpoint
+        else:
+            self.run_directory = default_run_directory(config.model.class_path.rpartition(".")[2].lower())
+        config.trainer.default_root_dir = str(self.run_directory)
+        if subcommand == "fit" and given.partition(":")[0] in _KEYWORD_CHECKPOINTS:
+            self._goes_on_from, self._first_step = given, None
+        elif subcommand == "fit" and not config.trainer.fast_dev_run:
+            self._go_on(config, given)
+        elif given and "://" not in given and given.partition(":")[0] not in ("last", *_KEYWORD_CHECKPOINTS):
+            _refuse_missing(given)
+
+    def _go_on(self, config: Namespace, given: str) -> None:
+        folder = config.checkpoint.dirpath or str(self.run_directory / CHECKPOINTS)
+        if given in ("", "last"):
+            found = newest_checkpoint(folder)
+            if found is None and given:
+                raise ValueError(f"--ckpt_path last: there is no checkpoint in {folder}")
+            if found is None:
+                return
+            path, checkpoint = found
+        else:
+            _refuse_missing(given)
+            path, checkpoint = given, read_checkpoint(given)
+            check_whole(given)
+        self._refuse_other_settings(path, checkpoint.get("config", {}), config)
+        step, length = int(checkpoint["global_step"]), int(config.trainer.max_steps)
+        if 0 < length <= step:
+            raise FinishedRun(
+                f"the run in {self.run_directory} is finished: {path} is of step {step} of {length}. Name another "
+                "--trainer.default_root_dir for a new run"
+            )
+        rank_zero_info(f"The run goes on from {path}, step {step} of {length}")
+        self._goes_on_from, self._first_step = path, step
+
+    def _refuse_other_settings(self, path: str, saved: dict[str, Any], config: Namespace) -> None:
+        given = plain_config(self._parser("fit"), config)
         groups = [(name, saved.get(name), given.get(name)) for name in _RESUMED_UNCHANGED]
         groups += [
             (f"trainer.{name}", saved.get("trainer", {}).get(name), given["trainer"].get(name))
@@ -170,38 +214,11 @@ class AgssdCLI(LightningCLI):
             raise ValueError(
                 f"{path} was trained with other settings, and a run is continued unchanged:\n  "
                 + "\n  ".join(differing)
-                + "\nGive the settings of the run (its config.yaml), or start a new run from an exported encoder"
+                + "\nGive the settings of the run (its config.yaml), or name another --trainer.default_root_dir for a "
+                "new run, which may start from an exported encoder"
             )
 
-    @staticmethod
-    def _checkpoint_file(ckpt_path: str, run_directory: Any) -> Path | None:
-        """Return the local file that ``--ckpt_path`` means, or None where only Lightning can tell."""
-        if ckpt_path == "last" and run_directory:
-            last = Path(run_directory) / CHECKPOINTS / "last.ckpt"
-            if not last.is_file():
-                raise ValueError(f"--ckpt_path last: there is no {last}")
-            return last
-        if ckpt_path.partition(":")[0] in _KEYWORD_CHECKPOINTS or "://" in ckpt_path:
-            return None
-        path = Path(ckpt_path)
-        if not path.exists():
-            raise ValueError(f"--ckpt_path {ckpt_path} does not exist")
-        return path if path.is_file() else None  # a directory is a sharded checkpoint
-
     # ---------------------------------------------------------- instantiation
-
-    def before_instantiate_classes(self) -> None:
-        """Decide the run directory, and write it into the configuration that is saved."""
-        config = self.config[self.subcommand]
-        given = config.trainer.default_root_dir
-        of_checkpoint = run_of_checkpoint(config.get("ckpt_path") or "")
-        if given:
-            self.run_directory = Path(given)
-        elif of_checkpoint is not None:
-            self.run_directory = of_checkpoint
-        else:
-            self.run_directory = default_run_directory(config.model.class_path.rpartition(".")[2].lower())
-        config.trainer.default_root_dir = str(self.run_directory)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Return the trainer with the standing callbacks and, unless ``trainer.logger`` says otherwise, the loggers."""
@@ -220,7 +237,16 @@ class AgssdCLI(LightningCLI):
             callbacks.append(callback)
         if config["logger"] in (None, True):
             config["logger"] = self._loggers()
-        return self._instantiate_trainer(config, callbacks)
+        trainer = self._instantiate_trainer(config, callbacks)
+        if trainer.strategy._checkpoint_io is None:  # the user has named no other
+            checkpoint = self._get(self.config_init, "checkpoint")
+            trainer.strategy.checkpoint_io = CheckpointFiles(checkpoint.in_background)
+        return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Tell Lightning the checkpoint; in the saved configuration it would outlive the file."""
+        arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        return arguments | {"ckpt_path": self._goes_on_from} if subcommand == "fit" else arguments
 
     def _loggers(self) -> list[Logger]:
         filename = "metrics.csv" if self.subcommand == "fit" else f"{self.subcommand}_metrics.csv"
@@ -233,9 +259,13 @@ class AgssdCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check everything that can be checked, then claim the run directory."""
         self._preflight()
-        resuming = bool(self.config[self.subcommand].get("ckpt_path"))
-        if not cast(Any, self.trainer).fast_dev_run:  # Lightning declares neither this nor callbacks
-            claim(self.run_directory, resuming)
+        trainer = cast(Any, self.trainer)  # Lightning declares neither fast_dev_run nor callbacks
+        if trainer.fast_dev_run:
+            return
+        claim(self.run_directory, resuming=self._goes_on_from is not None or bool(trainer.checkpoint_callbacks))
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunCSVLogger) and trainer.is_global_zero and self._first_step is not None:
+                logger.rewind(self._first_step)
 
     def before_validate(self) -> None:
         """Check the data, then the run directory."""
@@ -359,19 +389,9 @@ def refuse_missing_parts(config: Namespace) -> None:
             )
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the checkpoint's dictionary, loaded as data only.
-
-    Raises:
-        ValueError: if the file is torn or is no checkpoint.
-    """
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0]}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of a run (it has no state_dict)")
-    return checkpoint
+def _refuse_missing(ckpt_path: str) -> None:
+    if "://" not in ckpt_path and not Path(ckpt_path).exists():
+        raise ValueError(f"--ckpt_path {ckpt_path} does not exist")
 
 
 def differences(name: str, saved: Any, given: Any) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The directory of a run: where it is, its saved configuration, metrics, checkpoints and W&B run.
 
 A run directory holds ``config.yaml`` (what ran), ``metrics.csv``, ``checkpoints/`` and, by callback, ``panels/``.
-Nothing in it is ever overwritten silently: a new run in a used directory is refused, a resumed run appends.
+Nothing in it is ever overwritten silently: a run in a used directory goes on from its newest checkpoint and appends.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,10 +18,11 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from agssd.whole_file import whole_file
 
 RUNS = "runs"
 CHECKPOINTS = "checkpoints"
@@ -47,7 +48,7 @@ def run_of_checkpoint(checkpoint: str) -> Path | None:
 
 
 def claim(directory: Path, resuming: bool) -> None:
-    """Make the run directory; refuse one that another run has used, unless this run resumes.
+    """Make the run directory; refuse one that another run has used, unless this run may go on in it.
 
     Raises:
         ValueError: if the directory holds a run.
@@ -56,8 +57,8 @@ def claim(directory: Path, resuming: bool) -> None:
     used = [name for name in ("config.yaml", CHECKPOINTS) if (directory / name).exists()]
     if used and not resuming:
         raise ValueError(
-            f"{directory} already holds a run ({', '.join(used)}); name another --trainer.default_root_dir, or "
-            f"continue that run with --ckpt_path {directory / CHECKPOINTS / 'last.ckpt'}"
+            f"{directory} already holds a run ({', '.join(used)}), and one without checkpoints cannot go on in it; "
+            "name another --trainer.default_root_dir"
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -104,48 +105,6 @@ class SaveRunConfig(SaveConfigCallback):
         checkpoint["config"] = plain_config(self.parser, self.config)
 
 
-class RunCheckpoint(ModelCheckpoint):
-    """Writes checkpoints into ``DIR/checkpoints`` every so many optimiser steps, and the last step always.
-
-    Args:
-        every_n_train_steps: optimiser steps between two checkpoints.
-        save_top_k: how many to keep; without ``monitor`` the newest, -1 keeps all, 0 only ``last.ckpt``.
-        monitor: metric to keep the best by.
-        mode: whether a small (``min``) or large (``max``) metric is good.
-        dirpath: another place for the checkpoints.
-    """
-
-    def __init__(
-        self,
-        every_n_train_steps: int = 1000,
-        save_top_k: int = 1,
-        monitor: str | None = None,
-        mode: Literal["min", "max"] = "min",
-        dirpath: str | None = None,
-    ) -> None:
-        """Name files by their step."""
-        super().__init__(
-            dirpath=dirpath,
-            filename="step{step:08d}",
-            auto_insert_metric_name=False,
-            monitor=monitor,
-            mode=mode,
-            save_last=True,
-            save_top_k=save_top_k,
-            every_n_train_steps=every_n_train_steps,
-        )
-        self._last_step = -1
-
-    def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
-        super()._save_last_checkpoint(trainer, monitor_candidates)
-        self._last_step = trainer.global_step
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step also where it is no multiple of the interval."""
-        if trainer.global_step != self._last_step and not cast(Any, trainer).fast_dev_run:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
-
 class _AppendingWriter(_ExperimentWriter):
     """Keeps the rows of an earlier part of the run, where Lightning's writer would delete the file."""
 
@@ -157,8 +116,27 @@ class _AppendingWriter(_ExperimentWriter):
             with path.open(newline="") as file:
                 self.metrics_keys = sorted(next(csv.reader(file), []))
 
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        _write_rows(path, fieldnames, _whole_rows(path))
+
     def _check_log_dir_exists(self) -> None:
         """Accept a directory that holds the run."""
+
+
+def _whole_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table, without a last line that was cut off."""
+    lines = path.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        del lines[-1]
+    return list(csv.DictReader(lines))
+
+
+def _write_rows(path: Path, fields: Sequence[str], rows: list[dict[str, str]]) -> None:
+    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=fields)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 class RunCSVLogger(CSVLogger):
@@ -184,6 +162,26 @@ class RunCSVLogger(CSVLogger):
 
     def log_hyperparams(self, params: Any = None) -> None:
         """Do nothing: ``config.yaml`` states what ran."""
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows of optimiser steps after the first ``step``: they are about to be taken, and written, again.
+
+        Called before the first row is logged; says how many there were.
+        """
+        path = Path(self.log_dir) / self._filename
+        if not path.is_file():
+            return
+        rows = _whole_rows(path)
+        kept = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) < step]
+        if not kept:
+            path.unlink()
+        else:
+            _write_rows(path, list(kept[0]), kept)
+        if len(kept) < len(rows):
+            rank_zero_info(
+                f"{path}: {len(rows) - len(kept)} row(s) after step {step}, where the run goes on, are taken out; they "
+                "are written again"
+            )
 
 
 class WandbRun:
@@ -263,7 +261,8 @@ class QuietWandbLogger(WandbLogger):
         directory.mkdir(parents=True, exist_ok=True)
         id_file = directory / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            with whole_file(id_file) as temporary:
+                temporary.write_text(secrets.token_hex(4))
         self._wandb_init["id"] = self._id = id_file.read_text().strip()
         self._wandb_init["settings"] = wandb.Settings(
             silent=True,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from agssd.callbacks.collapse_alarms import TERMS, CollapseAlarms
@@ -120,6 +121,15 @@ class CollapseMonitor(StandingCallback):
         self.alarms.uniform_since = dict(state_dict["uniform_since"])
         self._standing = set(state_dict["standing"])
 
+    def rank_state(self) -> dict[str, Any]:
+        """Return what this rank has collected for the next report, for :class:`RunCheckpoint`."""
+        return {"waited": self._waited, "rows": self._rows, "window": self._window.state()}
+
+    def load_rank_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on collecting; called after ``on_train_start`` on as many ranks as there were."""
+        self._waited, self._rows = state["waited"], state["rows"]
+        self._window.load_state(state["window"], device)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start with an empty window; every rank collects its part of ``min_samples``."""
         if self.active:
@@ -208,6 +218,19 @@ class _Window:
         self._sums: dict[str, Tensor] = {}
         self._rows: dict[str, list[Tensor]] = {}
         self._last: dict[str, Tensor] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Return everything collected, on the CPU and in types of plain data."""
+        collected = {"sums": self._sums, "rows": self._rows, "last": self._last}
+        held: dict[str, Any] = apply_to_collection(collected, Tensor, lambda tensor: tensor.cpu())
+        return {**held, "counts": self.counts, "num_prototypes": self.num_prototypes, "scalars": sorted(self.scalars)}
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over what :meth:`state` returned."""
+        held = apply_to_collection(state, Tensor, lambda tensor: tensor.to(device))
+        self._sums, self._rows, self._last = held["sums"], held["rows"], held["last"]
+        self.counts, self.num_prototypes = held["counts"], held["num_prototypes"]
+        self.scalars = set(held["scalars"])
 
     @property
     def full(self) -> bool:

@@ -18,6 +18,7 @@ from agssd.data_modules.cache import CHECKSUM, CHUNK, FORMAT, SPLITS, VERSION, A
 from agssd.data_modules.chunk_reader import checksum, write_extents
 from agssd.scans.case import PreparedCase
 from agssd.scans.foreground import bounding_box
+from agssd.whole_file import sync
 
 LAYOUTS = ("chunks", "contiguous")
 FILTERS = ("blosc-lz4", "bitshuffle-lz4", "blosc2-lz4", "lz4", "none")
@@ -335,12 +336,3 @@ def check_place(path: Path, overwrite: bool) -> None:
 
 def _nested(affine: NDArray[np.float64]) -> Affine:
     return tuple((float(row[0]), float(row[1]), float(row[2]), float(row[3])) for row in affine)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

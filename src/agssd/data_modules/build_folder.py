@@ -20,9 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from agssd.data_modules.build import CacheWriter, resolve_splits, sync
+from agssd.data_modules.build import CacheWriter, resolve_splits
 from agssd.data_modules.cache import FORMAT, INDEX_NAME, VERSION, CaseInfo
 from agssd.data_modules.parts import Part, is_full, read_part, write_whole
+from agssd.whole_file import sync
 
 SHARD_SUFFIX = ".h5"
 

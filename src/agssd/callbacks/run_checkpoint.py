@@ -1,0 +1,262 @@
+"""The one line of checkpoints of a run, from which it goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from agssd.checkpoints import LAST, CheckpointFiles, is_local, list_checkpoints
+from agssd.distributed import all_max
+
+_STEP = re.compile(r"step(\d+)\.ckpt$")
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Writes ``DIR/checkpoints/step<N>.ckpt`` every so many optimiser steps and after the last.
+
+    The newest is also called ``last.ckpt``.
+
+    It is written between two steps: the teacher has moved, figures of the step are logged, validation is done, and
+    nothing of the next one has begun, whatever the accumulation. So a resumed run repeats nothing and leaves nothing
+    out. The file also holds, of every rank, the random states and the ``rank_state`` of callbacks that have one.
+
+    Args:
+        every_n_train_steps: optimiser steps between two checkpoints.
+        keep_last: how many of the newest to keep, at least 1, or -1 for all; a torn one is replaced by the one before.
+        monitor: metric to keep the best by besides.
+        save_top_k: how many of the best to keep.
+        mode: whether a small (``min``) or large (``max``) metric is good.
+        dirpath: another place for the checkpoints.
+        in_background: write while training goes on, see :class:`agssd.checkpoints.CheckpointFiles`.
+
+    Raises:
+        ValueError: for ``keep_last`` 0.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int = 1000,
+        keep_last: int = 2,
+        monitor: str | None = None,
+        save_top_k: int = 1,
+        mode: Literal["min", "max"] = "min",
+        dirpath: str | None = None,
+        in_background: bool = True,
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="step{step:08d}",
+            auto_insert_metric_name=False,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k if monitor else 1,
+            every_n_train_steps=every_n_train_steps,
+            enable_version_counter=False,
+        )
+        if keep_last < 1 and keep_last != -1:
+            raise ValueError(f"checkpoint.keep_last is {keep_last}; give at least 1, or -1 to keep all")
+        self.keep_last = keep_last
+        self.in_background = in_background
+        self._scores: dict[int, float] = {}
+        self._random: tuple[int, dict[str, Any]] | None = None  # after a step, before anything of the next
+        self._restored: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The same however often and by whatever metric it saves."""
+        return type(self).__qualname__
+
+    # ------------------------------------------------------------------- save
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Save what the step before has left."""
+        if isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
+            trainer.strategy.checkpoint_io.raise_failure()
+        if self._is_due(trainer) and not self._should_skip_saving_checkpoint(trainer):
+            self.save(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the random states: the next batch is made before it starts."""
+        self._note_random_states(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the random states."""
+        self._note_random_states(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Do nothing: the stream has no epochs."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last step also where it is no multiple of the interval."""
+        if trainer.global_step != self._last_global_step_saved and not cast(Any, trainer).fast_dev_run:
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write the checkpoint of the step just done and drop those that are no longer kept; called on every rank."""
+        step, figures = trainer.global_step, self._monitor_candidates(trainer)
+        path = self.format_checkpoint_name(figures)
+        if self.monitor in figures:
+            self._scores[step] = float(figures[self.monitor])
+        best = self._best()
+        self.best_model_path = path if not best else self.format_checkpoint_name({"step": torch.tensor(best[0])})
+        self.last_model_path = os.path.join(str(self.dirpath), LAST)
+        self._save_checkpoint(trainer, path)
+        if not trainer.is_global_zero:
+            return
+        files = trainer.strategy.checkpoint_io
+        if isinstance(files, CheckpointFiles):
+            files.link(path, self.last_model_path)
+        stored = sorted({*self._stored(), step})
+        kept = {*best, *(stored if self.keep_last == -1 else stored[-self.keep_last :])}
+        for old in stored:
+            if old not in kept:
+                self._scores.pop(old, None)
+                self._remove_checkpoint(trainer, self.format_checkpoint_name({"step": torch.tensor(old)}))
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store what each rank alone knows."""
+        noted = self._random
+        own = {"random": noted[1] if noted is not None and noted[0] == trainer.global_step else random_states()}
+        own |= {name: callback.rank_state() for name, callback in _with_rank_state(trainer)}
+        ranks: list[Any] = [own]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, own)
+        checkpoint["ranks"] = ranks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the metric of every step that has one."""
+        return {"scores": dict(self._scores)}
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        return self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
+
+    def _note_random_states(self, trainer: L.Trainer) -> None:
+        if self._is_due(trainer):
+            self._random = trainer.global_step, random_states()
+
+    def _best(self) -> list[int]:
+        """Return the steps of the best checkpoints by the metric, the best first."""
+        ranked = sorted(self._scores, key=lambda step: self._scores[step], reverse=self.mode == "max")
+        ranked = [step for step in ranked if self._scores[step] == self._scores[step]]
+        return ranked if self.save_top_k == -1 else ranked[: self.save_top_k]
+
+    def _stored(self) -> list[int]:
+        """Return the steps of which there is a file."""
+        return sorted(int(found[1]) for found in map(_STEP.search, list_checkpoints(str(self.dirpath))) if found)
+
+    # ----------------------------------------------------------------- resume
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the metrics of an interrupted run."""
+        self._scores = dict(state_dict.get("scores", {}))
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take up what each rank alone knew, and put Lightning's counters where this cut of the batch has them."""
+        if trainer.state.fn != "fit":
+            return
+        ranks = checkpoint.get("ranks", [])
+        self._restored = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else None
+        if hasattr(cast(Any, trainer).datamodule, "global_batch_size"):
+            align_counters(checkpoint["loops"], checkpoint["global_step"], trainer.accumulate_grad_batches)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on from the step that was loaded.
+
+        Raises:
+            ValueError: if the ranks have loaded different steps.
+        """
+        super().on_train_start(trainer, pl_module)
+        step = self._last_global_step_saved = trainer.global_step
+        ends = all_max(torch.tensor([step, -step], device=pl_module.device)).tolist()
+        if ends != [step, -step]:
+            raise ValueError(
+                f"ranks start from different steps ({-ends[1]} to {ends[0]}): {self.dirpath} is not the same folder on "
+                "every machine; name a --trainer.default_root_dir that all of them share"
+            )
+        if self._restored is not None:
+            for name, callback in _with_rank_state(trainer):
+                if name in self._restored:
+                    callback.load_rank_state(self._restored[name], pl_module.device)
+            set_random_states(self._restored["random"])
+            self._restored = None
+        if trainer.is_global_zero and is_local(str(self.dirpath)):
+            self._begin_at(step, trainer)
+
+    def _begin_at(self, step: int, trainer: L.Trainer) -> None:
+        """Let the files of the folder end at ``step``; those of later steps belong to a part that is left behind."""
+        folder = Path(str(self.dirpath))
+        for left in folder.glob("*.tmp"):
+            left.unlink()
+        for later in (number for number in self._stored() if number > step):
+            path = Path(self.format_checkpoint_name({"step": torch.tensor(later)}))
+            aside = path.with_name(path.name + ".aside")
+            os.replace(path, aside)
+            rank_zero_info(f"{path} is of a later step than {step}, where this run goes on; it is now {aside.name}")
+        loaded, files = trainer.ckpt_path, trainer.strategy.checkpoint_io
+        if loaded and Path(loaded).resolve().parent == folder.resolve() and isinstance(files, CheckpointFiles):
+            files.link(loaded, folder / LAST)
+
+
+def _with_rank_state(trainer: L.Trainer) -> list[tuple[str, Any]]:
+    callbacks = cast(Any, trainer).callbacks
+    return [(type(callback).__qualname__, callback) for callback in callbacks if hasattr(callback, "rank_state")]
+
+
+def random_states() -> dict[str, Any]:
+    """Return the global random states of this process (torch, CUDA, numpy, Python) in types of plain data."""
+    kind, keys, position, has_gauss, gauss = cast("tuple[Any, ...]", np.random.get_state())
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the global random states of this process where :func:`random_states` found them."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+
+
+def align_counters(loops: dict[str, Any], steps: int, accumulate: int) -> None:
+    """Put the counters of Lightning's loops between two optimiser steps of an endless stream.
+
+    They count micro-batches, of which a step may now have another number, and a checkpoint may have been written while
+    some were accumulated, or at the end of an "epoch" that an early stop had made. The state is that of a save in
+    ``on_train_batch_end``, after which Lightning takes validation for done.
+
+    Args:
+        loops: of a checkpoint; changed in place.
+        steps: optimiser steps done.
+        accumulate: micro-batches of a step from now on.
+    """
+    if steps == 0:
+        return
+    fit, batches = loops["fit_loop"], steps * accumulate
+    batch = {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+    epoch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    none = dict.fromkeys(batch, 0)
+    fit["epoch_loop.batch_progress"] = {"total": batch, "current": dict(batch), "is_last_batch": False}
+    fit["epoch_progress"] = {"total": epoch, "current": dict(epoch)}
+    fit["epoch_loop.val_loop.batch_progress"] = {"total": none, "current": dict(none), "is_last_batch": False}
+    fit["epoch_loop.state_dict"] = fit["epoch_loop.state_dict"] | {"_batches_that_stepped": steps - 1}
