@@ -161,12 +161,13 @@ def is_local(path: str) -> bool:
 def list_checkpoints(folder: str) -> list[str]:
     """Return the paths or addresses of everything called ``*.ckpt`` in ``folder``, which need not exist."""
     files, place = url_to_fs(folder)
-    try:
-        names = [str(name).rstrip("/") for name in files.ls(place, detail=False)]
+    local = isinstance(files, LocalFileSystem)
+    try:  # fsspec looks at every file of a local folder, of which one may be renamed at this moment
+        names = os.listdir(place) if local else [str(name).rstrip("/") for name in files.ls(place, detail=False)]
     except FileNotFoundError:
         return []
     names = sorted(name for name in names if name.endswith(".ckpt"))
-    return names if is_local(folder) else [str(files.unstrip_protocol(name)) for name in names]
+    return [os.path.join(place, name) if local else str(files.unstrip_protocol(name)) for name in names]
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:

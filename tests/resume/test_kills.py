@@ -89,3 +89,24 @@ def test_fit__killed_at_25_moments_and_started_again_equals_an_undisturbed_run(
     record_property(
         "printed", f"killed and resumed {len(kills)} times ({cut[0]} ranks, {cut[1]} accumulated): {places}"
     )
+
+
+def test_fit__goes_on_with_another_number_of_devices_on_the_same_samples(
+    stage: Stage, undisturbed: Callable[[int, int], Path], tmp_path: Path
+) -> None:
+    whole = undisturbed(1, 4)
+    for cut, kill in (((1, 4), ["teacher", 0, 3]), ((2, 4), ["teacher", 1, 5]), ((1, 1), None)):
+        codes, said = stage.fit(tmp_path, *cut, kill=kill)
+        assert (KILLED in codes) == (kill is not None) and (kill is not None or codes == [0]), said[-3000:]
+        assert not kill or kill[2] == 3 or "step 2 of 7" in said
+    assert "step 4 of 7" in said
+
+    def told(run: Path, name: str) -> dict[int, float]:
+        """Return a figure by step, the mean over micro-batches."""
+        rows = [(step, float(value)) for step, key, value in figures(run) if key == name]
+        steps = {step for step, _ in rows}
+        return {step: sum(v for s, v in rows if s == step) / sum(s == step for s, _ in rows) for step in steps}
+
+    for name in ("schedule/lr", "schedule/weight_decay", "train/ema_momentum", "data/source0_samples"):
+        assert told(tmp_path, name) == told(whole, name) and len(told(whole, name)) == STEPS, name
+    assert told(tmp_path, "train/loss") == pytest.approx(told(whole, "train/loss"), rel=1e-3)
