@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from agssd.callbacks.best_checkpoint import BestCheckpoint
-from agssd.run_directory import RunCheckpoint
+from agssd.callbacks.run_checkpoint import RunCheckpoint
 
 Make = Callable[..., L.Trainer]
 SETTINGS: dict[str, Any] = {"enable_checkpointing": True, "limit_val_batches": 0}

@@ -18,6 +18,7 @@ import torch
 
 from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.callbacks.online_probe import OnlineProbe
+from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.callbacks.throughput import Throughput
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.probe_set import ProbeSet
@@ -25,7 +26,6 @@ from agssd.evaluation.probe import READOUTS, figure_names, run_readouts
 from agssd.evaluation.probe_features import encode
 from agssd.methods.agssd import AGSSD
 from agssd.methods.simmim import SimMIM
-from agssd.run_directory import RunCheckpoint
 from agssd.tasks.encoders import load_encoder
 
 Make = Callable[..., L.Trainer]
