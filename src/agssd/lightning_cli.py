@@ -33,7 +33,7 @@ from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.callbacks.standing import StandingCallback
 from agssd.callbacks.throughput import Throughput
 from agssd.callbacks.view_panels import ViewPanels
-from agssd.checkpoints import CheckpointFiles, check_whole, newest_checkpoint, read_checkpoint
+from agssd.checkpoints import check_whole, newest_checkpoint, read_checkpoint
 from agssd.models.backbone import Backbone
 from agssd.run_directory import (
     CHECKPOINTS,
@@ -237,11 +237,7 @@ class AgssdCLI(LightningCLI):
             callbacks.append(callback)
         if config["logger"] in (None, True):
             config["logger"] = self._loggers()
-        trainer = self._instantiate_trainer(config, callbacks)
-        if trainer.strategy._checkpoint_io is None:  # the user has named no other
-            checkpoint = self._get(self.config_init, "checkpoint")
-            trainer.strategy.checkpoint_io = CheckpointFiles(checkpoint.in_background)
-        return trainer
+        return self._instantiate_trainer(config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Tell Lightning the checkpoint; in the saved configuration it would outlive the file."""

@@ -36,7 +36,7 @@ def test_best_checkpoint__best_of_the_trained_weights__beside_the_last(
     make_trainer: Make, tmp_path: Path, scripted: Any
 ) -> None:
     best = fit(make_trainer, tmp_path / "c", scripted, {0: 0.99, 1: 0.5, 2: 0.9, 3: math.nan, 4: 0.7})
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["best.ckpt", "last.ckpt", "step00000004.ckpt"]
     assert step_of(tmp_path / "c/best.ckpt") == 2 and step_of(tmp_path / "c/last.ckpt") == 4
     assert float(best.best_model_score) == pytest.approx(0.9)
 

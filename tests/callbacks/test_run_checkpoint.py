@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from agssd.callbacks.run_checkpoint import RunCheckpoint, random_states, set_random_states
-from agssd.checkpoints import CheckpointFiles, newest_checkpoint
+from agssd.checkpoints import newest_checkpoint
 
 
 class Noisy(pl.LightningModule):
@@ -68,7 +68,6 @@ def fit(folder: Path, steps: int, accumulate: int = 1, stop: int | None = None, 
         max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[keep], accumulate_grad_batches=accumulate, default_root_dir=folder,
     )  # fmt: skip
-    trainer.strategy.checkpoint_io = CheckpointFiles()
     found = newest_checkpoint(str(folder))
     arguments = {"ckpt_path": found[0], "weights_only": True} if found else {}
     trainer.fit(module, datamodule=Stream(), **arguments)

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import lightning.pytorch as L
 import numpy as np
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -31,11 +32,11 @@ class RunCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_train_steps: optimiser steps between two checkpoints.
-        keep_last: how many of the newest to keep, at least 1, or -1 for all; a torn one is replaced by the one before.
-        monitor: metric to keep the best by besides.
-        save_top_k: how many of the best to keep.
+        save_top_k: how many of the best by ``monitor`` to keep besides the newest, -1 for all.
+        monitor: metric to keep the best by.
         mode: whether a small (``min``) or large (``max``) metric is good.
         dirpath: another place for the checkpoints.
+        keep_last: how many of the newest to keep, at least 1, or -1 for all; a torn one is replaced by the one before.
         in_background: write while training goes on, see :class:`agssd.checkpoints.CheckpointFiles`.
 
     Raises:
@@ -45,11 +46,11 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(
         self,
         every_n_train_steps: int = 1000,
-        keep_last: int = 2,
-        monitor: str | None = None,
         save_top_k: int = 1,
+        monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         dirpath: str | None = None,
+        keep_last: int = 2,
         in_background: bool = True,
     ) -> None:
         super().__init__(
@@ -74,6 +75,12 @@ class RunCheckpoint(ModelCheckpoint):
     def state_key(self) -> str:
         """The same however often and by whatever metric it saves."""
         return type(self).__qualname__
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Have the files written by :class:`CheckpointFiles`, unless the user has named another plugin."""
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointFiles(self.in_background)
 
     # ------------------------------------------------------------------- save
 
@@ -114,9 +121,11 @@ class RunCheckpoint(ModelCheckpoint):
         self.best_model_path = path if not best else self.format_checkpoint_name({"step": torch.tensor(best[0])})
         self.last_model_path = os.path.join(str(self.dirpath), LAST)
         self._save_checkpoint(trainer, path)
+        files = trainer.strategy.checkpoint_io
+        if not isinstance(files, CheckpointFiles):
+            self._save_checkpoint(trainer, self.last_model_path)
         if not trainer.is_global_zero:
             return
-        files = trainer.strategy.checkpoint_io
         if isinstance(files, CheckpointFiles):
             files.link(path, self.last_model_path)
         stored = sorted({*self._stored(), step})
