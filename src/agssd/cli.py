@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from agssd import __version__
+from agssd.stop_signals import STOP
 
 TRAINING = {
     "fit": "train a method or a task: agssd fit --config conf/experiment/NAME.yaml --data.cache PATH",
@@ -73,14 +74,9 @@ def _reader_has_gone() -> bool:
 
 def _dispatch(name: str, arguments: list[str]) -> int:
     if name in TRAINING:
-        _import_training()
-        from agssd.lightning_cli import AgssdCLI, FinishedRun
-
-        try:
-            return AgssdCLI([name, *arguments]).exit_code
-        except FinishedRun as nothing_left:
-            print(nothing_left)
-            return 0
+        if name == "fit":
+            STOP.listen()  # before the imports, which take seconds
+        return _train(name, arguments)
     from agssd import commands
 
     if not commands.exists(name):
@@ -97,6 +93,20 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     args, more = parser.parse_known_args(arguments)
     args.more = more
     return command.run(args)
+
+
+def _train(name: str, arguments: list[str]) -> int:
+    try:
+        _import_training()
+        from agssd.lightning_cli import AgssdCLI, FinishedRun
+
+        try:
+            return AgssdCLI([name, *arguments]).exit_code
+        except FinishedRun as nothing_left:
+            print(nothing_left)
+            return 0
+    finally:
+        STOP.release()
 
 
 def _import_training() -> None:
