@@ -6,6 +6,7 @@ import csv
 import logging
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+import agssd.cli
 from agssd import __version__, commands
 from agssd.cli import TRAINING, main, refusal
 from agssd.lightning_cli import differences
@@ -467,6 +469,32 @@ def test_traceback__flag_shows_where_a_refusal_came_from(conf: Path, tmp_path: P
 
 
 @pytest.mark.ddp
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_fit__signal_while_it_still_imports_ends_it_after_a_step_and_the_same_command_goes_on(
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    assert fit(conf, tmp_path / "undisturbed") == 0
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(agssd.cli, "_import_training", lambda: os.kill(os.getpid(), number))
+        assert fit(conf, tmp_path / "run") == 75
+    assert checkpoint(tmp_path / "run")["global_step"] == 1 and signal.getsignal(number) is before
+    assert fit(conf, tmp_path / "run") == 0
+    gains = [checkpoint(tmp_path / name)["state_dict"]["backbone.gain"] for name in ("run", "undisturbed")]
+    assert torch.equal(*gains) and losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+
+
+def test_fit__without_checkpoints_a_signal_ends_it_as_any_program(conf: Path, tmp_path: Path) -> None:
+    code = "import os, signal, sys, agssd.cli as cli; there = cli._import_training\n"
+    code += "def told(): there(); os.kill(os.getpid(), signal.SIGTERM)\n"
+    code += "cli._import_training = told; sys.exit(cli.main(sys.argv[1:]))"
+    arguments = ["fit", "--config", str(conf / "experiment/ToyRecipe.yaml"), "--trainer.enable_checkpointing", "false"]
+    command = [sys.executable, "-c", code, *arguments, "--trainer.default_root_dir", str(tmp_path / "run")]
+    paths = os.pathsep.join([str(TOYS), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGTERM, done.stderr[-3000:]
+
+
 def test_fit__two_processes_reach_the_weights_of_one(
     conf: Path, tmp_path: Path, tiny_cache: Path, spoil_cache: Callable[..., Path]
 ) -> None:

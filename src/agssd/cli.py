@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from agssd import __version__
+from agssd.stop_signals import STOP
 
 if TYPE_CHECKING:
     from agssd.commands import Fit
@@ -77,14 +78,9 @@ def _reader_has_gone() -> bool:
 
 def _dispatch(name: str, arguments: list[str]) -> int:
     if name in TRAINING:
-        _import_training()
-        from agssd.lightning_cli import AgssdCLI, FinishedRun
-
-        try:
-            return AgssdCLI([name, *arguments]).exit_code
-        except FinishedRun as nothing_left:
-            print(nothing_left)
-            return 0
+        if name == "fit":
+            STOP.listen()  # before the imports, which take seconds
+        return _train(name, arguments)
     from agssd import commands
 
     if not commands.exists(name):
@@ -109,6 +105,20 @@ def _dispatch(name: str, arguments: list[str]) -> int:
 
     own.of_fit, own.fit = of_fit, parse
     return command.run(own)
+
+
+def _train(name: str, arguments: list[str]) -> int:
+    try:
+        _import_training()
+        from agssd.lightning_cli import AgssdCLI, FinishedRun
+
+        try:
+            return AgssdCLI([name, *arguments]).exit_code
+        except FinishedRun as nothing_left:
+            print(nothing_left)
+            return 0
+    finally:
+        STOP.release()
 
 
 def _import_training() -> None:

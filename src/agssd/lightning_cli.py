@@ -48,6 +48,7 @@ from agssd.run_directory import (
     plain_config,
     run_of_checkpoint,
 )
+from agssd.stop_signals import STOP
 from agssd.transforms.crops import OverlapCrops
 
 STANDING: dict[str, type[Callback]] = {
@@ -265,17 +266,15 @@ class AgssdCLI(LightningCLI):
         """Run, and where the run was told to stop and has saved itself, see that it goes on."""
         preemption = next((c for c in cast(Any, self.trainer).callbacks if isinstance(c, Preemption)), None)
         if preemption is None or subcommand != "fit":
+            STOP.obey()
             super()._run_subcommand(subcommand)
             return
-        preemption.listen()  # the first step may be minutes away
         if slurm.restarts():
             rank_zero_info(f"SLURM job {slurm.job()}, started for the {slurm.restarts() + 1}. time")
         try:
             super()._run_subcommand(subcommand)
         except Preempted as stopped:
             self.exit_code = preemption.hand_over(self.trainer, stopped)
-        finally:
-            preemption.release()
 
     # --------------------------------------------------------------- checking
 

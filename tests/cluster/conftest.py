@@ -16,7 +16,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make_cache: Callable[..., Pat
     folder = tmp_path_factory.mktemp("my runs 50%")
     made = Runs(folder, make_cache(folder / "tiny.h5", 4, (24, 24, 24), splits=["train"] * 4))
     done = made.start(made.plain("undisturbed"))
-    said, _ = done.communicate(timeout=300)
+    said, _ = done.communicate(timeout=600)
     assert done.returncode == 0, said[-3000:]
     return made
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 HERE = Path(__file__).parent
-STEPS = 24
+STEPS = 16
 
 
 class Runs:

@@ -62,11 +62,12 @@ def start(runs: Runs, hosts: tuple[str, str], run: str, step_s: float) -> list[s
 def test_two_hosts__reach_the_weights_of_one(runs: Runs, hosts: tuple[str, str]) -> None:
     ranks = start(runs, hosts, "two hosts", 0.0)
     for rank in ranks:
-        said, _ = rank.communicate(timeout=300)
+        said, _ = rank.communicate(timeout=600)
         assert rank.returncode == 0, said
     runs.assert_equal("two hosts", "undisturbed")
 
 
+@pytest.mark.slow
 def test_two_hosts__cut_link_ends_both_with_the_cause(runs: Runs, hosts: tuple[str, str]) -> None:
     ranks = start(runs, hosts, "cut", 0.3)
     ends = time.monotonic() + 200

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
-from types import FrameType
 from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
@@ -19,10 +15,10 @@ from torch import Tensor
 from agssd import slurm
 from agssd.callbacks.standing import StandingCallback
 from agssd.distributed import world_size
+from agssd.stop_signals import STOP
 from agssd.types import Interruptible, SavesOnRequest
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class Preempted(SystemExit):
@@ -60,38 +56,11 @@ class Preemption(StandingCallback, Checkpoint):
     def __init__(self, requeue: bool = True) -> None:
         super().__init__()
         self.requeue = requeue
-        self._previous: dict[signal.Signals, Any] = {}
         self._releases = False
-        self._process = os.getpid()
-        self._received: tuple[signal.Signals, float] | None = None
         self._group: dist.ProcessGroup | None = None
         self._question: tuple[dist.Work, Tensor] | None = None
         self._step = 0
         self._stopping = False
-
-    # ---------------------------------------------------------------- signals
-
-    def listen(self) -> None:
-        """Take over the signals in this process; a forked worker that inherits the handler does nothing."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        self._process = os.getpid()
-        for number in SIGNALS:
-            handler = signal.getsignal(number)
-            if handler != self._note:
-                self._previous[number] = handler
-                signal.signal(number, self._note)
-
-    def release(self) -> None:
-        """Give the signals back to who had them."""
-        for number, handler in self._previous.items():
-            if signal.getsignal(number) == self._note:
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._previous = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._process and self._received is None:
-            self._received = signal.Signals(number), time.monotonic()
 
     # ------------------------------------------------------------------ hooks
 
@@ -105,8 +74,8 @@ class Preemption(StandingCallback, Checkpoint):
         self.active = self.active and self._checkpoint(trainer) is not None
         if self.active:
             cast(Any, trainer)._signal_connector.register_signal_handlers = _do_nothing
-            self._releases = not self._previous  # who has listened before the run does so after it
-            self.listen()
+            self._releases = not STOP.listening  # who has listened before the run does so after it
+            STOP.listen()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the step that the run starts at and open the ranks' own group."""
@@ -128,7 +97,7 @@ class Preemption(StandingCallback, Checkpoint):
         if self._some_rank_was_told():
             self._stopping = True
             cast(SavesOnRequest, self._checkpoint(trainer)).save_before_next(trainer)
-            name = "A signal to another rank" if self._received is None else self._received[0].name
+            name = "A signal to another rank" if STOP.received is None else STOP.received[0].name
             rank_zero_info(f"{name}: the run stops after step {self._step}")
 
     def on_train_batch_start(
@@ -148,12 +117,12 @@ class Preemption(StandingCallback, Checkpoint):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the signals back."""
         if self._releases:
-            self.release()
+            STOP.release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the signals back."""
         if self._releases:
-            self.release()
+            STOP.release()
 
     # --------------------------------------------------------------- handing over
 
@@ -167,7 +136,7 @@ class Preemption(StandingCallback, Checkpoint):
             for logger in trainer.loggers:
                 if isinstance(logger, Interruptible):
                     logger.interrupt()
-            after = "" if self._received is None else f", {time.monotonic() - self._received[1]:.1f} s after the signal"
+            after = "" if STOP.received is None else f", {time.monotonic() - STOP.received[1]:.1f} s after the signal"
             rank_zero_info(f"stopped after step {stopped.step}{after}; {self._what_next()}")
         if self._group is not None:
             try:
@@ -189,13 +158,13 @@ class Preemption(StandingCallback, Checkpoint):
     def _some_rank_was_told(self) -> bool:
         """Return, alike on every rank, whether one had been told to stop when the question was sent; send the next."""
         if self._group is None:
-            return self._received is not None
+            return STOP.received is not None
         told = False
         if self._question is not None:
             work, answer = self._question
             work.wait()
             told = bool(answer.item())
-        flag = torch.tensor([int(self._received is not None)])
+        flag = torch.tensor([int(STOP.received is not None)])
         self._question = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flag
         return told
 

@@ -125,7 +125,8 @@ def batch_script(
     Raises:
         ValueError: for devices that are no number, a flag that this script sets itself, or a path SLURM cannot hold.
     """
-    devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
+    devices: Any = trainer.get("devices")
+    nodes = trainer.get("num_nodes") or 1
     if not str(devices).isdigit() or int(devices) < 1:
         raise ValueError(
             f"trainer.devices is {devices!r}; a SLURM job needs the number of devices of a machine, for example "
