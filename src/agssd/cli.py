@@ -85,7 +85,16 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"agssd {name}", description=commands.summaries()[name])
     command = commands.load(name)
     command.add_arguments(parser)
-    return command.run(parser.parse_args(arguments))
+    if not getattr(command, "TAKES_FIT", False):
+        return command.run(parser.parse_args(arguments))
+    parser.allow_abbrev = False  # --data is fit's, and no short form of anything here
+    parser.epilog = "Everything else on the command line is that of `agssd fit`; see `agssd fit --help`."
+    own, of_fit = parser.parse_known_args(arguments)
+    _import_training()
+    from agssd.lightning_cli import ParsedFit
+
+    own.of_fit, own.fit = of_fit, lambda *more: ParsedFit([*of_fit, *more])
+    return command.run(own)
 
 
 def _import_training() -> None:

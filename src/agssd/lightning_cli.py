@@ -260,6 +260,36 @@ class AgssdCLI(LightningCLI):
                     callback.check_data(self.trainer, self.model, self.datamodule)
 
 
+class ParsedFit(AgssdCLI):
+    """The command line of ``agssd fit``, parsed and refused as by ``fit``; see :class:`agssd.commands.Fit`.
+
+    Args:
+        args: the command line after ``agssd fit``.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        """Parse."""
+        super().__init__(["fit", *args])
+        self.settings = self.config[self.subcommand]
+
+    def instantiate_classes(self) -> None:
+        """Build nothing yet."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+    def build(self) -> None:
+        """Make the model and the data module; nothing is read or written."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+
+    def build_trainer(self) -> L.Trainer:
+        """Return the trainer without callbacks and loggers."""
+        settings = {**self._get(self.config_init, "trainer"), "logger": False, "enable_checkpointing": False}
+        return self._instantiate_trainer(settings | {"callbacks": None, "enable_model_summary": False}, [])
+
+
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage()
 

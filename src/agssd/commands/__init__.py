@@ -5,6 +5,10 @@ A command is a module (or package) ``agssd.commands.NAME`` with a one-line docst
 - ``add_arguments(parser: argparse.ArgumentParser) -> None``,
 - ``run(args: argparse.Namespace) -> int``, returning the exit code.
 
+A command that looks at a training says ``TAKES_FIT = True``: it is then given the command line of ``agssd fit`` beside
+its own options: ``args.of_fit`` is that list of words, and ``args.fit(*more)`` parses them (with more at their end) to a
+:class:`Fit`.
+
 Adding a command is adding a file. This module imports none of them: help texts are read from the source, so that
 ``agssd --help`` stays fast whatever the commands need.
 """
@@ -14,10 +18,12 @@ from __future__ import annotations
 import ast
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     import argparse
+
+    import lightning.pytorch as L
 
 
 class Command(Protocol):
@@ -28,6 +34,29 @@ class Command(Protocol):
 
     def run(self, args: argparse.Namespace) -> int:
         """Do the work and return the exit code."""
+        ...
+
+
+class Fit(Protocol):
+    """The command line of ``agssd fit``, parsed and refused as by ``fit``, of which nothing is built yet.
+
+    Attributes:
+        settings: the configuration, a jsonargparse Namespace.
+        run_directory: of the run.
+        model: after :meth:`build`.
+        datamodule: after :meth:`build`.
+    """
+
+    settings: Any
+    run_directory: Path
+    model: Any
+    datamodule: Any
+
+    def build(self) -> None:
+        """Make the model and the data module; nothing is read or written."""
+
+    def build_trainer(self) -> L.Trainer:
+        """Return the trainer, which connects to its devices, without callbacks and loggers."""
         ...
 
 

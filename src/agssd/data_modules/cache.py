@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import mmap
 import os
 from collections import OrderedDict
@@ -27,7 +28,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from agssd.data_modules.chunk_reader import checksum, open_chunks
+from agssd.data_modules.chunk_reader import BloscChunks, checksum, open_chunks
 from agssd.types import Triple
 
 FORMAT = "agssd-cache"
@@ -210,6 +211,17 @@ class VolumeCache:
             part = self._slice(data, case, what, (*lead, *(slice(lo, h) for lo, h in zip(low, high, strict=True))))
             out[(*lead, *inner)] = part
         return out
+
+    def stored_bytes(self, case: int, start: Triple, size: Triple, what: Kind = "image") -> int:
+        """Return the bytes of the file that reading the box [start, start + size) touches; arguments as in ``read``."""
+        data = self._dataset(case, what).array
+        lead = (slice(0, self.cases[case].channels),) if what == "image" else ()
+        axes = zip(start, size, self.cases[case].shape, strict=True)
+        box = (*lead, *(slice(max(s, 0), max(min(s + n, whole), max(s, 0))) for s, n, whole in axes))
+        if isinstance(data, BloscChunks):
+            return data.stored_bytes(box)
+        share = math.prod(part.stop - part.start for part in box) / math.prod(data.shape)
+        return round(share * (data.nbytes if isinstance(data, np.ndarray) else data.id.get_storage_size()))
 
     def read_whole(self, case: int, what: Kind = "image") -> NDArray[Any]:
         """Return the whole array of a case; shapes and types as in ``read``."""

@@ -117,6 +117,11 @@ class BloscChunks:
         self._mapped = mapped
         self._extents = extents
 
+    def stored_bytes(self, box: tuple[slice, ...]) -> int:
+        """Return the bytes of the compressed chunks that ``box``, a slice per axis, touches; nothing is read."""
+        used = zip(box, self.chunks, strict=True)
+        return int(self._extents[tuple(slice(part.start // n, -(-part.stop // n)) for part, n in used)][..., 1].sum())
+
     def __getitem__(self, box: tuple[Any, ...]) -> NDArray[Any]:
         """Return a new array with the voxels of ``box``: a slice per axis, or an Ellipsis for the whole.
 

@@ -100,17 +100,21 @@ class ParentCrops(Dataset[dict[str, "Tensor"]]):
             "broken": torch.tensor(broken + [-1] * (MAX_BROKEN - len(broken)), dtype=torch.int64),
         }
 
+    def _start(self, sample: int, cache: VolumeCache, case: int) -> Triple:
+        shape, chunks = cache.cases[case].shape, _foreground_chunks(cache, case)
+        return crop_start(self.seed, sample, shape, self.parent_vox, chunks, self.prob_foreground)
+
+    def stored_bytes(self, sample: int) -> int:
+        """Return the bytes of the cache's files that reading sample ``sample`` touches."""
+        cache_idx, case = self.rows[self.row_of(sample)]
+        cache = self.caches[cache_idx]
+        start = self._start(sample, cache, case)
+        return sum(cache.stored_bytes(case, start, self.parent_vox, what) for what in ("image", "foreground"))
+
     def _read(self, sample: int, row: int) -> dict[str, Tensor]:
         cache_idx, case = self.rows[row]
         cache = self.caches[cache_idx]
-        start = crop_start(
-            self.seed,
-            sample,
-            cache.cases[case].shape,
-            self.parent_vox,
-            _foreground_chunks(cache, case),
-            self.prob_foreground,
-        )
+        start = self._start(sample, cache, case)
         image = cache.read(case, start, self.parent_vox, "image")  # (C, D, H, W) int16
         foreground = cache.read(case, start, self.parent_vox, "foreground")  # (D, H, W) uint8
         return {

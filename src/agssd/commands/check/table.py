@@ -1,0 +1,137 @@
+"""What a check is, and how the findings of all ranks become one table."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+
+class Finding(NamedTuple):
+    """What a check came to; ``problem`` is empty where all is well, ``remedy`` says what to do about it."""
+
+    value: str
+    problem: str = ""
+    remedy: str = ""
+
+
+@dataclass
+class Place:
+    """Where a rank stands, and what it may look at.
+
+    Attributes:
+        settings: configuration of ``fit``.
+        run_directory: of the run.
+        model: of the run, on ``device``.
+        data: its data module, set up if its cache could be opened.
+        device: torch device of this rank.
+        rank: of this process.
+        world_size: number of processes.
+        timeout: seconds after which a rank that does not answer counts as lost.
+    """
+
+    settings: Any
+    run_directory: Path
+    model: Any
+    data: Any
+    device: Any
+    rank: int = 0
+    world_size: int = 1
+    timeout: float = 60.0
+    host: str = field(default_factory=socket.gethostname)
+    talk: Any = None  # gloo group beside the training's own, by which ranks tell what they found
+
+    def connect(self) -> None:
+        """Open the group by which findings travel."""
+        if self.world_size > 1:
+            self.talk = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.talk)
+        return values
+
+
+class Told(NamedTuple):
+    """What one rank tells of a check: its measured value, or why it has none."""
+
+    rank: int
+    host: str
+    value: Any
+    error: str = ""
+
+
+class Check(NamedTuple):
+    """One row: ``measure`` runs on every rank, ``judge`` sees what all of them told.
+
+    Attributes:
+        name: in the table.
+        measure: returns a value that can be pickled, or raises.
+        judge: returns the finding from what all ranks measured.
+        remedy: where ``measure`` raised.
+        needs: names of checks without which this one makes no sense.
+    """
+
+    name: str
+    measure: Callable[[Place], Any]
+    judge: Callable[[Sequence[Told]], Finding]
+    remedy: str
+    needs: tuple[str, ...] = ()
+
+
+def run_checks(checks: Sequence[Check], place: Place) -> dict[str, Finding | None]:
+    """Return the findings by name, the same on every rank; None for a check that another's failure has forestalled."""
+    found: dict[str, Finding | None] = {}
+    for check in checks:
+        failed = [name for name in check.needs if (finding := found.get(name)) is None or finding.problem]
+        found[check.name] = None if failed else run_check(check, place)
+    return found
+
+
+def run_check(check: Check, place: Place) -> Finding:
+    """Measure on every rank, tell each other, and judge."""
+    try:
+        told = Told(place.rank, place.host, check.measure(place))
+    except Exception as error:  # whatever goes wrong here is what the check is for
+        told = Told(place.rank, place.host, None, first_line(error))
+    try:
+        everyone = place.gather(told)
+    except Exception as error:
+        return Finding("", f"ranks lost each other: {first_line(error)}", check.remedy)
+    wrong = [other for other in everyone if other.error]
+    if wrong:
+        return Finding("", f"{of_rank(wrong[0], len(everyone))}{wrong[0].error}", check.remedy)
+    return check.judge(everyone)
+
+
+def of_rank(told: Told, ranks: int) -> str:
+    """Return ``rank R on HOST: ``, or nothing in a single process."""
+    return f"rank {told.rank} on {told.host}: " if ranks > 1 else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return str(error).strip().partition(os.linesep)[0] or type(error).__name__
+
+
+def show(found: dict[str, Finding | None]) -> str:
+    """Return the table: a line per check, and one remedy below each failure."""
+    width = max(len(name) for name in found)
+    lines = []
+    for name, finding in found.items():
+        if finding is None:
+            lines.append(f"-     {name:<{width}}  not run, because a check above failed")
+        elif finding.problem:
+            lines += [f"FAIL  {name:<{width}}  {finding.problem}", f"      {'':<{width}}  remedy: {finding.remedy}"]
+        else:
+            lines.append(f"ok    {name:<{width}}  {finding.value}")
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""Bytes of live tensors by part, on fake tensors that take no memory themselves."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+_aten = torch.ops.aten
+
+
+class Ledger(TorchDispatchMode):
+    """While active, counts every storage from the operation that makes it until nothing refers to it any more.
+
+    Storages that several tensors share count once. What a kernel allocates for itself and frees again is not seen.
+
+    Attributes:
+        part: to which new storages are counted.
+        live: bytes by part, now.
+        peak: bytes by part when their sum was largest, since :meth:`start`.
+        guessed: numbers that an operation on fake tensors was asked for and that it cannot know; they read 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = "other"
+        self.live: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.guessed = 0
+        self._largest = 0
+        self._part_of: dict[int, tuple[str, int]] = {}
+
+    def start(self) -> None:
+        """Forget the peak so far."""
+        self.peak, self._largest = Counter(self.live), self.live.total()
+
+    def count(self, tensor: Tensor, part: str) -> None:
+        """Count the storage of ``tensor`` to ``part``, wherever it was counted before."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._part_of:
+            before, size = self._part_of[key]
+            self.live[before] -= size
+        else:
+            size = storage.nbytes()
+            weakref.finalize(storage, self._forget, key).atexit = False
+        self._part_of[key] = part, size
+        self.live[part] += size
+        if (total := self.live.total()) > self._largest:
+            self.peak, self._largest = Counter(self.live), total
+
+    def _forget(self, key: int) -> None:
+        part, size = self._part_of.pop(key)
+        self.live[part] -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what it made."""
+        if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            self.guessed += 1
+            return 1.0 if args[0].is_floating_point() else 1
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self._part_of:
+                self.count(made, self.part)
+        return out
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Move every parameter to the meta device as soon as a module registers it, so that a model takes no memory."""
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    handle = torch_module.register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def as_fake(value: Any, mode: FakeTensorMode, batch: tuple[Any, Any, int] | None = None) -> Any:
+    """Return a tree of fake CPU tensors like those of ``value``.
+
+    Args:
+        value: any nesting of tensors and other things.
+        mode: of the fake tensors.
+        batch: two such trees, of 1 and of 2 samples, and the number of samples of the result.
+    """
+
+    def fake(tensor: Any, *pair: Any) -> Any:
+        if not isinstance(tensor, Tensor):
+            return tensor
+        shape = list(tensor.shape)
+        if batch is not None:
+            one, two = pair
+            shape = [a + (b - a) * (batch[2] - 1) for a, b in zip(one.shape, two.shape, strict=True)]
+        with mode:
+            return torch.empty(shape, dtype=tensor.dtype, device="cpu")
+
+    return tree_map(fake, value) if batch is None else tree_map(fake, value, batch[0], batch[1])
+
+
+def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace every parameter and buffer of ``model`` by a fake CPU tensor; what was shared stays shared."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = as_fake(tensor.detach(), mode)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                held[name] = made[id(tensor)]
+
+
+@contextmanager
+def inside(parts: dict[nn.Module, str], enter: Callable[[str], object], leave: Callable[[], object]) -> Iterator[None]:
+    """Call ``enter(part)`` and ``leave()`` around every pass through a module of ``parts``."""
+    before = torch_module.register_module_forward_pre_hook(
+        lambda module, _: enter(parts[module]) and None if module in parts else None
+    )
+    after = torch_module.register_module_forward_hook(
+        lambda module, *_: leave() and None if module in parts else None, always_call=True
+    )
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()

@@ -1,0 +1,112 @@
+"""One real optimiser step in a process of its own: its peak memory and its time.
+
+On a CPU the peak is that of resident memory (``VmHWM`` of Linux), less what was resident before the model was built. A
+first rehearsal with one sample is thrown away, so that libraries and their kernels are loaded and do not count, and
+glibc is told to give every block above 64 KiB back at once, so that what was freed does not count either. On CUDA it is
+``torch.cuda.max_memory_allocated``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from agssd.commands.plan.rehearsal import Step, parent_batch, rehearse, set_stage
+from agssd.methods.base import PretrainModule
+from agssd.types import Triple
+
+_GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+_TIMED = 3
+
+
+class Measured(NamedTuple):
+    """What one real step told.
+
+    Attributes:
+        bytes: at the peak.
+        seconds: of one micro-batch, the optimiser's part of a step included; the quickest of three steps.
+    """
+
+    bytes: int
+    seconds: float
+
+
+def measure_in_child(of_fit: Sequence[str], batch: int, device: str) -> Measured:
+    """Return what a step with micro-batches of ``batch`` samples takes, measured in a process of its own.
+
+    Raises:
+        ValueError: if the process fails, out of memory for one.
+    """
+    command = [sys.executable, "-m", "agssd", "plan", *of_fit, "--rehearse", str(batch), "--device", device]
+    done = subprocess.run(command, env=os.environ | _GLIBC, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ValueError(f"--measure: a step with {batch} sample(s) per micro-batch failed: {reason}")
+    return Measured(**json.loads(lines[-1]))
+
+
+def measure_here(
+    build: Callable[[], PretrainModule], step: Step, batch: int, channels: int, parent_vox: Triple, device: str
+) -> Measured:
+    """Take real steps and return their peak and time; for a process that does nothing else."""
+
+    def run(samples: int, steps: int) -> float:
+        model = build().to(device)
+        set_stage(model, step)
+        parents = parent_batch(samples, channels, parent_vox)
+        marks: list[float] = []
+
+        def views() -> object:
+            moved = {name: tensor.to(device, copy=True) for name, tensor in parents.items()}  # type: ignore[attr-defined]
+            return model.on_after_batch_transfer(moved, 0)
+
+        def at(stage: str) -> None:
+            if stage == "views" and device == "cuda":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter()) if stage == "views" else None
+
+        rehearse(model, step, views, at, steps)
+        marks.append(time.perf_counter())
+        return min(after - before for before, after in zip(marks[:-1], marks[1:], strict=True))
+
+    run(1 if device == "cpu" else batch, 1)
+    _give_back()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        seconds = run(batch, _TIMED)
+        return Measured(torch.cuda.max_memory_allocated(), seconds)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
+    seconds = run(batch, _TIMED)
+    return Measured(_resident("VmHWM") - before, seconds)
+
+
+def _give_back() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(name: str) -> int:
+    """Return VmRSS or VmHWM of this process in bytes.
+
+    Raises:
+        ValueError: where the system has no such figure.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    except (OSError, StopIteration) as error:
+        raise ValueError("--measure on a CPU reads /proc/self/status, which only Linux has") from error

@@ -1,0 +1,67 @@
+"""What a run takes on some numbers of GPUs, as arithmetic on stated figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GPUS = (1, 8, 64, 512)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What decides how long a run takes.
+
+    Attributes:
+        max_steps: optimiser steps.
+        global_batch: samples per optimiser step.
+        largest: samples that fit into one micro-batch of a GPU; None where it is not known.
+        seconds_per_sample: on one GPU; None where it is not known.
+        gradient_bytes: of one all-reduce.
+        buffer_bytes: that DDP broadcasts before every forward pass.
+        link: bytes per second that each GPU sends; None counts communication as free.
+        bytes_per_sample: read from the cache.
+    """
+
+    max_steps: int
+    global_batch: int
+    largest: int | None
+    seconds_per_sample: float | None
+    gradient_bytes: int
+    buffer_bytes: int
+    link: float | None
+    bytes_per_sample: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of GPUs; ``refused`` says why the run cannot have it."""
+
+    gpus: int
+    refused: str = ""
+    micro_batch: int = 0
+    accumulate: int = 1
+    sent_bytes: int = 0  # by each GPU per optimiser step
+    samples_per_s: float | None = None
+    hours: float | None = None
+    gpu_hours: float | None = None
+    read_bytes_per_s: float | None = None
+
+
+def row(run: Run, gpus: int) -> Row:
+    """Return the figures of ``run`` on ``gpus`` GPUs: the same global batch, cut into the largest parts that fit."""
+    share, rest = divmod(run.global_batch, gpus)
+    if rest or not share:
+        return Row(gpus, f"data.global_batch_size {run.global_batch} cannot be divided by {gpus}")
+    fits = share if run.largest is None else run.largest
+    micro_batch = next((size for size in range(min(share, fits), 0, -1) if share % size == 0), 0)
+    if not micro_batch:
+        return Row(gpus, "not even one sample per micro-batch fits")
+    accumulate = share // micro_batch
+    # a ring sends each gradient 2 (n - 1) / n times; DDP reduces once per step, and broadcasts buffers per micro-batch
+    sent = 0 if gpus == 1 else round(2 * (gpus - 1) / gpus * run.gradient_bytes + run.buffer_bytes * accumulate)
+    if run.seconds_per_sample is None:
+        return Row(gpus, "", micro_batch, accumulate, sent)
+    seconds = share * run.seconds_per_sample + (sent / run.link if run.link else 0.0)
+    hours = run.max_steps * seconds / 3600
+    rate = run.global_batch / seconds
+    return Row(gpus, "", micro_batch, accumulate, sent, rate, hours, hours * gpus, rate * run.bytes_per_sample)
