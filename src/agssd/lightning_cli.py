@@ -280,14 +280,14 @@ class ParsedFit(AgssdCLI):
 
     def build(self) -> None:
         """Make the model and the data module; nothing is read or written."""
-        self.config_init = self.parser.instantiate_classes(self.config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
+        made = self.parser.instantiate_classes(self.config)  # kept nowhere else, so that a model can be given up
+        self.datamodule, self.model = self._get(made, "data"), self._get(made, "model")
+        self._trainer_settings = self._get(made, "trainer")
 
     def build_trainer(self) -> L.Trainer:
-        """Return the trainer without callbacks and loggers."""
-        settings = {**self._get(self.config_init, "trainer"), "logger": False, "enable_checkpointing": False}
-        return self._instantiate_trainer(settings | {"callbacks": None, "enable_model_summary": False}, [])
+        """Return the trainer without callbacks and loggers; after :meth:`build`."""
+        without = {"logger": False, "enable_checkpointing": False, "callbacks": None, "enable_model_summary": False}
+        return self._instantiate_trainer({**self._trainer_settings, **without}, [])
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -218,10 +218,14 @@ def judge_run_directory(told: Sequence[Told]) -> Finding:
     free = min(one.value[2] for one in told)
     if free < size * kept:
         problem = f"{bytes_text(free)} free, {kept} checkpoints of {bytes_text(size)} need {bytes_text(size * kept)}"
-        return Finding("", problem, "free space, name another --trainer.default_root_dir, or lower checkpoint.save_top_k")
+        return Finding(
+            "", problem, "free space, name another --trainer.default_root_dir, or lower checkpoint.save_top_k"
+        )
     if size / speed > SECONDS_TO_SAVE:
         problem = f"a checkpoint of {bytes_text(size)} takes {size / speed:.0f} s at {speed / 1e6:.1f} MB/s"
-        return Finding("", problem, f"put the run on a faster disk: a run that is told to stop has {SECONDS_TO_SAVE:.0f} s")
+        return Finding(
+            "", problem, f"put the run on a faster disk: a run that is told to stop has {SECONDS_TO_SAVE:.0f} s"
+        )
     return Finding(f"{speed / 1e6:.0f} MB/s, {bytes_text(free)} free for {kept} checkpoints of {bytes_text(size)}")
 
 
@@ -242,7 +246,9 @@ def judge_handles(told: Sequence[Told]) -> Finding:
         needed, allowed = one.value
         if allowed != resource.RLIM_INFINITY and needed > allowed:
             problem = f"{of_rank(one, len(told))}up to {needed} file handles are needed, ulimit -n allows {allowed}"
-            return Finding("", problem, f"ulimit -n {2 ** math.ceil(math.log2(needed))} before the run, or fewer data.num_workers")
+            return Finding(
+                "", problem, f"ulimit -n {2 ** math.ceil(math.log2(needed))} before the run, or fewer data.num_workers"
+            )
     return Finding(f"up to {max(one.value[0] for one in told)} needed, {min(one.value[1] for one in told)} allowed")
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from agssd.commands.plan.measure import Measured
     from agssd.commands.plan.rehearsal import Step
     from agssd.commands.plan.scaling import Row
+    from agssd.types import Triple
 
 TAKES_FIT = True
 _NO_CACHE = "no-cache-for-this-plan"
@@ -118,12 +119,16 @@ def _rehearse(fit: Fit, step: Step, batch: int, device: str) -> Measured:
 
     def build() -> Any:
         fit.build()
-        return _pretraining(fit)
+        model, fit.model = _pretraining(fit), None
+        return model
 
-    model = build()
-    channels, parent_vox = model.student["backbone"].in_channels, fit.datamodule.parent_vox
-    del model
-    return measure_here(build, step, batch, channels, parent_vox, device)
+    return measure_here(build, step, batch, _parent_vox(fit), device)
+
+
+def _parent_vox(fit: Fit) -> Triple:
+    """Return the size of the parent crops, of which only the data module's settings tell before it is built."""
+    first, second, third = (int(n) for n in fit.settings.data.init_args.parent_vox)
+    return first, second, third
 
 
 class _Plan:
@@ -213,7 +218,11 @@ class _Plan:
         return total
 
     def _precision(self) -> str:
-        return "full precision" if self.step.autocast is None else f"autocast to {self.step.autocast}".replace("torch.", "")
+        return (
+            "full precision"
+            if self.step.autocast is None
+            else f"autocast to {self.step.autocast}".replace("torch.", "")
+        )
 
     def _bucket_bytes(self) -> int:
         """Return what DDP copies gradients into, unless they are views of its buckets."""
@@ -278,7 +287,9 @@ class _Plan:
             self.assumptions.append("time per sample is the measured one, whatever the size of the micro-batch")
         elif self.arguments.tflops:
             seconds = flops / (self.arguments.tflops * 1e12)
-            self.assumptions.append(f"a device sustains {self.arguments.tflops} TFLOP/s (--tflops), and nothing else takes time")
+            self.assumptions.append(
+                f"a device sustains {self.arguments.tflops} TFLOP/s (--tflops), and nothing else takes time"
+            )
         link = self.arguments.link_gb_s
         buffers = sum(buffer.numel() * buffer.element_size() for buffer in self.model.buffers())
         plan = Run(
@@ -292,7 +303,9 @@ class _Plan:
             self._bytes_per_sample(),
         )
         print(f"\n{self.step.max_steps:,} steps of {self.data.global_batch_size} samples on")
-        print("  GPUs  micro-batch x accumulated  sent per GPU and step  samples/s     hours  GPU-hours       cost   disk MB/s")
+        print(
+            "  GPUs  micro-batch x accumulated  sent per GPU and step  samples/s     hours  GPU-hours       cost   disk MB/s"
+        )
         for gpus in GPUS:
             self._line(row(plan, gpus))
         if seconds is None:

@@ -154,20 +154,19 @@ class Forecast:
                 known[batch] = self.memory(batch).total()
             return known[batch]
 
-        low, high = 0, 0  # the largest that is known to fit, the smallest that is known not to
-        batch = 1
-        while high != low + 1:
-            if peak(batch) <= budget:
-                low = batch
+        if peak(1) > budget:
+            return 0
+        second = next((batch for batch in known if batch > 1), 2)
+        slope = (peak(second) - peak(1)) / (second - 1)  # memory is almost a straight line in the batch
+        low, high = 1, _MAX_BATCH + 1  # what fits, and what does not or is beyond reason
+        while high - low > 1:
+            guess = int(low + (budget - peak(low)) / max(slope, 1.0))
+            guess = min(max(guess, low + 1), high - 1)
+            if peak(guess) <= budget:
+                low = guess
             else:
-                high = batch
-            first, second = sorted(known)[:2] if len(known) > 1 else (batch, batch)
-            slope = (known[second] - known[first]) / max(second - first, 1) or known[batch]
-            near = int(batch + (budget - known[batch]) / slope)  # memory is almost a straight line in the batch
-            batch = max(near, low + 1) if not high else min(max(near, low + 1), high - 1)
-            batch = min(batch, 2 * batch if not low else 16 * low)
-            if batch > _MAX_BATCH:
-                return low
+                high = guess
+                slope = (peak(high) - peak(low)) / (high - low)
         return low
 
 

@@ -17,12 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from torch import Tensor
 
-from agssd.commands.plan.rehearsal import Step, parent_batch, rehearse, set_stage
+from agssd.commands.plan.rehearsal import Stage, Step, parent_batch, rehearse, set_stage
 from agssd.methods.base import PretrainModule
+from agssd.models.backbone import Backbone
 from agssd.types import Triple
 
 _GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -34,7 +36,7 @@ class Measured(NamedTuple):
 
     Attributes:
         bytes: at the peak.
-        seconds: of one micro-batch, the optimiser's part of a step included; the quickest of three steps.
+        seconds: of the quickest of three optimiser steps, per micro-batch.
     """
 
     bytes: int
@@ -57,39 +59,53 @@ def measure_in_child(of_fit: Sequence[str], batch: int, device: str) -> Measured
 
 
 def measure_here(
-    build: Callable[[], PretrainModule], step: Step, batch: int, channels: int, parent_vox: Triple, device: str
+    build: Callable[[], PretrainModule], step: Step, batch: int, parent_vox: Triple, device: str
 ) -> Measured:
-    """Take real steps and return their peak and time; for a process that does nothing else."""
+    """Take real steps and return their peak and time; for a process that does nothing else.
+
+    Args:
+        build: returns a new model to which nothing else refers.
+        step: how a step is taken.
+        batch: samples per micro-batch.
+        parent_vox: size of the parent crops.
+        device: "cpu" or "cuda".
+    """
 
     def run(samples: int, steps: int) -> float:
         model = build().to(device)
         set_stage(model, step)
-        parents = parent_batch(samples, channels, parent_vox)
-        marks: list[float] = []
+        parents = parent_batch(samples, cast(Backbone, model.student["backbone"]).in_channels, parent_vox)
+        starts: list[float] = []
 
         def views() -> object:
-            moved = {name: tensor.to(device, copy=True) for name, tensor in parents.items()}  # type: ignore[attr-defined]
+            moved = {name: part.to(device, copy=True) for name, part in cast(dict[str, Tensor], parents).items()}
             return model.on_after_batch_transfer(moved, 0)
 
-        def at(stage: str) -> None:
-            if stage == "views" and device == "cuda":
-                torch.cuda.synchronize()
-            marks.append(time.perf_counter()) if stage == "views" else None
+        def at(stage: Stage) -> None:
+            if stage == "views":
+                starts.append(_now(device))
 
         rehearse(model, step, views, at, steps)
-        marks.append(time.perf_counter())
-        return min(after - before for before, after in zip(marks[:-1], marks[1:], strict=True))
+        starts = [*starts[:: len(starts) // steps], _now(device)]
+        return min(after - before for before, after in zip(starts[:-1], starts[1:], strict=True))
 
+    micro_batches = min(step.accumulate, 2)  # of each rehearsed step
     run(1 if device == "cpu" else batch, 1)
     _give_back()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        seconds = run(batch, _TIMED)
+        seconds = run(batch, _TIMED) / micro_batches
         return Measured(torch.cuda.max_memory_allocated(), seconds)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
-    seconds = run(batch, _TIMED)
+    seconds = run(batch, _TIMED) / micro_batches
     return Measured(_resident("VmHWM") - before, seconds)
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _give_back() -> None:

@@ -1,0 +1,189 @@
+"""`agssd plan`: its arithmetic, and its memory against a real step."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from agssd.cli import main
+from agssd.commands.plan.ledger import Ledger, without_weights
+from agssd.commands.plan.scaling import GPUS, Run, row
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+SMALL = ["--config", str(CONF / "experiment" / "small.yaml")]
+AGSSD = ["--config", str(CONF / "experiment" / "agssd_small.yaml")]
+MAE = [*SMALL, "--model", str(CONF / "method" / "mae.yaml"), "--model.decoder_heads", "3", "--model.decoder_dim", "96"]
+SIMMIM = [*SMALL, "--model", str(CONF / "method" / "simmim.yaml")]
+SWIN = [*SIMMIM, "--backbone", str(CONF / "backbone" / "swin_unetr_tiny.yaml")]
+VIT_SMALL = ["--backbone", str(CONF / "backbone" / "vit_small_p16.yaml"), "--views.size_vox", "[64,64,64]"]
+
+
+def plan(*arguments: str) -> str:
+    """Return what a plan prints; in a process of its own, because fake tensors stay in caches."""
+    command = [sys.executable, "-m", "agssd", "plan", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def figure(text: str, pattern: str) -> float:
+    found = re.search(pattern, text)
+    assert found, text
+    return float(found[1].replace(",", ""))
+
+
+def deviation(text: str) -> float:
+    return figure(text, r"planned ([+-][\d.]+) %")
+
+
+# ------------------------------------------------------------------- ledger
+
+
+def test_ledger__counts_storages_while_they_live() -> None:
+    ledger = Ledger()
+    with ledger:
+        ledger.part = "first"
+        a = torch.zeros(1000)
+        view = a[10:]  # the same storage
+        ledger.part = "second"
+        b = torch.ones(500)
+        del a
+        assert ledger.live == {"first": 4000, "second": 2000}, "a view keeps its storage alive"
+        del view
+        assert ledger.live["first"] == 0
+        ledger.count(b, "third")
+    assert +ledger.live == {"third": 2000}
+    assert ledger.peak == {"first": 4000, "second": 2000}
+    ledger.start()
+    assert +ledger.peak == {"third": 2000}
+
+
+def test_ledger__sees_what_a_backward_pass_keeps_and_frees() -> None:
+    layers = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)], nn.Tanh())
+    x = torch.randn(128, 64)
+    ledger = Ledger()
+    with ledger:
+        ledger.part = "forward"
+        y = layers(x).sum()
+        kept = ledger.live["forward"]
+        # each layer keeps its input but the first, whose input is not new; tanh keeps its output
+        assert kept >= 8 * 128 * 64 * 4
+        y.backward()
+        del y
+    assert ledger.live["forward"] == sum(p.grad.nbytes for p in layers.parameters() if p.grad is not None)
+
+
+def test_without_weights__takes_no_memory_and_keeps_what_is_no_parameter() -> None:
+    with without_weights():
+        model = nn.BatchNorm1d(7)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert not any(parameter.is_meta for parameter in nn.Linear(2, 2).parameters()), "only inside"
+
+
+# ------------------------------------------------------------------ scaling
+
+
+def run_of(**changed: object) -> Run:
+    settings: dict[str, object] = {
+        "max_steps": 1000,
+        "global_batch": 1024,
+        "largest": 24,
+        "seconds_per_sample": 0.1,
+        "gradient_bytes": 400,
+        "buffer_bytes": 0,
+        "link": None,
+        "bytes_per_sample": 10.0,
+    }
+    return Run(**settings | changed)  # type: ignore[arg-type]
+
+
+def test_row__keeps_the_global_batch_and_what_fits() -> None:
+    for gpus in GPUS:
+        found = row(run_of(), gpus)
+        assert found.micro_batch * found.accumulate * gpus == 1024
+        assert found.micro_batch <= 24
+    assert row(run_of(), 1).micro_batch == 16, "the largest divisor of 1024 up to 24"
+    assert "cannot be divided" in row(run_of(global_batch=96), 64).refused
+    assert "cannot be divided" in row(run_of(global_batch=8), 64).refused
+    assert "not even one" in row(run_of(largest=0), 1).refused
+
+
+def test_row__gpu_hours_do_not_depend_on_the_number_where_communication_is_free() -> None:
+    rows = [row(run_of(), gpus) for gpus in GPUS]
+    assert [found.gpu_hours for found in rows] == pytest.approx([1000 * 1024 * 0.1 / 3600] * len(GPUS))
+    assert rows[3].hours == pytest.approx(rows[0].gpu_hours / 512)
+    assert rows[3].read_bytes_per_s == pytest.approx(10.0 * 512 / 0.1)
+
+
+def test_row__a_slow_link_costs_what_it_must_send() -> None:
+    for gpus in GPUS:
+        found = row(run_of(link=100.0), gpus)
+        sent = 2 * (gpus - 1) / gpus * 400
+        assert found.sent_bytes == round(sent)
+        seconds = 1024 / gpus * 0.1 + round(sent) / 100.0
+        assert found.samples_per_s == pytest.approx(1024 / seconds)
+
+
+# ----------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--price-per-gpu-hour", "0"], "--price-per-gpu-hour is 0"),
+        (["--measure", "--tflops", "1"], "--measure and --tflops"),
+        (["--reserve", "1"], "--reserve is 1"),
+        (["--trainer.precision", "64"], "trainer.precision is 64"),
+    ],
+)
+def test_plan__refuses(arguments: list[str], names: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *AGSSD, "--data.cache", "none.h5", *arguments]) == 2
+    assert names in capsys.readouterr().err
+
+
+def test_plan__memory_is_that_of_a_real_step(tiny_cache: Path) -> None:
+    batch = ["--data.global_batch_size", "8", "--data.parent_vox", "[40,56,40]", "--data.cache", str(tiny_cache)]
+    more = ["--device", "cpu", "--measure", "--memory-gib", "1", "--price-per-gpu-hour", "2"]
+    text = plan(*AGSSD, *batch, *more)
+    assert abs(deviation(text)) < 15, text
+    assert figure(text, r"trained, all together +([\d,]+)") > 1e6
+    assert figure(text, r"reads ([\d.]+) MB") < 40 * 56 * 40 * 3 / 1e6, "compressed chunks are smaller than voxels"
+    assert figure(text, r"largest micro-batch in 1 GiB: (\d+)") > 8
+    assert "cannot be divided by 64" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(AGSSD, id="agssd_small"),
+        pytest.param([*MAE, *VIT_SMALL, "--data.parent_vox", "[80,80,80]"], id="mae-vit_small"),
+        pytest.param(SWIN, id="simmim-swin"),
+    ],
+)
+def test_plan__memory_of_three_configurations(arguments: list[str]) -> None:
+    for batch in ("4", "16"):
+        command = ["--device", "cpu", "--measure", *arguments, "--data.global_batch_size", batch]
+        text = plan(*command)
+        assert abs(deviation(text)) < 15, text
+
+
+@pytest.mark.slow
+def test_plan__largest_fits_and_one_more_does_not() -> None:
+    text = plan(*SIMMIM, "--device", "cpu", "--memory-gib", "0.5", "--reserve", "0")
+    largest = int(figure(text, r"largest micro-batch in 0.5 GiB: (\d+)"))
+
+    def together(batch: int) -> float:
+        return figure(
+            plan(*SIMMIM, "--device", "cpu", "--data.global_batch_size", str(batch)), r"together +([\d.]+) MiB"
+        )
+
+    assert together(largest) <= 512 < together(largest + 1)
