@@ -60,6 +60,38 @@ def test_chunks__any_box_equals_the_array(tmp_path: Path, dtype: Any) -> None:
     assert np.array_equal(chunks[(Ellipsis,)], values)
 
 
+def test_stored_bytes__are_those_of_the_chunks_that_a_box_touches(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5")
+    chunks = reader(tmp_path / "a.h5")
+    assert chunks is not None
+    found: list[Any] = []
+    with h5py.File(tmp_path / "a.h5") as file:
+        file["case/image"].id.chunk_iter(found.append)
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        box = random_box(rng)
+        touched = [
+            info.size
+            for info in found
+            if all(
+                part.start < first + length and first < part.stop
+                for part, first, length in zip(box, info.chunk_offset, chunks.chunks, strict=True)
+            )
+        ]
+        assert chunks.stored_bytes(box) == sum(touched) > 0
+
+
+def test_cache__stored_bytes_of_every_layout(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    shape, plain = (40, 56, 40), 2 * 40 * 56 * 40
+    for number, layout in enumerate(({"layout": "contiguous"}, {"compression": "lz4"}, {})):
+        cache = VolumeCache(make_cache(tmp_path / f"{number}.h5", num_cases=2, **layout))
+        whole = cache.stored_bytes(0, (0, 0, 0), shape)
+        assert whole == plain if "layout" in layout else 0 < whole < plain
+        assert cache.stored_bytes(0, (-8, -8, -8), (64, 72, 64)) == whole, "padding is not read"
+        assert cache.stored_bytes(0, (0, 0, 0), (20, 28, 20)) < whole
+        assert cache.stored_bytes(0, (100, 100, 100), (8, 8, 8)) == 0
+
+
 def test_chunks__threads_share_a_reader(tmp_path: Path) -> None:
     values = write(tmp_path / "a.h5")
     chunks = reader(tmp_path / "a.h5")

@@ -205,8 +205,8 @@ class _Plan:
             print(f"  {'DDP buckets':<27} {buckets / 2**20:>10.1f} MiB")
         print(f"  {'together':<27} {(total + buckets) / 2**20:>10.1f} MiB")
         self.assumptions += [
-            f"memory is that of a step at 90 % of the run in which gradient norms are measured, with {self._precision()}"
-            "; tensors that are alive together count, what a kernel takes for itself and fragmentation do not",
+            f"memory is that of a step at 90 % of the run in which gradient norms are measured, {self._precision()}; "
+            "tensors that are alive together count, what a kernel takes for itself and fragmentation do not",
             "operations are those of a CPU, whatever the device"
             + (", with the optimiser's foreach form as on CUDA" if self.step.foreach else ""),
             "views are made from synthetic crops of 1 and 2 samples; any other batch is a straight line through both",
@@ -219,9 +219,9 @@ class _Plan:
 
     def _precision(self) -> str:
         return (
-            "full precision"
+            "in full precision"
             if self.step.autocast is None
-            else f"autocast to {self.step.autocast}".replace("torch.", "")
+            else f"with autocast to {self.step.autocast}".replace("torch.", "")
         )
 
     def _bucket_bytes(self) -> int:
@@ -249,8 +249,8 @@ class _Plan:
         of_fit = [*self.arguments.of_fit, *([] if self.with_cache else ["--data.cache", _NO_CACHE])]
         measured = measure_in_child(of_fit, self.batch, self.device)
         print(
-            f"measured: {measured.bytes / 2**20:.1f} MiB at the peak, planned {100 * (peak / measured.bytes - 1):+.1f} %; "
-            f"{measured.seconds:.3f} s per micro-batch"
+            f"measured: {measured.bytes / 2**20:.1f} MiB at the peak, "
+            f"planned {100 * (peak / measured.bytes - 1):+.1f} %; {measured.seconds:.3f} s per micro-batch"
         )
         self.assumptions.append(
             "measured with synthetic crops, reading excluded, on this machine: "
@@ -304,7 +304,8 @@ class _Plan:
         )
         print(f"\n{self.step.max_steps:,} steps of {self.data.global_batch_size} samples on")
         print(
-            "  GPUs  micro-batch x accumulated  sent per GPU and step  samples/s     hours  GPU-hours       cost   disk MB/s"
+            "  GPUs  micro-batch x accumulated  sent per GPU and step  samples/s     hours  GPU-hours       cost"
+            "   disk MB/s"
         )
         for gpus in GPUS:
             self._line(row(plan, gpus))
@@ -316,7 +317,7 @@ class _Plan:
             "communication takes no time (--link-gb-s was not given)"
             if link is None
             else f"each GPU sends {link} GB/s (--link-gb-s), and nothing of it hides behind the backward pass",
-            "the global batch stays the same on every number of GPUs, as agssd keeps it; reading never makes a GPU wait",
+            "the global batch is the same on every number of GPUs, as agssd keeps it; no GPU waits for the disk",
         ]
 
     def _line(self, found: Row) -> None:
@@ -342,8 +343,8 @@ class _Plan:
         mean = sum(crops.stored_bytes(sample) for sample in range(_CROPS)) / _CROPS
         whole = sum(cache.size_bytes() for cache in self.data.caches)
         self.assumptions.append(
-            f"a parent crop reads {mean / 1e6:.2f} MB of compressed chunks, the mean of the first {_CROPS} samples of the "
-            f"stream; the cache has {whole / 1e9:.2f} GB, and what memory still holds of it is not read again"
+            f"a parent crop reads {mean / 1e6:.3f} MB of compressed chunks, the mean of the first {_CROPS} samples of "
+            f"the stream; the cache has {whole / 1e9:.2f} GB, and what memory still holds of it is not read again"
         )
         return mean
 
