@@ -119,6 +119,8 @@ class BloscChunks:
 
     def stored_bytes(self, box: tuple[slice, ...]) -> int:
         """Return the bytes of the compressed chunks that ``box``, a slice per axis, touches; nothing is read."""
+        if any(part.start >= part.stop for part in box):
+            return 0
         used = zip(box, self.chunks, strict=True)
         return int(self._extents[tuple(slice(part.start // n, -(-part.stop // n)) for part, n in used)][..., 1].sum())
 

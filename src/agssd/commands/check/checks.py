@@ -322,10 +322,10 @@ def one_step(place: Place) -> str:
     wrong = [name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
     model.zero_grad()
     if not bool(loss.isfinite()):
-        raise ValueError(f"the loss is {float(loss)}")
+        raise ValueError(f"the loss is {float(loss.detach())}")
     if wrong:
         raise ValueError(f"the gradient of {wrong[0]} is not finite")
-    return f"loss {float(loss):.4f}"
+    return f"loss {float(loss.detach()):.4f}"
 
 
 def judge_step(told: Sequence[Told]) -> Finding:

@@ -74,7 +74,7 @@ def _parse(arguments: argparse.Namespace) -> tuple[Fit, bool]:
     try:
         return arguments.fit(), True
     except argparse.ArgumentError as error:
-        if "cache" not in str(error):
+        if "the following arguments are required: cache" not in str(error):
             raise
         return arguments.fit("--data.cache", _NO_CACHE), False
 
