@@ -280,9 +280,13 @@ class ParsedFit(AgssdCLI):
 
     def build(self) -> None:
         """Make the model and the data module; nothing is read or written."""
-        made = self.parser.instantiate_classes(self.config)  # kept nowhere else, so that a model can be given up
-        self.datamodule, self.model = self._get(made, "data"), self._get(made, "model")
-        self._trainer_settings = self._get(made, "trainer")
+        super().instantiate_classes()
+        self._trainer_settings = self._get(self.config_init, "trainer")
+        del self.config_init  # so that nothing but ``model`` holds the model
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build none with the rest."""
+        return cast(L.Trainer, None)
 
     def build_trainer(self) -> L.Trainer:
         """Return the trainer without callbacks and loggers; after :meth:`build`."""

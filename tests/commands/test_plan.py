@@ -6,14 +6,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agssd.cli import main
-from agssd.commands.plan.ledger import Ledger, without_weights
+from agssd.commands.plan.ledger import Ledger, fake_batch, without_weights
 from agssd.commands.plan.scaling import GPUS, Run, row
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -86,6 +88,27 @@ def test_without_weights__takes_no_memory_and_keeps_what_is_no_parameter() -> No
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
     assert not any(parameter.is_meta for parameter in nn.Linear(2, 2).parameters()), "only inside"
+
+
+@dataclass(frozen=True)
+class Nested:
+    image: torch.Tensor
+    pair: tuple[torch.Tensor, None]
+    size: int
+
+
+def test_fake_batch__grows_along_the_axis_of_samples() -> None:
+    def views(batch: int) -> Nested:
+        image = torch.zeros(batch, 2, 5)
+        return Nested(image, (torch.zeros(3 * batch, 4, dtype=torch.int16), None), 7)
+
+    one = views(1)
+    found = fake_batch(one, views(2), 6, FakeTensorMode())
+    wanted = views(6)
+    assert found.image.shape == wanted.image.shape and found.pair[0].shape == wanted.pair[0].shape
+    assert found.pair[0].dtype == torch.int16 and found.pair[1] is None and found.size == 7
+    shared = fake_batch((one.image, one.image), (views(2).image,) * 2, 2, FakeTensorMode())
+    assert shared[0] is shared[1]
 
 
 # ------------------------------------------------------------------ scaling

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from agssd.commands.plan.ledger import Ledger, as_fake, inside, make_fake
+from agssd.commands.plan.ledger import Ledger, fake_batch, inside, make_fake, tensors_in
 from agssd.commands.plan.rehearsal import Stage, Step, parent_batch, rehearse, set_stage
 from agssd.methods.base import PretrainModule
 from agssd.types import Triple
@@ -65,7 +64,13 @@ class Forecast:
             ledger.count(tensor, INPUTS)  # type: ignore[arg-type]  # of a TypedDict of tensors
         with ledger, torch.no_grad():
             views = self.model.make_views(parents)
-        kept = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in _tensors(views)}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        tensors_in(views, keep)
         return views, max(ledger.peak.total() - sum(kept.values()), 0)
 
     def _next_views(self, batch: int) -> Any:
@@ -73,7 +78,7 @@ class Forecast:
         one, two = self._making
         with self._mode:
             scratch = torch.empty(max(one + (two - one) * (batch - 1), 1), dtype=torch.uint8)
-        views = as_fake(self._views[0], self._mode, (*self._views, batch))
+        views = fake_batch(*self._views, batch, self._mode)
         del scratch
         return views
 
@@ -176,10 +181,6 @@ _MAX_BATCH = 4096
 def _count_gradient(ledger: Ledger, parameter: Tensor) -> None:
     if parameter.grad is not None:
         ledger.count(parameter.grad, GRADIENTS)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

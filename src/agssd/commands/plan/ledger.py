@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 
@@ -90,26 +91,44 @@ def without_weights() -> Iterator[None]:
         handle.remove()
 
 
-def as_fake(value: Any, mode: FakeTensorMode, batch: tuple[Any, Any, int] | None = None) -> Any:
-    """Return a tree of fake CPU tensors like those of ``value``.
+def tensors_in(value: Any, change: Callable[..., Any], *others: Any) -> Any:
+    """Return ``value`` with every tensor replaced by ``change(tensor, ...)``.
 
     Args:
-        value: any nesting of tensors and other things.
-        mode: of the fake tensors.
-        batch: two such trees, of 1 and of 2 samples, and the number of samples of the result.
+        value: any nesting of dataclasses, tuples, lists, dicts and tensors; anything else stays.
+        change: is given the tensor, and those at its place in ``others``.
+        others: like ``value``.
     """
+    if isinstance(value, Tensor):
+        return change(value, *others)
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [one.name for one in fields(value)]
+        return replace(
+            value, **{n: tensors_in(getattr(value, n), change, *(getattr(o, n) for o in others)) for n in names}
+        )
+    if isinstance(value, dict):
+        return {key: tensors_in(part, change, *(other[key] for other in others)) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        parts = [tensors_in(*part[:1], change, *part[1:]) for part in zip(value, *others, strict=True)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
-    def fake(tensor: Any, *pair: Any) -> Any:
-        if not isinstance(tensor, Tensor):
-            return tensor
-        shape = list(tensor.shape)
-        if batch is not None:
-            one, two = pair
-            shape = [a + (b - a) * (batch[2] - 1) for a, b in zip(one.shape, two.shape, strict=True)]
-        with mode:
-            return torch.empty(shape, dtype=tensor.dtype, device="cpu")
 
-    return tree_map(fake, value) if batch is None else tree_map(fake, value, batch[0], batch[1])
+def fake_batch(one: Any, two: Any, batch: int, mode: FakeTensorMode) -> Any:
+    """Return fake CPU tensors for ``batch`` samples, nested like ``one`` and ``two``, those of 1 and of 2 samples.
+
+    A tensor that stands in several places of ``one`` does so in the result.
+    """
+    made: dict[int, Tensor] = {}
+
+    def fake(first: Tensor, second: Tensor) -> Tensor:
+        if id(first) not in made:
+            shape = [a + (b - a) * (batch - 1) for a, b in zip(first.shape, second.shape, strict=True)]
+            with mode:
+                made[id(first)] = torch.empty(shape, dtype=first.dtype, device="cpu")
+        return made[id(first)]
+
+    return tensors_in(one, fake, two)
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -121,7 +140,8 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    fake = as_fake(tensor.detach(), mode)
+                    with mode:
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
                 held[name] = made[id(tensor)]
