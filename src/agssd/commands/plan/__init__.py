@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from agssd.commands.plan.measure import Measured
     from agssd.commands.plan.rehearsal import Step
     from agssd.commands.plan.scaling import Row
-    from agssd.types import Triple
 
 TAKES_FIT = True
 _NO_CACHE = "no-cache-for-this-plan"
@@ -122,13 +121,8 @@ def _rehearse(fit: Fit, step: Step, batch: int, device: str) -> Measured:
         model, fit.model = _pretraining(fit), None
         return model
 
-    return measure_here(build, step, batch, _parent_vox(fit), device)
-
-
-def _parent_vox(fit: Fit) -> Triple:
-    """Return the size of the parent crops, of which only the data module's settings tell before it is built."""
-    first, second, third = (int(n) for n in fit.settings.data.init_args.parent_vox)
-    return first, second, third
+    channels = build().student["backbone"].in_channels
+    return measure_here(build, step, batch, channels, fit.datamodule.parent_vox, device)
 
 
 class _Plan:

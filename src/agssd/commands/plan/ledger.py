@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-_aten = torch.ops.aten
-
 
 class Ledger(TorchDispatchMode):
     """While active, counts every storage from the operation that makes it until nothing refers to it any more.
@@ -65,10 +62,13 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count what it made."""
-        if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        try:
+            out = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            if func is not torch.ops.aten._local_scalar_dense.default:
+                raise
             self.guessed += 1
             return 1.0 if args[0].is_floating_point() else 1
-        out = func(*args, **(kwargs or {}))
         for made in tree_leaves(out):
             if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self._part_of:
                 self.count(made, self.part)

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from agssd.commands.plan.rehearsal import Stage, Step, parent_batch, rehearse, set_stage
 from agssd.methods.base import PretrainModule
-from agssd.models.backbone import Backbone
-from agssd.types import Triple
+from agssd.types import ParentBatch, Triple
 
 _GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 _TIMED = 3
@@ -59,7 +58,7 @@ def measure_in_child(of_fit: Sequence[str], batch: int, device: str) -> Measured
 
 
 def measure_here(
-    build: Callable[[], PretrainModule], step: Step, batch: int, parent_vox: Triple, device: str
+    build: Callable[[], PretrainModule], step: Step, batch: int, channels: int, parent_vox: Triple, device: str
 ) -> Measured:
     """Take real steps and return their peak and time; for a process that does nothing else.
 
@@ -67,14 +66,17 @@ def measure_here(
         build: returns a new model to which nothing else refers.
         step: how a step is taken.
         batch: samples per micro-batch.
+        channels: of the parent crops.
         parent_vox: size of the parent crops.
         device: "cpu" or "cuda".
     """
 
-    def run(samples: int, steps: int) -> float:
+    micro_batches = min(step.accumulate, 2)  # of each rehearsed step
+
+    def run(parents: ParentBatch, steps: int) -> float:
+        """Return the seconds of the quickest step, per micro-batch."""
         model = build().to(device)
         set_stage(model, step)
-        parents = parent_batch(samples, cast(Backbone, model.student["backbone"]).in_channels, parent_vox)
         starts: list[float] = []
 
         def views() -> object:
@@ -86,19 +88,19 @@ def measure_here(
                 starts.append(_now(device))
 
         rehearse(model, step, views, at, steps)
-        starts = [*starts[:: len(starts) // steps], _now(device)]
-        return min(after - before for before, after in zip(starts[:-1], starts[1:], strict=True))
+        ends = [*starts[::micro_batches], _now(device)]
+        return min(after - before for before, after in zip(ends[:-1], ends[1:], strict=True)) / micro_batches
 
-    micro_batches = min(step.accumulate, 2)  # of each rehearsed step
-    run(1 if device == "cpu" else batch, 1)
+    parents = parent_batch(batch, channels, parent_vox)
+    run(parents if device == "cuda" else parent_batch(1, channels, parent_vox), 1)
     _give_back()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        seconds = run(batch, _TIMED) / micro_batches
+        seconds = run(parents, _TIMED)
         return Measured(torch.cuda.max_memory_allocated(), seconds)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
-    seconds = run(batch, _TIMED) / micro_batches
+    seconds = run(parents, _TIMED)
     return Measured(_resident("VmHWM") - before, seconds)
 
 
