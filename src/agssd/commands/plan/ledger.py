@@ -16,6 +16,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+
 class Ledger(TorchDispatchMode):
     """While active, counts every storage from the operation that makes it until nothing refers to it any more.
 
