@@ -175,13 +175,12 @@ def test_plan__refuses(arguments: list[str], names: str, capsys: pytest.CaptureF
 
 
 def test_plan__memory_is_that_of_a_real_step(tiny_cache: Path) -> None:
-    batch = ["--data.global_batch_size", "8", "--data.parent_vox", "[40,56,40]", "--data.cache", str(tiny_cache)]
-    more = ["--device", "cpu", "--measure", "--memory-gib", "1", "--price-per-gpu-hour", "2"]
+    batch = ["--data.global_batch_size", "4", "--data.parent_vox", "[40,56,40]", "--data.cache", str(tiny_cache)]
+    more = ["--device", "cpu", "--measure", "--price-per-gpu-hour", "2"]
     text = plan(*AGSSD, *batch, *more)
     assert abs(deviation(text)) < 15, text
     assert figure(text, r"trained, all together +([\d,]+)") > 1e6
     assert figure(text, r"reads ([\d.]+) MB") < 40 * 56 * 40 * 3 / 1e6, "compressed chunks are smaller than voxels"
-    assert figure(text, r"largest micro-batch in 1 GiB: (\d+)") > 8
     assert "cannot be divided by 64" in text
 
 

@@ -73,7 +73,6 @@ def measure_here(
         parent_vox: size of the parent crops.
         device: "cpu" or "cuda".
     """
-
     micro_batches = min(step.accumulate, 2)  # of each rehearsed step
 
     def run(parents: ParentBatch, steps: int) -> float:
