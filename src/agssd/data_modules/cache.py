@@ -214,14 +214,15 @@ class VolumeCache:
 
     def stored_bytes(self, case: int, start: Triple, size: Triple, what: Kind = "image") -> int:
         """Return the bytes of the file that reading the box [start, start + size) touches; arguments as in ``read``."""
-        data = self._dataset(case, what).array
+        data: Any = self._dataset(case, what).array
         lead = (slice(0, self.cases[case].channels),) if what == "image" else ()
         axes = zip(start, size, self.cases[case].shape, strict=True)
         box = (*lead, *(slice(max(s, 0), max(min(s + n, whole), max(s, 0))) for s, n, whole in axes))
         if isinstance(data, BloscChunks):
             return data.stored_bytes(box)
-        share = math.prod(part.stop - part.start for part in box) / math.prod(data.shape)
-        return round(share * (data.nbytes if isinstance(data, np.ndarray) else data.id.get_storage_size()))
+        share: float = math.prod(part.stop - part.start for part in box) / math.prod(data.shape)
+        stored: int = data.nbytes if isinstance(data, np.ndarray) else data.id.get_storage_size()
+        return round(share * stored)
 
     def read_whole(self, case: int, what: Kind = "image") -> NDArray[Any]:
         """Return the whole array of a case; shapes and types as in ``read``."""

@@ -170,8 +170,9 @@ _FILTER_REMEDY = "install hdf5plugin into this environment, built for the HDF5 o
 
 def checkpoint_bytes(place: Place) -> int:
     """Return the size of a checkpoint: the module's state and two moments for every trained parameter."""
-    state = sum(tensor.numel() * tensor.element_size() for tensor in place.model.state_dict().values())
-    return state + sum(2 * p.numel() * p.element_size() for p in place.model.parameters() if p.requires_grad)
+    state: int = sum(tensor.numel() * tensor.element_size() for tensor in place.model.state_dict().values())
+    moments: int = sum(2 * p.numel() * p.element_size() for p in place.model.parameters() if p.requires_grad)
+    return state + moments
 
 
 def kept_checkpoints(settings: Any) -> int:

@@ -334,7 +334,7 @@ class _Plan:
             return float(voxels * (2 * self.channels + 1))
         self.data.setup("validate")  # opens the index; "fit" would ask for a trainer
         crops = self.data.train_crops
-        mean = sum(crops.stored_bytes(sample) for sample in range(_CROPS)) / _CROPS
+        mean: float = sum(crops.stored_bytes(sample) for sample in range(_CROPS)) / _CROPS
         whole = sum(cache.size_bytes() for cache in self.data.caches)
         self.assumptions.append(
             f"a parent crop reads {mean / 1e6:.3f} MB of compressed chunks, the mean of the first {_CROPS} samples of "

@@ -93,8 +93,8 @@ class Forecast:
             views = self._next_views(batch)
             with torch.autocast("cpu", self.step.autocast, self.step.autocast is not None):
                 loss = self.model.pretrain_loss(views).total
-            loss.backward()  # type: ignore[no-untyped-call]
-        return counter.get_total_flops() / batch
+            loss.backward()
+        return float(counter.get_total_flops() / batch)
 
     def memory(self, batch: int) -> Counter[str]:
         """Return bytes by part at the peak of an optimiser step with micro-batches of ``batch`` samples."""

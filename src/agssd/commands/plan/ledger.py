@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.part = "other"
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -85,7 +85,7 @@ def without_weights() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    handle = torch_module.register_module_parameter_registration_hook(to_meta)
+    handle = torch_module.register_module_parameter_registration_hook(cast(Any, to_meta))
     try:
         yield
     finally:
@@ -151,12 +151,17 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 @contextmanager
 def inside(parts: dict[nn.Module, str], enter: Callable[[str], object], leave: Callable[[], object]) -> Iterator[None]:
     """Call ``enter(part)`` and ``leave()`` around every pass through a module of ``parts``."""
-    before = torch_module.register_module_forward_pre_hook(
-        lambda module, _: enter(parts[module]) and None if module in parts else None
-    )
-    after = torch_module.register_module_forward_hook(
-        lambda module, *_: leave() and None if module in parts else None, always_call=True
-    )
+
+    def entered(module: nn.Module, _: Any) -> None:
+        if module in parts:
+            enter(parts[module])
+
+    def left(module: nn.Module, *_: Any) -> None:
+        if module in parts:
+            leave()
+
+    before = torch_module.register_module_forward_pre_hook(entered)
+    after = torch_module.register_module_forward_hook(left, always_call=True)
     try:
         yield
     finally:

@@ -128,7 +128,7 @@ def rehearse(
             if micro_batch == 0:
                 optimiser.zero_grad()
             at("backward")
-            (loss.total / micro_batches).backward()  # type: ignore[no-untyped-call]
+            (loss.total / micro_batches).backward()
             del loss
         at("optimiser")
         if step.clip:
