@@ -52,7 +52,7 @@ class Wrong(L.Callback):
                 file.truncate(4096)
         elif way == "disk":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails as on a full disk
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
 
 class Poisoned(DINO):

@@ -13,7 +13,6 @@ import torch
 
 from agssd.callbacks.collapse_alarms import Alarm
 from agssd.callbacks.collapse_monitor import CollapseMonitor
-from agssd.callbacks.rollback import HEALTHY
 from agssd.methods.agssd import AGSSD
 from agssd.methods.dino import DINO
 from agssd.methods.simmim import SimMIM

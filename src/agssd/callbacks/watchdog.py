@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from datetime import timedelta
 from typing import Any, ClassVar, cast
 
@@ -23,6 +24,14 @@ from agssd.callbacks.standing import StandingCallback
 _LOG = logging.getLogger(__name__)
 EXIT_STALLED = 75  # of a process that the watchdog ends: temporary failure, worth another start
 _FAILURE = "failure"
+# What the training loop does, in its order; what comes first holds the others up.
+_READING, _COMPUTING, _GRADIENTS, _ENDING = (
+    "reading data, or reporting",
+    "computing a step",
+    "computing gradients",
+    "ending a step",
+)
+_ORDER = ("starting", _READING, _COMPUTING, _GRADIENTS, _ENDING, "saving a checkpoint", "validating", "ending the run")
 
 
 class Watchdog(StandingCallback):
@@ -114,19 +123,23 @@ class Watchdog(StandingCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note progress."""
-        self._note(trainer, "computing a step")
+        self._note(trainer, _COMPUTING)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        """Note progress."""
+        self._note(trainer, _GRADIENTS)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Note progress."""
-        self._note(trainer, "ending a step")
+        self._note(trainer, _ENDING)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note progress."""
-        self._note(trainer, "reports, probes, or reading data")
+        self._note(trainer, _READING)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Note progress."""
@@ -134,7 +147,7 @@ class Watchdog(StandingCallback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note progress."""
-        self._note(trainer, "reading data")
+        self._note(trainer, _READING)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         """Note progress."""
@@ -152,7 +165,7 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True, name="agssd-watchdog")
         self.owner, self.rank, self.world_size = owner, trainer.global_rank, trainer.world_size
         self._children, self._parent = _launched(trainer)
-        self._ended = threading.Event()
+        self._ended, self._lock = threading.Event(), threading.Lock()
         self._store = None
         if self.world_size > 1:
             self._store = torch.distributed.PrefixStore(f"agssd/{_life()}", _connect(owner.lost_s))
@@ -173,12 +186,12 @@ class _Watch(threading.Thread):
             if cause:
                 self._kill(cause)
             last = time.monotonic()
-        faulthandler.cancel_dump_traceback_later()
 
     def end(self) -> None:
         """Stop; the run is over."""
-        self._ended.set()
-        faulthandler.cancel_dump_traceback_later()
+        with self._lock:
+            self._ended.set()
+            faulthandler.cancel_dump_traceback_later()
 
     def failed(self, error: BaseException) -> None:
         """Tell the others, unless another rank was first, and then say so."""
@@ -218,12 +231,12 @@ class _Watch(threading.Thread):
     def _look(self, now: float) -> str:
         """Tell the others of this rank, and return why the job must end, or nothing."""
         at, step, what = self.owner.progress()
-        stalled = now - at > self.owner.stalled_s
+        patience = 4 * self.owner.beat_s if self.rank else 0.0  # rank 0 sees all ranks and speaks first
+        stalled = now - at > self.owner.stalled_s + patience
         if self._store is None:
             return f"no progress for {now - at:.0f} s ({what}, step {step})" if stalled else ""
         self._beat += 1
-        mine = {"beat": self._beat, "since": now - at, "step": step, "what": what, "where": _place()}
-        self._store.set(str(self.rank), json.dumps(mine))
+        self._store.set(str(self.rank), json.dumps({"beat": self._beat, **self._own()}))
         if self._store.check([_FAILURE]):
             text = self._store.get(_FAILURE).decode()
             if text and not self._ended.wait(self.owner.grace_s):
@@ -235,6 +248,19 @@ class _Watch(threading.Thread):
         if lost:
             return bytes(self._store.compare_set(_FAILURE, "", lost)).decode()
         return ""
+
+    def _own(self) -> dict[str, Any]:
+        """Return what this rank tells of itself."""
+        since, step, what = self.owner.progress()
+        at, waits = _main_thread()
+        return {
+            "since": time.monotonic() - since,
+            "step": step,
+            "what": what,
+            "at": at,
+            "waits": waits,
+            "where": _place(),
+        }
 
     def _others(self) -> dict[int, dict[str, Any]]:
         """Return what the watched ranks last told; those that have told nothing yet are left out."""
@@ -257,15 +283,13 @@ class _Watch(threading.Thread):
 
     def _behind(self) -> str:
         """Return which ranks hold the others up: those that are furthest back, or all."""
-        at, step, what = self.owner.progress()
-        told = {self.rank: {"since": time.monotonic() - at, "step": step, "what": what, "where": _place()}}
+        told = {self.rank: self._own()}
         if self.rank == 0:
             told |= self._others()
-        order = {"reports, probes, or reading data": 0, "reading data": 0, "computing a step": 1}
-        place = {rank: (one["step"], order.get(one["what"], 2)) for rank, one in told.items()}
-        last = [rank for rank in told if place[rank] == min(place.values())]
+        place = {rank: (one["step"], one["waits"], _ORDER.index(one["what"])) for rank, one in told.items()}
+        last = [(rank, told[rank]) for rank in told if place[rank] == min(place.values())]
         named = "; ".join(
-            f"rank {rank} ({told[rank]['where']}) {told[rank]['what']}, step {told[rank]['step']}" for rank in last[:4]
+            f"rank {rank} ({one['where']}) {one['what']}, step {one['step']}, at {one['at']}" for rank, one in last[:4]
         )
         return f"no progress for {told[self.rank]['since']:.0f} s; furthest behind: {named}"
 
@@ -296,8 +320,11 @@ class _Watch(threading.Thread):
 
     def _arm(self) -> None:
         """Have faulthandler end the process if this thread does not come by in time."""
-        if not self._ended.is_set():
-            faulthandler.dump_traceback_later(self.owner.stalled_s + self.owner.lost_s, exit=True, file=sys.__stderr__)
+        with self._lock:
+            if not self._ended.is_set():
+                faulthandler.dump_traceback_later(
+                    self.owner.stalled_s + self.owner.lost_s, exit=True, file=cast(Any, sys.__stderr__)
+                )
 
     def _kill(self, cause: str) -> None:
         """Say why, show where every thread is, and end this process and those that Lightning has started."""
@@ -333,6 +360,16 @@ def _connect(timeout_s: float) -> Any:
     """Return a connection of its own to the rendezvous store of the job."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return torch.distributed.TCPStore(host, port, None, False, timedelta(seconds=timeout_s))
+
+
+def _main_thread() -> tuple[str, bool]:
+    """Return where the main thread is, as file, line and function, and whether it waits for other ranks there."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    stack = traceback.extract_stack(frame, limit=30) if frame is not None else []
+    if not stack:
+        return "an unknown place", False
+    waits = any("/torch/distributed/" in one.filename.replace(os.sep, "/") for one in stack[-6:])
+    return f"{os.path.basename(stack[-1].filename)}:{stack[-1].lineno} {stack[-1].name}", waits
 
 
 def _life() -> str:
