@@ -79,7 +79,7 @@ def test_rollback__equals_a_run_resumed_by_hand_with_the_lower_temperature(
     again, other, resumed = recipes.build(ByHand), recipes.data_module(tiny_cache), recipes.States()
     for tensor in again.state_dict().values():
         tensor.zero_()
-    recipes.trainer(resumed, max_steps=STEPS, accumulate_grad_batches=accumulate).fit(
+    recipes.trainer(recipes.Recorder(), resumed, max_steps=STEPS, accumulate_grad_batches=accumulate).fit(
         again, other, ckpt_path=tmp_path / "by_hand.ckpt", weights_only=True
     )
     for name, value in states[-1].items():
@@ -96,7 +96,7 @@ def _checkpoint_at(kind: type[Any], step: int, accumulate: int, cache: Path, out
             if trainer.global_step == step and not (out / "at.ckpt").exists():
                 trainer.save_checkpoint(out / "at.ckpt")
 
-    recipes.trainer(Save(), max_steps=STEPS, accumulate_grad_batches=accumulate).fit(module, data)
+    recipes.trainer(recipes.Recorder(), Save(), max_steps=STEPS, accumulate_grad_batches=accumulate).fit(module, data)
     found: dict[str, Any] = torch.load(out / "at.ckpt", weights_only=True)
     return found
 
@@ -134,9 +134,15 @@ def test_rollback__resumed_after_it_equals_undisturbed(tiny_cache: Path, tmp_pat
     module, data = recipes.build(DINO), recipes.data_module(tiny_cache)
     out = tmp_path / "part" / "checkpoints"
     keep = RunCheckpoint(every_n_train_steps=EVERY, dirpath=str(out))
-    recipes.trainer(monitor, Stop(), keep, max_steps=STEPS, enable_checkpointing=True, default_root_dir=out.parent).fit(
-        module, data
-    )
+    recipes.trainer(
+        recipes.Recorder(),
+        monitor,
+        Stop(),
+        keep,
+        max_steps=STEPS,
+        enable_checkpointing=True,
+        default_root_dir=out.parent,
+    ).fit(module, data)
     saved = torch.load(out / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 16 and saved["agssd"]["eased"]["temperature"] == 0.7
     again = Scripted({})
