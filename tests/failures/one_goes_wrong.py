@@ -1,6 +1,7 @@
 """Two ranks started by Lightning, of which one goes wrong at step 4: ``one_goes_wrong.py WAY CACHE OUT``.
 
-Started by ``test_watchdog.py`` and ``test_non_finite.py``; ``OUT/PID<rank>`` tells the process of each rank.
+Started by ``test_watchdog.py`` and ``test_non_finite.py``; ``OUT/PID<rank>`` tells the process of each rank,
+``OUT/WRONG`` when it went wrong.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ WRONG_AT = 4
 class Wrong(L.Callback):
     """Makes this rank go wrong, in the way that was asked for."""
 
-    def __init__(self, way: str, cache: Path) -> None:
-        self.way, self.cache = way, cache
+    def __init__(self, way: str, cache: Path, out: Path) -> None:
+        self.way, self.cache, self.out = way, cache, out
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -39,6 +40,7 @@ class Wrong(L.Callback):
         way, _, rank = self.way.partition("-")
         if trainer.global_step != WRONG_AT or trainer.global_rank != int(rank or 1):
             return
+        (self.out / "WRONG").write_text(str(time.time()))
         if way == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif way == "stop":
@@ -72,7 +74,7 @@ def main(way: str, cache: Path, out: Path) -> None:
     (out / f"PID{rank}").write_text(str(os.getpid()))
     states = recipes.States()
     callbacks: list[L.Callback] = [
-        Watchdog(stalled_s=8, lost_s=3, grace_s=2, beat_s=0.5), NonFinite(), Wrong(way, cache), states,
+        Watchdog(stalled_s=8, lost_s=3, grace_s=2, beat_s=0.5), NonFinite(), Wrong(way, cache, out), states,
         RunCheckpoint(every_n_train_steps=6, dirpath=str(out / "checkpoints")),
     ]  # fmt: skip
     trainer = recipes.trainer(

@@ -31,6 +31,7 @@ _READING, _COMPUTING, _GRADIENTS, _ENDING = (
     "computing gradients",
     "ending a step",
 )
+_COLLECTIVE = (os.path.join("torch", "distributed"), os.path.join("torch", "nn", "parallel"))  # files of torch
 _ORDER = ("starting", _READING, _COMPUTING, _GRADIENTS, _ENDING, "saving a checkpoint", "validating", "ending the run")
 
 
@@ -368,7 +369,7 @@ def _main_thread() -> tuple[str, bool]:
     stack = traceback.extract_stack(frame, limit=30) if frame is not None else []
     if not stack:
         return "an unknown place", False
-    waits = any("/torch/distributed/" in one.filename.replace(os.sep, "/") for one in stack[-6:])
+    waits = any(name in one.filename for one in stack[-8:] for name in _COLLECTIVE)
     return f"{os.path.basename(stack[-1].filename)}:{stack[-1].lineno} {stack[-1].name}", waits
 
 
