@@ -74,7 +74,7 @@ class CollapseAlarms:
     def _teacher(figures: dict[str, float]) -> list[Alarm]:
         if figures.get("teacher_rank_gap", 0.0) > 0:
             sentence = (
-                f"the teachers of the ranks differ (by {figures['teacher_rank_gap']:.3g} in the norm of the weights), so "
+                f"the teachers of the ranks differ (by {figures['teacher_rank_gap']:.3g} in the norm of weights), so "
                 "each rank trains on other targets; start the ranks from one checkpoint"
             )
             return [Alarm("teacher_ranks", True, sentence)]
@@ -92,7 +92,7 @@ class CollapseAlarms:
             del norms["grad_norm_ratio"]
             told = ", ".join(f"{name.removeprefix('grad_norm_')} {value:.3g}" for name, value in norms.items())
             sentence = (
-                f"one loss term decides alone: gradients behind the encoder differ {figures['grad_norm_ratio']:.0f} times "
+                f"one loss term decides alone: gradients at the encoder differ {figures['grad_norm_ratio']:.0f} times "
                 f"(limit {self.max_gradient_ratio:g}; {told}); lower the weight of the largest"
             )
             alarms.append(Alarm("gradient_ratio", False, sentence))

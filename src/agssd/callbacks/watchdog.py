@@ -18,6 +18,7 @@ from typing import Any, ClassVar, cast
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from agssd.callbacks.standing import StandingCallback
 
@@ -169,7 +170,7 @@ class _Watch(threading.Thread):
         self._ended, self._lock = threading.Event(), threading.Lock()
         self._store = None
         if self.world_size > 1:
-            self._store = torch.distributed.PrefixStore(f"agssd/{_life()}", _connect(owner.lost_s))
+            self._store = PrefixStore(f"agssd/{_life()}", _connect(owner.lost_s))
         self._beat = 0
         self._seen: dict[int, tuple[int, float]] = {}  # per rank: number of its last beat, and when it was seen first
 
@@ -360,7 +361,7 @@ def _signal(code: int) -> str:
 def _connect(timeout_s: float) -> Any:
     """Return a connection of its own to the rendezvous store of the job."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return torch.distributed.TCPStore(host, port, None, False, timedelta(seconds=timeout_s))
+    return TCPStore(host, port, None, False, timedelta(seconds=timeout_s))
 
 
 def _main_thread() -> tuple[str, bool]:
