@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Compute as the only rank inside: nothing is reduced or gathered, so the other ranks need not take part."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
 
 def world_size() -> int:
-    """Return the number of ranks, 1 outside a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Return the number of ranks, 1 outside a process group and :func:`alone`."""
+    return dist.get_world_size() if not _ALONE.get() and dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return the number of this rank, 0 outside a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """Return the number of this rank, 0 outside a process group and :func:`alone`."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def all_sum(x: Tensor) -> Tensor:

@@ -25,17 +25,20 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from agssd import slurm
+from agssd.callbacks.actions import RunStopped
 from agssd.callbacks.best_checkpoint import BestCheckpoint
 from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.data_stream import DataStream
 from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.callbacks.mask_ratio import MaskRatioSchedule
+from agssd.callbacks.non_finite import NonFinite
 from agssd.callbacks.online_probe import OnlineProbe
 from agssd.callbacks.preemption import Preempted, Preemption
 from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.callbacks.standing import StandingCallback
 from agssd.callbacks.throughput import Throughput
 from agssd.callbacks.view_panels import ViewPanels
+from agssd.callbacks.watchdog import Watchdog
 from agssd.checkpoints import check_whole, newest_checkpoint, read_checkpoint
 from agssd.models.backbone import Backbone
 from agssd.run_directory import (
@@ -55,16 +58,18 @@ STANDING: dict[str, type[Callback]] = {
     "ema_teacher": EMATeacher,
     "mask_ratio": MaskRatioSchedule,
     "collapse_monitor": CollapseMonitor,
+    "non_finite": NonFinite,
     "view_panels": ViewPanels,
     "throughput": Throughput,
     "data_stream": DataStream,
     "online_probe": OnlineProbe,
+    "watchdog": Watchdog,
 }
 _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning on newer torch
     r".*module\(s\) in eval mode at the start of training.*",  # the teacher, a frozen encoder
     r".*Checkpoint directory .* exists and is not empty.*",  # a run goes on where it was
-    r".*You have overridden `on_after_batch_transfer` in `LightningModule`.*",  # where views are made, by design
+    r".*You have overridden `(on_after_batch_transfer|transfer_batch_to_device)` in `LightningModule`.*",  # by design
 )
 # What a run computes; all schedules are shares of max_steps.
 _RESUMED_UNCHANGED = ("seed_everything", "model", "backbone", "views", "data", "mask_ratio", "ema_teacher")
@@ -288,6 +293,16 @@ class AgssdCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, RunCSVLogger) and trainer.is_global_zero and self._first_step is not None:
                 logger.rewind(self._first_step)
+
+    def after_fit(self) -> None:
+        """End with the report of a policy that has stopped the run.
+
+        Raises:
+            RunStopped: with the report.
+        """
+        for callback in cast(Any, self.trainer).callbacks:
+            if report := getattr(callback, "stopped", ""):
+                raise RunStopped(f"{self.run_directory}: {report}")
 
     def before_validate(self) -> None:
         """Check the data, then the run directory."""

@@ -103,7 +103,11 @@ class SaveRunConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the configuration in plain types, so that a resumed run can be compared with it."""
-        checkpoint["config"] = plain_config(self.parser, self.config)
+        checkpoint["config"] = self.plain_config()
+
+    def plain_config(self) -> dict[str, Any]:
+        """Return the configuration in plain types."""
+        return plain_config(self.parser, self.config)
 
 
 class _AppendingWriter(_ExperimentWriter):

@@ -168,3 +168,23 @@ class Observable(Protocol):
     def view_panel(self, index: int) -> ViewPanel:
         """Return the views of sample ``index`` of the last training batch."""
         ...
+
+
+@runtime_checkable
+class StepJudged(Protocol):
+    """A module that withholds optimiser steps whose loss or gradient is not finite."""
+
+    loss_names: tuple[str, ...]  # of the last micro-batch, the total first
+    step_figures: Tensor | None  # of the last optimiser step, see agssd.models.step_guard.StepGuard.judge
+    parents: list[ParentBatch] | None  # micro-batches of the step under way as the loader gave them; None keeps none
+
+
+@runtime_checkable
+class Easeable(Protocol):
+    """A module whose scheduled numbers can be lowered for good; the factors are part of its checkpoints."""
+
+    eased: dict[str, float]  # factors of "lr" and of the teacher's "temperature", 1 at first
+
+    def can_ease(self) -> tuple[str, ...]:
+        """Return the keys of ``eased`` that have an effect, at least one."""
+        ...

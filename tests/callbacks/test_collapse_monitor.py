@@ -274,7 +274,7 @@ def test_collapse_monitor__is_inert_or_an_error_for_a_module_without_observation
         make_trainer(monitor, max_steps=2).fit(plain(), loader)
 
 
-@pytest.mark.parametrize("settings", [{"every_n_steps": 0}, {"min_samples": 1}, {"policy": "rollback"}])
+@pytest.mark.parametrize("settings", [{"every_n_steps": 0}, {"min_samples": 1}, {"policy": "panic"}])
 def test_collapse_monitor__nonsense_is_refused(settings) -> None:
     with pytest.raises(ValueError, match="collapse_monitor"):
         CollapseMonitor(**settings)

@@ -163,6 +163,18 @@ class Recorder(L.Callback):
             self.decays.append([group["weight_decay"] for group in groups])
 
 
+class States(L.Callback):
+    """Keeps weights, buffers and the optimiser's moments after every micro-batch."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        kept = [value.flatten() for state in trainer.optimizers[0].state.values() for value in state.values()]
+        state = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        self.found.append(state | {"moments": torch.cat(kept) if kept else torch.zeros(0)})
+
+
 def quiet() -> None:
     """Silence Lightning's advice, which is about other things than what is tested."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 TERMS = ("cls", "patch")
 # Sample entropy, as a share of ln K, above which it is chance which prototype is the largest.
@@ -13,11 +13,12 @@ _PEAKED_REMEDY = "make the views differ more, enlarge the batch or use Sinkhorn 
 
 
 class Alarm(NamedTuple):
-    """One finding: a stable name, whether it means a lost run, and the sentence for people."""
+    """One finding: a stable name, whether it means a lost run, the sentence for people, and what to lower first."""
 
     name: str
     hard: bool
     sentence: str
+    lower: Literal["temperature", "lr"] = "lr"
 
 
 @dataclass
@@ -37,6 +38,9 @@ class CollapseAlarms:
     soft_rank: float
     hard_rank: float
     max_cosine: float
+    min_distance: float
+    max_gradient_ratio: float
+    max_fused_gain: float
     uniform_since: dict[str, int] = field(default_factory=dict)
 
     def diagnose(self, figures: dict[str, float], num_prototypes: dict[str, int], step: int, total: int) -> list[Alarm]:
@@ -55,7 +59,7 @@ class CollapseAlarms:
                 "and prefer bf16 over fp16"
             )
             return [Alarm("non_finite", True, sentence)]
-        alarms: list[Alarm] = []
+        alarms = self._teacher(figures) + self._balance(figures)
         for term in TERMS:
             own = {key.removeprefix(f"{term}_"): value for key, value in figures.items() if key.startswith(f"{term}_")}
             if "cross_entropy" in own and self._is_uniform(term, own, num_prototypes[term], step):
@@ -65,6 +69,47 @@ class CollapseAlarms:
             if "effective_rank" in own:
                 alarms += self._features(term, own)
         return alarms if step >= self.grace * total else []
+
+    @staticmethod
+    def _teacher(figures: dict[str, float]) -> list[Alarm]:
+        if figures.get("teacher_rank_gap", 0.0) > 0:
+            sentence = (
+                f"the teachers of the ranks differ (by {figures['teacher_rank_gap']:.3g} in the norm of weights), so "
+                "each rank trains on other targets; start the ranks from one checkpoint"
+            )
+            return [Alarm("teacher_ranks", True, sentence)]
+        if figures.get("teacher_distance", 1.0) == 0:
+            sentence = (
+                "the teacher equals the student, so targets are the student's own; raise ema_teacher.momentum_start"
+            )
+            return [Alarm("teacher_equal", False, sentence)]
+        return []
+
+    def _balance(self, figures: dict[str, float]) -> list[Alarm]:
+        alarms = []
+        if figures.get("grad_norm_ratio", 0.0) > self.max_gradient_ratio:
+            norms = {name: value for name, value in figures.items() if name.startswith("grad_norm_")}
+            del norms["grad_norm_ratio"]
+            told = ", ".join(f"{name.removeprefix('grad_norm_')} {value:.3g}" for name, value in norms.items())
+            sentence = (
+                f"one loss term decides alone: gradients at the encoder differ {figures['grad_norm_ratio']:.0f} times "
+                f"(limit {self.max_gradient_ratio:g}; {told}); lower the weight of the largest"
+            )
+            alarms.append(Alarm("gradient_ratio", False, sentence))
+        if figures.get("cvaa_gap_share", 0.0) > self.max_fused_gain:
+            sentence = (
+                f"fusion takes {figures['cvaa_gap_share']:.0%} off the patch loss (limit {self.max_fused_gain:.0%}): "
+                "the fuser copies hidden tokens from the other view; raise model.counterpart_drop"
+            )
+            alarms.append(Alarm("fuser_copies", False, sentence))
+        margin = figures.get("cosine_corresponding", 1.0) - figures.get("cosine_random", 0.0)
+        if margin <= 0:
+            sentence = (
+                f"tokens of one place in two views are no more alike than others (cosines differ by {margin:.3f}); "
+                "look at the view panels, and lower the learning rate"
+            )
+            alarms.append(Alarm("correspondence_lost", False, sentence))
+        return alarms
 
     def _is_uniform(self, term: str, figures: dict[str, float], prototypes: int, step: int) -> bool:
         uniform = abs(figures["cross_entropy"] - math.log(prototypes)) < self.uniform_margin
@@ -84,7 +129,7 @@ class CollapseAlarms:
             f"{steps} steps (limit {limit}), so the outputs are uniform; lower the teacher temperature first, then the "
             "learning rate"
         )
-        return [Alarm(f"{term}_uniform", True, sentence)]
+        return [Alarm(f"{term}_uniform", True, sentence, "temperature")]
 
     def _outputs(self, term: str, figures: dict[str, float]) -> list[Alarm]:
         if figures["entropy_batch"] < self.min_entropy_batch:
@@ -117,6 +162,13 @@ class CollapseAlarms:
             )
             return [Alarm(f"{term}_features_lost", True, sentence)]
         alarms: list[Alarm] = []
+        if figures.get("min_distance", 1.0) < self.min_distance:
+            sentence = (
+                f"two samples have the same {term} features (distance {figures['min_distance']:.1e}, limit "
+                f"{self.min_distance:g}), which KoLeo pushes apart without bound; look for constant crops and "
+                "duplicate scans with `agssd doctor`"
+            )
+            alarms.append(Alarm(f"{term}_duplicates", False, sentence))
         if rank < self.soft_rank:
             sentence = (
                 f"{term} features have effective rank {rank:.1f} (limit {self.soft_rank:g}); raise the weight of "

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from agssd.callbacks.collapse_alarms import TERMS, CollapseAlarms
+from agssd.callbacks.actions import record_action, stop_run
+from agssd.callbacks.collapse_alarms import TERMS, Alarm, CollapseAlarms
+from agssd.callbacks.rollback import Rollback
 from agssd.callbacks.standing import StandingCallback, log_figures, total_steps
+from agssd.distributed import all_max
 from agssd.evaluation.collapse import (
     attention_figures,
     distribution_figures,
     distribution_sums,
     effective_rank,
     feature_std,
+    min_distance,
     norm_outlier,
     off_diagonal_cosine,
 )
-from agssd.types import GradientMeasured, Observable, Observations
+from agssd.types import Easeable, GradientMeasured, Observable, Observations, TeacherStudent
 
+Policy = Literal["warn", "stop", "rollback"]
 _LOG = logging.getLogger(__name__)
 
 
@@ -38,9 +44,21 @@ class CollapseMonitor(StandingCallback):
 
     Keys are ``collapse/<term>_<figure>`` for the terms cls and patch (figures of
     :func:`agssd.evaluation.collapse.distribution_figures`, and ``centre_norm``, ``feature_std``, ``effective_rank``,
-    ``cosine``, ``norm_outlier``), ``collapse/attention_*`` of one sample, ``collapse/alarms`` (how many stand), and
-    ``collapse/<name>`` for each of the module's own scalars, averaged over the window and the ranks; among them, where
-    the module can measure it, ``grad_norm_<term>`` of the step that ends with the report.
+    ``cosine``, ``norm_outlier``; for cls also ``min_distance``), ``collapse/attention_*`` of one sample,
+    ``collapse/alarms`` (how many stand), with a teacher ``collapse/teacher_distance`` (to the student, over the norm of
+    the student) and ``collapse/teacher_rank_gap`` (0 where all ranks have the same), and ``collapse/<name>`` for each
+    of the module's own scalars, averaged over the window and the ranks; among them, where the module can measure it,
+    ``grad_norm_<term>`` of the step that ends with the report.
+
+    What follows a hard alarm when it begins is its policy. ``warn``: the sentence. ``stop``: the run ends at this step
+    with a report. ``rollback``: before the next step weights, teacher, centres, optimiser and step go back to the last
+    healthy checkpoint, on every rank alike, with a lower teacher temperature or learning rate; the stream of samples
+    goes on, so that others come. Healthy is a checkpoint that was saved with no alarm standing and followed by a report
+    without one; it is kept as ``checkpoints/healthy.ckpt``. Which of the two is lowered is the alarm's matter: for
+    uniform outputs the temperature first, else the learning rate, and the other one when the same alarm comes again.
+    Each action is a sentence, a line of ``actions.jsonl`` and a row of metrics (``collapse/rollbacks``,
+    ``collapse/eased_lr``, ``collapse/eased_temperature``). Without a healthy checkpoint, or after ``max_rollbacks``,
+    the run is stopped instead.
 
     An alarm speaks when it begins, not while it lasts. During the first ``grace`` of the run only figures that are not
     finite alarm, because a fresh network looks collapsed.
@@ -52,7 +70,11 @@ class CollapseMonitor(StandingCallback):
     Args:
         every_n_steps: optimiser steps between reports.
         min_samples: rows over all ranks that each figure is computed from.
-        policy: ``warn`` writes the sentence; ``stop`` also ends the run at a hard alarm.
+        policy: what follows hard alarms: ``warn``, ``stop`` or ``rollback``.
+        policies: another policy for single alarms, by their name with or without the term, such as ``peaked: stop``.
+        max_rollbacks: after which the next one stops the run.
+        temperature_factor: of the teacher's temperatures at a rollback.
+        lr_factor: of the learning rate at a rollback.
         grace: share of the run without alarms.
         uniform_margin: nats; a cross-entropy this close to ln K counts as uniform.
         uniform_steps: optimiser steps it must stay so.
@@ -63,6 +85,9 @@ class CollapseMonitor(StandingCallback):
         soft_rank: effective rank below which to warn.
         hard_rank: effective rank below which the features are lost.
         max_cosine: mean cosine of different samples above which the features are lost.
+        min_distance: between the L2-normalised [CLS] of two views, below which they count as duplicates.
+        max_gradient_ratio: largest over smallest gradient norm of the loss terms behind the encoder.
+        max_fused_gain: share of the patch loss that fusion may take off (AG-SSD) before the fuser counts as copying.
     """
 
     needs: ClassVar[type[Any]] = Observable
@@ -71,7 +96,11 @@ class CollapseMonitor(StandingCallback):
         self,
         every_n_steps: int = 100,
         min_samples: int = 512,
-        policy: Literal["warn", "stop"] = "warn",
+        policy: Policy = "warn",
+        policies: dict[str, Policy] | None = None,
+        max_rollbacks: int = 3,
+        temperature_factor: float = 0.7,
+        lr_factor: float = 0.5,
         grace: float = 0.1,
         uniform_margin: float = 0.01,
         uniform_steps: int = 500,
@@ -82,17 +111,23 @@ class CollapseMonitor(StandingCallback):
         soft_rank: float = 10.0,
         hard_rank: float = 2.0,
         max_cosine: float = 0.995,
+        min_distance: float = 1e-4,
+        max_gradient_ratio: float = 10.0,
+        max_fused_gain: float = 0.5,
     ) -> None:
         super().__init__()
         if every_n_steps < 1:
             raise ValueError(f"collapse_monitor.every_n_steps is {every_n_steps}; it must be at least 1")
         if min_samples < 2:
             raise ValueError(f"collapse_monitor.min_samples is {min_samples}; figures need at least 2 samples")
-        if policy not in ("warn", "stop"):
-            raise ValueError(f"collapse_monitor.policy is {policy!r}; choose warn or stop")
+        for name, chosen in (("policy", policy), *((f"policies.{k}", v) for k, v in (policies or {}).items())):
+            if chosen not in get_args(Policy):
+                raise ValueError(f"collapse_monitor.{name} is {chosen!r}; choose {', '.join(get_args(Policy))}")
         self.every_n_steps = every_n_steps
         self.min_samples = min_samples
-        self.policy = policy
+        self.policy: Policy = policy
+        self.policies = dict(policies or {})
+        self.rollback = Rollback(max_rollbacks, {"temperature": temperature_factor, "lr": lr_factor})
         self.alarms = CollapseAlarms(
             grace=grace,
             uniform_margin=uniform_margin,
@@ -104,6 +139,9 @@ class CollapseMonitor(StandingCallback):
             soft_rank=soft_rank,
             hard_rank=hard_rank,
             max_cosine=max_cosine,
+            min_distance=min_distance,
+            max_gradient_ratio=max_gradient_ratio,
+            max_fused_gain=max_fused_gain,
         )
         self._standing: set[str] = set()
         self._step = 0
@@ -112,14 +150,34 @@ class CollapseMonitor(StandingCallback):
         self._window = _Window(min_samples)
         self._rows: int | None = None
 
+    @property
+    def stopped(self) -> str:
+        """The report of a run that was ended by an alarm, else empty."""
+        return self.rollback.stopped
+
     def state_dict(self) -> dict[str, Any]:
-        """Return since when each term has been uniform, and which alarms stand."""
-        return {"uniform_since": dict(self.alarms.uniform_since), "standing": sorted(self._standing)}
+        """Return since when each term has been uniform, which alarms stand, and what was done about them."""
+        own = {"uniform_since": dict(self.alarms.uniform_since), "standing": sorted(self._standing)}
+        return own | self.rollback.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the alarms of an interrupted run."""
         self.alarms.uniform_since = dict(state_dict["uniform_since"])
         self._standing = set(state_dict["standing"])
+        self.rollback.load_state_dict(state_dict)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Decide whether to act in this run.
+
+        Raises:
+            ValueError: for a policy of rollback with a module that has nothing to lower.
+        """
+        super().setup(trainer, pl_module, stage)
+        if self.active and "rollback" in (self.policy, *self.policies.values()) and not isinstance(pl_module, Easeable):
+            raise ValueError(
+                f"collapse_monitor.policy is rollback, but {type(pl_module).__name__} does not implement "
+                "agssd.types.Easeable; choose warn or stop"
+            )
 
     def rank_state(self) -> dict[str, Any]:
         """Return what this rank has collected for the next report, for :class:`RunCheckpoint`."""
@@ -141,7 +199,11 @@ class CollapseMonitor(StandingCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Have the gradient of each loss term measured in the step whose end brings a report."""
+        """Roll back where that is due; have each term's gradient measured in the step whose end brings a report."""
+        if self.active and self.rollback.pending:
+            self.rollback.carry_out(trainer, pl_module)
+            self._standing, self.alarms.uniform_since = set(), {}
+            self._step, self._waited, self._window = trainer.global_step, False, _Window(self._window.quota)
         if isinstance(pl_module, GradientMeasured):
             pl_module.measure_gradients = self.active and (trainer.global_step + 1) % self.every_n_steps == 0
 
@@ -176,18 +238,37 @@ class CollapseMonitor(StandingCallback):
         attention = cast(Observable, module).view_panel(0).get("attention")
         if attention is not None:
             on_device |= attention_figures(attention[0])
+        if isinstance(module, TeacherStudent):
+            on_device |= _teacher_figures(module)
         stacked = torch.stack([value.to(module.device, torch.float32) for value in on_device.values()])
         figures = _without_empty(dict(zip(on_device, stacked.tolist(), strict=True)), self._window.scalars)
         alarms = self.alarms.diagnose(figures, self._window.num_prototypes, self._step, self._total)
         figures["alarms"] = float(len(alarms))
         log_figures(trainer, {f"collapse/{name}": value for name, value in figures.items()})
-        for alarm in alarms:
-            if alarm.name not in self._standing and trainer.is_global_zero:
-                _LOG.log(logging.ERROR if alarm.hard else logging.WARNING, "step %d: %s", self._step, alarm.sentence)
-        self._standing = {alarm.name for alarm in alarms}
-        lost = self.policy == "stop" and any(alarm.hard for alarm in alarms)
-        if trainer.strategy.reduce_boolean_decision(lost, all=False):
-            trainer.should_stop = True
+        new = [alarm for alarm in alarms if alarm.name not in self._standing]
+        was_quiet, self._standing = not self._standing, {alarm.name for alarm in alarms}
+        for alarm in new if trainer.is_global_zero else ():
+            _LOG.log(logging.ERROR if alarm.hard else logging.WARNING, "step %d: %s", self._step, alarm.sentence)
+            record_action(trainer, "alarm", alarm=alarm.name, hard=alarm.hard, sentence=alarm.sentence)
+        if was_quiet and not alarms:
+            self.rollback.keep_healthy(trainer, self.state_key)
+        self._act(trainer, module, [alarm for alarm in new if alarm.hard])
+
+    def _act(self, trainer: pl.Trainer, module: pl.LightningModule, alarms: list[Alarm]) -> None:
+        """Do what the policies say about new hard alarms, on every rank alike, as rank zero sees them."""
+        wanted = [alarm for alarm in alarms if self._policy_of(alarm) != "warn"]
+        if not trainer.strategy.reduce_boolean_decision(bool(wanted), all=False):
+            return
+        wanted = trainer.strategy.broadcast(wanted)
+        if any(self._policy_of(alarm) == "stop" for alarm in wanted):
+            self.rollback.stopped = "; ".join(alarm.sentence for alarm in wanted)
+            stop_run(trainer, self.rollback.stopped, alarms=[alarm.name for alarm in wanted])
+        elif wanted:
+            self.rollback.demand(trainer, cast(Easeable, module), wanted)
+
+    def _policy_of(self, alarm: Alarm) -> Policy:
+        kind = alarm.name.partition("_")[2] if alarm.name.startswith(TERMS) else alarm.name
+        return self.policies.get(alarm.name, self.policies.get(kind, self.policy))
 
 
 def _without_empty(figures: dict[str, float], scalars: set[str]) -> dict[str, float]:
@@ -197,6 +278,22 @@ def _without_empty(figures: dict[str, float], scalars: set[str]) -> dict[str, fl
         name: value
         for name, value in figures.items()
         if not (empty and name.startswith(empty)) and not (name in scalars and math.isnan(value))
+    }
+
+
+@torch.no_grad()
+def _teacher_figures(module: TeacherStudent) -> dict[str, Tensor]:
+    """Return how far the teacher is from the student, and how far the teachers of the ranks are apart; () each."""
+    student = [parameter.detach() for parameter in module.student.parameters()]
+    teacher = [parameter.detach() for parameter in module.teacher.parameters()]
+    if any(isinstance(parameter, DTensor) for parameter in student):
+        return {}  # each rank holds another part
+    norm, size = (torch.stack(torch._foreach_norm(tensors)).double() for tensors in (teacher, student))
+    apart = torch.stack(torch._foreach_norm(torch._foreach_sub(teacher, student))).double()
+    own = torch.linalg.vector_norm(norm)
+    return {
+        "teacher_distance": torch.linalg.vector_norm(apart) / torch.linalg.vector_norm(size).clamp_min(1e-12),
+        "teacher_rank_gap": all_max(own) + all_max(-own),
     }
 
 
@@ -286,6 +383,8 @@ class _Window:
                 figures[f"{term}_effective_rank"] = effective_rank(features)
                 figures[f"{term}_cosine"] = off_diagonal_cosine(features)
                 figures[f"{term}_norm_outlier"] = norm_outlier(features)
+                if term == "cls":
+                    figures["cls_min_distance"] = min_distance(features)
         return figures | self._last
 
     def _gathered(self, trainer: pl.Trainer, module: pl.LightningModule, rows: Tensor) -> Tensor:

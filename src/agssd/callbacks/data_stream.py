@@ -46,7 +46,7 @@ class DataStream(StandingCallback):
         self._step = trainer.global_step
         if self._step % self.every_n_steps:
             return
-        figures = data.stream_figures(self._step * data.global_batch_size)
+        figures = data.stream_figures((self._step + getattr(data, "undone_steps", 0)) * data.global_batch_size)
         if data.quarantine is not None:
             replaced = pl_module.all_gather(torch.tensor(data.quarantine.num_replaced, device=pl_module.device))
             assert isinstance(replaced, Tensor)

@@ -219,6 +219,11 @@ class OnlineProbe(StandingCallback):
         if not self._clock.running:
             self._clock.start(self._step, pl_module.device)
 
+    def on_step_restored(self, step: int) -> None:
+        """Begin a new interval."""
+        super().on_step_restored(step)
+        self._clock.running = False
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
         self._clock.pause(pl_module.device)

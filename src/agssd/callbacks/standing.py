@@ -20,6 +20,7 @@ class StandingCallback(Callback):
     needs: ClassVar[type[Any]]
     explicit: bool = False
     active: bool = False
+    _step: int = 0  # optimiser steps done when the callback last looked
 
     def usable(self, module: pl.LightningModule) -> bool:
         """Return whether ``module`` implements the protocol that this callback works through."""
@@ -37,6 +38,10 @@ class StandingCallback(Callback):
                 f"{type(self).__name__} is configured, but {type(pl_module).__name__} does not implement "
                 f"agssd.types.{self.needs.__name__}; remove the callback's settings or choose another method"
             )
+
+    def on_step_restored(self, step: int) -> None:
+        """Take note that a rollback has put the run back to ``step``."""
+        self._step = step
 
     def check_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: Any) -> None:
         """Refuse what cannot work with ``data``, the data module, which has been set up; called before a fit."""

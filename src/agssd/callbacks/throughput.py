@@ -116,6 +116,11 @@ class Throughput(StandingCallback):
         self.clock.running = False
         self._warned = False
 
+    def on_step_restored(self, step: int) -> None:
+        """Begin a new interval."""
+        super().on_step_restored(step)
+        self.clock.running = False
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
         self.clock.pause(pl_module.device)

@@ -46,9 +46,9 @@ def time_probe(rounds: int, device: Any, folder: Path) -> list[tuple[float, floa
     from agssd.transforms.crops import OverlapCrops
 
     cache = folder / "probe.h5"
-    _write(cache)
+    write_cache(cache)
     pairs: list[tuple[float, float]] = []
-    with _quiet():
+    with quiet():
         trainer: Any = L.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1 if device.index is None or device.type == "cpu" else [device.index],
@@ -75,7 +75,8 @@ def time_probe(rounds: int, device: Any, folder: Path) -> list[tuple[float, floa
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Silence Lightning's advice inside."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -100,7 +101,7 @@ def _reader(pairs: list[tuple[float, float]]) -> Callback:
     return Reader()
 
 
-def _write(path: Path) -> None:
+def write_cache(path: Path) -> None:
     """Write a cache of noisy bodies with two labelled blobs each."""
     import numpy as np
 

@@ -146,6 +146,7 @@ def _cases(device: Any, folder: Path, rounds: int) -> Iterator[Case | Row]:
     yield from _heads(device)
     yield from _teacher(device)
     yield _probe(device, folder, rounds)
+    yield _monitoring(device, folder, rounds)
 
 
 def _reading(folder: Path) -> Iterator[Case]:
@@ -287,3 +288,11 @@ def _probe(device: Any, folder: Path, rounds: int) -> Row:
     what = "probe while training (2 % at a ratio of 50)"
     other = f"{interval()} steps ({STEPS_TIMED} timed)"
     return row_of(what, "linear-seg and knn-seg", other, time_probe(rounds, device, folder))
+
+
+def _monitoring(device: Any, folder: Path, rounds: int) -> Row:
+    """Steps with collapse monitor, step guard and watchdog beside steps without them."""
+    from agssd.commands._bench_monitoring import STEPS, time_monitoring
+
+    what = "step with monitors (2 % at a ratio of 0.98)"
+    return row_of(what, f"monitored ({STEPS} steps)", "no monitor or guard", time_monitoring(rounds, device, folder))

@@ -96,6 +96,7 @@ class PretrainDataModule(L.LightningDataModule):
         self.caches: list[VolumeCache] = []
         self.train_crops: ParentCrops | None = None
         self.val_crops: ParentCrops | None = None
+        self.undone_steps = 0  # optimiser steps that rollbacks have undone; their samples are not drawn again
         self._seen: dict[str, Any] = {}
         self._check_arguments()
 
@@ -244,12 +245,12 @@ class PretrainDataModule(L.LightningDataModule):
     # ---------------------------------------------------------------- loaders
 
     def train_dataloader(self) -> DataLoader[ParentBatch]:
-        """Return the endless stream from the first sample that no optimiser step has seen."""
+        """Return the endless stream from the first sample that no optimiser step has seen, undone ones included."""
         assert self.train_crops is not None, "Lightning calls setup first"
         rank, world_size, _ = self._cut()
-        steps_done = self.trainer.global_step if self.trainer is not None else 0
-        first = steps_done * self.global_batch_size
-        return self._loader(self.train_crops, MicroBatches(self._micro_batch_size(), rank, world_size, first))
+        return self._loader(
+            self.train_crops, MicroBatches(self._micro_batch_size(), rank, world_size, self._samples_seen())
+        )
 
     def val_dataloader(self) -> DataLoader[ParentBatch] | list[DataLoader[ParentBatch]]:
         """Return one finite pass of fixed crops of the ``val`` split; an empty list without one."""
@@ -313,10 +314,11 @@ class PretrainDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what identifies the stream and how far it was consumed, in plain types."""
-        return {**self._stream(), "samples_seen": self._samples_seen()}
+        return {**self._stream(), "samples_seen": self._samples_seen(), "undone_steps": self.undone_steps}
 
     def _samples_seen(self) -> int:
-        return (self.trainer.global_step if self.trainer is not None else 0) * self.global_batch_size
+        steps_done = self.trainer.global_step if self.trainer is not None else 0
+        return (steps_done + self.undone_steps) * self.global_batch_size
 
     def _stream(self) -> dict[str, Any]:
         return {
@@ -343,11 +345,14 @@ class PretrainDataModule(L.LightningDataModule):
         return None if counts is None else list(counts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the stream of the checkpoint is this one; its place follows from ``trainer.global_step``.
+        """Check that the stream of the checkpoint is this one.
+
+        Its place follows from ``trainer.global_step`` and the steps that were undone.
 
         Raises:
             ValueError: naming each setting that differs, since the run would go on with other samples.
         """
+        self.undone_steps = state_dict.get("undone_steps", 0)
         now = self._stream()
         before = {"samples_per_cache_and_block": None, "fold": None} | state_dict  # early checkpoints knew neither
         differing = [

@@ -201,3 +201,10 @@ def attention_figures(attention: Tensor) -> dict[str, Tensor]:
     centred = F.normalize(maps - maps.mean(-1, keepdim=True), dim=-1, eps=1e-12)
     correlation = (centred.sum(0).square().sum() - centred.square().sum()) / max(heads * (heads - 1), 1)
     return {"attention_entropy": normalised_entropy(maps).mean(), "attention_correlation": correlation}
+
+
+@torch.no_grad()
+def min_distance(features: Tensor) -> Tensor:
+    """Return the smallest distance between two different L2-normalised rows of ``features`` (Q, E); () fp32."""
+    unit = F.normalize(features.detach().float(), dim=-1, eps=1e-6)
+    return torch.pdist(unit).min()

@@ -235,6 +235,7 @@ class AGSSD(PretrainModule):
     def schedules(self, progress: float) -> dict[str, float]:
         """Return every scheduled number at a share of the run."""
         found = super().schedules(progress) | {
+            "temperature_cls": self.temperature_cls,
             "temperature_patch": linear(progress, *self.temperature_patch, finish=0.3),
             "fused_share": linear(progress, 0.0, self.fused_share, 0.05, 0.2),
             "fused_share_cls": linear(progress, 0.0, self.fused_share_cls, 0.1, 0.2),
@@ -311,7 +312,7 @@ class AGSSD(PretrainModule):
     def pretrain_loss(self, views: Views) -> LossTerms:
         """Return the objective of one micro-batch: ``cls + patch + 10 rec`` by default."""
         self._step = None  # frees the last step before this one needs the memory
-        now = self.schedules(self.progress)
+        now = self.scheduled(self.progress)
         hidden = views.hidden_view
 
         with torch.no_grad():
@@ -357,10 +358,10 @@ class AGSSD(PretrainModule):
         with torch.no_grad():
             ones = torch.ones_like(teacher_cls[..., 0]) if self.training else None
             cls_logits = self.teacher["cls_head"](teacher_cls, ones)
-            cls_targets = self._targets(cls_logits, self.centre_cls, self.temperature_cls)
+            cls_targets = self._targets(cls_logits, self.centre_cls, now["temperature_cls"])
             if fused_cls is not None:
                 fused_targets = self._targets(
-                    self.teacher["cls_head"](fused_cls), self.centre_cls, self.temperature_cls, observe=False
+                    self.teacher["cls_head"](fused_cls), self.centre_cls, now["temperature_cls"], observe=False
                 )
                 cls_targets = torch.lerp(cls_targets, fused_targets, now["fused_share_cls"])
         cls_student = self.student["cls_head"](student_cls) / self.temperature_student
@@ -471,7 +472,7 @@ class AGSSD(PretrainModule):
 
     def after_optimizer_step(self) -> None:
         """Move the centres, once per optimiser step, from all its samples."""
-        self.centre_cls.update(self.schedules(self.progress).get("balance_cls", 1.0))
+        self.centre_cls.update(self.scheduled(self.progress).get("balance_cls", 1.0))
         self.centre_patch.update()
         if self.cvaa in ("student", "casa"):
             self.centre_fused.update()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from agssd.distributed import all_sum, world_size
 from agssd.models.backbone import Backbone
 from agssd.models.ema import update_ema
+from agssd.models.step_guard import StepGuard
 from agssd.schedules import cosine, warmup_cosine
 from agssd.transforms.edges import standardise
 from agssd.transforms.keyed_random import KeyedRandom, drop_path_noise
@@ -49,6 +50,11 @@ class PretrainModule(L.LightningModule, ABC):
     weights: Mapping[str, float] = MappingProxyType({})  # of the loss terms; 1 where a term has none
     measure_gradients: bool = False
     gradient_norms: dict[str, Tensor]  # of the last training step that was told to measure them, else empty
+    loss_names: tuple[str, ...] = ()  # of the last micro-batch, "loss" first
+    step_figures: Tensor | None = None  # of the last optimiser step; see StepGuard.judge
+    parents: list[Any] | None = None  # batches of the step under way as the loader gave them; None keeps none
+    fixed_progress: float | None = None  # share of the run to compute at, whatever the trainer says
+    eased: dict[str, float]  # factors of scheduled numbers, "lr" and "temperature", 1 unless a rollback lowered them
 
     def __init__(
         self,
@@ -71,6 +77,8 @@ class PretrainModule(L.LightningModule, ABC):
         self.seed = seed
         self.compile_encoder = compile
         self.gradient_norms = {}
+        self.eased = {"lr": 1.0, "temperature": 1.0}
+        self._guard = StepGuard()
 
     @abstractmethod
     def make_views(self, batch: ParentBatch) -> Any:
@@ -89,6 +97,22 @@ class PretrainModule(L.LightningModule, ABC):
             "lr": warmup_cosine(progress, self.lr, self.min_lr, self.warmup),
             "weight_decay": cosine(progress, *self.weight_decay),
         }
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """Return :meth:`schedules` as it is used: times what a rollback has lowered.
+
+        ``eased["lr"]`` goes to the learning rate, ``eased["temperature"]`` to everything that is called
+        ``temperature_*``, which are the teacher's.
+        """
+        values = self.schedules(progress)
+        factors = {name: self.eased["temperature"] for name in values if name.startswith("temperature_")}
+        factors["lr"] = self.eased["lr"]
+        return values | {name: factor * values[name] for name, factor in factors.items()}
+
+    def can_ease(self) -> tuple[str, ...]:
+        """Return what a rollback can lower: ``"temperature"`` where the teacher has one, and ``"lr"``."""
+        has_temperature = any(name.startswith("temperature_") for name in self.schedules(0.0))
+        return ("temperature", "lr") if has_temperature else ("lr",)
 
     @property
     def couples_samples(self) -> tuple[str, ...]:
@@ -118,8 +142,15 @@ class PretrainModule(L.LightningModule, ABC):
         self.teacher.eval()
 
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher to ``momentum * teacher + (1 - momentum) * student``; called once per optimiser step."""
-        update_ema(self.student, self.teacher, momentum)
+        """Move the teacher to ``momentum * teacher + (1 - momentum) * student``; called once per optimiser step.
+
+        After a step that was withheld, being not finite, it stays.
+        """
+        withheld = self._guard.withheld
+        if withheld is not None and self._guard.on_device:
+            update_ema(self.student, self.teacher, momentum, unless=withheld)
+        elif withheld is None or not withheld:
+            update_ema(self.student, self.teacher, momentum)
 
     def train(self, mode: bool = True) -> PretrainModule:
         """Set train mode, but leave the teacher in eval mode."""
@@ -202,6 +233,8 @@ class PretrainModule(L.LightningModule, ABC):
     @property
     def progress(self) -> float:
         """Share of the run's optimiser steps that are done, in [0, 1]."""
+        if self.fixed_progress is not None:
+            return self.fixed_progress
         if self._trainer is None:
             return 0.0
         return min(self.trainer.global_step / self.total_steps, 1.0) if self.trainer.training else 1.0
@@ -235,8 +268,8 @@ class PretrainModule(L.LightningModule, ABC):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW with two groups: parameters that decay, and biases, norms, tokens and 1-D ones that do not.
 
-        Not the fused form: Lightning refuses gradient clipping with it under mixed precision. The default form runs
-        foreach kernels on CUDA.
+        On CUDA in its fused form, which can leave out a step without the host knowing (see StepGuard). Gradients are
+        unscaled before it, so it is said not to do so itself: Lightning would refuse to clip them.
         """
         encoder = cast(Backbone, self.student["backbone"])
         kept_out = {f"backbone.{name}" for name in encoder.no_weight_decay()}
@@ -246,7 +279,17 @@ class PretrainModule(L.LightningModule, ABC):
             if parameter.requires_grad:
                 (others if parameter.ndim < 2 or name in kept_out else decays).append(parameter)
         groups = [{"params": decays, "weight_decay": self.weight_decay[0]}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        fused = all(p.device.type == "cuda" for p in (*decays, *others))
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=fused or None)
+        if fused:
+            optimizer._step_supports_amp_scaling = False
+        return optimizer
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch, and keep it as the loader gave it where somebody wants to look at it later."""
+        if self.parents is not None and self.trainer.training:
+            self.parents.append(batch)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn a batch of parent crops into views, in full precision."""
@@ -258,7 +301,7 @@ class PretrainModule(L.LightningModule, ABC):
         loss = self.pretrain_loss(batch)
         with torch.autocast(self.device.type, enabled=False):  # a norm, not a step: in full precision
             self.gradient_norms = gradient_norms(loss, self.weights) if self.measure_gradients else {}
-        self._log_terms("train", loss)
+        self._guard.observe(loss.total, self._log_terms("train", loss))
         self.log_dict({f"schedule/{name}": value for name, value in self._scheduled_now().items()})
         return loss.total
 
@@ -268,18 +311,24 @@ class PretrainModule(L.LightningModule, ABC):
 
     def _scheduled_now(self) -> dict[str, float]:
         """Return the numbers of the step under way; learning rate and weight decay belong to its end."""
-        at_end = self.schedules(min((self.trainer.global_step + 1) / self.total_steps, 1.0))
-        return self.schedules(self.progress) | {name: at_end[name] for name in ("lr", "weight_decay")}
+        at_end = self.scheduled(min((self.trainer.global_step + 1) / self.total_steps, 1.0))
+        return self.scheduled(self.progress) | {name: at_end[name] for name in ("lr", "weight_decay")}
 
-    def _log_terms(self, stage: str, loss: LossTerms) -> None:
-        names = ["loss", *(f"loss_{name}" for name in loss.terms)]
+    def _log_terms(self, stage: str, loss: LossTerms) -> Tensor:
+        """Log the total loss and its terms over all ranks, and return them as (1 + terms,) float32."""
+        self.loss_names = names = ("loss", *(f"loss_{name}" for name in loss.terms))
         values = all_sum(torch.stack([loss.total, *loss.terms.values()]).detach().float()) / world_size()
         figures = {f"{stage}/{name}": value for name, value in zip(names, values.unbind(), strict=True)}
         self.log_dict(figures, prog_bar=stage == "train", on_step=stage == "train", on_epoch=stage == "val")
+        return values
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set learning rate and weight decay of this step; keep frozen prototypes out of it altogether."""
+        """Set learning rate and weight decay of this step; keep frozen prototypes out of it altogether.
+
+        A step whose loss or gradient is not finite is withheld on every rank alike; schedules go on.
+        """
         values = self._scheduled_now()  # taken at the step's end, so that the first step has a rate above 0
+        self.step_figures = self._guard.judge(optimizer)
         for group, decay in zip(optimizer.param_groups, (values["weight_decay"], 0.0), strict=True):
             group["lr"] = values["lr"]
             group["weight_decay"] = decay
@@ -288,9 +337,10 @@ class PretrainModule(L.LightningModule, ABC):
                 parameter.grad = None  # a zero gradient would still decay the weights
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take the step, then do what happens once per step."""
+        """Take the step, then do what happens once per step, unless it was withheld."""
         super().optimizer_step(*args, **kwargs)
-        self.after_optimizer_step()
+        with self._guard.keeping(self):
+            self.after_optimizer_step()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what ``agssd export`` needs, in plain types."""
@@ -301,7 +351,16 @@ class PretrainModule(L.LightningModule, ABC):
             "backbone": self.backbone.config,
             "state_prefix": f"{'teacher' if self.has_teacher else 'student'}.backbone.",
             "contract": contract if contract is None or seen is None else contract | {"seen": seen},
+            "eased": dict(self.eased),
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what a rollback has lowered, and the optimiser's form of this device."""
+        self.eased |= checkpoint.get("agssd", {}).get("eased", {})
+        fused = self._trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        for state in checkpoint.get("optimizer_states", []):
+            for group in state["param_groups"]:
+                group["fused"] = fused or None
 
 
 def gradient_norms(loss: LossTerms, weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ class DINO(PretrainModule):
         self._step = None  # frees the last step before this one needs the memory
         with torch.no_grad():
             seen = cast(Backbone, self.teacher["backbone"]).forward_crops(views.inputs)
-            temperature = self.schedules(self.progress)["temperature_teacher"]
+            temperature = self.scheduled(self.progress)["temperature_teacher"]
             all_rows = seen.cls.new_ones(seen.cls.shape[:-1]) if self.training else None
             targets = self.centre.targets(self.teacher["head"](seen.cls, all_rows), temperature, observe=self.training)
         num_views = (2,) if views.locals is None else (2, views.locals.shape[1])

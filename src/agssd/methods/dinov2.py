@@ -133,7 +133,7 @@ class DINOv2(PretrainModule):
     def pretrain_loss(self, views: Views) -> LossTerms:
         """Return [CLS] between views, patches within the masked view, and KoLeo of each global [CLS]."""
         self._step = None  # frees the last step before this one needs the memory
-        temperature = self.schedules(self.progress)["temperature_teacher"]
+        temperature = self.scheduled(self.progress)["temperature_teacher"]
         hidden = views.hidden_view
         with torch.no_grad():
             seen = cast(Backbone, self.teacher["backbone"]).forward_crops(views.inputs)

@@ -147,7 +147,7 @@ class IBOT(PretrainModule):
     def pretrain_loss(self, views: Views) -> LossTerms:
         """Return the [CLS] term between views and the patch term within the masked view."""
         self._step = None  # frees the last step before this one needs the memory
-        now = self.schedules(self.progress)
+        now = self.scheduled(self.progress)
         hidden = views.hidden_view
         with torch.no_grad():
             seen = cast(Backbone, self.teacher["backbone"]).forward_crops(views.inputs)

@@ -27,7 +27,7 @@ _PAIRS: WeakKeyDictionary[nn.Module, _Pairs] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def update_ema(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+def update_ema(student: nn.Module, teacher: nn.Module, momentum: float, unless: Tensor | None = None) -> None:
     """Move each teacher parameter to ``momentum * teacher + (1 - momentum) * student`` and copy the stored buffers.
 
     Parameters are matched by name, once; the match is remembered until the first tensor of either module is another
@@ -40,6 +40,8 @@ def update_ema(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
         student: the trained module; unwrapped, its parameters in the same dtype as the teacher's (fp32 masters).
         teacher: module with the same parameter and buffer names and shapes; changed in place.
         momentum: share of the teacher that is kept, in [0, 1]; 1 leaves the parameters bit for bit, 0 copies.
+        unless: () float32 on a CUDA device, 1 leaves the parameters bit for bit and 0 changes nothing; nobody waits
+            for it.
 
     Raises:
         ValueError: if ``momentum`` is outside [0, 1], or names, shapes or dtypes of the two modules differ.
@@ -50,7 +52,11 @@ def update_ema(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
     if pairs is None or not _still_held(pairs, student, teacher):
         pairs = _PAIRS[teacher] = _match(student, teacher)
     if pairs.teacher_parameters:
-        torch._foreach_lerp_(pairs.teacher_parameters, pairs.student_parameters, 1.0 - momentum)
+        if unless is None:
+            torch._foreach_lerp_(pairs.teacher_parameters, pairs.student_parameters, 1.0 - momentum)
+        else:
+            weights = [(1.0 - momentum) * (1.0 - unless)] * len(pairs.teacher_parameters)
+            torch._foreach_lerp_(pairs.teacher_parameters, pairs.student_parameters, weights)
     if pairs.teacher_buffers:
         torch._foreach_copy_(pairs.teacher_buffers, pairs.student_buffers)
 

@@ -1,0 +1,187 @@
+"""Back to the last healthy checkpoint in a run that goes on, with a lower teacher temperature or learning rate."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from agssd.callbacks.actions import record_action, stop_run
+from agssd.callbacks.collapse_alarms import Alarm
+from agssd.callbacks.standing import log_figures
+from agssd.types import Easeable
+
+_LOG = logging.getLogger(__name__)
+HEALTHY = "healthy.ckpt"
+
+
+class Rollback:
+    """Keeps the last healthy checkpoint, and brings a run back to it on every rank alike.
+
+    Args:
+        max_rollbacks: after which the next one stops the run.
+        factors: of ``temperature`` and ``lr``, in (0, 1).
+
+    Raises:
+        ValueError: for a negative number or a factor outside (0, 1).
+    """
+
+    def __init__(self, max_rollbacks: int, factors: dict[str, float]) -> None:
+        if max_rollbacks < 0:
+            raise ValueError(f"collapse_monitor.max_rollbacks is {max_rollbacks}; it must be at least 0")
+        for name, factor in factors.items():
+            if not 0 < factor < 1:
+                raise ValueError(f"collapse_monitor.{name}_factor is {factor}; it must lie between 0 and 1")
+        self.max_rollbacks = max_rollbacks
+        self.factors = factors
+        self.done: list[dict[str, Any]] = []  # one per rollback: from_step, to_step, alarms, lowered
+        self.pending: dict[str, Any] = {}  # of the rollback that the next step begins with: alarms, lowered
+        self.stopped = ""
+        self._seen: tuple[int, int] | None = None  # the newest checkpoint that was looked at
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was done and what is still due."""
+        return {"rollbacks": [dict(one) for one in self.done], "pending": dict(self.pending)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.done, self.pending = list(state_dict.get("rollbacks", [])), dict(state_dict.get("pending", {}))
+
+    # ---------------------------------------------------------------- health
+
+    def keep_healthy(self, trainer: pl.Trainer, monitor: str) -> None:
+        """Keep the newest checkpoint as healthy if no alarm stood when it was saved; at a report without alarm.
+
+        Args:
+            trainer: of the run.
+            monitor: key of the monitor's state in checkpoints.
+        """
+        folder = checkpoint_folder(trainer)
+        if not trainer.is_global_zero or folder is None:
+            return
+        files = [path for path in folder.glob("*.ckpt") if path.name != HEALTHY and path.exists()]
+        newest = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+        if newest is None:
+            return
+        mark = (newest.stat().st_ino, newest.stat().st_mtime_ns)
+        if mark == self._seen:
+            return
+        self._seen = mark
+        if newest.is_file():
+            saved = torch.load(newest, weights_only=True, map_location="cpu", mmap=True)
+            if saved["callbacks"].get(monitor, {}).get("standing") != []:
+                return
+        partial = folder / f"{HEALTHY}.partial"
+        _link(newest.resolve(), partial)
+        if (folder / HEALTHY).is_dir():
+            shutil.rmtree(folder / HEALTHY)
+        partial.replace(folder / HEALTHY)
+
+    # -------------------------------------------------------------- rollback
+
+    def demand(self, trainer: pl.Trainer, module: Easeable, alarms: list[Alarm]) -> None:
+        """Roll back before the next step, or stop where that is not possible; called on every rank alike."""
+        names, told = [alarm.name for alarm in alarms], "; ".join(alarm.sentence for alarm in alarms)
+        folder = checkpoint_folder(trainer)
+        found = trainer.strategy.broadcast(folder is not None and (folder / HEALTHY).exists())
+        if len(self.done) >= self.max_rollbacks:
+            self.stopped = f"{told}; collapse_monitor.max_rollbacks is {self.max_rollbacks}, and as many were made"
+        elif not found:
+            self.stopped = (
+                f"{told}; there is no healthy checkpoint to roll back to: none was saved before the alarm, see "
+                "checkpoint.every_n_train_steps"
+            )
+        else:
+            possible = module.can_ease()
+            before = sum(names[0] in one["alarms"] for one in self.done)
+            first = alarms[0].lower if alarms[0].lower in possible else possible[0]
+            order = [first, *(name for name in possible if name != first)]
+            self.pending = {"alarms": names, "lowered": order[before % len(order)]}
+            return
+        stop_run(trainer, self.stopped, alarms=names)
+
+    def carry_out(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Go back; between two optimiser steps, on every rank alike."""
+        pending, self.pending = self.pending, {}
+        folder, left = checkpoint_folder(trainer), trainer.global_step
+        assert folder is not None
+        step = restore_training(trainer, module, folder / HEALTHY)
+        eased = cast(Easeable, module).eased
+        eased[pending["lowered"]] *= self.factors[pending["lowered"]]
+        self.done.append({"from_step": left, "to_step": step, **pending})
+        figures = {"rollbacks": float(len(self.done))} | {f"eased_{name}": value for name, value in eased.items()}
+        log_figures(trainer, {f"collapse/{name}": value for name, value in figures.items()})
+        record_action(trainer, "rollback", from_step=left, to_step=step, **pending, factors=dict(eased))
+        if trainer.is_global_zero:
+            _LOG.warning(
+                "step %d: rolled back to the healthy checkpoint of step %d because of %s; %s is now %.3g of what is "
+                "scheduled (rollback %d of %d)",
+                *(left, step, ", ".join(pending["alarms"]), pending["lowered"], eased[pending["lowered"]]),
+                *(len(self.done), self.max_rollbacks),
+            )
+        for callback in trainer.checkpoint_callbacks:
+            if hasattr(callback, "rolled_back"):
+                callback.rolled_back(trainer, left)
+
+
+def checkpoint_folder(trainer: pl.Trainer) -> Path | None:
+    """Return where the run's checkpoints lie, None if it writes none."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            return Path(callback.dirpath)
+    return None
+
+
+def restore_training(trainer: pl.Trainer, module: pl.LightningModule, path: Path) -> int:
+    """Set weights, teacher, centres, optimiser, gradient scaler and step to a checkpoint's, and return its step.
+
+    The stream of samples goes on behind those already drawn; the data module is told how many steps were undone, so
+    that a resumed run goes on at the same place. Callbacks keep what they know.
+    """
+    strategy, left = trainer.strategy, trainer.global_step
+    checkpoint = strategy.load_checkpoint(path, weights_only=True)
+    strategy.load_model_state_dict(checkpoint, strict=True)
+    strategy.load_optimizer_state_dict(checkpoint)
+    precision = trainer.precision_plugin
+    if type(precision).__qualname__ in checkpoint:
+        precision.load_state_dict(checkpoint[type(precision).__qualname__])
+    step = int(checkpoint["global_step"])
+    loop = trainer.fit_loop.epoch_loop
+    progress = loop.automatic_optimization.optim_progress.optimizer.step
+    for counts in (progress.total, progress.current):
+        counts.ready -= left - step
+        counts.completed -= left - step
+    loop._batches_that_stepped -= left - step
+    data: Any = getattr(trainer, "datamodule", None)
+    if hasattr(data, "undone_steps"):
+        data.undone_steps += left - step
+    for callback in cast(Any, trainer).callbacks:
+        if hasattr(callback, "on_step_restored"):
+            callback.on_step_restored(step)
+    assert trainer.global_step == step
+    return step
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` the same file or folder as ``source`` without copying, or a copy where the disk cannot link."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.unlink(missing_ok=True)
+
+    def link(one: str, other: str) -> str:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copy2(one, other)
+        return other
+
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=link)
+    else:
+        link(str(source), str(target))

@@ -1,0 +1,88 @@
+"""Whether an optimiser step may be taken: loss and gradient are finite, on every rank; else nothing moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from agssd.distributed import all_max
+
+
+class StepGuard:
+    """Judges each optimiser step by its loss and gradient, and withholds a step that is not finite.
+
+    Every rank comes to the same judgement. On CUDA the host is not waited for: the judgement stays on the device and
+    the kernels of the step do nothing (the fused AdamW by its ``found_inf``, the others by a select). Elsewhere, and
+    for parameters sharded by FSDP, the host reads it.
+
+    Source: ours; ``found_inf`` is what torch's gradient scaler uses in fp16.
+    """
+
+    def __init__(self) -> None:
+        self.withheld: Tensor | None = None  # () float32, 1 where the step under way or just taken is withheld
+        self.on_device = False
+        self.local: Tensor | None = None  # (): total loss of this rank, summed over micro-batches
+        self.reduced: Tensor | None = None  # (T,): total and terms, summed over micro-batches and ranks
+
+    def observe(self, local: Tensor, reduced: Tensor) -> None:
+        """Take a micro-batch's loss into account.
+
+        Args:
+            local: () total loss of this rank.
+            reduced: (T,) total loss and its terms over all ranks, the same on each.
+        """
+        local, reduced = local.detach().float(), reduced.detach()
+        self.local = local if self.local is None else self.local + local
+        self.reduced = reduced if self.reduced is None else self.reduced + reduced
+
+    def judge(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Decide on the step whose gradients are complete; withhold it from ``optimizer`` if it is not finite.
+
+        Returns:
+            (3 + T,) float32 on the device: whether the step is withheld, the norm of the gradient, this rank's loss,
+            and the reduced losses; for the host to read when it costs nothing.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float())
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        losses = [value.reshape(-1) for value in (self.local, self.reduced) if value is not None]
+        figures = torch.cat([norm.reshape(1), *losses])
+        self.withheld = all_max((~figures.isfinite()).any().float())
+        self.local = self.reduced = None
+        self.on_device = stays_on_device(self.withheld.device, parameters)
+        if self.on_device:
+            optimizer.found_inf = self.withheld  # type: ignore[attr-defined]
+        elif self.withheld:
+            for parameter in parameters:
+                parameter.grad = None  # skipped altogether: a zero gradient would still move and decay the weights
+        return torch.cat([self.withheld.reshape(1), figures])
+
+    @contextmanager
+    def keeping(self, module: nn.Module) -> Iterator[None]:
+        """Undo what the body does to the buffers of ``module`` if the step is withheld."""
+        if self.withheld is None or (not self.on_device and not self.withheld):
+            yield
+            return
+        kept = [(buffer, buffer.clone()) for buffer in _moving_buffers(module)]
+        yield
+        for buffer, before in kept:
+            buffer.copy_(torch.where(self.withheld.bool(), before, buffer))
+
+
+def stays_on_device(device: torch.device, parameters: Iterable[Tensor]) -> bool:
+    """Return whether the judgement need not be read by the host: on CUDA, with parameters that are not sharded."""
+    return device.type == "cuda" and not any(isinstance(parameter, DTensor) for parameter in parameters)
+
+
+def _moving_buffers(module: nn.Module) -> Iterable[Tensor]:
+    """Yield the buffers that training may move: those that checkpoints hold."""
+    parameters = {id(parameter) for parameter in module.parameters()}
+    for value in module.state_dict(keep_vars=True).values():
+        if isinstance(value, Tensor) and id(value) not in parameters:
+            yield value

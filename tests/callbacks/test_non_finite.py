@@ -1,0 +1,237 @@
+"""A step that is not finite is withheld on all ranks, told, captured, counted, and can be replayed from its capture."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import recipes
+import torch
+from torch import Tensor
+
+from agssd.callbacks.non_finite import CAPTURES, NonFinite
+from agssd.commands import replay
+from agssd.methods.agssd import AGSSD
+from agssd.methods.base import PretrainModule
+from agssd.methods.dino import DINO
+from agssd.methods.s2dc import S2DC
+
+
+class Config(L.Callback):
+    """Knows the configuration, as the CLI's callback does."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        self.model = model
+
+    def plain_config(self) -> dict[str, Any]:
+        return {"model": self.model}
+
+
+VIT = {
+    "class_path": "agssd.models.vit.ViT",
+    "init_args": {"in_channels": 1, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "drop_path": 0.3},
+}
+VIEWS = {
+    "class_path": "agssd.transforms.crops.OverlapCrops",
+    "init_args": {"size_vox": [24, 24, 24], "scale": [0.6, 1.0], "num_local": 2, "local_size_vox": [16, 16, 16]},
+}
+
+
+def config_of(kind: type[PretrainModule]) -> Config:
+    """Return what ``recipes.build`` builds, as a configuration."""
+    import inspect
+
+    own = {name: value for name, value in recipes.SMALL.items() if name in inspect.signature(kind).parameters}
+    return Config(
+        {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": own | {"backbone": VIT, "views": VIEWS}}
+    )
+
+
+def spoiling(kind: type[PretrainModule], steps: tuple[int, ...], what: str = "input") -> type[Any]:
+    """Return the recipe with something that is not finite in these steps."""
+
+    class Spoilt(kind):  # type: ignore[misc, valid-type]
+        def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+            if what == "input" and self.trainer.training and self.trainer.global_step in steps:
+                batch["scale"][1] = float("nan")
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+        def pretrain_loss(self, views: Any) -> Any:
+            loss = super().pretrain_loss(views)
+            now = round(self.progress * 8)
+            if what == "gradient" and now in steps:
+                weight = self.student["backbone"].blocks[1].fc1.weight  # finite, but its gradient is 0 / 0
+                loss = loss._replace(total=loss.total + (0 * weight).square().sum().sqrt())
+            if what == "koleo" and now in steps:
+                terms = loss.terms | {"koleo": loss.total * float("inf")}
+                loss = loss._replace(total=loss.total + terms["koleo"], terms=terms)
+            return loss
+
+    return Spoilt
+
+
+def fit(kind: type[Any], cache: Path, out: Path, *callbacks: L.Callback, steps: int = 8, **given: Any) -> L.Trainer:
+    trainer = recipes.trainer(*callbacks, max_steps=steps, default_root_dir=out, **given)
+    trainer.fit(recipes.build(kind), recipes.data_module(cache))
+    return trainer
+
+
+def actions(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "actions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", [DINO, AGSSD, S2DC], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_non_finite__steps_move_nothing_and_the_run_goes_on(
+    kind: type[Any], accumulate: int, tiny_cache: Path, tmp_path: Path
+) -> None:
+    states, record, guard = recipes.States(), recipes.Recorder(), NonFinite()
+    trainer = fit(
+        spoiling(kind, (3, 4)), tiny_cache, tmp_path, guard, states, record, accumulate_grad_batches=accumulate
+    )
+    found = states.found[accumulate - 1 :: accumulate]
+    assert len(found) == 8 and trainer.global_step == 8
+    for name, value in found[2].items():
+        assert torch.equal(found[3][name], value) and torch.equal(found[4][name], value), name
+    for name, value in found[7].items():
+        assert value.isfinite().all(), name
+    assert not torch.equal(found[5]["moments"], found[4]["moments"])
+    assert len({rates[0] for rates in record.rates}) >= 7, "the schedule goes on"
+    assert (guard.total, guard.in_a_row) == (2, 0)
+    assert [one["skipped_step"] for one in actions(tmp_path) if one["action"] == "skip"] == [3, 4]
+    assert len(list((tmp_path / CAPTURES).glob("*.pt"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("what", "told", "place"),
+    [
+        ("input", "loss", r"first not finite in input: scale \(1 NaN .* of sample \d+\)"),
+        ("gradient", "gradient", r"first not finite in backward: student.backbone.blocks.1.fc1.weight"),
+        ("koleo", "loss loss_koleo", r"first not finite in loss: koleo"),
+    ],
+)
+def test_non_finite__the_first_place_is_named(
+    what: str, told: str, place: str, tiny_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(spoiling(DINO, (3,), what), tiny_cache, tmp_path, NonFinite())
+    said = [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith(f"step 3: {told}")
+    assert re.search(place, said[0]), said[0]
+
+
+def test_non_finite__stops_with_a_report_after_so_many_in_a_row_or_in_all(tiny_cache: Path, tmp_path: Path) -> None:
+    row = NonFinite(max_skipped=2, max_captures=1)
+    assert fit(spoiling(DINO, (1, 3, 4, 5, 6)), tiny_cache, tmp_path / "row", row).global_step == 5
+    assert "2 in a row (limit non_finite.max_skipped 2)" in row.stopped and "at step 4" in row.stopped
+    assert "scale" in actions(tmp_path / "row")[0]["finding"]["where"]
+    assert len(list((tmp_path / "row" / CAPTURES).iterdir())) == 1
+    total = NonFinite(max_skipped=0, max_skipped_total=3)
+    assert fit(spoiling(DINO, (1, 3, 5, 7)), tiny_cache, tmp_path / "all", total).global_step == 6
+    assert "3 in all" in total.stopped and "agssd replay" in total.stopped
+
+
+def test_non_finite__a_full_disk_costs_the_capture_alone(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert fit(spoiling(DINO, (3,)), tiny_cache, tmp_path, NonFinite()).global_step == 8
+    assert not list((tmp_path / CAPTURES).iterdir())
+
+
+def test_non_finite__looking_changes_nothing_of_the_run(tiny_cache: Path, tmp_path: Path) -> None:
+    """With and without captures the run goes on bit for bit alike, random states, centres and sums included."""
+    ends = []
+    for captures in (0, 3):
+        states = recipes.States()
+        fit(spoiling(AGSSD, (3,)), tiny_cache, tmp_path / str(captures), NonFinite(max_captures=captures), states)
+        ends.append(states.found[-1])
+    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+
+
+# ------------------------------------------------------------------ replay
+
+
+@pytest.fixture
+def capture(tiny_cache: Path, tmp_path: Path) -> Path:
+    """Return the capture of a spoilt step of AG-SSD."""
+    kind = spoiling(AGSSD, (3,))
+    fit(kind, tiny_cache, tmp_path, NonFinite(), config_of(AGSSD), precision="bf16-mixed")
+    return next((tmp_path / CAPTURES).glob("*.pt"))
+
+
+def test_replay__works_from_the_capture_alone(capture: Path, tmp_path: Path, capsys: Any) -> None:
+    moved = tmp_path / "elsewhere.pt"
+    capture.rename(moved)
+    parser = __import__("argparse").ArgumentParser()
+    replay.add_arguments(parser)
+    assert replay.run(parser.parse_args([str(moved)])) == 0
+    said = capsys.readouterr().out
+    assert "step        3 of 8, rank 0 of 1" in said
+    assert re.search(r"bf16-mixed *first not finite in input: scale", said)
+    assert re.search(r"float32 *first not finite in input: scale", said)
+
+
+def test_replay__repeats_the_loss_of_the_step_bit_for_bit(tiny_cache: Path, tmp_path: Path) -> None:
+    """A capture of a healthy step, taken by force, gives the very loss that the run had."""
+    seen: list[Tensor] = []
+
+    class Whole(AGSSD):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            seen.append(loss.detach())
+            self._guard.local = self._guard.local * float("nan") if self.trainer.global_step == 5 else self._guard.local
+            return loss
+
+    fit(Whole, tiny_cache, tmp_path, NonFinite(), config_of(AGSSD))
+    captured = replay.read_capture(next((tmp_path / CAPTURES).glob("*.pt")))
+    assert captured["step"] == 5 and captured["finding"] is None
+    module = replay.rebuild(captured, "cpu")
+    module.mask_ratio = tuple(captured["mask_ratio"])
+    with torch.no_grad():
+        views = module.make_views(captured["batches"][0])
+    assert torch.equal(module.pretrain_loss(views).total.detach(), seen[5])
+
+
+def test_replay__refuses_what_is_no_capture(tmp_path: Path, capsys: Any) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "x.pt")
+    for path, reason in ((tmp_path / "x.pt", "is no capture"), (tmp_path / "none.pt", "no such capture")):
+        with pytest.raises(ValueError, match=reason):
+            replay.read_capture(path)
+
+
+def test_capture__holds_no_path_and_no_name_and_is_data_only(capture: Path, tiny_cache: Path) -> None:
+    content = torch.load(capture, weights_only=True)
+    told = json.dumps({k: v for k, v in content.items() if k not in ("state_dict", "batches", "random_state")})
+    assert str(tiny_cache.parent) not in told and "subject" not in told and "case0" not in told
+    assert set(content["batches"][0]) >= {"image", "sample", "case"}
+
+
+# ----------------------------------------------------------------- two ranks
+
+
+@pytest.mark.ddp
+def test_non_finite__two_ranks_withhold_alike_and_the_guilty_one_captures(tiny_cache: Path, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("one_goes_wrong.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, str(script), "poison", str(tiny_cache), str(tmp_path)],
+        capture_output=True, text=True, timeout=120, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"states{rank}.pt", weights_only=True) for rank in range(2)]
+    for first, second in zip(*ranks, strict=True):
+        assert all(torch.equal(second[name], value) for name, value in first.items())
+    before, after, later = ranks[0][3:6]
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not torch.equal(later["moments"], after["moments"])
+    assert [path.name for path in (tmp_path / CAPTURES).iterdir()] == ["step00000004-rank1.pt"]

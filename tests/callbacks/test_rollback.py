@@ -1,0 +1,213 @@
+"""A hard alarm brings the run back to its last healthy checkpoint, bit for bit, and on with a lower temperature."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import recipes
+import torch
+
+from agssd.callbacks.collapse_alarms import Alarm
+from agssd.callbacks.collapse_monitor import CollapseMonitor
+from agssd.methods.agssd import AGSSD
+from agssd.methods.dino import DINO
+from agssd.methods.simmim import SimMIM
+from agssd.run_directory import RunCheckpoint
+
+STEPS, EVERY = 24, 4
+
+
+class Scripted(CollapseMonitor):
+    """Reports every second step and sees the alarms that it is told for each."""
+
+    def __init__(self, script: dict[int, Alarm], **settings: Any) -> None:
+        super().__init__(every_n_steps=2, min_samples=2, **{"policy": "rollback"} | settings)
+        self.reported: list[int] = []
+        left = dict(script)
+
+        def diagnose(figures: Any, prototypes: Any, step: int, total: int) -> list[Alarm]:
+            self.reported.append(step)
+            return [left.pop(step)] if step in left else []
+
+        self.alarms.diagnose = diagnose  # type: ignore[method-assign]
+
+    @property
+    def state_key(self) -> str:
+        return "CollapseMonitor"
+
+
+UNIFORM = Alarm("cls_uniform", True, "the outputs are uniform", "temperature")
+PEAKED = Alarm("cls_peaked", True, "few prototypes", "lr")
+
+
+def fit(kind: type[Any], monitor: L.Callback, cache: Path, out: Path, resume: Path | None = None, **given: Any) -> Any:
+    """Return module, data module, record and states after each step of a run with checkpoints."""
+    module, data, record, states = recipes.build(kind), recipes.data_module(cache), recipes.Recorder(), recipes.States()
+    keep = RunCheckpoint(every_n_train_steps=EVERY, dirpath=str(out / "checkpoints"))
+    settings: dict[str, Any] = {"max_steps": STEPS, "enable_checkpointing": True, "default_root_dir": out}
+    trainer = recipes.trainer(monitor, record, states, keep, **settings | given)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return module, data, record, states.found, trainer
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", [DINO, AGSSD], ids=lambda kind: kind.__name__)
+def test_rollback__equals_a_run_resumed_by_hand_with_the_lower_temperature(
+    kind: type[Any], accumulate: int, tiny_cache: Path, tmp_path: Path
+) -> None:
+    monitor = Scripted({14: UNIFORM})  # of the checkpoints at 4, 8 and 12, a report without alarm follows 8 last
+    module, data, record, states, trainer = fit(kind, monitor, tiny_cache, tmp_path, accumulate_grad_batches=accumulate)
+    assert monitor.rollback.done == [
+        {"from_step": 14, "to_step": 8, "alarms": ["cls_uniform"], "lowered": "temperature"}
+    ]
+    assert trainer.global_step == STEPS and data.undone_steps == 6
+    assert len(record.losses) == STEPS + 6
+
+    class ByHand(kind):  # type: ignore[misc, valid-type]
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            super().on_load_checkpoint(checkpoint)
+            self.eased["temperature"] = 0.7
+
+    healthy = _checkpoint_at(kind, 8, accumulate, tiny_cache, tmp_path / "hand")
+    key = next(name for name in healthy if name.endswith("DataModule"))
+    healthy[key]["undone_steps"] = 6
+    torch.save(healthy, tmp_path / "by_hand.ckpt")
+    again, other, resumed = recipes.build(ByHand), recipes.data_module(tiny_cache), recipes.States()
+    for tensor in again.state_dict().values():
+        tensor.zero_()
+    recipes.trainer(recipes.Recorder(), resumed, max_steps=STEPS, accumulate_grad_batches=accumulate).fit(
+        again, other, ckpt_path=tmp_path / "by_hand.ckpt", weights_only=True
+    )
+    for name, value in states[-1].items():
+        assert torch.equal(resumed.found[-1][name], value), name
+    assert module.eased == again.eased == {"lr": 1.0, "temperature": 0.7}
+
+
+def _checkpoint_at(kind: type[Any], step: int, accumulate: int, cache: Path, out: Path) -> dict[str, Any]:
+    """Return the checkpoint of an undisturbed run after ``step`` steps."""
+    module, data = recipes.build(kind), recipes.data_module(cache)
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == step and not (out / "at.ckpt").exists():
+                trainer.save_checkpoint(out / "at.ckpt")
+
+    recipes.trainer(recipes.Recorder(), Save(), max_steps=STEPS, accumulate_grad_batches=accumulate).fit(module, data)
+    found: dict[str, Any] = torch.load(out / "at.ckpt", weights_only=True)
+    return found
+
+
+def test_rollback__is_told_and_the_next_one_lowers_the_other(
+    tiny_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = {10: UNIFORM, 16: UNIFORM, 20: PEAKED}
+    monitor = Scripted(script, temperature_factor=0.5, lr_factor=0.25)
+    module, data, record, *_ = fit(DINO, monitor, tiny_cache, tmp_path)
+    assert [one["lowered"] for one in monitor.rollback.done] == ["temperature", "lr", "lr"]
+    assert module.eased == {"lr": 0.0625, "temperature": 0.5}
+    assert record.rates[-1][0] == pytest.approx(module.min_lr / 16)
+    lines = [json.loads(line) for line in (tmp_path / "actions.jsonl").read_text().splitlines()]
+    assert [line["action"] for line in lines] == ["alarm", "rollback"] * 3
+    assert lines[1]["alarms"] == ["cls_uniform"] and lines[1]["factors"] == {"lr": 1.0, "temperature": 0.5}
+    said = [message for message in caplog.messages if "rolled back to the healthy checkpoint of step" in message]
+    assert len(said) == 3 and "temperature is now 0.5 of what is scheduled (rollback 1 of 3)" in said[0]
+
+
+def test_rollback__samples_after_it_are_new_ones(tiny_cache: Path, tmp_path: Path) -> None:
+    *_, record, _, _ = fit(DINO, Scripted({10: UNIFORM}), tiny_cache, tmp_path)
+    drawn = [number for batch in record.samples for number in batch]
+    assert drawn == list(range(len(drawn)))
+
+
+def test_rollback__resumed_after_it_equals_undisturbed(tiny_cache: Path, tmp_path: Path) -> None:
+    whole = fit(DINO, Scripted({10: UNIFORM}), tiny_cache, tmp_path / "whole")
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = monitor.rollback.done != [] and trainer.global_step == 16
+
+    monitor = Scripted({10: UNIFORM})
+    module, data = recipes.build(DINO), recipes.data_module(tiny_cache)
+    out = tmp_path / "part" / "checkpoints"
+    keep = RunCheckpoint(every_n_train_steps=EVERY, dirpath=str(out))
+    recipes.trainer(
+        recipes.Recorder(),
+        monitor,
+        Stop(),
+        keep,
+        max_steps=STEPS,
+        enable_checkpointing=True,
+        default_root_dir=out.parent,
+    ).fit(module, data)
+    saved = torch.load(out / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 16 and saved["agssd"]["eased"]["temperature"] == 0.7
+    again = Scripted({})
+    resumed = fit(DINO, again, tiny_cache, tmp_path / "part", resume=out / "last.ckpt")
+    assert len(again.rollback.done) == 1
+    assert resumed[1].undone_steps == whole[1].undone_steps > 0
+    for name, value in whole[3][-1].items():
+        assert torch.equal(resumed[3][-1][name], value), name
+
+
+def test_rollback__stops_with_a_report_when_it_cannot_go_on(tiny_cache: Path, tmp_path: Path) -> None:
+    early = Scripted({2: UNIFORM})
+    assert fit(DINO, early, tiny_cache, tmp_path / "early")[-1].global_step == 2
+    assert "no healthy checkpoint" in early.stopped
+    often = Scripted({10: UNIFORM, 16: UNIFORM}, max_rollbacks=1)
+    assert fit(DINO, often, tiny_cache, tmp_path / "often")[-1].global_step == 16
+    assert "max_rollbacks is 1" in often.stopped and "the outputs are uniform" in often.stopped
+    other = Scripted({10: PEAKED}, policies={"peaked": "stop"})
+    assert fit(DINO, other, tiny_cache, tmp_path / "stop")[-1].global_step == 10 and other.stopped
+    alone = Scripted({10: PEAKED}, policies={"cls_peaked": "warn"})
+    assert fit(DINO, alone, tiny_cache, tmp_path / "warn")[-1].global_step == STEPS and not alone.rollback.done
+
+
+def test_rollback__a_checkpoint_under_alarm_is_not_healthy(tiny_cache: Path, tmp_path: Path) -> None:
+    soft = Alarm("cls_low_rank", False, "soft", "lr")
+    # soft alarms stand at 8 and 10, when step 8 is saved; the healthy one stays that of step 4
+    monitor = Scripted({8: soft, 10: soft, 14: UNIFORM})
+    fit(DINO, monitor, tiny_cache, tmp_path, max_steps=16)
+    assert monitor.rollback.done[0]["to_step"] == 4
+    early = Scripted({8: soft, 10: soft, 12: UNIFORM})
+    fit(DINO, early, tiny_cache, tmp_path / "early", max_steps=14)
+    assert early.rollback.done[0]["to_step"] == 4
+
+
+def test_rollback__a_recipe_without_teacher_lowers_the_rate_alone() -> None:
+    assert recipes.build(SimMIM).can_ease() == ("lr",)
+    assert recipes.build(DINO).can_ease() == ("temperature", "lr")
+
+
+@pytest.mark.parametrize("kind", recipes.find_recipes(), ids=lambda kind: kind.__name__)
+def test_scheduled__lowers_rate_and_every_teacher_temperature(kind: type[Any]) -> None:
+    module = recipes.build(kind)
+    before = module.scheduled(0.4)
+    assert before == module.schedules(0.4)
+    module.eased |= {"lr": 0.5, "temperature": 0.25}
+    for name, value in module.scheduled(0.4).items():
+        factor = 0.5 if name == "lr" else 0.25 if name.startswith("temperature_") else 1.0
+        assert value == factor * before[name], name
+
+
+def test_scheduled__the_temperature_reaches_the_targets(tiny_cache: Path) -> None:
+    for kind in (recipe for recipe in recipes.find_recipes() if "temperature" in recipes.build(recipe).can_ease()):
+        entropies = []
+        for factor in (1.0, 0.3):
+            module = recipes.build(kind)
+            module.eased["temperature"] = factor
+            module.pretrain_loss(module.make_views(recipes.parents(tiny_cache, [0, 1, 2, 3])))
+            for term in ("cls", "patch"):
+                if f"teacher_{term}" in module.observations:
+                    entropies.append(float(torch.special.entr(module.observations[f"teacher_{term}"]).sum(-1).mean()))
+        half = len(entropies) // 2
+        assert all(low < high for high, low in zip(entropies[:half], entropies[half:], strict=True)), kind
+
+
+@pytest.mark.parametrize("settings", [{"max_rollbacks": -1}, {"lr_factor": 1.0}, {"policies": {"peaked": "panic"}}])
+def test_rollback__nonsense_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="collapse_monitor"):
+        CollapseMonitor(**settings)
