@@ -13,10 +13,10 @@ import torch
 
 from agssd.callbacks.collapse_alarms import Alarm
 from agssd.callbacks.collapse_monitor import CollapseMonitor
+from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.methods.agssd import AGSSD
 from agssd.methods.dino import DINO
 from agssd.methods.simmim import SimMIM
-from agssd.run_directory import RunCheckpoint
 
 STEPS, EVERY = 24, 4
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from agssd.callbacks.actions import record_action, stop_run
 from agssd.callbacks.collapse_alarms import Alarm
 from agssd.callbacks.standing import log_figures
+from agssd.checkpoints import LAST, CheckpointFiles, is_local
 from agssd.types import Easeable
 
 _LOG = logging.getLogger(__name__)
@@ -62,12 +63,13 @@ class Rollback:
             trainer: of the run.
             monitor: key of the monitor's state in checkpoints.
         """
-        folder = checkpoint_folder(trainer)
+        folder, files = checkpoint_folder(trainer), trainer.strategy.checkpoint_io
         if not trainer.is_global_zero or folder is None:
             return
-        files = [path for path in folder.glob("*.ckpt") if path.name != HEALTHY and path.exists()]
-        newest = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
-        if newest is None:
+        if isinstance(files, CheckpointFiles):
+            files.wait()  # asked for at the last report or before, so long on disk
+        newest = folder / LAST
+        if not newest.exists():
             return
         mark = (newest.stat().st_ino, newest.stat().st_mtime_ns)
         if mark == self._seen:
@@ -95,7 +97,7 @@ class Rollback:
         elif not found:
             self.stopped = (
                 f"{told}; there is no healthy checkpoint to roll back to: none was saved before the alarm, see "
-                "checkpoint.every_n_train_steps"
+                "checkpoint.every_n_train_steps, or checkpoint.dirpath is no folder of this machine"
             )
         else:
             possible = module.can_ease()
@@ -131,10 +133,10 @@ class Rollback:
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path | None:
-    """Return where the run's checkpoints lie, None if it writes none."""
+    """Return where the run's checkpoints lie, None if it writes none or not to a file system of this machine."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            return Path(callback.dirpath)
+            return Path(callback.dirpath) if is_local(str(callback.dirpath)) else None
     return None
 
 
@@ -169,19 +171,14 @@ def restore_training(trainer: pl.Trainer, module: pl.LightningModule, path: Path
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make ``target`` the same file or folder as ``source`` without copying, or a copy where the disk cannot link."""
+    """Make ``target`` the same file as ``source`` where the disk can link, else a copy; a folder is copied."""
     if target.is_dir():
         shutil.rmtree(target)
     target.unlink(missing_ok=True)
-
-    def link(one: str, other: str) -> str:
-        try:
-            os.link(one, other)
-        except OSError:
-            shutil.copy2(one, other)
-        return other
-
     if source.is_dir():
-        shutil.copytree(source, target, copy_function=link)
-    else:
-        link(str(source), str(target))
+        shutil.copytree(source, target)  # what is in it may be written over
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

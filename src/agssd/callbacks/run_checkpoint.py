@@ -212,19 +212,40 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero and is_local(str(self.dirpath)):
             self._begin_at(step, trainer)
 
+    def rolled_back(self, trainer: L.Trainer, left: int) -> None:
+        """Save where the run goes on, and leave the checkpoints after it behind; called on every rank.
+
+        Args:
+            trainer: of the run, at the step that it was put back to.
+            left: the step that it has left.
+        """
+        step = trainer.global_step
+        if self._random is not None and self._random[0] == left:
+            self._random = step, self._random[1]
+        self._scores = {of: score for of, score in self._scores.items() if of <= step}
+        self.save(trainer)
+        if trainer.is_global_zero and is_local(str(self.dirpath)):
+            if isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
+                trainer.strategy.checkpoint_io.wait()
+            self._set_aside_after(step)
+
     def _begin_at(self, step: int, trainer: L.Trainer) -> None:
-        """Let the files of the folder end at ``step``; those of later steps belong to a part that is left behind."""
+        """Let the files of the folder end at ``step``."""
         folder = Path(str(self.dirpath))
         for left in folder.glob("*.tmp"):
             left.unlink()
+        self._set_aside_after(step)
+        loaded, files = trainer.ckpt_path, trainer.strategy.checkpoint_io
+        if loaded and Path(loaded).resolve().parent == folder.resolve() and isinstance(files, CheckpointFiles):
+            files.link(loaded, folder / LAST)
+
+    def _set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of steps after ``step``: they belong to a part of the run that is left behind."""
         for later in (number for number in self._stored() if number > step):
             path = Path(self.format_checkpoint_name({"step": torch.tensor(later)}))
             aside = path.with_name(path.name + ".aside")
             os.replace(path, aside)
             rank_zero_info(f"{path} is of a later step than {step}, where this run goes on; it is now {aside.name}")
-        loaded, files = trainer.ckpt_path, trainer.strategy.checkpoint_io
-        if loaded and Path(loaded).resolve().parent == folder.resolve() and isinstance(files, CheckpointFiles):
-            files.link(loaded, folder / LAST)
 
 
 def _with_rank_state(trainer: L.Trainer) -> list[tuple[str, Any]]:
