@@ -1,41 +1,109 @@
-"""Intervals cover what they promise, and pairing removes what subjects share."""
+"""Intervals cover what they promise, tests err as often as they say, and pairing removes what is shared."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from agssd.evaluation.statistics import bootstrap_mean, paired_difference
+from agssd.evaluation.statistics import crossed_mean, holm, paired_difference
+
+# standard deviations of seeds, draws, subjects, their three pairs, and of what is left
+SOURCES = {
+    "everything varies": (1, 1, 1, 0.5, 0.5, 0.5, 1),
+    "seeds alone": (1, 0, 0, 0, 0, 0, 1),
+    "subjects alone": (0, 0, 1, 0, 0, 0, 1),
+    "noise alone": (0, 0, 0, 0, 0, 0, 1),
+    "draws and subjects": (0, 1, 1, 0.3, 0.3, 0.3, 1),
+    "subjects first": (0.3, 0.3, 1, 0.3, 0.3, 0.3, 1),
+}
+SIZE = (3, 5, 20)  # seeds, draws, subjects
 
 
-def test_bootstrap_mean__known_truth__covered_about_95_percent() -> None:
+def draw(rng: np.random.Generator, name: str, size: tuple[int, int, int] = SIZE) -> np.ndarray:
+    """Return a table with mean 0 whose subjects are skewed, as Dice is."""
+    seeds, draws, subjects = size
+    shapes = [(seeds, 1, 1), (1, draws, 1), (1, 1, subjects), (seeds, draws, 1), (seeds, 1, subjects)]
+    shapes += [(1, draws, subjects), size]
+    parts = [rng.normal(size=shape) for shape in shapes]
+    parts[2] = 1 - rng.exponential(size=shapes[2])
+    return np.asarray(sum(sd * part for sd, part in zip(SOURCES[name], parts, strict=True)))
+
+
+def bootstrap(values: np.ndarray, rng: np.random.Generator, times: int = 400) -> tuple[float, float]:
+    """Return the percentile interval of drawing the levels of every axis anew."""
+    means = values[None]
+    for length in reversed(values.shape):
+        often = rng.multinomial(length, np.full(length, 1 / length), size=times) / length
+        means = np.einsum("t...l,tl->t...", np.broadcast_to(means, (times, *means.shape[1:])), often)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_crossed_mean__covers_the_truth_as_often_as_promised(name: str) -> None:
     rng = np.random.default_rng(0)
-    covered = 0
-    for trial in range(300):
-        values = 0.3 + rng.normal(0, 0.1, (1, 40))
-        interval = bootstrap_mean(values, draws=1000, seed=trial)
-        covered += interval.low <= 0.3 <= interval.high
-    assert 0.90 <= covered / 300 <= 0.98
+    trials, ours, drawn_anew = 600, 0, 0
+    for trial in range(trials):
+        values = draw(rng, name)
+        interval = crossed_mean(values)
+        ours += interval.low <= 0 <= interval.high
+        if trial < 200:
+            low, high = bootstrap(values, rng)
+            drawn_anew += low <= 0 <= high
+    print(f"{name}: {ours / trials:.3f} covered of 0.95, by a bootstrap {drawn_anew / 200:.3f}")
+    assert 0.925 <= ours / trials  # at least as promised, within the error of 600 trials
+    if name in ("seeds alone", "everything varies"):
+        assert drawn_anew / 200 < 0.92  # why there is no bootstrap
+    else:
+        assert ours / trials <= 0.995
 
 
-def test_bootstrap_mean__crossed_effects__width_near_the_formula() -> None:
-    rng = np.random.default_rng(1)
-    values = rng.normal(0, 1, (30, 1)) + rng.normal(0, 2, (1, 50)) + 0.0
-    interval = bootstrap_mean(values)
-    expected = np.sqrt(values.mean(1).var() / 30 + values.mean(0).var() / 50)
-    assert (interval.high - interval.low) / (2 * 1.96) == pytest.approx(expected, rel=0.1)
+def test_crossed_mean__one_axis_is_students_interval() -> None:
+    values = np.random.default_rng(1).normal(0.3, 1, 12)
+    interval, expected = crossed_mean(values), stats.ttest_1samp(values, 0.0)
+    low, high = expected.confidence_interval(0.95)
+    assert interval == pytest.approx((values.mean(), low, high, expected.pvalue))
+    assert crossed_mean(values[None, :, None]) == pytest.approx(interval)
+
+
+def test_crossed_mean__variance_without_bias() -> None:
+    rng = np.random.default_rng(2)
+    expected = 1 / 3 + 1 / 5 + 1 / 20 + 0.25 / 15 + 0.25 / 60 + 0.25 / 100 + 1 / 300
+    tables = [draw(rng, "everything varies") for _ in range(1500)]
+    assert np.var([table.mean() for table in tables]) == pytest.approx(expected, rel=0.12)
+    from agssd.evaluation.statistics import _variance_of_mean
+
+    assert np.mean([_variance_of_mean(table)[0] for table in tables]) == pytest.approx(expected, rel=0.12)
+
+
+def test_crossed_mean__figures_that_are_all_equal() -> None:
+    assert crossed_mean(np.full((2, 5), 0.5)) == (0.5, 0.5, 0.5, 0.0)
+    assert crossed_mean(np.zeros((2, 5))).p == 1.0
+    with pytest.raises(ValueError, match="one figure alone"):
+        crossed_mean(np.ones((1, 1)))
+    with pytest.raises(ValueError, match="finite"):
+        crossed_mean(np.array([[np.nan, 1.0]]))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_paired_difference__no_difference_is_found_one_time_in_twenty(name: str) -> None:
+    rng = np.random.default_rng(3)
+    subject = 10 * rng.normal(size=(1, 1, SIZE[2]))
+    found = sum(paired_difference(subject + draw(rng, name), subject + draw(rng, name)).p < 0.05 for _ in range(600))
+    print(f"{name}: {found / 600:.3f} false positives of 0.05")
+    assert found / 600 <= 0.075
 
 
 def test_paired_difference__shared_subject_effect__removed() -> None:
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(4)
     subject = rng.normal(0, 1, (1, 60))
     first, second = subject + 0.05 + rng.normal(0, 0.02, (3, 60)), subject + rng.normal(0, 0.02, (3, 60))
     interval = paired_difference(first, second)
-    assert interval.low > 0.03 and interval.high < 0.07
-    whole = bootstrap_mean(first)
-    assert whole.low < 0 < whole.high
-    reverse = paired_difference(second, first)
-    assert reverse.mean == pytest.approx(-interval.mean)
+    assert interval.low > 0.03 and interval.high < 0.07 and interval.excludes_zero
+    whole = crossed_mean(first)
+    assert whole.low < 0 < whole.high and not whole.excludes_zero
+    assert paired_difference(second, first).mean == pytest.approx(-interval.mean)
 
 
 def test_paired_difference__tables_that_do_not_pair__refused() -> None:
@@ -43,5 +111,10 @@ def test_paired_difference__tables_that_do_not_pair__refused() -> None:
         paired_difference(np.zeros((1, 3)), np.zeros((1, 4)))
     with pytest.raises(ValueError, match="cannot be paired"):
         paired_difference(np.zeros((2, 3)), np.zeros((3, 3)))
-    with pytest.raises(ValueError, match="finite"):
-        bootstrap_mean(np.array([[np.nan]]))
+
+
+def test_holm__is_right_for_known_values_and_keeps_the_error_of_a_family() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    rng = np.random.default_rng(5)
+    families = [holm({str(k): p for k, p in enumerate(rng.uniform(size=6))}) for _ in range(2000)]
+    assert np.mean([min(family.values()) < 0.05 for family in families]) == pytest.approx(0.05, abs=0.015)

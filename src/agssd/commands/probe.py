@@ -196,14 +196,14 @@ def _compared(found: dict[str, list[dict[str, np.ndarray]]]) -> dict[str, Any]:
     """
     import numpy as np
 
-    from agssd.evaluation.statistics import bootstrap_mean, paired_difference
+    from agssd.evaluation.statistics import crossed_mean, paired_difference
 
     tables = {
         name: np.stack([np.array([np.nanmean(seed[subject]) for subject in sorted(seed)]) for seed in seeds])
         for name, seeds in found.items()
     }
     return {
-        "score": {name: bootstrap_mean(table)._asdict() for name, table in tables.items()},
+        "score": {name: crossed_mean(table)._asdict() for name, table in tables.items()},
         "score_by_seed_and_subject": {name: table.tolist() for name, table in tables.items()},
         "differences": [
             {"first": a, "second": b, **_difference(paired_difference, tables[a], tables[b])}
