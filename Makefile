@@ -66,10 +66,10 @@ conf: $(STAMP) ## Check conf/: every file parses and builds, agssd_small trains 
 	$(PYTEST) tests/conf
 
 bench: $(STAMP) ## Time the hot paths against their alternatives, side by side, on the CPU
-	$(BIN)/agssd bench --device cpu --out $(BENCH_OUT)
+	$(BIN)/agssd bench-speed --device cpu --out $(BENCH_OUT)
 
 bench-gpu: $(STAMP) ## The same on a CUDA device
-	$(BIN)/agssd bench --device cuda --out $(BENCH_OUT)
+	$(BIN)/agssd bench-speed --device cuda --out $(BENCH_OUT)
 
 bench-data: $(STAMP) ## Compare crops and training views per second with other data engines
 	$(BIN)/agssd bench-data --out $(BENCH_OUT) $(BENCH_FLAGS)

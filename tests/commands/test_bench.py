@@ -1,75 +1,250 @@
+"""``agssd bench``: which cells there are, what is read from them, what the tables claim, and that it goes on."""
+
 from __future__ import annotations
 
-import argparse
+import csv
 import json
-import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
+import yaml
 
-from agssd.commands import bench
+from agssd.cli import main
+from agssd.commands.bench import _share
+from agssd.commands.bench.cells import Cell, list_cells, read_subjects
+from agssd.commands.bench.results import Place, figures
+from agssd.commands.bench.settings import Bench, Method, Readout, label_flags, read_settings
+from agssd.commands.bench.tables import compare, markdown
 
-
-def arguments(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return parser.parse_args(words)
-
-
-def test_compare__ratio_is_other_over_ours() -> None:
-    case = ("sleep", "short", lambda: time.sleep(0.004), "long", lambda: time.sleep(0.04))
-    row = bench.compare(case, 3, torch.device("cpu"))
-    assert row.ratio_low <= row.ratio <= row.ratio_high
-    assert 5 < row.ratio < 11
-    assert row.ours_ms >= 4 and row.other_ms >= 40
+ROOT = Path(__file__).resolve().parents[2]
+SUBJECTS = [f"s{number:02d}" for number in range(20)]
 
 
-def test_reading__both_sides_read_the_same_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = list(bench._reading(tmp_path))
-    assert len(cases) == 2
-    for _, _, ours, _, other in cases:
-        assert ours()[0].shape == other().shape == (96, 96, 96)
+def bench(**given: Any) -> Bench:
+    """Return a small bench of scratch, a convolutional network and two pretrained methods."""
+    settings: dict[str, Any] = {
+        "methods": {
+            "scratch": Method(),
+            "unet": Method(fit={"full": ["--config", "unet.yaml"]}),
+            "ours": Method(["--config", "a.yaml"]),
+            "rival": Method(["--config", "b.yaml"], steps=7),
+        },
+        "readouts": {
+            "full": Readout(["--config", "f.yaml"], [10, 30]),
+            "linear": Readout(["--config", "l.yaml"], [10]),
+        },
+        "labels": [2, "25%", "100%"],
+        "pretrain_steps": 5,
+        "seeds": 3,
+        "draws": 5,
+    }
+    return Bench(**settings | given)
 
 
-@pytest.mark.parametrize("words", [("--rounds", "0"), ("--device", "cuda")])
-def test_run__refuses_what_cannot_be(words: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    if "cuda" in words and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    assert bench.run(arguments(*words)) == 1
-    assert words[0] in capsys.readouterr().err
+def made_rows(cells: list[Cell], gain: dict[str, float], seed: int = 0) -> list[dict[str, Any]]:
+    """Return rows in which methods differ by ``gain`` beside effects of subjects, draws and seeds that they share."""
+    rng = np.random.default_rng(seed)
+    of_subject, of_draw = rng.normal(0.7, 0.1, len(SUBJECTS)), rng.normal(0, 0.03, 5)
+    rows = []
+    for cell in cells:
+        values = of_subject + of_draw[cell.draw] + gain.get(cell.method, 0.0) + rng.normal(0, 0.01, len(SUBJECTS))
+        found = dict(zip(SUBJECTS, values.tolist(), strict=True))
+        row = {"subjects": found, "value": float(values.mean()), "bench": "b", "commit": "c", "figure": "dice"}
+        names = ("method", "readout", "steps", "labels", "draw", "seed", "fold")
+        rows.append(row | {name: getattr(cell, name) for name in names})
+    return rows
 
 
-def test_run__writes_the_table_it_prints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_list_cells__every_combination_once_and_all_labels_drawn_once() -> None:
+    cells = list_cells(bench(), "c.h5", Path("out"))
+    assert len({cell.folder for cell in cells}) == len(cells)
+    amounts = 5 + 5 + 1  # draws of 2 subjects, of a quarter, of all
+    assert Counter(cell.readout for cell in cells) == {"full": 2 * amounts * 3 * 4, "linear": amounts * 3 * 3}
+    assert {cell.readout for cell in cells if cell.method == "unet"} == {"full"}
+    assert all((cell.pretraining is None) == (cell.method in ("scratch", "unet")) for cell in cells)
+    assert len({cell.pretraining for cell in cells} - {None}) == 2 * 3, "one pretraining per method and seed"
+
+
+def test_list_cells__commands_differ_by_nothing_but_what_is_compared() -> None:
+    cells = list_cells(bench(), "c.h5", Path("out"))
+
+    def words(method: str) -> list[str]:
+        cell = next(
+            c
+            for c in cells
+            if c.method == method and (c.readout, c.steps, c.labels, c.draw, c.seed) == ("full", 30, 2, 4, 1)
+        )
+        return [word.replace(f"/{method}/", "/METHOD/") for word in cell.fit]
+
+    ours, scratch = words("ours"), words("scratch")
+    at = ours.index("--model.encoder")
+    assert ours[at + 1] == "out/pretraining/METHOD/seed1"
+    assert ours[:at] + ours[at + 2 :] == scratch
+    flags = dict(zip(scratch[1::2], scratch[2::2], strict=True))
+    assert flags["--data.num_subjects"] == "2" and flags["--data.subset_seed"] == "4"
+    assert flags["--seed_everything"] == "1" and flags["--trainer.max_steps"] == "30"
+    rival = next(c.pretraining for c in cells if c.method == "rival" and c.pretraining is not None)
+    assert rival.command[rival.command.index("--trainer.max_steps") + 1] == "7"
+    assert label_flags("25%") == ["--data.label_fraction", "0.25"] and label_flags("100%") == []
+
+
+def test_list_cells__a_fold_is_left_out_of_pretraining_too() -> None:
+    cells = list_cells(bench(num_folds=4), "c.h5", Path("out"))
+    for cell in cells:
+        commands = [cell.fit, cell.measure, *([cell.pretraining.command] if cell.pretraining else [])]
+        assert {command[command.index("--data.fold") + 1] for command in commands} == {str(cell.fold)}
+        assert cell.measure[0] == "validate" and cell.cases == "val_cases.csv"
+
+
+def test_share__is_a_partition_that_keeps_pretrainings_together() -> None:
+    cells = list_cells(bench(), "c.h5", Path("out"))
+    shares = [_share(cells, f"{number}/4") for number in range(4)]
+    assert Counter(cell.folder for share in shares for cell in share) == Counter(cell.folder for cell in cells)
+    owners: dict[Any, set[int]] = {}
+    for number, share in enumerate(shares):
+        for cell in share:
+            owners.setdefault(cell.pretraining, set()).add(number)
+    assert all(len(found) == 1 for one, found in owners.items() if one is not None)
+    with pytest.raises(ValueError, match="--share is '4/4'"):
+        _share(cells, "4/4")
+
+
+def test_read_subjects__dice_of_present_classes_and_weighted_accuracy(tmp_path: Path) -> None:
+    path = tmp_path / "cases.csv"
+    path.write_text("case,subject,dice_class1,dice_class2,surface_dice_class1\na,p,0.5,0.7,0\nb,p,0.9,,0\nc,q,,,1\n")
+    assert read_subjects(path, "dice") == pytest.approx({"p": (0.6 + 0.9) / 2})
+    rng = np.random.default_rng(0)
+    targets, scores = rng.choice(3, 40, p=[0.6, 0.3, 0.1]), rng.dirichlet(np.ones(3), 40)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "subject", "target", "probability0", "probability1", "probability2"])
+        writer.writerows([n, f"p{n}", t, *s] for n, (t, s) in enumerate(zip(targets, scores, strict=True)))
+    right = scores.argmax(1) == targets
+    balanced = np.mean([right[targets == kind].mean() for kind in set(targets)])
+    assert np.mean(list(read_subjects(path, "accuracy").values())) == pytest.approx(balanced)
+
+
+def test_tables__find_a_gain_and_claim_none_where_there_is_none() -> None:
+    settings = bench()
+    cells = list_cells(settings, "c.h5", Path("out"))
+    rows = made_rows(cells, {"ours": 0.1})
+    text = markdown(settings, rows)
+    place = Place("full", 30, 2)
+    found = {place: {m: t for m in settings.methods if (t := figures(settings, rows, m, place)) is not None}}
+    assert found[place]["ours"].shape == (3, 5, 20)
+    compared = compare(settings, found)
+    assert compared["ours", "scratch", place][1] < 0.05 and compared["ours", "rival", place][1] < 0.05
+    assert compared["ours", "scratch", place][0].mean == pytest.approx(0.1, abs=0.005)
+    assert compared["rival", "scratch", place][1] >= 0.05
+    for line in text.splitlines():
+        if line.startswith("| rival - scratch"):
+            assert line.count("no difference shown") == 3 and ", p" not in line
+        if line.startswith("| ours - rival"):
+            assert line.count(", p") == 3
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {5}
+    reads_of_unet = [line for line in text.split("## linear")[1].splitlines() if line.startswith("| unet")]
+    assert not reads_of_unet
+
+
+def test_tables__a_figure_with_a_missing_run_is_left_out_and_other_subjects_are_refused() -> None:
+    settings = bench()
+    cells = list_cells(settings, "c.h5", Path("out"))
+    rows = made_rows(cells, {})
+    place = Place("linear", 10, "25%")
+    lost = next(row for row in rows if (row["method"], row["readout"], row["labels"]) == ("ours", "linear", "25%"))
+    assert figures(settings, [row for row in rows if row is not lost], "ours", place) is None
+    text = markdown(settings, [row for row in rows if row is not lost])
+    line = next(one for one in text.split("## linear")[1].splitlines() if one.startswith("| ours |"))
+    assert [cell.strip() for cell in line.split("|")].count("") == 3, "one figure missing beside the two borders"
+    lost["subjects"] = {**lost["subjects"], "stranger": 1.0}
+    with pytest.raises(ValueError, match="other subjects"):
+        figures(settings, rows, "ours", place)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"methods": {"ours": {"pretrain": ["x"]}}}, "scratch"),
+        ({"labels": ["0%"]}, "labels has '0%'"),
+        ({"labels": [2, 2]}, "give each amount once"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"readouts": {"a b": {"fit": [], "steps": [1]}}}, "folder's name"),
+        ({"colour": 1}, "colour"),
+        ({"num_folds": 1}, "num_folds is 1"),
+    ],
+)
+def test_read_settings__says_what_is_wrong(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    good = {
+        "methods": {"scratch": {}},
+        "readouts": {"full": {"fit": ["--config", "f.yaml"], "steps": [3]}},
+        "labels": [2],
+        "pretrain_steps": 1,
+    }
+    path = tmp_path / "bench.yaml"
+    path.write_text(yaml.safe_dump(good))
+    assert read_settings(path, quick=False).readouts["full"].fit[1] == str(tmp_path / "f.yaml")
+    with pytest.raises(ValueError, match="nothing under 'quick'"):
+        read_settings(path, quick=True)
+    path.write_text(yaml.safe_dump(good | change))
+    with pytest.raises(ValueError, match=said):
+        read_settings(path, quick=False)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "bench").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_benches__name_files_that_exist_and_have_a_quick_form(path: Path) -> None:
+    for quick in (False, True):
+        settings = read_settings(path, quick)
+        named = [
+            word for method in settings.methods.values() for word in [*method.pretrain, *sum(method.fit.values(), [])]
+        ]
+        named += [word for one in settings.readouts.values() for word in one.fit]
+        assert all(Path(word).is_file() for word in named if word.endswith(".yaml"))
+    assert settings.pretrain_steps <= 100 and settings.seeds >= 2
+
+
+def test_bench__runs_goes_on_and_refuses_another_setting(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "_cases", lambda *_: iter([("nothing", "a", lambda: None, "b", lambda: None)]))
-    assert bench.run(arguments("--rounds", "2", "--out", str(tmp_path / "new"))) == 0
-    report = json.loads((tmp_path / "new" / "bench.json").read_text())
-    assert [row["what"] for row in report["rows"]] == ["nothing"]
-    assert report["machine"] in capsys.readouterr().out
-
-
-def test_time_probe__seconds_of_probes_and_of_the_default_interval(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from agssd.callbacks.online_probe import OnlineProbe
-    from agssd.commands import _bench_probe
-
-    monkeypatch.setattr(_bench_probe, "_SUBJECTS", {"train": 2, "val": 1})
-    monkeypatch.setattr(_bench_probe, "STEPS_TIMED", 2)
-    probed: list[int] = []
-    original = OnlineProbe._measure
-
-    def measure(self: OnlineProbe, trainer: Any, module: Any) -> Any:
-        probed.append(trainer.global_step)
-        time.sleep(0.5)
-        return original(self, trainer, module)
-
-    monkeypatch.setattr(OnlineProbe, "_measure", measure)
-    pairs = _bench_probe.time_probe(2, torch.device("cpu"), tmp_path)
-    assert probed == [0, 2, 4]
-    assert len(pairs) == 2 and _bench_probe.interval() == OnlineProbe().every_n_steps
-    for probe, steps in pairs:
-        assert probe > 0.5 and steps > 0
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    small = ["--data.num_workers", "0", "--data.global_batch_size", "2", "--trainer.precision", "32-true"]
+    experiment = ROOT / "conf" / "experiment"
+    settings = {
+        "methods": {
+            "scratch": {},
+            "simmim": {
+                "pretrain": ["--config", str(experiment / "small.yaml"), "--model"]
+                + [str(ROOT / "conf" / "method" / "simmim.yaml"), *small]
+            },
+        },
+        "readouts": {"full": {"fit": ["--config", str(experiment / "segmentation_small.yaml"), *small], "steps": [2]}},
+        "labels": [1],
+        "pretrain_steps": 2,
+        "seeds": 1,
+        "draws": 1,
+        "num_folds": 2,
+    }
+    path, out = tmp_path / "bench.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(settings))
+    command = ["bench", "--config", str(path), "--cache", str(tiny_cache), "--out", str(out)]
+    assert main([*command, "--workers", "2"]) == 0, capfd.readouterr().err
+    made = {row: row.stat().st_mtime_ns for row in out.rglob("row.json")}
+    assert len(made) == 2 + 4 and not list(out.rglob("cells/**/*.ckpt"))
+    kept = json.loads(next(row for row in made if "cells" in str(row)).read_text())
+    assert kept["value"] == pytest.approx(np.mean(list(kept["subjects"].values())))
+    with (out / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 and all(float(row["seconds"]) > 0 and row["bench"] for row in rows)
+    assert all((float(row["pretraining_seconds"]) > 0) == (row["method"] == "simmim") for row in rows)
+    again = next(row for row in made if "scratch" in str(row) and "cells" in str(row))
+    before = json.loads(again.read_text())["subjects"]
+    again.unlink()
+    assert main(command) == 0, "the rest goes on"
+    assert json.loads(again.read_text())["subjects"] == before, "the same run gives the same figures"
+    assert all(row.stat().st_mtime_ns == stamp for row, stamp in made.items() if row != again), "nothing twice"
+    settings["readouts"]["full"]["fit"][-1] = "bf16-mixed"  # type: ignore[index]
+    path.write_text(yaml.safe_dump(settings))
+    assert main(command) == 1
+    assert "was made with other settings" in capfd.readouterr().err

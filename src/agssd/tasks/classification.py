@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from agssd.evaluation.metrics import classification_scores
 from agssd.models.backbone import Backbone
-from agssd.tasks.finetuning import DownstreamTask
+from agssd.tasks.finetuning import DownstreamTask, gather_rows
 from agssd.types import LabelledBatch, Triple
 
 Pooling = Literal["cls", "mean", "cls_mean", "attentive"]
@@ -72,7 +72,8 @@ class ClassificationTask(DownstreamTask):
     Training sees one crop of the foreground per case. Validation, test and prediction cover the foreground's box with
     windows and pool their tokens as those of one volume: [CLS] and mean tokens are averaged over windows, attention
     looks at the tokens of all of them. ``val/auroc`` and ``val/balanced_accuracy`` are over the cases of all ranks;
-    ``test`` writes ``test_cases.csv`` and ``predict`` ``predictions.csv`` under ``trainer.default_root_dir``.
+    ``validate`` and ``test`` write
+    ``val_cases.csv`` and ``test_cases.csv``, ``predict`` ``predictions.csv``, under ``trainer.default_root_dir``.
 
     Args:
         num_classes: number of classes.
@@ -219,7 +220,7 @@ class ClassificationTask(DownstreamTask):
         return row
 
     def _summarise(self, stage: str) -> list[dict[str, Any]]:
-        rows, self._rows = self.gather_rows(self._rows), []
+        rows, self._rows = gather_rows(self._rows), []
         if rows:
             scores = classification_scores(
                 torch.tensor([row["probabilities"] for row in rows]), torch.tensor([row["target"] for row in rows])
@@ -233,8 +234,10 @@ class ClassificationTask(DownstreamTask):
         self._rows.append(self._classify(batch))
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/auroc`` and ``val/balanced_accuracy``."""
-        self._summarise("val")
+        """Log ``val/auroc`` and ``val/balanced_accuracy``; ``agssd validate`` also writes one row per case."""
+        rows = self._summarise("val")
+        if self.trainer.state.fn == "validate":
+            self._write_rows(rows, "val_cases.csv")
 
     def test_step(self, batch: LabelledBatch, batch_idx: int) -> None:
         """Classify a whole volume."""
@@ -252,7 +255,7 @@ class ClassificationTask(DownstreamTask):
 
     def on_predict_epoch_end(self) -> None:
         """Write ``predictions.csv``."""
-        rows, self._rows = self.gather_rows(self._rows), []
+        rows, self._rows = gather_rows(self._rows), []
         self._write_rows(rows, "predictions.csv")
 
     def _write_rows(self, rows: list[dict[str, Any]], name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
+from agssd.distributed import world_size
 from agssd.evaluation.contract import check_contract
 from agssd.models.backbone import Backbone
 from agssd.schedules import warmup_cosine
@@ -154,13 +155,7 @@ class DownstreamTask(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and a schedule over all optimiser steps of the run, whatever their number."""
         optimizer = torch.optim.AdamW(self.parameter_groups())
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps) or steps < 1:
-            raise ValueError("the run has no end: set --trainer.max_steps to a positive number")
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(min((step + 1) / steps, 1.0), 1.0, 0.0, self.warmup)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return warmed_up(optimizer, self.trainer, self.warmup)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave what rebuilds and exports the encoder, in plain types."""
@@ -176,10 +171,26 @@ class DownstreamTask(L.LightningModule):
             "contract": contract,
         }
 
-    def gather_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the rows of all ranks; every rank gets the same list."""
-        if self.trainer.world_size == 1:
-            return rows
-        parts: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(parts, rows)
-        return [row for part in parts for row in part]
+
+def warmed_up(optimizer: torch.optim.Optimizer, trainer: L.Trainer, warmup: float) -> OptimizerLRScheduler:
+    """Return an optimiser whose rates rise for a share of the run's optimiser steps and then fall to 0 by a cosine.
+
+    Raises:
+        ValueError: for a run without end.
+    """
+    steps = trainer.estimated_stepping_batches
+    if not math.isfinite(steps) or steps < 1:
+        raise ValueError("the run has no end: set --trainer.max_steps to a positive number")
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(min((step + 1) / steps, 1.0), 1.0, 0.0, warmup)
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def gather_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of all ranks; every rank gets the same list."""
+    if world_size() == 1:
+        return rows
+    parts: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]

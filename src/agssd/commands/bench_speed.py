@@ -44,7 +44,7 @@ Case = tuple[str, str, Callable[[], object], str, Callable[[], object]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``agssd bench``."""
+    """Add the options of ``agssd bench-speed``."""
     parser.add_argument("--device", default="cpu", help="torch device, for example cpu or cuda (default: cpu)")
     parser.add_argument("--out", type=Path, help="folder for bench.json (default: nothing is written)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds per row (default: 9)")

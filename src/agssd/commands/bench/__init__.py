@@ -1,0 +1,155 @@
+"""Compare methods by what few labels are enough for: label counts x draws x seeds x budgets, with paired intervals."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agssd.commands.bench.cells import Cell, Pretraining
+    from agssd.commands.bench.settings import Bench
+
+_PRELOADED = ["agssd.lightning_cli", "agssd.methods.agssd", "agssd.tasks.segmentation", "agssd.tasks.classification"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``agssd bench``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "agssd bench --config conf/bench/hippocampus.yaml --cache hippocampus.h5 --out runs/bench\n\n"
+        "Every cell is `agssd fit` and `agssd test`; a cell that is done is not done again, and one that was stopped\n"
+        "goes on, so the same command finishes a bench that was interrupted. --workers N runs cells side by side.\n"
+        "On a cluster, an array of jobs shares the work (same arguments) and the second command makes the tables:\n"
+        "  sbatch --array 0-15 --wrap 'agssd bench ... --share $SLURM_ARRAY_TASK_ID/16'\n"
+        "  agssd bench ... --tables\n"
+        "DIR then holds rows.csv (a row per run), subjects.csv (a row per run and subject), tables.md and curves.png."
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="for example conf/bench/NAME.yaml")
+    parser.add_argument("--cache", required=True, metavar="CACHE", help="labelled cache written by agssd prepare")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for runs, rows, tables and curves")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells side by side (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="the small form, what stands under 'quick' in the YAML")
+    parser.add_argument("--share", metavar="I/N", help="do the I-th of N shares of the work (0/16 is the first)")
+    parser.add_argument("--tables", action="store_true", help="only make tables from the cells that are done")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is missing, make the tables and return the exit code: 1 if a cell failed."""
+    from agssd.commands.bench.cells import list_cells
+    from agssd.commands.bench.settings import read_settings
+
+    if args.workers < 1:
+        raise ValueError(f"--workers is {args.workers}; give at least 1")
+    bench = read_settings(args.config, args.quick)
+    cells = list_cells(bench, args.cache, args.out)
+    ours = _share(cells, args.share)
+    if args.dry_run:
+        _tell(bench, ours, args.share)
+        return 0
+    if not Path(args.cache).exists():
+        raise ValueError(f"there is no cache {args.cache}; write one with `agssd prepare`, see {args.config}")
+    failed = [] if args.tables else _run(bench, ours, args.workers)
+    rows = _tables(bench, cells, args)
+    for name, reason in failed:
+        print(f"error: {name}: {reason}", file=sys.stderr)
+    if rows < len(cells) and not args.share:
+        print(f"{len(cells) - rows} of {len(cells)} cells are missing from the tables", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _share(cells: Sequence[Cell], share: str | None) -> list[Cell]:
+    """Return the cells of a share: whole methods and seeds, so that no pretraining is wanted by two shares."""
+    if share is None:
+        return list(cells)
+    number, _, count = share.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise ValueError(f"--share is {share!r}; give I/N with I from 0 to N - 1")
+    groups = dict.fromkeys((cell.method, cell.seed, cell.fold) for cell in cells)
+    place = {group: index % int(count) for index, group in enumerate(groups)}
+    return [cell for cell in cells if place[cell.method, cell.seed, cell.fold] == int(number)]
+
+
+def _tell(bench: Bench, cells: Sequence[Cell], share: str | None) -> None:
+    from agssd.commands.bench.cells import is_done
+
+    pretrainings = _pretrainings(cells)
+    print(
+        f"{len(pretrainings)} pretrainings ({sum(map(is_done, pretrainings))} done) and {len(cells)} cells "
+        f"({sum(map(is_done, cells))} done){'' if share is None else f' in share {share}'}"
+    )
+    for one in pretrainings:
+        print("agssd " + " ".join(one.command))
+    for cell in cells[:3]:
+        print("agssd " + " ".join(cell.fit))
+        print("agssd " + " ".join(cell.measure))
+    if len(cells) > 3:
+        print(f"... and {len(cells) - 3} cells more")
+
+
+def _pretrainings(cells: Sequence[Cell]) -> list[Pretraining]:
+    return list(dict.fromkeys(cell.pretraining for cell in cells if cell.pretraining is not None))
+
+
+def _run(bench: Bench, cells: Sequence[Cell], workers: int) -> list[tuple[str, str]]:
+    """Run every pretraining, then every cell whose pretraining is there; return what failed and why."""
+    from agssd.commands.bench.cells import is_done, pretrain, train_and_measure
+
+    mark = bench.fingerprint()
+    first = {one.name: (pretrain, one, bench.threads) for one in _pretrainings(cells)}
+    failed = _work(first, workers)
+    ready = [cell for cell in cells if cell.pretraining is None or is_done(cell.pretraining)]
+    second = {cell.name: (train_and_measure, cell, mark, bench.figure, bench.threads) for cell in ready}
+    return failed + _work(second, workers)
+
+
+def _work(tasks: dict[str, tuple[Any, ...]], workers: int) -> list[tuple[str, str]]:
+    """Do tasks in processes of their own, ``workers`` at a time, and return names and reasons of those that failed."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)  # torch and Lightning are imported once, not once a cell
+    failed, started, done = [], time.monotonic(), 0
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+        running = {pool.submit(_quietly, *task): name for name, task in tasks.items()}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, done = running.pop(future), done + 1
+                try:
+                    row = future.result()
+                    told = f"{row['value']:.4f}" if "value" in row else f"{row['seconds']:.0f} s"
+                except Exception as error:  # of one cell; the others go on
+                    failed.append((name, str(error)))
+                    told = f"failed: {error}"
+                minutes = (time.monotonic() - started) / 60
+                print(f"[{done}/{len(tasks)}, {minutes:.1f} min] {name}: {told}", flush=True)
+    return failed
+
+
+def _quietly(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return work(*given)
+
+
+def _tables(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> int:
+    """Write rows, tables and curves from what is done; return how many cells that are."""
+    from agssd.commands.bench.curves import draw
+    from agssd.commands.bench.results import read_rows, write_rows
+    from agssd.commands.bench.tables import markdown
+
+    rows = read_rows(cells)
+    if not rows:
+        print("no cell is done, so there are no tables yet", file=sys.stderr)
+        return 0
+    write_rows(rows, args.out)
+    text = markdown(bench, rows)
+    command = " ".join(["agssd", *sys.argv[1:]]) if sys.argv else "agssd bench"
+    (args.out / "tables.md").write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")
+    draw(bench, rows, args.out / "curves.png")
+    print(f"\n{text}\n\nwritten: {args.out / 'tables.md'}, curves.png, rows.csv and subjects.csv")
+    return len(rows)

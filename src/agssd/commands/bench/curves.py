@@ -1,0 +1,45 @@
+"""A bench as a picture: what each method makes of few labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from agssd.commands.bench.results import figures, places
+from agssd.commands.bench.settings import Bench
+from agssd.evaluation.statistics import crossed_mean
+from agssd.whole_file import whole_file
+
+
+def draw(bench: Bench, rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw one panel per readout and budget: the figure over the labels, with 95 % intervals."""
+    panels = list(dict.fromkeys(place[:2] for place in places(bench)))
+    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (readout, steps) in zip(axes, panels, strict=True):
+        columns = [place for place in places(bench) if place[:2] == (readout, steps)]
+        for number, method in enumerate(bench.methods):
+            shift = 0.06 * (number - (len(bench.methods) - 1) / 2)  # bars beside one another
+            points = [
+                (x + shift, crossed_mean(table))
+                for x, place in enumerate(columns)
+                if (table := figures(bench, rows, method, place)) is not None
+            ]
+            if points:
+                xs, means = [x for x, _ in points], [interval.mean for _, interval in points]
+                bars = [[i.mean - i.low for _, i in points], [i.high - i.mean for _, i in points]]
+                style = "--" if not bench.methods[method].pretrain else "-"
+                axis.errorbar(xs, means, bars, label=method, marker="o", markersize=4, linestyle=style, capsize=2)
+        axis.set_xticks(range(len(columns)), [str(place.labels) for place in columns])
+        axis.set_xlabel("labelled subjects")
+        axis.set_title(f"{readout}, {steps} steps", fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("Dice" if bench.figure == "dice" else "balanced accuracy")
+    axes[0].legend(fontsize=8)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")

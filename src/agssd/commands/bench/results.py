@@ -1,0 +1,92 @@
+"""What a bench has found: rows, and tables of figures by seed, draw and subject."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from agssd.commands.bench.cells import ROW, Cell, is_done
+from agssd.commands.bench.settings import Bench, Labels
+from agssd.whole_file import whole_file
+
+_COLUMNS = ("readout", "steps", "labels", "draw", "seed", "fold", "method", "figure", "value")
+_OF_A_RUN = ("seconds", "pretraining_seconds", "bench", "commit", "time", "mark")
+
+
+class Place(NamedTuple):
+    """One column of a table: a readout with its budget, and an amount of labels."""
+
+    readout: str
+    steps: int
+    labels: Labels
+
+
+def read_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Return the rows of the cells that are done, with the seconds of their pretraining."""
+    rows = []
+    for cell in cells:
+        if not is_done(cell):
+            continue
+        row = json.loads((cell.folder / ROW).read_text(encoding="utf-8"))
+        before = cell.pretraining
+        row["pretraining_seconds"] = (
+            json.loads((before.folder / ROW).read_text(encoding="utf-8"))["seconds"] if before is not None else 0.0
+        )
+        rows.append(row)
+    return rows
+
+
+def write_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write ``rows.csv``, one row per run, and ``subjects.csv``, one per run and subject."""
+    columns = (*_COLUMNS, *_OF_A_RUN)
+    with whole_file(out / "rows.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([row[name] for name in columns] for row in rows)
+    with whole_file(out / "subjects.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow((*_COLUMNS[:-1], "subject", "value"))
+        for row in rows:
+            lead = [row[name] for name in _COLUMNS[:-1]]
+            writer.writerows([*lead, subject, value] for subject, value in row["subjects"].items())
+
+
+def places(bench: Bench) -> list[Place]:
+    """Return every readout, budget and amount of labels in the order of the settings."""
+    return [
+        Place(name, steps, labels)
+        for name, one in bench.readouts.items()
+        for steps in one.steps
+        for labels in bench.labels
+    ]
+
+
+def figures(bench: Bench, rows: Sequence[dict[str, Any]], method: str, place: Place) -> npt.NDArray[np.float64] | None:
+    """Return (seeds, draws, subjects) of a method at a place; None while one of its runs is missing.
+
+    Subjects of all folds stand side by side, in one order for every method.
+
+    Raises:
+        ValueError: if two runs have measured other subjects.
+    """
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    counts: dict[tuple[int, int], int] = {}
+    for row in rows:
+        if row["method"] == method and (row["readout"], row["steps"], row["labels"]) == place:
+            key = row["seed"], row["draw"]
+            found.setdefault(key, {}).update(row["subjects"])
+            counts[key] = counts.get(key, 0) + 1
+    wanted = {(seed, draw) for seed in range(bench.seeds) for draw in range(bench.draws_of(place.labels))}
+    if set(found) != wanted or set(counts.values()) != {bench.num_folds or 1}:
+        return None
+    subjects = sorted(found[0, 0])
+    if any(sorted(one) != subjects for one in found.values()):
+        raise ValueError(f"runs of {method} have measured other subjects; a cache has changed: give another --out")
+    draws = range(bench.draws_of(place.labels))
+    return np.array([[[found[s, d][n] for n in subjects] for d in draws] for s in range(bench.seeds)])

@@ -1,0 +1,183 @@
+"""What a bench compares: the YAML of ``agssd bench``, checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Labels = int | str | float
+_NAME = re.compile(r"[\w.+-]+")
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+
+
+@dataclass
+class Method:
+    """One row of the comparison.
+
+    Args:
+        pretrain: command line of ``agssd fit`` without cache, seeds and run directory; empty means random weights.
+        steps: optimiser steps of pretraining, None for those of the bench; more or fewer for equal time.
+        fit: for a network of its own the command line of each readout that it takes part in, in place of the readout's;
+            empty takes part in all.
+    """
+
+    pretrain: list[str] = field(default_factory=list)
+    steps: int | None = None
+    fit: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class Readout:
+    """One way to ask what an encoder is worth: a task trained on few labels and measured on whole volumes.
+
+    Args:
+        fit: command line of ``agssd fit`` of a task without cache, encoder, labels, seeds, steps and run directory.
+        steps: budgets of optimiser steps; each is a run of its own, since the schedule ends with it.
+    """
+
+    fit: list[str]
+    steps: list[int]
+
+
+@dataclass
+class Bench:
+    """A comparison: methods x readouts x budgets x labels x draws x seeds x folds.
+
+    Args:
+        methods: by name; a name without ``pretrain`` is trained from random weights, and one of them is ``scratch``.
+        readouts: by name.
+        labels: counts of labelled subjects ("4") and shares of them ("25%"); all labels are "100%".
+        pretrain_steps: optimiser steps of every pretraining.
+        seeds: how many pretrainings of each method, and initialisations of those without one.
+        draws: how many draws of the labelled subjects; subsets of one draw are nested. All labels are drawn once.
+        num_folds: measure on folds by subject inside the split ``train``, which pretraining leaves out too; None
+            measures on the split ``test``.
+        figure: "dice" of segmentation or "accuracy" (balanced) of classification.
+        threads: of torch in each process.
+
+    Raises:
+        ValueError: for names, labels or numbers that cannot serve.
+    """
+
+    methods: dict[str, Method]
+    readouts: dict[str, Readout]
+    labels: list[Labels]
+    pretrain_steps: int
+    seeds: int = 3
+    draws: int = 5
+    num_folds: int | None = None
+    figure: Literal["dice", "accuracy"] = "dice"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot serve."""
+        for kind, names in (("method", self.methods), ("readout", self.readouts)):
+            if bad := [name for name in names if not _NAME.fullmatch(name)]:
+                raise ValueError(f"the {kind} {bad[0]!r} is to be a folder's name: letters, digits, and ._+-")
+        if "scratch" not in self.methods or self.methods["scratch"].pretrain:
+            raise ValueError("methods has no 'scratch: {}', the network without pretraining that all are held against")
+        for name, method in self.methods.items():
+            if unknown := set(method.fit) - set(self.readouts):
+                raise ValueError(
+                    f"methods.{name}.fit names {sorted(unknown)}; the readouts are {sorted(self.readouts)}"
+                )
+        numbers = {"pretrain_steps": self.pretrain_steps, "seeds": self.seeds, "draws": self.draws}
+        numbers |= {f"readouts.{name}.steps": min(r.steps, default=0) for name, r in self.readouts.items()}
+        numbers |= {f"methods.{name}.steps": m.steps for name, m in self.methods.items() if m.steps is not None}
+        for name, value in numbers.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; give at least 1")
+        if self.num_folds is not None and self.num_folds < 2:
+            raise ValueError(f"num_folds is {self.num_folds}; give at least 2, or null for the split test")
+        self.labels = [_label(value) for value in self.labels]
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels is {self.labels}; give each amount once, such as [2, 8, 100%]")
+
+    def draws_of(self, labels: Labels) -> int:
+        """Return how many draws of an amount there are: of all labels just one."""
+        return 1 if labels == "100%" else self.draws
+
+    def fingerprint(self) -> str:
+        """Return 12 hex digits that change with any setting."""
+        return fingerprint(asdict(self))
+
+
+def fingerprint(value: Any) -> str:
+    """Return 12 hex digits of a value in plain types."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def label_flags(labels: Labels) -> list[str]:
+    """Return the flags of the data module for an amount of labels."""
+    if isinstance(labels, int):
+        return ["--data.num_subjects", str(labels)]
+    share = float(str(labels).rstrip("%")) / 100
+    return [] if share == 1 else ["--data.label_fraction", f"{share:g}"]
+
+
+def read_settings(path: Path, quick: bool) -> Bench:
+    """Return the bench in a YAML file; words that name a YAML are paths relative to it.
+
+    Args:
+        path: of the file.
+        quick: lay what stands under ``quick`` over the rest.
+
+    Raises:
+        ValueError: naming what is wrong and where.
+    """
+    from jsonargparse import ArgumentParser
+
+    if not path.is_file():
+        raise ValueError(f"there is no bench {path}; run from the repository, or name one as conf/bench/NAME.yaml")
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings of a bench")
+    smaller = found.pop("quick", None)
+    if quick and smaller is None:
+        raise ValueError(f"{path} says nothing under 'quick'")
+    settings = _over(found, smaller) if quick else found
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Bench)
+    settings = _resolved(path.parent, settings)
+    try:
+        bench = parser.instantiate_classes(parser.parse_object(settings))
+        return Bench(**vars(bench))
+    except Exception as error:  # jsonargparse raises several kinds
+        raise ValueError(f"{path}: {str(error).strip()}") from error
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Return ``above`` laid over ``below``: dictionaries are joined, anything else is replaced; None removes."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    joined = {key: _over(below.get(key), above[key]) if key in above else below[key] for key in {**below, **above}}
+    return {key: value for key, value in joined.items() if value is not None or key not in above}
+
+
+def _resolved(folder: Path, value: Any) -> Any:
+    """Return settings in which words that name a YAML, relative to ``folder`` before, are paths."""
+    if isinstance(value, dict):
+        return {key: _resolved(folder, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolved(folder, item) for item in value]
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")) and not Path(value).is_absolute():
+        return os.path.normpath(folder / value)
+    return value
+
+
+def _label(value: Labels) -> Labels:
+    if isinstance(value, str) and value.strip().isdigit():
+        value = int(value)
+    if isinstance(value, int) and value >= 1:
+        return value
+    found = _PERCENT.fullmatch(str(value).strip())
+    if found is None or not 0 < float(found[1]) <= 100:
+        raise ValueError(f"labels has {value!r}; give a count of subjects such as 4, or a share such as 25%")
+    return f"{float(found[1]):g}%"

@@ -1,0 +1,101 @@
+"""A bench as Markdown: means with intervals, and paired differences corrected for their number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from agssd.commands.bench.results import Place, figures, places
+from agssd.commands.bench.settings import Bench
+from agssd.evaluation.statistics import Interval, crossed_mean, holm, paired_difference
+
+ALPHA = 0.05
+_Figures = dict[str, npt.NDArray[np.float64]]
+
+
+def markdown(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
+    """Return a table of means and one of differences for each readout and budget, with what is missing."""
+    parts = [_head(bench, rows)]
+    found = {place: _of_place(bench, rows, place) for place in places(bench)}
+    compared = compare(bench, found)
+    for (readout, steps), group in groupby(found, key=lambda place: place[:2]):
+        columns = {place: found[place] for place in group}
+        parts.append(f"## {readout}, {steps} steps\n\n{_means(bench, columns)}")
+        if here := {key: value for key, value in compared.items() if key[2] in columns}:
+            parts.append(_differences(here, list(columns)))
+    if compared:
+        parts.append(
+            "Differences are paired by seed, draw and subject; intervals are of single ones, p after Holm over all "
+            f'{len(compared)} of this bench. "No difference shown" is p of {ALPHA} or more: no proof of none.'
+        )
+    return "\n\n".join(parts)
+
+
+def _head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
+    marks, commits = ({str(row[name]) for row in rows} for name in ("bench", "commit"))
+    pretrained = [name for name, method in bench.methods.items() if method.pretrain]
+    what = "mean Dice of a subject's classes" if bench.figure == "dice" else "balanced accuracy"
+    where = "the split test" if bench.num_folds is None else f"{bench.num_folds} folds of the split train"
+    return (
+        f"{what} on {where}; {bench.seeds} seeds, {bench.draws} draws of the labels (all labels: 1), "
+        f"{bench.pretrain_steps} steps of pretraining ({', '.join(pretrained) or 'none'}). Mean with 95 % "
+        f"interval over seeds, draws and subjects. {len(rows)} runs; settings {', '.join(sorted(marks))}; commit "
+        f"{', '.join(sorted(commits))}."
+    )
+
+
+def _of_place(bench: Bench, rows: Sequence[dict[str, Any]], place: Place) -> _Figures:
+    found = {method: figures(bench, rows, method, place) for method in bench.methods}
+    return {method: table for method, table in found.items() if table is not None}
+
+
+def _means(bench: Bench, found: dict[Place, _Figures]) -> str:
+    lines = ["| method | " + " | ".join(_labels(place) for place in found) + " |", "|---" * (len(found) + 1) + "|"]
+    for method in bench.methods:
+        if any(method in tables for tables in found.values()):
+            cells = [_interval(crossed_mean(tables[method])) if method in tables else "" for tables in found.values()]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def compare(bench: Bench, found: dict[Place, _Figures]) -> dict[tuple[str, str, Place], tuple[Interval, float]]:
+    """Return the paired differences at places with p-values corrected over all of them.
+
+    Every method against ``scratch``, and the first pretrained method against every other.
+    """
+    pretrained = [name for name, method in bench.methods.items() if method.pretrain]
+    pairs = [(name, "scratch") for name in bench.methods if name != "scratch"]
+    pairs += [(pretrained[0], name) for name in bench.methods if pretrained and name not in ("scratch", pretrained[0])]
+    intervals = {
+        (first, second, place): paired_difference(tables[first], tables[second])
+        for first, second in pairs
+        for place, tables in found.items()
+        if first in tables and second in tables
+    }
+    names = {str(key): key for key in intervals}
+    corrected = holm({name: intervals[key].p for name, key in names.items()})
+    return {key: (intervals[key], corrected[name]) for name, key in names.items()}
+
+
+def _differences(compared: dict[tuple[str, str, Place], tuple[Interval, float]], columns: Sequence[Place]) -> str:
+    lines = ["| difference | " + " | ".join(map(_labels, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
+    for first, second in dict.fromkeys(key[:2] for key in compared):
+        cells = []
+        for place in columns:
+            interval, p = compared.get((first, second, place), (None, 1.0))
+            told = f"p {'<' if p < 0.001 else '='} {max(p, 0.001):.3f}" if p < ALPHA else "no difference shown"
+            cells.append("" if interval is None else f"{_interval(interval, '+')}, {told}")
+        lines.append(f"| {first} - {second} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _labels(place: Place) -> str:
+    return f"{place.labels} subjects" if isinstance(place.labels, int) else f"{place.labels} of the labels"
+
+
+def _interval(interval: Interval, sign: str = "") -> str:
+    return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
