@@ -103,19 +103,6 @@ PLACES: dict[str, Callable[..., None]] = {
 }
 
 
-def steady_adam() -> None:
-    """Keep Adam from blowing gradients that are 0 but for rounding up to the size of a step; they depend on the cut."""
-    configure = PretrainModule.configure_optimizers
-
-    def stand_in(self: PretrainModule) -> torch.optim.Optimizer:
-        optimizer = configure(self)
-        for group in optimizer.param_groups:
-            group["eps"] = 1e-4
-        return optimizer
-
-    PretrainModule.configure_optimizers = stand_in  # type: ignore[method-assign]
-
-
 def announce_first_step(pipe: int) -> None:
     """Write a byte to ``pipe`` after the first optimiser step."""
     step = PretrainModule.optimizer_step
@@ -154,7 +141,6 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
                 os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}
             ViewPanels._draw = lambda *given: None  # type: ignore[method-assign]
-            steady_adam()
             announce_first_step(told)
             if where and where[0] in PLACES and where[1] == rank:
                 PLACES[where[0]](*where[2:])
