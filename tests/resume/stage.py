@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 import agssd.lightning_cli
 import agssd.methods.agssd
@@ -140,6 +141,7 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
             if ranks > 1:
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
                 os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+            rank_zero_only.rank = rank  # as where each process imports Lightning for itself
             ViewPanels._draw = lambda *given: None  # type: ignore[method-assign]
             announce_first_step(told)
             if where and where[0] in PLACES and where[1] == rank:
