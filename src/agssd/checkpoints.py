@@ -14,7 +14,7 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -156,6 +156,18 @@ def _link(path: str, name: str) -> None:
 def is_local(path: str) -> bool:
     """Return whether ``path`` is a file of this machine and no address of fsspec."""
     return isinstance(url_to_fs(path)[0], LocalFileSystem)
+
+
+@rank_zero_only
+def call_last(path: str, step: int) -> None:
+    """Let ``last.ckpt`` be the checkpoint ``path``, of ``step``, where a kill has come in between."""
+    last = os.path.join(os.path.dirname(path), LAST)
+    try:
+        behind = read_checkpoint(last)["global_step"] < step
+    except ValueError:
+        behind = True
+    if behind:
+        _link(path, last)
 
 
 def list_checkpoints(folder: str) -> list[str]:

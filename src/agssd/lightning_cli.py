@@ -39,7 +39,7 @@ from agssd.callbacks.standing import StandingCallback
 from agssd.callbacks.throughput import Throughput
 from agssd.callbacks.view_panels import ViewPanels
 from agssd.callbacks.watchdog import Watchdog
-from agssd.checkpoints import check_whole, newest_checkpoint, read_checkpoint
+from agssd.checkpoints import call_last, check_whole, newest_checkpoint, read_checkpoint
 from agssd.models.backbone import Backbone
 from agssd.run_directory import (
     CHECKPOINTS,
@@ -206,6 +206,8 @@ class AgssdCLI(LightningCLI):
         self._refuse_other_settings(path, checkpoint.get("config", {}), config)
         step, length = int(checkpoint["global_step"]), int(config.trainer.max_steps)
         if 0 < length <= step:
+            if given in ("", "last"):
+                call_last(path, step)
             raise FinishedRun(
                 f"the run in {self.run_directory} is finished: {path} is of step {step} of {length}. Name another "
                 "--trainer.default_root_dir for a new run"

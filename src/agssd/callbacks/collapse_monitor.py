@@ -201,9 +201,12 @@ class CollapseMonitor(StandingCallback):
     ) -> None:
         """Roll back where that is due; have each term's gradient measured in the step whose end brings a report."""
         if self.active and self.rollback.pending:
-            self.rollback.carry_out(trainer, pl_module)
+            left = self.rollback.carry_out(trainer, pl_module)
             self._standing, self.alarms.uniform_since = set(), {}
             self._step, self._waited, self._window = trainer.global_step, False, _Window(self._window.quota)
+            for callback in trainer.checkpoint_callbacks:
+                if hasattr(callback, "rolled_back"):  # it saves what stands from here on
+                    callback.rolled_back(trainer, left)
         if isinstance(pl_module, GradientMeasured):
             pl_module.measure_gradients = self.active and (trainer.global_step + 1) % self.every_n_steps == 0
 

@@ -134,7 +134,7 @@ class RunCheckpoint(ModelCheckpoint):
             return
         if isinstance(files, CheckpointFiles):
             files.link(path, self.last_model_path)
-        stored = sorted({*self._stored(), step})
+        stored = sorted({step, *(of for of in self._stored() if of < step)})  # later ones lie there after a rollback
         kept = {*best, *(stored if self.keep_last == -1 else stored[-self.keep_last :])}
         for old in stored:
             if old not in kept:

@@ -12,6 +12,7 @@ from agssd.commands._bench_probe import quiet, write_cache
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
+    from torch import Tensor
 
 STEPS = 100  # of each half of a round: the default interval between two reports
 
@@ -21,8 +22,9 @@ class _NoGuard:
 
     withheld, on_device = None, False
 
-    def observe(self, *_: Any) -> None:
+    def observe(self, local: Tensor, reduced: Tensor) -> Tensor:
         """Do nothing."""
+        return reduced
 
     def judge(self, *_: Any) -> None:
         """Do nothing."""

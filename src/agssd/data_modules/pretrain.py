@@ -271,6 +271,7 @@ class PretrainDataModule(L.LightningDataModule):
             prefetch_factor=self.prefetch if workers else None,
             persistent_workers=workers > 0,
             worker_init_fn=outlive_signals,
+            generator=torch.Generator(),  # starting workers must not move the global one: a resumed run starts them anew
         )
         return cast("DataLoader[ParentBatch]", loader)
 

@@ -297,30 +297,31 @@ class PretrainModule(L.LightningModule, ABC):
             return self.make_views(batch)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch and log its terms, averaged over ranks."""
+        """Return the loss of one micro-batch and log the terms of the step, averaged over micro-batches and ranks."""
         loss = self.pretrain_loss(batch)
         with torch.autocast(self.device.type, enabled=False):  # a norm, not a step: in full precision
             self.gradient_norms = gradient_norms(loss, self.weights) if self.measure_gradients else {}
-        self._guard.observe(loss.total, self._log_terms("train", loss))
+        self._log_terms("train", self._guard.observe(loss.total, self._over_ranks(loss)))
         self.log_dict({f"schedule/{name}": value for name, value in self._scheduled_now().items()})
         return loss.total
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the same terms on fixed crops of the validation split; nothing is updated."""
-        self._log_terms("val", self.pretrain_loss(batch))
+        self._log_terms("val", self._over_ranks(self.pretrain_loss(batch)))
 
     def _scheduled_now(self) -> dict[str, float]:
         """Return the numbers of the step under way; learning rate and weight decay belong to its end."""
         at_end = self.scheduled(min((self.trainer.global_step + 1) / self.total_steps, 1.0))
         return self.scheduled(self.progress) | {name: at_end[name] for name in ("lr", "weight_decay")}
 
-    def _log_terms(self, stage: str, loss: LossTerms) -> Tensor:
-        """Log the total loss and its terms over all ranks, and return them as (1 + terms,) float32."""
-        self.loss_names = names = ("loss", *(f"loss_{name}" for name in loss.terms))
-        values = all_sum(torch.stack([loss.total, *loss.terms.values()]).detach().float()) / world_size()
-        figures = {f"{stage}/{name}": value for name, value in zip(names, values.unbind(), strict=True)}
+    def _over_ranks(self, loss: LossTerms) -> Tensor:
+        """Return the total loss and its terms, averaged over ranks, as (1 + terms,) float32."""
+        self.loss_names = ("loss", *(f"loss_{name}" for name in loss.terms))
+        return all_sum(torch.stack([loss.total, *loss.terms.values()]).detach().float()) / world_size()
+
+    def _log_terms(self, stage: str, values: Tensor) -> None:
+        figures = {f"{stage}/{name}": value for name, value in zip(self.loss_names, values.unbind(), strict=True)}
         self.log_dict(figures, prog_bar=stage == "train", on_step=stage == "train", on_epoch=stage == "val")
-        return values
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set learning rate and weight decay of this step; keep frozen prototypes out of it altogether.
