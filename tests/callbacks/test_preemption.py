@@ -52,8 +52,10 @@ def test_preemption__ends_after_the_step_with_the_teacher_moved_and_one_checkpoi
         trainer.fit(module, loader)
     assert stopped.value.code == EXIT_PREEMPTED == 75 and stopped.value.step == trainer.global_step == step
     assert len(module.momenta) == step
-    (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
-    saved = torch.load(path, weights_only=True)
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", f"step{step:08d}.ckpt"]
+    assert (folder / "last.ckpt").samefile(folder / f"step{step:08d}.ckpt")
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
     assert saved["global_step"] == step
     for name, tensor in module.state_dict().items():
         assert torch.equal(saved["state_dict"][name], tensor), name
