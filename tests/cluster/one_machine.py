@@ -40,7 +40,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
 OverTimeLimit=0
-KillWait=20
+KillWait=60
 ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 NodeHostname={host} CPUs=4 State=UNKNOWN
 PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
@@ -99,7 +99,7 @@ class OneMachine:
         log = (self.folder / f"{name}.out").open("wb")
         self._daemons.append(subprocess.Popen([program, *arguments], env=self.environment, stdout=log, stderr=log))
 
-    def _wait(self, ready: object, what: str, seconds: float = 30.0) -> None:
+    def _wait(self, ready: object, what: str, seconds: float = 120.0) -> None:
         assert callable(ready)
         ends = time.monotonic() + seconds
         while not ready():

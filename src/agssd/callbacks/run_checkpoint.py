@@ -98,11 +98,12 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the random states: the next batch is made before it starts."""
-        self._note_random_states(trainer)
+        self._random = trainer.global_step, random_states()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the random states."""
-        self._note_random_states(trainer)
+        """Put the random states where they were: a run does not depend on which validations a signal has left out."""
+        if self._random is not None:
+            set_random_states(self._random[1])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Do nothing: the stream has no epochs."""
@@ -115,7 +116,6 @@ class RunCheckpoint(ModelCheckpoint):
     def save_before_next(self, trainer: L.Trainer) -> None:
         """Save the step just done like one of the rhythm; called on every rank at the end of that step."""
         self._asked_for = trainer.global_step
-        self._note_random_states(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the checkpoint of the step just done and drop those that are no longer kept; called on every rank."""
@@ -159,10 +159,6 @@ class RunCheckpoint(ModelCheckpoint):
     def _is_due(self, trainer: L.Trainer) -> bool:
         step, rhythm = trainer.global_step, self._every_n_train_steps
         return step == self._asked_for or (rhythm > 0 and step % rhythm == 0)
-
-    def _note_random_states(self, trainer: L.Trainer) -> None:
-        if self._is_due(trainer):
-            self._random = trainer.global_step, random_states()
 
     def _best(self) -> list[int]:
         """Return the steps of the best checkpoints by the metric, the best first."""

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, ClassVar, cast
 
@@ -20,6 +21,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from agssd.callbacks.preemption import Preempted
 from agssd.callbacks.standing import StandingCallback
 
 _LOG = logging.getLogger(__name__)
@@ -95,8 +97,11 @@ class Watchdog(StandingCallback):
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Tell the other ranks why this one ends; say why, if it only ends because another has."""
-        if self._thread is not None:
+        """Tell the other ranks why this one ends; say why, if it only ends because another has.
+
+        A run that was told to stop has not failed: all of its ranks have saved it and leave alike.
+        """
+        if self._thread is not None and not isinstance(exception, Preempted):
             self._thread.failed(exception)
         self._stop()
         if self.active and self.stalled_s and trainer.world_size > 1:  # should the way out hang
@@ -200,14 +205,20 @@ class _Watch(threading.Thread):
         if self._store is None:
             return
         text = f"rank {self.rank} ({_place()}) failed at step {self.owner.progress()[1]}: {_brief(error)}"
-        try:
-            first = bytes(self._store.compare_set(_FAILURE, "", text)).decode()
-            if first == text and _is_of_peer(error):
-                first = self._who_is_gone() or first
-        except Exception:  # the store is gone with rank 0
-            first = f"rank 0 does not answer any more; {text}"
+        answer: list[str] = []
+        telling = threading.Thread(target=self._tell, args=(text, error, answer), daemon=True, name="agssd-watchdog-tell")
+        telling.start()
+        telling.join(self.owner.grace_s + 3 * self.owner.beat_s)
+        first = answer[0] if answer else f"rank 0 or its machine does not answer any more; {text}"
         if first != text:
             _LOG.error("rank %d of %d ends because of another: %s", self.rank, self.world_size, first)
+
+    def _tell(self, text: str, error: BaseException, answer: list[str]) -> None:
+        """Append to ``answer`` what is known to have failed first; nothing where the store is gone with rank 0."""
+        assert self._store is not None
+        with suppress(Exception):  # of the store, whose classes of errors differ by version
+            first = bytes(self._store.compare_set(_FAILURE, "", text)).decode()
+            answer.append((self._who_is_gone() if first == text and _is_of_peer(error) else "") or first)
 
     # ------------------------------------------------------------- the look
 
@@ -332,9 +343,10 @@ class _Watch(threading.Thread):
         """Say why, show where every thread is, and end this process and those that Lightning has started."""
         if self._ended.is_set():
             return
-        print(f"agssd watchdog: rank {self.rank} of {self.world_size} ends the job: {cause}", file=sys.stderr)
         print("agssd watchdog: where this rank is:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        said = f"agssd watchdog: rank {self.rank} of {self.world_size} ends the job: {cause}"
+        print(said, file=sys.stderr, flush=True)  # last, where a log is read first
         if self.rank != 0:
             time.sleep(min(2 * self.owner.beat_s, 5.0))  # rank 0 knows most and may still say it
         for process in self._children.values():
