@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from agssd.callbacks.non_finite import NonFinite  # noqa: E402
 from agssd.callbacks.watchdog import Watchdog  # noqa: E402
 from agssd.methods.dino import DINO  # noqa: E402
-from agssd.run_directory import RunCheckpoint  # noqa: E402
+from agssd.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 
 WRONG_AT = 4
 

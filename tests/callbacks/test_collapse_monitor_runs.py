@@ -16,7 +16,7 @@ from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.methods.agssd import AGSSD
 from agssd.methods.dino import DINO
-from agssd.run_directory import RunCheckpoint
+from agssd.callbacks.run_checkpoint import RunCheckpoint
 
 STEPS = 120
 
