@@ -30,6 +30,7 @@ from agssd.callbacks.best_checkpoint import BestCheckpoint
 from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.data_stream import DataStream
 from agssd.callbacks.ema_teacher import EMATeacher
+from agssd.callbacks.life_sign import LifeSign
 from agssd.callbacks.mask_ratio import MaskRatioSchedule
 from agssd.callbacks.non_finite import NonFinite
 from agssd.callbacks.online_probe import OnlineProbe
@@ -51,6 +52,7 @@ from agssd.run_directory import (
     plain_config,
     run_of_checkpoint,
 )
+from agssd.run_state import METRICS
 from agssd.stop_signals import STOP
 from agssd.transforms.crops import OverlapCrops
 
@@ -64,6 +66,7 @@ STANDING: dict[str, type[Callback]] = {
     "data_stream": DataStream,
     "online_probe": OnlineProbe,
     "watchdog": Watchdog,
+    "life_sign": LifeSign,
 }
 _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning on newer torch
@@ -260,7 +263,7 @@ class AgssdCLI(LightningCLI):
         return arguments | {"ckpt_path": self._goes_on_from} if subcommand == "fit" else arguments
 
     def _loggers(self) -> list[Logger]:
-        filename = "metrics.csv" if self.subcommand == "fit" else f"{self.subcommand}_metrics.csv"
+        filename = METRICS if self.subcommand == "fit" else f"{self.subcommand}_metrics.csv"
         loggers: list[Logger] = [RunCSVLogger(self.run_directory, filename)]
         wandb = self._get(self.config_init, "wandb").logger(self.run_directory) if self.subcommand == "fit" else None
         return [*loggers, wandb] if wandb is not None else loggers
