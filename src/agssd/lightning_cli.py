@@ -56,6 +56,7 @@ from agssd.run_directory import (
 )
 from agssd.run_state import METRICS
 from agssd.stop_signals import STOP
+from agssd.tensorboard_run import RunTensorBoardLogger
 from agssd.transforms.crops import OverlapCrops
 
 STANDING: dict[str, type[Callback]] = {
@@ -162,6 +163,12 @@ class AgssdCLI(LightningCLI):
         parser.add_lightning_class_args(Preemption, "preemption")  # after the checkpoints, which save what it asks for
         parser.add_class_arguments(WandbRun, "wandb")
         parser.add_class_arguments(Progress, "progress")
+        parser.add_argument(
+            "--tensorboard",
+            type=bool,
+            default=False,
+            help="also write every scalar for TensorBoard, to DIR/tensorboard",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, after refusing what the parser would silently resolve in favour of the last value."""
@@ -281,6 +288,8 @@ class AgssdCLI(LightningCLI):
         filename = METRICS if self.subcommand == "fit" else f"{self.subcommand}_metrics.csv"
         loggers: list[Logger] = [RunCSVLogger(self.run_directory, filename)]
         wandb = self._get(self.config_init, "wandb").logger(self.run_directory) if self.subcommand == "fit" else None
+        if self.subcommand == "fit" and self._get(self.config_init, "tensorboard"):
+            loggers.append(RunTensorBoardLogger(self.run_directory))
         return [*loggers, wandb] if wandb is not None else loggers
 
     # ---------------------------------------------------------------- running
@@ -309,7 +318,11 @@ class AgssdCLI(LightningCLI):
             return
         claim(self.run_directory, resuming=self._goes_on_from is not None or bool(trainer.checkpoint_callbacks))
         for logger in self.trainer.loggers:
-            if isinstance(logger, RunCSVLogger) and trainer.is_global_zero and self._first_step is not None:
+            if (
+                isinstance(logger, (RunCSVLogger, RunTensorBoardLogger))
+                and trainer.is_global_zero
+                and self._first_step is not None
+            ):
                 logger.rewind(self._first_step)
 
     def after_fit(self) -> None:
