@@ -23,10 +23,11 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from agssd.run_state import CHECKPOINTS as CHECKPOINTS
+from agssd.run_state import CONFIG, METRICS, WANDB_ID
 from agssd.whole_file import whole_file
 
 RUNS = "runs"
-CHECKPOINTS = "checkpoints"
 _STAMP = "AGSSD_RUN_STAMP"  # hands the name of the run to the processes that Lightning starts
 
 
@@ -55,7 +56,7 @@ def claim(directory: Path, resuming: bool) -> None:
         ValueError: if the directory holds a run.
         OSError: if it cannot be made or written.
     """
-    used = [name for name in ("config.yaml", CHECKPOINTS) if (directory / name).exists()]
+    used = [name for name in (CONFIG, CHECKPOINTS) if (directory / name).exists()]
     if used and not resuming:
         raise ValueError(
             f"{directory} already holds a run ({', '.join(used)}), and one without checkpoints cannot go on in it; "
@@ -152,7 +153,7 @@ class RunCSVLogger(CSVLogger):
         filename: name of the file in it.
     """
 
-    def __init__(self, directory: Path, filename: str = "metrics.csv") -> None:
+    def __init__(self, directory: Path, filename: str = METRICS) -> None:
         """Keep the names; nothing is written before the first row."""
         super().__init__(save_dir=str(directory), name="", version="", flush_logs_every_n_steps=1)
         self._filename = filename
@@ -264,7 +265,7 @@ class QuietWandbLogger(WandbLogger):
 
         directory = Path(str(self._wandb_init["dir"]))
         directory.mkdir(parents=True, exist_ok=True)
-        id_file = directory / "wandb_id"
+        id_file = directory / WANDB_ID
         if not id_file.exists():
             with whole_file(id_file) as temporary:
                 temporary.write_text(secrets.token_hex(4))
