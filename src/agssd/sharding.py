@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -90,6 +91,19 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({**given, "state": state})
 
 
+def refuse_other_sharding(strategy: Any) -> None:
+    """Refuse Lightning's own sharding.
+
+    Raises:
+        ValueError: naming what to use.
+    """
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and not isinstance(strategy, ShardedStrategy):
+        raise ValueError(
+            f"trainer.strategy is {type(strategy).__name__}, under which teacher and checkpoints were never tried; use "
+            "agssd.sharding.ShardedStrategy, see conf/cluster/fsdp.yaml"
+        )
+
+
 def shard(module: nn.Module, parts: Sequence[nn.Module], forward: Sequence[str], mesh: DeviceMesh) -> None:
     """Spread the parameters of ``module`` over the ranks of ``mesh``, in place, starting from those of rank 0.
 
@@ -111,6 +125,20 @@ def shard(module: nn.Module, parts: Sequence[nn.Module], forward: Sequence[str],
     fully_shard(module, mesh=mesh, reshard_after_forward=True)  # a validation leaves nothing gathered
     for name in forward:
         register_fsdp_forward_method(module, name)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Have every parameter at hand for forward passes outside a step; on every rank, which all do the same inside."""
+    if not is_sharded(module):
+        yield
+        return
+    root: Any = module  # torch changed its class
+    root.unshard()
+    try:
+        yield
+    finally:
+        root.reshard()
 
 
 @torch.no_grad()

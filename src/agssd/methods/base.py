@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from agssd.distributed import all_sum, world_size
@@ -18,7 +17,7 @@ from agssd.models.backbone import Backbone
 from agssd.models.ema import update_ema
 from agssd.models.step_guard import StepGuard
 from agssd.schedules import cosine, warmup_cosine
-from agssd.sharding import ShardedStrategy, is_sharded, shard
+from agssd.sharding import is_sharded, refuse_other_sharding, shard
 from agssd.transforms.edges import standardise
 from agssd.transforms.keyed_random import KeyedRandom, drop_path_noise
 from agssd.transforms.masking import TEACHER_SCORES, MaskSampler
@@ -263,12 +262,7 @@ class PretrainModule(L.LightningModule, ABC):
         Raises:
             ValueError: for a strategy that shards in another way.
         """
-        strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and not isinstance(strategy, ShardedStrategy):
-            raise ValueError(
-                f"trainer.strategy is {type(strategy).__name__}, under which teacher and checkpoints were never tried; "
-                "use agssd.sharding.ShardedStrategy, see conf/cluster/fsdp.yaml"
-            )
+        refuse_other_sharding(None if self._trainer is None else self.trainer.strategy)
         if self._device_mesh is None or is_sharded(self):
             return
         if self.compile_encoder:
