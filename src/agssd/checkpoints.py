@@ -176,7 +176,7 @@ def list_checkpoints(folder: str) -> list[str]:
     local = isinstance(files, LocalFileSystem)
     try:  # fsspec looks at every file of a local folder, of which one may be renamed at this moment
         names = os.listdir(place) if local else [str(name).rstrip("/") for name in files.ls(place, detail=False)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     names = sorted(name for name in names if name.endswith(".ckpt"))
     return [os.path.join(place, name) if local else str(files.unstrip_protocol(name)) for name in names]

@@ -14,6 +14,7 @@ from torch import Tensor
 from agssd.callbacks.actions import record_action, stop_run
 from agssd.callbacks.standing import StandingCallback, log_figures, total_steps
 from agssd.evaluation.finite import Finding, first_non_finite, random_state_of
+from agssd.sharding import is_sharded, whole
 from agssd.types import ParentBatch, StepJudged
 
 _LOG = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class NonFinite(StandingCallback):
 
     A capture is ``DIR/captures/step<N>-rank<R>.pt``: parent crops, keys of the samples, random state, weights,
     configuration; no optimiser, no path, no name of a patient. It is written by each rank whose own loss was not
-    finite, else by the first 8 ranks.
+    finite, else by the first 8 ranks. Where the ranks hold parts of the weights (FSDP2), the first place is left to
+    ``agssd replay``.
 
     Args:
         max_skipped: withheld steps in a row after which the run stops with a report; 0 never stops.
@@ -142,9 +144,11 @@ class NonFinite(StandingCallback):
         what = "loss " + ", ".join(terms[1:] or terms) if terms else "gradient"
         mine = not _finite(local) if terms else trainer.global_rank < _MAX_RANKS
         capture, finding = (None, None)
-        if mine and self.captured < self.max_captures:
-            finding = self._find(trainer, module, step)
-            capture = self._capture(trainer, module, step, what, finding)
+        wanted = mine and self.captured < self.max_captures
+        weights = whole(module.state_dict(), wanted)
+        if wanted:
+            finding = None if is_sharded(module) else self._find(trainer, module, step)
+            capture = self._capture(trainer, module, step, what, finding, weights)
         log_figures(trainer, {"non_finite/skipped": float(self.total), "non_finite/in_a_row": float(self.in_a_row)})
         self._tell(trainer, step, what, norm, capture, finding)
         too_many = [
@@ -209,7 +213,13 @@ class NonFinite(StandingCallback):
                 recipe.mask_ratio = now
 
     def _capture(
-        self, trainer: pl.Trainer, module: pl.LightningModule, step: _Step, what: str, finding: Finding | None
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        step: _Step,
+        what: str,
+        finding: Finding | None,
+        weights: dict[str, Any],
     ) -> Path | None:
         """Write the capture; a disk that is full costs the capture, not the run."""
         self.captured += 1
@@ -228,7 +238,7 @@ class NonFinite(StandingCallback):
             "eased": dict(getattr(module, "eased", {})),
             "random_state": step.random_state,
             "batches": [{key: value.cpu() for key, value in cast(Any, batch).items()} for batch in step.batches],
-            "state_dict": {name: value.detach().cpu() for name, value in module.state_dict().items()},
+            "state_dict": weights,
         }
         partial = path.with_suffix(".pt.partial")
         try:

@@ -17,10 +17,13 @@ from agssd.models.backbone import Backbone
 from agssd.models.ema import update_ema
 from agssd.models.step_guard import StepGuard
 from agssd.schedules import cosine, warmup_cosine
+from agssd.sharding import is_sharded, refuse_other_sharding, shard
 from agssd.transforms.edges import standardise
 from agssd.transforms.keyed_random import KeyedRandom, drop_path_noise
 from agssd.transforms.masking import TEACHER_SCORES, MaskSampler
 from agssd.types import LossTerms, ParentBatch
+
+_STEPS = ("training_step", "validation_step")
 
 
 class PretrainModule(L.LightningModule, ABC):
@@ -68,6 +71,7 @@ class PretrainModule(L.LightningModule, ABC):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        self._method = f"{type(self).__module__}.{type(self).__qualname__}"  # FSDP2 will change the class
         self.lr = lr
         self.min_lr = min_lr
         self.warmup = warmup
@@ -249,8 +253,29 @@ class PretrainModule(L.LightningModule, ABC):
         """
         if stage != "fit" or not self.compile_encoder:
             return
-        for network in (self.student, self.teacher) if self.has_teacher else (self.student,):
-            cast(Backbone, network["backbone"]).compile_blocks()
+        for encoder in self._encoders():
+            encoder.compile_blocks()
+
+    def configure_model(self) -> None:
+        """Spread student and teacher alike over the ranks, where the strategy asks for it.
+
+        Raises:
+            ValueError: for a strategy that shards in another way.
+        """
+        refuse_other_sharding(None if self._trainer is None else self.trainer.strategy)
+        if self._device_mesh is None or is_sharded(self):
+            return
+        if self.compile_encoder:
+            raise ValueError("model.compile is true, which ShardedStrategy was never tried with; set it to false")
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        last_layers = [names[id(parameter)] for parameter in self.last_layers]
+        parts = [part for encoder in self._encoders() for part in encoder.shardable_parts()]
+        shard(self.to(torch.device(self._device_mesh.device_type)), parts, _STEPS, self._device_mesh["data_parallel"])
+        self.last_layers = tuple(self.get_parameter(name) for name in last_layers)
+
+    def _encoders(self) -> list[Backbone]:
+        networks = (self.student, self.teacher) if self.has_teacher else (self.student,)
+        return [cast(Backbone, network["backbone"]) for network in networks]
 
     def on_fit_start(self) -> None:
         """Refuse a run whose teacher nobody moves.
@@ -348,7 +373,7 @@ class PretrainModule(L.LightningModule, ABC):
         data = getattr(self._trainer, "datamodule", None)
         contract, seen = getattr(data, "contract", None), getattr(data, "seen", None)
         checkpoint["agssd"] = {
-            "method": f"{type(self).__module__}.{type(self).__qualname__}",
+            "method": self._method,
             "backbone": self.backbone.config,
             "state_prefix": f"{'teacher' if self.has_teacher else 'student'}.backbone.",
             "contract": contract if contract is None or seen is None else contract | {"seen": seen},
