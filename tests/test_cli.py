@@ -307,6 +307,34 @@ def test_fit__resumed_run_ends_like_an_undisturbed_one(
     assert (tmp_path / "cut/config-2.yaml").is_file()
 
 
+def test_fit__resumed_run_goes_on_in_its_wandb_run_without_a_step_twice(
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+    from wandb.sdk.wandb_run import Run
+
+    log, sent = Run.log, list[tuple[str, int]]()
+
+    def listen(run: Run, data: dict[str, Any], *given: Any, **named: Any) -> None:
+        if "train/loss" in data:
+            sent.append((str(run.id), data["trainer/global_step"]))
+        log(run, data, *given, **named)
+
+    monkeypatch.setattr(Run, "log", listen)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TOY_STOPS_AT", "2")
+    assert fit(conf, tmp_path / "run", "--trainer.max_steps", "5") == 0
+    wandb.finish()  # as the end of the process does
+    monkeypatch.delenv("TOY_STOPS_AT")
+    time.sleep(1.1)  # W&B names its folders by the second
+    assert fit(conf, tmp_path / "run", "--trainer.max_steps", "5") == 0
+    wandb.finish()
+    name = (tmp_path / "run/wandb_id").read_text()
+    assert sent == [(name, step) for step in range(5)]
+    folders = list((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and all(folder.name.endswith(f"-{name}") for folder in folders)
+
+
 def test_fit__resuming_with_other_model_settings_is_refused_with_the_difference(
     conf: Path, tmp_path: Path, capsys: Any
 ) -> None:

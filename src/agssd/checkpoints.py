@@ -21,6 +21,7 @@ from torch import Tensor
 from agssd.whole_file import TEMPORARY, sync, whole_file
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+ASIDE = ".aside"
 _SHARDED = "meta.pt"  # what Lightning writes last into the folder of a sharded checkpoint
 _PARTS = ("state_dict", "optimizer_states")
 _OF_A_RUN = ("loops", "global_step", *_PARTS)
@@ -129,6 +130,8 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def _link(path: str, name: str) -> None:
+    if path == name:
+        return
     if not is_local(path):
         url_to_fs(path)[0].copy(path, name)
         return
@@ -156,6 +159,16 @@ def _link(path: str, name: str) -> None:
 def is_local(path: str) -> bool:
     """Return whether ``path`` is a file of this machine and no address of fsspec."""
     return isinstance(url_to_fs(path)[0], LocalFileSystem)
+
+
+def set_aside(path: str) -> str:
+    """Rename the checkpoint ``path`` so that no run takes it for one of its own, and return its new name."""
+    files, place = url_to_fs(path)
+    if isinstance(files, LocalFileSystem):
+        os.replace(place, place + ASIDE)
+    else:
+        files.mv(place, place + ASIDE, recursive=True)
+    return os.path.basename(path) + ASIDE
 
 
 @rank_zero_only

@@ -102,13 +102,17 @@ class SaveRunConfig(SaveConfigCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(path), skip_unset=False, overwrite=False, multifile=False)
 
+    _plain: dict[str, Any] | None = None
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the configuration in plain types, so that a resumed run can be compared with it."""
         checkpoint["config"] = self.plain_config()
 
     def plain_config(self) -> dict[str, Any]:
-        """Return the configuration in plain types."""
-        return plain_config(self.parser, self.config)
+        """Return the configuration in plain types; put into words once, which takes a quarter of a second."""
+        if self._plain is None:
+            self._plain = plain_config(self.parser, self.config)
+        return self._plain
 
 
 class _AppendingWriter(_ExperimentWriter):

@@ -70,7 +70,12 @@ def kill_and_resume(stage: Stage, run: Path, cut: tuple[int, int], kill: list[An
 def test_fit__killed_at_a_few_moments_and_started_again_equals_an_undisturbed_run(
     stage: Stage, undisturbed: Callable[[int, int], Path], tmp_path: Path
 ) -> None:
-    few = [((1, 1), ["save", 0, 9]), ((1, 1), ["save", 0, 29]), ((1, 4), ["micro-batch", 0, 5, 3]), ((2, 1), ["teacher", 1, 4])]
+    few = [
+        ((1, 1), ["save", 0, 9]),
+        ((1, 1), ["save", 0, 29]),
+        ((1, 4), ["micro-batch", 0, 5, 3]),
+        ((2, 1), ["teacher", 1, 4]),
+    ]
     for number, (cut, kill) in enumerate(few):
         kill_and_resume(stage, tmp_path / str(number), cut, kill, undisturbed(*cut))
 

@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from agssd.checkpoints import LAST, CheckpointFiles, is_local, list_checkpoints
+from agssd.checkpoints import LAST, CheckpointFiles, is_local, list_checkpoints, set_aside
 from agssd.distributed import all_max
 
 _STEP = re.compile(r"step(\d+)\.ckpt$")
@@ -205,7 +205,7 @@ class RunCheckpoint(ModelCheckpoint):
                     callback.load_rank_state(self._restored[name], pl_module.device)
             set_random_states(self._restored["random"])
             self._restored = None
-        if trainer.is_global_zero and is_local(str(self.dirpath)):
+        if trainer.is_global_zero:
             self._begin_at(step, trainer)
 
     def rolled_back(self, trainer: L.Trainer, left: int) -> None:
@@ -220,28 +220,33 @@ class RunCheckpoint(ModelCheckpoint):
             self._random = step, self._random[1]
         self._scores = {of: score for of, score in self._scores.items() if of <= step}
         self.save(trainer)
-        if trainer.is_global_zero and is_local(str(self.dirpath)):
+        if trainer.is_global_zero:
             if isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
                 trainer.strategy.checkpoint_io.wait()
             self._set_aside_after(step)
 
     def _begin_at(self, step: int, trainer: L.Trainer) -> None:
         """Let the files of the folder end at ``step``."""
-        folder = Path(str(self.dirpath))
-        for left in folder.glob("*.tmp"):
-            left.unlink()
+        folder = str(self.dirpath)
+        if is_local(folder):
+            for left in Path(folder).glob("*.tmp"):
+                left.unlink()
         self._set_aside_after(step)
-        loaded, files = trainer.ckpt_path, trainer.strategy.checkpoint_io
-        if loaded and Path(loaded).resolve().parent == folder.resolve() and isinstance(files, CheckpointFiles):
-            files.link(loaded, folder / LAST)
+        loaded, files = str(trainer.ckpt_path or ""), trainer.strategy.checkpoint_io
+        if isinstance(files, CheckpointFiles) and _folder_of(loaded) == _folder_of(os.path.join(folder, LAST)):
+            files.link(loaded, os.path.join(folder, LAST))
 
     def _set_aside_after(self, step: int) -> None:
         """Rename the checkpoints of steps after ``step``: they belong to a part of the run that is left behind."""
         for later in (number for number in self._stored() if number > step):
-            path = Path(self.format_checkpoint_name({"step": torch.tensor(later)}))
-            aside = path.with_name(path.name + ".aside")
-            os.replace(path, aside)
-            rank_zero_info(f"{path} is of a later step than {step}, where this run goes on; it is now {aside.name}")
+            path = self.format_checkpoint_name({"step": torch.tensor(later)})
+            name = set_aside(path)
+            rank_zero_info(f"{path} is of a later step than {step}, where this run goes on; it is now {name}")
+
+
+def _folder_of(path: str) -> str:
+    """Return the folder of a path or address in a form that can be compared; empty for no path."""
+    return str(Path(path).resolve().parent) if is_local(path) else os.path.dirname(path)
 
 
 def _with_rank_state(trainer: L.Trainer) -> list[tuple[str, Any]]:
