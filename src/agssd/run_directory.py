@@ -101,6 +101,8 @@ class SaveRunConfig(SaveConfigCallback):
             path = unused(Path(trainer.default_root_dir) / f"{name}.yaml")
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(path), skip_unset=False, overwrite=False, multifile=False)
+        if stage == "fit":
+            self.plain_config()
 
     _plain: dict[str, Any] | None = None
 
@@ -109,7 +111,7 @@ class SaveRunConfig(SaveConfigCallback):
         checkpoint["config"] = self.plain_config()
 
     def plain_config(self) -> dict[str, Any]:
-        """Return the configuration in plain types; put into words once, which takes a quarter of a second."""
+        """Return the configuration in plain types, made once: it takes longer than many a step."""
         if self._plain is None:
             self._plain = plain_config(self.parser, self.config)
         return self._plain

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agssd.commands._bench_probe import quiet, write_cache
+from agssd.commands._bench_probe import bench_trainer, quiet, write_cache
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -46,8 +46,6 @@ def time_monitoring(rounds: int, device: Any, folder: Path) -> list[tuple[float,
         device: torch device.
         folder: for the cache of simulated volumes.
     """
-    import lightning.pytorch as L
-
     from agssd.callbacks.collapse_monitor import CollapseMonitor
     from agssd.callbacks.ema_teacher import EMATeacher
     from agssd.callbacks.non_finite import NonFinite
@@ -62,19 +60,12 @@ def time_monitoring(rounds: int, device: Any, folder: Path) -> list[tuple[float,
     pairs: list[tuple[float, float]] = []
     watching: list[Any] = [CollapseMonitor(every_n_steps=STEPS), NonFinite(), Watchdog()]
     with quiet():
-        trainer: Any = L.Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1 if device.index is None or device.type == "cpu" else [device.index],
-            precision="bf16-mixed",
+        trainer = bench_trainer(
+            device,
             max_steps=2 * (rounds + 1) * STEPS,
-            limit_val_batches=0,
             callbacks=[EMATeacher(), *watching, _switch(watching, pairs, device)],
             default_root_dir=folder,
-            use_distributed_sampler=False,
-            logger=False,
             enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
         module = DINO(
             ViT(1, 8, embed_dim=192, depth=4, num_heads=3),

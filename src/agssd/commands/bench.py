@@ -147,6 +147,7 @@ def _cases(device: Any, folder: Path, rounds: int) -> Iterator[Case | Row]:
     yield from _teacher(device)
     yield _probe(device, folder, rounds)
     yield _monitoring(device, folder, rounds)
+    yield from _saving(device, folder, rounds)
 
 
 def _reading(folder: Path) -> Iterator[Case]:
@@ -296,3 +297,15 @@ def _monitoring(device: Any, folder: Path, rounds: int) -> Row:
 
     what = "step with monitors (2 % at a ratio of 0.98)"
     return row_of(what, f"monitored ({STEPS} steps)", "no monitor or guard", time_monitoring(rounds, device, folder))
+
+
+def _saving(device: Any, folder: Path, rounds: int) -> Iterator[Row]:
+    """The stall of a checkpoint beside a write that training waits for, and beside a step."""
+    from agssd.commands._bench_saving import time_saving
+
+    sizes: tuple[Literal["tiny", "small", "base"], ...] = ("tiny", "small" if device.type == "cpu" else "base")
+    for size in sizes:
+        found = time_saving(rounds, device, folder, size)
+        what = f"time to save dino, vit_{size}, {found.megabytes:.0f} MB"
+        yield row_of(what, "stall", "written before going on", list(zip(found.stall, found.waited, strict=True)))
+        yield row_of(what, "stall", "a step", list(zip(found.stall, found.step, strict=True)))
