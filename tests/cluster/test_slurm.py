@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from one_machine import OneMachine
 from paced_runs import STEPS, Runs
+
+from agssd.commands._slurm_of_one_machine import OneMachine
 
 pytestmark = pytest.mark.ddp
 

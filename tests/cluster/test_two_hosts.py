@@ -97,8 +97,9 @@ def test_two_hosts__cut_link_ends_both_with_the_cause(
     finally:
         for rank in ranks:
             rank.kill()
-    for number, cause in enumerate((r"rank 1 \(.*\) (gives no sign of life|is gone)", "rank 0 or its machine does not")):
+    for number, cause in enumerate(
+        (r"rank 1 \(.*\) (gives no sign of life|is gone)", "rank 0 or its machine does not")
+    ):
         assert re.search(f"rank {number} of 2 ends (the job|because of another): {cause}", said[number]), said[number]
     assert all(rank.returncode for rank in ranks)
     assert took_s < ENDS_WITHIN_S
-
