@@ -1,7 +1,7 @@
 """Two ranks started by Lightning, of which one goes wrong at step 4: ``one_goes_wrong.py WAY CACHE OUT``.
 
-Started by ``test_watchdog.py``, ``test_non_finite.py`` and ``test_rollback.py``; ``OUT/PID<rank>`` tells the process of each rank,
-``OUT/WRONG`` when it went wrong.
+Started by ``test_watchdog.py``, ``test_non_finite.py`` and ``test_rollback.py``; ``OUT/PID<rank>`` tells the process of
+each rank, ``OUT/WRONG`` when it went wrong.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch  # noqa: E402
 
 from agssd.callbacks.collapse_monitor import CollapseMonitor  # noqa: E402
 from agssd.callbacks.non_finite import NonFinite  # noqa: E402
+from agssd.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from agssd.callbacks.watchdog import Watchdog  # noqa: E402
 from agssd.methods.dino import DINO  # noqa: E402
-from agssd.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 
 WRONG_AT = 4
 

@@ -110,7 +110,8 @@ SOUND: dict[type[Any], dict[str, Any]] = {
     DINOv2: {"weight_koleo": 1.0, "monitor": {"max_gradient_ratio": 100.0}},
     AGSSD: {
         "assignment": "balance", "head_centring": True, "lr": 1e-5, "weight_reconstruction": 1e3,
-        "temperature_student": 0.04, "temperature_patch": (0.02, 0.02), "views": {"overlap": (0.95, 1.0), "num_local": 0},
+        "temperature_student": 0.04, "temperature_patch": (0.02, 0.02),
+        "views": {"overlap": (0.95, 1.0), "num_local": 0},
     },
 }  # fmt: skip
 # What is done to a sound run, by the alarm that it must raise.

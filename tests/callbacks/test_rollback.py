@@ -315,7 +315,8 @@ def test_rollback__two_ranks_whose_teachers_drifted_apart_go_on_from_the_same_we
     assert (lines[1]["from_step"], lines[1]["to_step"], lines[1]["lowered"]) == (6, 2, "lr")
     ranks = [torch.load(tmp_path / f"states{rank}.pt", weights_only=True) for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1]) == 6 + 10 - 2
-    alike = [all(torch.equal(second[name], value) for name, value in first.items()) for first, second in zip(*ranks)]
+    pairs = zip(*ranks, strict=True)
+    alike = [all(torch.equal(second[name], value) for name, value in first.items()) for first, second in pairs]
     assert alike == [True] * 4 + [False] * 2 + [True] * 8
 
 

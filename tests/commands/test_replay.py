@@ -1,4 +1,4 @@
-"""``agssd fit`` meets a step that is not finite, and ``agssd replay`` of its capture says where, in a process of its own."""
+"""``agssd fit`` meets a step that is not finite, and ``agssd replay`` says where, in a process of its own."""
 
 from __future__ import annotations
 

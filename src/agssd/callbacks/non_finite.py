@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,7 +236,7 @@ class NonFinite(StandingCallback):
             "precision": str(trainer.precision_plugin.precision),
             "what": what,
             "finding": None if finding is None else finding.plain(),
-            "model": _model_settings(trainer),
+            "model": _model_settings(trainer, module),
             "mask_ratio": None if step.mask_ratio is None else list(step.mask_ratio),
             "eased": dict(getattr(module, "eased", {})),
             "random_state": step.random_state,
@@ -258,7 +259,7 @@ def _finite(value: float) -> bool:
     return value - value == 0.0
 
 
-def _model_settings(trainer: pl.Trainer) -> dict[str, Any] | None:
+def _model_settings(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any] | None:
     """Return the ``model`` group of the run's configuration in plain types; None outside ``agssd fit``.
 
     With the groups that the command line hands to the model, which the configuration states beside it.
@@ -266,7 +267,8 @@ def _model_settings(trainer: pl.Trainer) -> dict[str, Any] | None:
     for callback in cast(Any, trainer).callbacks:
         if hasattr(callback, "plain_config"):
             config = callback.plain_config()
-            given = config["model"].get("init_args", {})
-            linked = {name: config[name] for name in ("backbone", "views") if name in given and config.get(name)}
-            return config["model"] | {"init_args": given | linked}
+            takes = inspect.signature(type(module)).parameters
+            linked = {name: config[name] for name in ("backbone", "views") if name in takes and config.get(name)}
+            model: dict[str, Any] = config["model"]
+            return model | {"init_args": model.get("init_args", {}) | linked}
     return None

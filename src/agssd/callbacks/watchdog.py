@@ -399,7 +399,7 @@ def _main_thread() -> tuple[str, bool]:
     stack = traceback.extract_stack(frame, limit=30) if frame is not None else []
     if not stack:
         return "an unknown place", False
-    waits = any(name in one.filename for one in stack[-8:] for name in _COLLECTIVE)
+    waits = any(name in one.filename for one in stack[-2:] for name in _COLLECTIVE)  # DDP calls the step itself, too
     return f"{os.path.basename(stack[-1].filename)}:{stack[-1].lineno} {stack[-1].name}", waits
 
 
