@@ -216,7 +216,14 @@ HARD: dict[str, dict[str, Any]] = {
 
 def run_hard(name: str, policy: str, cache: Path, out: Path) -> tuple[Any, list[dict[str, Any]], L.Trainer]:
     keep = RunCheckpoint(every_n_train_steps=5, dirpath=str(out / "checkpoints"))
-    own = {"policy": policy, "uniform_steps": 10, "min_feature_std": 0.0, "min_information": 0.0, "grace": 0.1}
+    own = {
+        "policy": policy,
+        "uniform_steps": 10,
+        "uniform_margin": 0.1,
+        "min_feature_std": 0.0,
+        "min_information": 0.0,
+        "grace": 0.1,
+    }
     settings = settings_of(HARD[name]["kind"], HARD[name]) | {"monitor": own}
     return train(cache=cache, out=out, callbacks=(keep,), **settings)
 

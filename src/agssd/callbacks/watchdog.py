@@ -221,7 +221,9 @@ class _Watch(threading.Thread):
             return
         text = f"rank {self.rank} ({_place()}) failed at step {self.owner.progress()[1]}: {_brief(error)}"
         answer: list[str] = []
-        telling = threading.Thread(target=self._tell, args=(text, error, answer), daemon=True, name="agssd-watchdog-tell")
+        telling = threading.Thread(
+            target=self._tell, args=(text, error, answer), daemon=True, name="agssd-watchdog-tell"
+        )
         telling.start()
         telling.join(self.owner.grace_s + 3 * self.owner.beat_s)
         first = answer[0] if answer else f"rank 0 or its machine does not answer any more; {text}"
