@@ -59,7 +59,8 @@ class Watchdog(StandingCallback):
     may take their time to write and to close.
 
     A process that is ended so exits with 75. Processes that Lightning has started on this machine are killed with it,
-    stopped ones too; torchrun and SLURM (``--kill-on-bad-exit=1``) do the same for theirs. The strategy's ``timeout``
+    stopped ones too; torchrun (30 s later for a stopped one) and SLURM (``--kill-on-bad-exit=1``) do the same for
+    theirs. The strategy's ``timeout``
     bounds single collectives besides and may stay at its default.
 
     Args:
