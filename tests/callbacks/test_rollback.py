@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import lightning.pytorch as L
 import pytest
 import recipes
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from agssd.callbacks.collapse_alarms import Alarm
 from agssd.callbacks.collapse_monitor import CollapseMonitor
@@ -267,6 +270,54 @@ def test_rollback__a_checkpoint_under_alarm_is_not_healthy(tiny_cache: Path, tmp
     early = Scripted({8: soft, 10: soft, 12: UNIFORM})
     fit(DINO, early, tiny_cache, tmp_path / "early", max_steps=14)
     assert early.rollback.done[0]["to_step"] == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_rollback__in_half_precision_brings_back_weights_and_scale(
+    precision: str, tiny_cache: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"precision": "bf16-mixed"}
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)  # grows several times in the run
+    if precision == "fp16":
+        given = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+    scales: dict[int, float] = {}
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            scales[len(scales)] = scaler.get_scale()
+
+    monitor = Scripted({14: UNIFORM})
+    module, data, record, states = recipes.build(DINO), recipes.data_module(tiny_cache), Look(), recipes.States()
+    keep = RunCheckpoint(every_n_train_steps=EVERY, dirpath=str(tmp_path / "checkpoints"))
+    trainer = recipes.trainer(
+        monitor, record, states, keep, max_steps=STEPS, enable_checkpointing=True, default_root_dir=tmp_path, **given
+    )
+    trainer.fit(module, data)
+    assert monitor.rollback.done[0]["to_step"] == 8 and trainer.global_step == STEPS
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+    if precision == "fp16":
+        assert scales[14] == scales[8] < scales[13]
+
+
+@pytest.mark.ddp
+def test_rollback__two_ranks_whose_teachers_drifted_apart_go_on_from_the_same_weights(
+    tiny_cache: Path, tmp_path: Path
+) -> None:
+    script = Path(__file__).with_name("one_goes_wrong.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, str(script), "teacher", str(tiny_cache), str(tmp_path)],
+        capture_output=True, text=True, timeout=400, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "actions.jsonl").read_text().splitlines()]
+    assert [line["action"] for line in lines] == ["alarm", "rollback"] and lines[0]["alarm"] == "teacher_ranks"
+    assert (lines[1]["from_step"], lines[1]["to_step"], lines[1]["lowered"]) == (6, 2, "lr")
+    ranks = [torch.load(tmp_path / f"states{rank}.pt", weights_only=True) for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1]) == 6 + 10 - 2
+    pairs = zip(*ranks, strict=True)
+    alike = [all(torch.equal(second[name], value) for name, value in first.items()) for first, second in pairs]
+    assert alike == [True] * 4 + [False] * 2 + [True] * 8
 
 
 def test_rollback__a_recipe_without_teacher_lowers_the_rate_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ class NonFinite(StandingCallback):
         self.max_skipped, self.max_skipped_total, self.max_captures = max_skipped, max_skipped_total, max_captures
         self.in_a_row = self.total = self.captured = 0
         self.stopped = ""  # the report, once the run was ended
+        self._found: Finding | None = None  # the last
         self._waiting: _Step | None = None
         self._begun: tuple[dict[str, Tensor], tuple[float, float] | None] = ({}, None)
         self._step = 0
@@ -147,7 +149,7 @@ class NonFinite(StandingCallback):
         wanted = mine and self.captured < self.max_captures
         weights = whole(module.state_dict(), wanted)
         if wanted:
-            finding = None if is_sharded(module) else self._find(trainer, module, step)
+            finding = self._found = None if is_sharded(module) else self._find(trainer, module, step)
             capture = self._capture(trainer, module, step, what, finding, weights)
         log_figures(trainer, {"non_finite/skipped": float(self.total), "non_finite/in_a_row": float(self.in_a_row)})
         self._tell(trainer, step, what, norm, capture, finding)
@@ -161,10 +163,11 @@ class NonFinite(StandingCallback):
         ]
         if too_many:
             place = Path(trainer.default_root_dir) / CAPTURES
-            found = f"; {finding}" if finding is not None else ""
+            capture = capture or max(place.glob("*.pt"), default=place / "NAME.pt")
+            found = f"; {self._found}" if self._found is not None else ""
             reason = (
                 f"{what} was not finite at step {step.number} and the step was withheld, {' and '.join(too_many)}"
-                f"{found}; {_REMEDY.format(capture or place / 'NAME.pt')}"
+                f"{found}; {_REMEDY.format(capture)}"
             )
             stop_run(trainer, reason, steps_withheld=self.total)
             self.stopped = reason
@@ -233,7 +236,7 @@ class NonFinite(StandingCallback):
             "precision": str(trainer.precision_plugin.precision),
             "what": what,
             "finding": None if finding is None else finding.plain(),
-            "model": _model_settings(trainer),
+            "model": _model_settings(trainer, module),
             "mask_ratio": None if step.mask_ratio is None else list(step.mask_ratio),
             "eased": dict(getattr(module, "eased", {})),
             "random_state": step.random_state,
@@ -256,10 +259,16 @@ def _finite(value: float) -> bool:
     return value - value == 0.0
 
 
-def _model_settings(trainer: pl.Trainer) -> dict[str, Any] | None:
-    """Return the ``model`` group of the run's configuration in plain types; None outside ``agssd fit``."""
+def _model_settings(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any] | None:
+    """Return the ``model`` group of the run's configuration in plain types; None outside ``agssd fit``.
+
+    With the groups that the command line hands to the model, which the configuration states beside it.
+    """
     for callback in cast(Any, trainer).callbacks:
         if hasattr(callback, "plain_config"):
-            settings: dict[str, Any] = callback.plain_config()["model"]
-            return settings
+            config = callback.plain_config()
+            takes = inspect.signature(type(module)).parameters
+            linked = {name: config[name] for name in ("backbone", "views") if name in takes and config.get(name)}
+            model: dict[str, Any] = config["model"]
+            return model | {"init_args": model.get("init_args", {}) | linked}
     return None

@@ -27,6 +27,7 @@ from agssd.callbacks.standing import StandingCallback
 _LOG = logging.getLogger(__name__)
 EXIT_STALLED = 75  # of a process that the watchdog ends: temporary failure, worth another start
 _FAILURE = "failure"
+_GONE = -1  # the last beat of a rank that has come to its end
 # What the training loop does, in its order; what comes first holds the others up.
 _READING, _COMPUTING, _GRADIENTS, _ENDING = (
     "reading data, or reporting",
@@ -54,8 +55,12 @@ class Watchdog(StandingCallback):
     Progress is the start or end of a batch, of a validation batch, and of a checkpoint. Where not even the thread comes
     to run, since native code holds the interpreter, faulthandler ends the process a ``lost_s`` later.
 
+    A rank that has finished, or has saved itself because it was told to stop, says so and is not waited for: the others
+    may take their time to write and to close.
+
     A process that is ended so exits with 75. Processes that Lightning has started on this machine are killed with it,
-    stopped ones too; torchrun and SLURM (``--kill-on-bad-exit=1``) do the same for theirs. The strategy's ``timeout``
+    stopped ones too; torchrun (30 s later for a stopped one) and SLURM (``--kill-on-bad-exit=1``) do the same for
+    theirs. The strategy's ``timeout``
     bounds single collectives besides and may stay at its default.
 
     Args:
@@ -99,9 +104,12 @@ class Watchdog(StandingCallback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Tell the other ranks why this one ends; say why, if it only ends because another has.
 
-        A run that was told to stop has not failed: all of its ranks have saved it and leave alike.
+        A run that was told to stop has not failed: all of its ranks leave alike, and may have to wait for the disk.
         """
-        if self._thread is not None and not isinstance(exception, Preempted):
+        if isinstance(exception, Preempted):
+            self._stop()
+            return
+        if self._thread is not None:
             self._thread.failed(exception)
         self._stop()
         if self.active and self.stalled_s and trainer.world_size > 1:  # should the way out hang
@@ -193,12 +201,20 @@ class _Watch(threading.Thread):
             if cause:
                 self._kill(cause)
             last = time.monotonic()
+        self._say_goodbye()
 
     def end(self) -> None:
         """Stop; the run is over."""
         with self._lock:
             self._ended.set()
             faulthandler.cancel_dump_traceback_later()
+        self.join(self.owner.beat_s)
+
+    def _say_goodbye(self) -> None:
+        """Tell the others not to wait for signs of life."""
+        if self._store is not None:
+            with suppress(Exception):  # of the store, which goes with rank 0
+                self._store.set(str(self.rank), json.dumps({"beat": _GONE, **self._own()}))
 
     def failed(self, error: BaseException) -> None:
         """Tell the others, unless another rank was first, and then say so."""
@@ -289,6 +305,8 @@ class _Watch(threading.Thread):
         gone = []
         for rank, told in self._others().items():
             number, since = self._seen.get(rank, (-1, now))
+            if told["beat"] == _GONE:
+                continue
             if told["beat"] != number:
                 self._seen[rank] = (told["beat"], now)
             elif now - since > self.owner.lost_s:
@@ -320,7 +338,7 @@ class _Watch(threading.Thread):
         gone = [
             f"rank {rank} ({told['where']}) is gone: no sign of life since step {told['step']}"
             for rank, told in self._others().items()
-            if told["beat"] == before.get(rank)
+            if told["beat"] == before.get(rank) != _GONE
         ]
         return "; ".join(gone)
 
@@ -384,7 +402,7 @@ def _main_thread() -> tuple[str, bool]:
     stack = traceback.extract_stack(frame, limit=30) if frame is not None else []
     if not stack:
         return "an unknown place", False
-    waits = any(name in one.filename for one in stack[-8:] for name in _COLLECTIVE)
+    waits = any(name in one.filename for one in stack[-2:] for name in _COLLECTIVE)  # DDP calls the step itself, too
     return f"{os.path.basename(stack[-1].filename)}:{stack[-1].lineno} {stack[-1].name}", waits
 
 

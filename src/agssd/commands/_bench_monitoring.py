@@ -36,7 +36,9 @@ class _NoGuard:
 
 
 def time_monitoring(rounds: int, device: Any, folder: Path) -> list[tuple[float, float]]:
-    """Return per round the seconds of a step with collapse monitor, step guard and watchdog, and without any of them.
+    """Return per round the seconds of a step with everything that watches over a run, and without any of it.
+
+    That is collapse monitor, step guard, throughput, data stream and watchdog.
 
     DINO at the size of conf/experiment/small.yaml, 16 samples per step; all with their defaults. A half round is
     ``STEPS`` steps, among them one report and the micro-batches that it is made from.
@@ -47,8 +49,10 @@ def time_monitoring(rounds: int, device: Any, folder: Path) -> list[tuple[float,
         folder: for the cache of simulated volumes.
     """
     from agssd.callbacks.collapse_monitor import CollapseMonitor
+    from agssd.callbacks.data_stream import DataStream
     from agssd.callbacks.ema_teacher import EMATeacher
     from agssd.callbacks.non_finite import NonFinite
+    from agssd.callbacks.throughput import Throughput
     from agssd.callbacks.watchdog import Watchdog
     from agssd.data_modules.pretrain import PretrainDataModule
     from agssd.methods.dino import DINO
@@ -58,7 +62,7 @@ def time_monitoring(rounds: int, device: Any, folder: Path) -> list[tuple[float,
     cache = folder / "monitoring.h5"
     write_cache(cache)
     pairs: list[tuple[float, float]] = []
-    watching: list[Any] = [CollapseMonitor(every_n_steps=STEPS), NonFinite(), Watchdog()]
+    watching: list[Any] = [CollapseMonitor(every_n_steps=STEPS), NonFinite(), Throughput(), DataStream(), Watchdog()]
     with quiet():
         trainer = bench_trainer(
             device,
