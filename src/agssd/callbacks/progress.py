@@ -44,7 +44,9 @@ class Progress:
         mode = self.mode
         if mode == "auto":
             mode = "rich" if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" else "lines"
-        return {"rich": RichProgress, "lines": lambda: LineProgress(self.every_s), "off": lambda: None}[mode]()
+        if mode == "off":
+            return None
+        return RichProgress() if mode == "rich" else LineProgress(self.every_s)
 
 
 class Figures:

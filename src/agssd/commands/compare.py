@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agssd.commands._run_reader import METRICS, read_config, read_curves
+from agssd.commands._run_reader import read_config, read_curves
+from agssd.run_state import METRICS
 
 Curves = dict[str, dict[int, float]]
 # Where and how fast a run runs; everything else is what it computes.
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {} if None in configs else differing([flat(config) for config in configs if config is not None])
     names = _chosen(curves, args.metric)
     scalars = [compare_scalar(name, [of_run[name] for of_run in curves]) for name in names]
-    only = sorted({name for of_run in curves for name in of_run} - set.intersection(*(set(c) for c in curves)))
+    only = sorted({name for of_run in curves for name in of_run} - _in_all(curves))
     labels = _labels(args.runs)
     if args.json:
         parted = {"science": _of(settings, machine=False), "machine": _of(settings, machine=True)}
@@ -104,8 +105,12 @@ def _of(settings: dict[str, list[Any]], machine: bool) -> dict[str, list[Any]]:
 # ------------------------------------------------------------------- curves
 
 
+def _in_all(curves: Sequence[Curves]) -> set[str]:
+    return {name for name in curves[0] if all(name in of_run for of_run in curves[1:])}
+
+
 def _chosen(curves: Sequence[Curves], patterns: Sequence[str] | None) -> list[str]:
-    names = sorted(set.intersection(*(set(of_run) for of_run in curves)) - {"epoch"})
+    names = sorted(_in_all(curves) - {"epoch"})
     if patterns is None:
         return names
     chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
@@ -121,7 +126,7 @@ def compare_scalar(name: str, curves: Sequence[dict[int, float]]) -> dict[str, A
     ``final`` with one value per run; ``parts_at``, the first common step whose values are not the same number (two NaN
     are the same), None where there is none or the scalar is a time.
     """
-    common = sorted(set.intersection(*(set(curve) for curve in curves)))
+    common = sorted(step for step in curves[0] if all(step in curve for curve in curves[1:]))
     timed = name.startswith(_TIMES)
     parts = (step for step in common if not all(_same(curves[0][step], curve[step]) for curve in curves[1:]))
     return {
