@@ -90,6 +90,17 @@ def test_devices__launcher_started_another_number(tmp_path: Path, monkeypatch: p
     assert "torchrun started 3 process(es)" in finding.problem and "--nproc-per-node" in finding.remedy
 
 
+def test_devices__srun_with_what_lightning_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = place_of(tmp_path / "none.h5", tmp_path, "--trainer.devices", "2")
+    for name, value in {"STEP_ID": "0", "NTASKS": "2", "PROCID": "0", "JOB_NAME": "check"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    finding = checks.devices(place.settings)
+    assert "--ntasks" in finding.problem and "--ntasks-per-node" in finding.remedy
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    assert not checks.devices(place.settings).problem
+
+
 def test_cache__damaged(tiny_cache: Path, tmp_path: Path) -> None:
     torn = tmp_path / "torn.h5"
     torn.write_bytes(tiny_cache.read_bytes()[:5000])
@@ -264,6 +275,15 @@ def test_check__a_rank_that_never_comes(tiny_cache: Path, tmp_path: Path) -> Non
     assert code == 1
     assert "FAIL  all-reduce" in table and "did not meet" in table and "GLOO_SOCKET_IFNAME" in table
     assert time.monotonic() - started < 120
+
+
+@pytest.mark.ddp
+def test_check__weights_in_parts(tiny_cache: Path, tmp_path: Path) -> None:
+    sharded = ["--trainer.strategy", '{"class_path": "agssd.sharding.ShardedStrategy"}']
+    command = two_rank_command(tmp_path, *sharded)
+    (first, table), (second, _) = ranks(2, (0, 1), command, cache_of(tiny_cache, tiny_cache))
+    assert (first, second) == (0, 0), table
+    assert "2 ranks over gloo" in table and "finite on all 2" in table
 
 
 @pytest.mark.ddp

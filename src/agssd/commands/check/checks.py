@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from agssd.commands._forecast import bytes_text
 from agssd.commands.check.table import Check, Finding, Place, Told, of_rank
@@ -63,6 +64,8 @@ def devices(settings: Any) -> Finding:
             "start one process per device (SLURM: --ntasks-per-node, torchrun: --nproc-per-node), or change "
             "trainer.devices and trainer.num_nodes",
         )
+    if by == "srun" and (started or 1) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        return Finding(value, "srun was given --ntasks, which Lightning refuses", "give --ntasks-per-node in its place")
     return Finding(value)
 
 
@@ -351,9 +354,11 @@ def one_step(place: Place) -> str:
     views = model.on_after_batch_transfer({name: part.to(place.device) for name, part in crops.items()}, 0)
     dtype = autocast_of(trainer.precision)
     with torch.autocast(place.device.type, dtype, dtype is not None):
-        loss = model.pretrain_loss(views).total
+        loss = model.total_loss(views)
     loss.backward()
-    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    own = [(name, g.to_local() if isinstance(g, DTensor) else g) for name, g in gradients]
+    wrong = [name for name, gradient in own if not bool(gradient.isfinite().all())]
     model.zero_grad()
     if not bool(loss.isfinite()):
         raise ValueError(f"the loss is {float(loss.detach())}")

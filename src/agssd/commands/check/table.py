@@ -144,8 +144,8 @@ def run_check(check: Check, place: Place) -> Finding:
 
 
 _LOST_REMEDY = (
-    "see on that host whether the process was killed or waits for a disk (dmesg, ps), and leave the host out if so; where "
-    "it is only slower than the others, give a longer --timeout"
+    "see on that host whether the process was killed or waits for a disk (dmesg, ps), and leave the host out if so; "
+    "where it is only slower than the others, give a longer --timeout"
 )
 
 
