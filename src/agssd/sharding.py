@@ -53,11 +53,11 @@ class ShardedStrategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the whole state on rank 0, on the CPU, and nothing on the others; called on every rank."""
         assert self.lightning_module is not None
-        return whole(self.lightning_module.state_dict(), self.is_global_zero)
+        return dict(whole(self.lightning_module.state_dict(), self.is_global_zero))
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return the whole state on rank 0, on the CPU, and nothing on the others; called on every rank."""
-        return whole(optimizer.state_dict(), self.is_global_zero)
+        return dict(whole(optimizer.state_dict(), self.is_global_zero))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the checkpoint as other strategies do."""

@@ -303,8 +303,9 @@ def _teacher_figures(module: TeacherStudent) -> dict[str, Tensor]:
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    norms = torch.stack(torch._foreach_norm(tensors))
-    return torch.linalg.vector_norm((norms.full_tensor() if isinstance(norms, DTensor) else norms).double())
+    norms = torch.stack(torch._foreach_norm(list(tensors)))
+    norm: Tensor = torch.linalg.vector_norm((norms.full_tensor() if isinstance(norms, DTensor) else norms).double())
+    return norm
 
 
 def _rows_of(observations: Observations) -> int:

@@ -23,7 +23,7 @@ from agssd.transforms.keyed_random import KeyedRandom, drop_path_noise
 from agssd.transforms.masking import TEACHER_SCORES, MaskSampler
 from agssd.types import LossTerms, ParentBatch
 
-_STEPS = ("training_step", "validation_step")
+_STEPS = ("training_step", "validation_step", "total_loss")
 
 
 class PretrainModule(L.LightningModule, ABC):
@@ -91,6 +91,10 @@ class PretrainModule(L.LightningModule, ABC):
     @abstractmethod
     def pretrain_loss(self, views: Any) -> LossTerms:
         """Return the loss of one micro-batch; a mean over its samples."""
+
+    def total_loss(self, views: Any) -> Tensor:
+        """Return the total of :meth:`pretrain_loss`, also where weights lie in parts on several ranks."""
+        return self.pretrain_loss(views).total
 
     def after_optimizer_step(self) -> None:
         """Do what happens once per optimiser step after the weights moved; recipes move their centres here."""
