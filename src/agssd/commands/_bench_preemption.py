@@ -98,7 +98,7 @@ def _with_agssd_fit(config: Path, directory: Path) -> Iterator[Seconds]:
 
 
 def _run_until(command: list[str], directory: Path, steps: int) -> tuple[str, float]:
-    """Start a run and end it by SIGUSR1 once it has logged ``steps`` steps; return its words and the seconds till then."""
+    """Start a run, end it by SIGUSR1 once it has logged ``steps`` steps; return its words and the seconds till then."""
     log = directory.with_suffix(".log")
     with log.open("w") as file:
         began = time.monotonic()
@@ -106,8 +106,9 @@ def _run_until(command: list[str], directory: Path, steps: int) -> tuple[str, fl
     try:
         _wait(lambda: process.poll() is not None or _steps(directory) >= steps, log)
         took_s = time.monotonic() - began
-        if process.poll() is None:
-            process.send_signal(signal.SIGUSR1)
+        if process.poll() is not None:
+            raise RuntimeError(f"the run has ended too early:\n{log.read_text()[-2000:]}")
+        process.send_signal(signal.SIGUSR1)
         _wait(lambda: process.poll() is not None, log)
     finally:
         process.kill()
