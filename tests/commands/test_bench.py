@@ -64,10 +64,10 @@ def test_time_probe__seconds_of_probes_and_of_the_default_interval(
     probed: list[int] = []
     original = OnlineProbe._measure
 
-    def measure(self: OnlineProbe, trainer: Any, module: Any) -> Any:
+    def measure(self: OnlineProbe, trainer: Any, module: Any, *given: Any) -> Any:
         probed.append(trainer.global_step)
         time.sleep(0.5)
-        return original(self, trainer, module)
+        return original(self, trainer, module, *given)
 
     monkeypatch.setattr(OnlineProbe, "_measure", measure)
     pairs = _bench_probe.time_probe(2, torch.device("cpu"), tmp_path)
