@@ -216,7 +216,7 @@ def test_no_failure__a_preempted_run_is_no_lost_rank(launcher: str, runs: Runs, 
 
 
 def test_no_failure__a_rank_may_end_long_before_another(runs: Runs, job: Callable[..., Job]) -> None:
-    under_way = job("lightning", 0.0, "--watchdog.lost_s=2", TOY_END_S="6")
+    under_way = job("lightning", 0.0, "--watchdog.lost_s=2", TOY_END_S="20")
     assert under_way.process.wait(START_S) == 0, under_way.said[-4000:]
     assert_no_rank_is_accused(under_way.said)
     assert runs.steps(under_way.run)[-1] == STEPS - 1
