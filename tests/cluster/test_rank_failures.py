@@ -143,8 +143,8 @@ def test_rank_failure__an_endless_step_ends_the_job(launcher: str, job: Callable
     under_way = job(launcher, 0.2, *LONG, TOY_ENDLESS="1:4")
     under_way.reach(3)
     assert under_way.end(STALLED_S + GRACE_S + KILL_S + MACHINE_S) != 0
-    assert re.search(r"no progress for \d+ s; furthest behind: rank 1 \(.*step 4", under_way.said), under_way.said
-    assert "in endless" in under_way.said, "where it hangs is shown"
+    place = r"no progress for \d+ s; furthest behind: rank 1 \([^;]*step 4, at paced_toy.py:\d+ endless"
+    assert re.search(place, under_way.said), under_way.said[-4000:]
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_no_failure__a_preempted_run_is_no_lost_rank(launcher: str, runs: Runs, 
 
 
 def test_no_failure__a_rank_may_end_long_before_another(runs: Runs, job: Callable[..., Job]) -> None:
-    under_way = job("lightning", 0.0, "--watchdog.lost_s=2", TOY_END_S="6")
+    under_way = job("lightning", 0.0, "--watchdog.lost_s=2", TOY_END_S="20")
     assert under_way.process.wait(START_S) == 0, under_way.said[-4000:]
     assert_no_rank_is_accused(under_way.said)
     assert runs.steps(under_way.run)[-1] == STEPS - 1

@@ -60,8 +60,7 @@ class Watchdog(StandingCallback):
 
     A process that is ended so exits with 75. Processes that Lightning has started on this machine are killed with it,
     stopped ones too; torchrun (30 s later for a stopped one) and SLURM (``--kill-on-bad-exit=1``) do the same for
-    theirs. The strategy's ``timeout``
-    bounds single collectives besides and may stay at its default.
+    theirs. The strategy's ``timeout`` bounds single collectives besides and may stay at its default.
 
     Args:
         stalled_s: seconds without progress after which the job ends; longer than the slowest validation or probe, the
