@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch  # noqa: F401  (attaches its log handler now, not in a test)
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,6 +24,7 @@ import agssd.cli
 from agssd import __version__, commands
 from agssd.cli import TRAINING, main, refusal
 from agssd.lightning_cli import differences
+from agssd.run_state import read_state
 
 TOYS = Path(__file__).parent / "cli_toys"
 
@@ -333,6 +335,34 @@ def test_fit__resumed_run_goes_on_in_its_wandb_run_without_a_step_twice(
     assert sent == [(name, step) for step in range(5)]
     folders = list((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(folders) == 2 and all(folder.name.endswith(f"-{name}") for folder in folders)
+
+
+def test_fit__lines_and_tensorboard_follow_a_run_through_a_resume(
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, more = tmp_path / "run", ("--tensorboard", "true", "--trainer.enable_progress_bar", "true")
+    more += ("--trainer.max_steps", "5", "--progress.every_s", "0")
+    monkeypatch.setenv("TOY_STOPS_AT", "2")
+    assert fit(conf, run, *more) == 0
+    assert read_state(run)["state"] == "stopped"  # type: ignore[index]
+    monkeypatch.delenv("TOY_STOPS_AT")
+    assert fit(conf, run, *more) == 0
+    assert read_state(run)["state"] == "finished"  # type: ignore[index]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [one.step for one in events.Scalars("train/loss")] == [0, 1, 2, 3, 4]
+    assert [one.value for one in events.Scalars("train/loss")] == [float(np.float32(loss)) for loss in losses(run)]
+    assert main(["runs", str(run)]) == 0
+    assert "ToyRecipe" in capsys.readouterr().out
+
+
+def test_fit__no_progress_where_it_is_switched_off(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    assert fit(conf, tmp_path / "a", "--trainer.enable_progress_bar", "true", "--progress.mode", "off") == 0
+    assert "step 1" not in capsys.readouterr().out
 
 
 def test_fit__resuming_with_other_model_settings_is_refused_with_the_difference(
