@@ -239,7 +239,7 @@ def test_rollback__its_checkpoint_holds_what_stands_after_it_and_is_kept(tiny_ca
                     held.append(torch.load(tmp_path / "checkpoints" / name, weights_only=True))
 
     monitor, held = Scripted({6: soft, 8: soft, 10: UNIFORM}), list[Any]()
-    fit(DINO, monitor, tiny_cache, tmp_path, every=2, max_steps=10, more=[Look()])
+    fit(DINO, monitor, tiny_cache, tmp_path, every=2, max_steps=11, more=[Look()])
     for saved in held:
         assert saved["global_step"] == 2 and saved["agssd"]["eased"]["temperature"] == 0.7
         state = saved["callbacks"]["CollapseMonitor"]
