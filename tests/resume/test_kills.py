@@ -54,7 +54,7 @@ def kill_and_resume(stage: Stage, run: Path, cut: tuple[int, int], kill: list[An
     """Hold a run that is killed once and started again to one that was not."""
     codes, said = stage.fit(run, *cut, kill=kill)
     while kill[0] == "time" and codes == [0] * cut[0]:  # too late: this run was faster than the one that was timed
-        run, kill = run.with_name(f"{run.name}-again"), ["time", kill[1] / 2]
+        run, kill = run.with_name(f"{run.name}-again"), ["time", min(kill[1], stage.seconds) / 2]
         codes, said = stage.fit(run, *cut, kill=kill)
     assert KILLED in codes, f"{kill}: {codes}: {said[-2000:]}"
     codes, said = stage.fit(run, *cut)
