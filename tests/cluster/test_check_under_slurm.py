@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from one_machine import OneMachine
+
+from agssd.commands._slurm_of_one_machine import OneMachine
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
