@@ -135,7 +135,7 @@ def parents(cache: Path, samples: list[int]) -> dict[str, Tensor]:
 
 
 class Recorder(L.Callback):
-    """Keeps, per optimiser step: the logged loss and its terms, learning rates and decays; and every batch's samples."""
+    """Keeps logged losses, learning rates and decays of every optimiser step, and the samples of every batch."""
 
     def __init__(self) -> None:
         self.losses: list[dict[str, float]] = []
