@@ -78,7 +78,8 @@ def main(way: str, cache: Path, out: Path) -> None:
     (out / f"PID{rank}").write_text(str(os.getpid()))
     states = recipes.States()
     callbacks: list[L.Callback] = [
-        Watchdog(stalled_s=30 if way.startswith("stop") else 8, lost_s=3, grace_s=2, beat_s=0.5), NonFinite(), Wrong(way, cache, out), states,
+        Watchdog(stalled_s=30 if way.startswith("stop") else 8, lost_s=3, grace_s=2, beat_s=0.5),
+        NonFinite(), Wrong(way, cache, out), states,
         RunCheckpoint(every_n_train_steps=2 if way == "teacher" else 6, dirpath=str(out / "checkpoints")),
     ]  # fmt: skip
     if way == "teacher":  # every alarm of figures is off: four samples show little
