@@ -110,6 +110,24 @@ def test_save__full_disk_costs_no_older_checkpoint_and_is_told(
     assert [path.name for path in tmp_path.iterdir()] == ["old.ckpt"]
 
 
+def test_save__content_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(handle: int) -> None:
+        order.append("sync " + Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        order.append(f"{Path(source).name} becomes {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    CheckpointFiles(in_background=False).save_checkpoint(state(1), tmp_path / "a.ckpt")
+    assert order == ["sync a.ckpt.tmp", "a.ckpt.tmp becomes a.ckpt", f"sync {tmp_path.name}"]
+
+
 def test_link__copies_where_a_file_system_has_no_links(
     files: CheckpointFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch  # noqa: F401  (attaches its log handler now, not in a test)
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,6 +24,7 @@ import agssd.cli
 from agssd import __version__, commands
 from agssd.cli import TRAINING, main, refusal
 from agssd.lightning_cli import differences
+from agssd.run_state import read_state
 
 TOYS = Path(__file__).parent / "cli_toys"
 
@@ -213,7 +215,7 @@ def test_refusal__is_for_what_the_user_gave_and_not_for_bugs() -> None:
 def test_fit__fills_its_directory_and_the_checkpoint_is_plain(conf: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert fit(conf, run, "--model.lr", "0.07", "--checkpoint.every_n_train_steps", "2") == 0
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv", "state.json"]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "last.ckpt",
         "step00000002.ckpt",
@@ -305,6 +307,62 @@ def test_fit__resumed_run_ends_like_an_undisturbed_one(
     assert torch.equal(whole["state_dict"]["backbone.gain"], cut["state_dict"]["backbone.gain"])
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert (tmp_path / "cut/config-2.yaml").is_file()
+
+
+def test_fit__resumed_run_goes_on_in_its_wandb_run_without_a_step_twice(
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+    from wandb.sdk.wandb_run import Run
+
+    log, sent = Run.log, list[tuple[str, int]]()
+
+    def listen(run: Run, data: dict[str, Any], *given: Any, **named: Any) -> None:
+        if "train/loss" in data:
+            sent.append((str(run.id), data["trainer/global_step"]))
+        log(run, data, *given, **named)
+
+    monkeypatch.setattr(Run, "log", listen)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TOY_STOPS_AT", "2")
+    assert fit(conf, tmp_path / "run", "--trainer.max_steps", "5") == 0
+    wandb.finish()  # as the end of the process does
+    monkeypatch.delenv("TOY_STOPS_AT")
+    time.sleep(1.1)  # W&B names its folders by the second
+    assert fit(conf, tmp_path / "run", "--trainer.max_steps", "5") == 0
+    wandb.finish()
+    name = (tmp_path / "run/wandb_id").read_text()
+    assert sent == [(name, step) for step in range(5)]
+    folders = list((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and all(folder.name.endswith(f"-{name}") for folder in folders)
+
+
+def test_fit__lines_and_tensorboard_follow_a_run_through_a_resume(
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, more = tmp_path / "run", ("--tensorboard", "true", "--trainer.enable_progress_bar", "true")
+    more += ("--trainer.max_steps", "5", "--progress.every_s", "0")
+    monkeypatch.setenv("TOY_STOPS_AT", "2")
+    assert fit(conf, run, *more) == 0
+    assert read_state(run)["state"] == "stopped"  # type: ignore[index]
+    monkeypatch.delenv("TOY_STOPS_AT")
+    assert fit(conf, run, *more) == 0
+    assert read_state(run)["state"] == "finished"  # type: ignore[index]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [one.step for one in events.Scalars("train/loss")] == [0, 1, 2, 3, 4]
+    assert [one.value for one in events.Scalars("train/loss")] == [float(np.float32(loss)) for loss in losses(run)]
+    assert main(["runs", str(run)]) == 0
+    assert "ToyRecipe" in capsys.readouterr().out
+
+
+def test_fit__no_progress_where_it_is_switched_off(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    assert fit(conf, tmp_path / "a", "--trainer.enable_progress_bar", "true", "--progress.mode", "off") == 0
+    assert "step 1" not in capsys.readouterr().out
 
 
 def test_fit__resuming_with_other_model_settings_is_refused_with_the_difference(

@@ -142,7 +142,7 @@ def test_tree__holds_no_large_file() -> None:
 
 def test_tests__mirror_the_package() -> None:
     """Every test file of a mirrored folder is named for a module that exists, or for that module and an aspect."""
-    extra = {"cluster", "conf", "contracts", "ddp"}
+    extra = {"cluster", "conf", "contracts", "ddp", "resume"}
     stray = []
     for path in (ROOT / "tests").rglob("test_*.py"):
         folder = path.relative_to(ROOT / "tests").parent
@@ -196,7 +196,7 @@ def test_dependencies__cover_every_import() -> None:
     extras = project["optional-dependencies"]
     texts = [*project["dependencies"], *extras["bench"], *extras["slices"]]
     named = {re.split(r"[\[><=!~]", text)[0].lower() for text in texts}
-    modules = {"pil": "pillow", "yaml": "pyyaml"}
+    modules = {"pil": "pillow", "yaml": "pyyaml", "lightning_utilities": "lightning-utilities"}
     imported = set()
     for path in (ROOT / "src").rglob("*.py"):
         for name in re.findall(r"^\s*(?:from|import) ([A-Za-z_]\w*)", path.read_text(), re.MULTILINE):

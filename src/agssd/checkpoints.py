@@ -14,13 +14,14 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from agssd.whole_file import TEMPORARY, sync, whole_file
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+ASIDE = ".aside"
 _SHARDED = "meta.pt"  # what Lightning writes last into the folder of a sharded checkpoint
 _PARTS = ("state_dict", "optimizer_states")
 _OF_A_RUN = ("loops", "global_step", *_PARTS)
@@ -129,6 +130,8 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def _link(path: str, name: str) -> None:
+    if path == name:
+        return
     if not is_local(path):
         url_to_fs(path)[0].copy(path, name)
         return
@@ -158,13 +161,35 @@ def is_local(path: str) -> bool:
     return isinstance(url_to_fs(path)[0], LocalFileSystem)
 
 
+def set_aside(path: str) -> str:
+    """Rename the checkpoint ``path`` so that no run takes it for one of its own, and return its new name."""
+    files, place = url_to_fs(path)
+    if isinstance(files, LocalFileSystem):
+        os.replace(place, place + ASIDE)
+    else:
+        files.mv(place, place + ASIDE, recursive=True)
+    return os.path.basename(path) + ASIDE
+
+
+@rank_zero_only
+def call_last(path: str, step: int) -> None:
+    """Let ``last.ckpt`` be the checkpoint ``path``, of ``step``, where a kill has come in between."""
+    last = os.path.join(os.path.dirname(path), LAST)
+    try:
+        behind = read_checkpoint(last)["global_step"] < step
+    except ValueError:
+        behind = True
+    if behind:
+        _link(path, last)
+
+
 def list_checkpoints(folder: str) -> list[str]:
     """Return the paths or addresses of everything called ``*.ckpt`` in ``folder``, which need not exist."""
     files, place = url_to_fs(folder)
     local = isinstance(files, LocalFileSystem)
     try:  # fsspec looks at every file of a local folder, of which one may be renamed at this moment
         names = os.listdir(place) if local else [str(name).rstrip("/") for name in files.ls(place, detail=False)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     names = sorted(name for name in names if name.endswith(".ckpt"))
     return [os.path.join(place, name) if local else str(files.unstrip_protocol(name)) for name in names]

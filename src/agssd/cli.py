@@ -161,14 +161,14 @@ def refusal(error: Exception) -> str | None:
     """
     import argparse
 
+    if isinstance(error, (OSError, ValueError)) and "in DataLoader worker process" in str(error):
+        return str(error).rstrip().rpartition("\n")[2].partition(": ")[2]
     if isinstance(error, (argparse.ArgumentError, OSError)):
         return str(error)
     if type(error).__name__ == "MisconfigurationException":  # Lightning's; not imported here for its weight
         return str(error)
     if not isinstance(error, ValueError):
         return None
-    if "in DataLoader worker process" in str(error):
-        return str(error).rstrip().rpartition("\n")[2].removeprefix("ValueError: ")
     # jsonargparse wraps what a constructor raises; the message for the user is the innermost one.
     inner: BaseException | None = error
     while inner is not None:

@@ -2,7 +2,8 @@
 
 The groups of a configuration are ``trainer``, ``model``, ``data``, ``backbone`` and ``views`` (the last two are handed
 to the model, so that a method's YAML does not repeat them), the standing callbacks by name, ``checkpoint``,
-``best_checkpoint`` and ``wandb``. Every group may be a reference to another YAML, relative to the file that holds it.
+``best_checkpoint``, ``wandb`` and ``progress``; ``tensorboard`` is a switch. Every group may be a reference to another
+YAML, relative to the file that holds it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, cast
 import lightning.pytorch as L
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -30,16 +31,19 @@ from agssd.callbacks.best_checkpoint import BestCheckpoint
 from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.data_stream import DataStream
 from agssd.callbacks.ema_teacher import EMATeacher
+from agssd.callbacks.life_sign import LifeSign
 from agssd.callbacks.mask_ratio import MaskRatioSchedule
 from agssd.callbacks.non_finite import NonFinite
 from agssd.callbacks.online_probe import OnlineProbe
 from agssd.callbacks.preemption import Preempted, Preemption
+from agssd.callbacks.progress import Progress
 from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.callbacks.standing import StandingCallback
 from agssd.callbacks.throughput import Throughput
 from agssd.callbacks.view_panels import ViewPanels
 from agssd.callbacks.watchdog import Watchdog
-from agssd.checkpoints import check_whole, newest_checkpoint, read_checkpoint
+from agssd.checkpoint_artifacts import TAKEN_OUT, is_path
+from agssd.checkpoints import call_last, check_whole, newest_checkpoint, read_checkpoint
 from agssd.models.backbone import Backbone
 from agssd.run_directory import (
     CHECKPOINTS,
@@ -51,7 +55,9 @@ from agssd.run_directory import (
     plain_config,
     run_of_checkpoint,
 )
+from agssd.run_state import METRICS
 from agssd.stop_signals import STOP
+from agssd.tensorboard_run import RunTensorBoardLogger
 from agssd.transforms.crops import OverlapCrops
 
 STANDING: dict[str, type[Callback]] = {
@@ -64,6 +70,7 @@ STANDING: dict[str, type[Callback]] = {
     "data_stream": DataStream,
     "online_probe": OnlineProbe,
     "watchdog": Watchdog,
+    "life_sign": LifeSign,
 }
 _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning on newer torch
@@ -156,6 +163,13 @@ class AgssdCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Preemption, "preemption")  # after the checkpoints, which save what it asks for
         parser.add_class_arguments(WandbRun, "wandb")
+        parser.add_class_arguments(Progress, "progress")
+        parser.add_argument(
+            "--tensorboard",
+            type=bool,
+            default=False,
+            help="also write every scalar for TensorBoard, to DIR/tensorboard",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, after refusing what the parser would silently resolve in favour of the last value."""
@@ -206,6 +220,8 @@ class AgssdCLI(LightningCLI):
         self._refuse_other_settings(path, checkpoint.get("config", {}), config)
         step, length = int(checkpoint["global_step"]), int(config.trainer.max_steps)
         if 0 < length <= step:
+            if given in ("", "last"):
+                call_last(path, step)
             raise FinishedRun(
                 f"the run in {self.run_directory} is finished: {path} is of step {step} of {length}. Name another "
                 "--trainer.default_root_dir for a new run"
@@ -248,11 +264,23 @@ class AgssdCLI(LightningCLI):
             callbacks.append(callback)
         if config["logger"] in (None, True):
             config["logger"] = self._loggers()
+        config["enable_progress_bar"] = self._add_progress(config, callbacks)
         trainer = self._instantiate_trainer(config, callbacks)
         environment = cast(Any, trainer)._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment):  # also where Lightning finds SLURM by itself
             environment.auto_requeue = False  # it would save from inside a signal handler, into another lineage
         return trainer
+
+    def _add_progress(self, config: dict[str, Any], callbacks: list[Callback]) -> bool:
+        """Add what reports the progress, unless the user has named or forbidden one; return whether there is any."""
+        if config["enable_progress_bar"] is False:
+            return False
+        given = config["callbacks"] or []
+        if any(isinstance(one, ProgressBar) for one in (given if isinstance(given, list) else [given])):
+            return True
+        bar = self._get(self.config_init, "progress").callback()
+        callbacks.extend([bar] if bar is not None else [])
+        return bar is not None
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Tell Lightning the checkpoint; in the saved configuration it would outlive the file."""
@@ -260,9 +288,11 @@ class AgssdCLI(LightningCLI):
         return arguments | {"ckpt_path": self._goes_on_from} if subcommand == "fit" else arguments
 
     def _loggers(self) -> list[Logger]:
-        filename = "metrics.csv" if self.subcommand == "fit" else f"{self.subcommand}_metrics.csv"
+        filename = METRICS if self.subcommand == "fit" else f"{self.subcommand}_metrics.csv"
         loggers: list[Logger] = [RunCSVLogger(self.run_directory, filename)]
         wandb = self._get(self.config_init, "wandb").logger(self.run_directory) if self.subcommand == "fit" else None
+        if self.subcommand == "fit" and self._get(self.config_init, "tensorboard"):
+            loggers.append(RunTensorBoardLogger(self.run_directory))
         return [*loggers, wandb] if wandb is not None else loggers
 
     # ---------------------------------------------------------------- running
@@ -291,7 +321,11 @@ class AgssdCLI(LightningCLI):
             return
         claim(self.run_directory, resuming=self._goes_on_from is not None or bool(trainer.checkpoint_callbacks))
         for logger in self.trainer.loggers:
-            if isinstance(logger, RunCSVLogger) and trainer.is_global_zero and self._first_step is not None:
+            if (
+                isinstance(logger, (RunCSVLogger, RunTensorBoardLogger))
+                and trainer.is_global_zero
+                and self._first_step is not None
+            ):
                 logger.rewind(self._first_step)
 
     def after_fit(self) -> None:
@@ -472,5 +506,5 @@ def differences(name: str, saved: Any, given: Any) -> Iterator[str]:
             label = f"{name}.{key}".replace(".init_args.", ".")
             if label not in _RESUMED_FREELY:
                 yield from differences(label, saved.get(key), given.get(key))
-    elif saved != given:
+    elif saved != given and not (saved == TAKEN_OUT and is_path(given)):  # a copy that was sent has no paths
         yield f"{name}: {saved!r} in the checkpoint, {given!r} now"

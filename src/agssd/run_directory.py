@@ -19,14 +19,19 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from agssd.checkpoint_artifacts import TAKEN_OUT, is_path, send_checkpoint
+from agssd.checkpoints import BEST, LAST
+from agssd.run_state import CHECKPOINTS as CHECKPOINTS
+from agssd.run_state import CONFIG, METRICS, WANDB_ID
 from agssd.whole_file import whole_file
 
 RUNS = "runs"
-CHECKPOINTS = "checkpoints"
+LogCheckpoints = Literal["none", "best", "last", "all"]
 _STAMP = "AGSSD_RUN_STAMP"  # hands the name of the run to the processes that Lightning starts
 
 
@@ -55,7 +60,7 @@ def claim(directory: Path, resuming: bool) -> None:
         ValueError: if the directory holds a run.
         OSError: if it cannot be made or written.
     """
-    used = [name for name in ("config.yaml", CHECKPOINTS) if (directory / name).exists()]
+    used = [name for name in (CONFIG, CHECKPOINTS) if (directory / name).exists()]
     if used and not resuming:
         raise ValueError(
             f"{directory} already holds a run ({', '.join(used)}), and one without checkpoints cannot go on in it; "
@@ -100,14 +105,20 @@ class SaveRunConfig(SaveConfigCallback):
             path = unused(Path(trainer.default_root_dir) / f"{name}.yaml")
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(path), skip_unset=False, overwrite=False, multifile=False)
+        if stage == "fit":
+            self.plain_config()
+
+    _plain: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the configuration in plain types, so that a resumed run can be compared with it."""
         checkpoint["config"] = self.plain_config()
 
     def plain_config(self) -> dict[str, Any]:
-        """Return the configuration in plain types."""
-        return plain_config(self.parser, self.config)
+        """Return the configuration in plain types, made once: it takes longer than many a step."""
+        if self._plain is None:
+            self._plain = plain_config(self.parser, self.config)
+        return self._plain
 
 
 class _AppendingWriter(_ExperimentWriter):
@@ -152,7 +163,7 @@ class RunCSVLogger(CSVLogger):
         filename: name of the file in it.
     """
 
-    def __init__(self, directory: Path, filename: str = "metrics.csv") -> None:
+    def __init__(self, directory: Path, filename: str = METRICS) -> None:
         """Keep the names; nothing is written before the first row."""
         super().__init__(save_dir=str(directory), name="", version="", flush_logs_every_n_steps=1)
         self._filename = filename
@@ -197,6 +208,9 @@ class WandbRun:
         entity: user or team; null is the account's own.
         name: name of the run; null is the name of the run directory.
         mode: null goes online with an account on this machine (WANDB_API_KEY or netrc) and offline without one.
+        log_checkpoints: which checkpoints become artifacts of the run, offline too: ``none``; ``best`` or ``last``, the
+            best by the probe or the newest, when the run ends by itself; ``all``, every one when the next is written,
+            and both at the end. Paths are taken out; the copies stay in ``DIR/wandb/checkpoints``.
     """
 
     def __init__(
@@ -205,12 +219,14 @@ class WandbRun:
         entity: str | None = None,
         name: str | None = None,
         mode: Literal["online", "offline", "disabled"] | None = None,
+        log_checkpoints: LogCheckpoints = "none",
     ) -> None:
         """Keep the settings."""
         self.project = project
         self.entity = entity
         self.name = name
         self.mode = mode
+        self.log_checkpoints: LogCheckpoints = log_checkpoints
 
     def logger(self, directory: Path) -> WandbLogger | None:
         """Return the logger of the run in ``directory``, or None where W&B is switched off."""
@@ -218,7 +234,8 @@ class WandbRun:
         if mode == "disabled":
             return None
         online = mode in ("online", "run")
-        return QuietWandbLogger(directory, self.project, self.entity, self.name or directory.name, online)
+        name = self.name or directory.name
+        return QuietWandbLogger(directory, self.project, self.entity, name, online, self.log_checkpoints)
 
 
 def has_wandb_account() -> bool:
@@ -242,12 +259,22 @@ class QuietWandbLogger(WandbLogger):
     falls back to offline; ``wandb sync DIR/wandb/offline-run-*`` sends it later.
     """
 
-    def __init__(self, directory: Path, project: str, entity: str | None, name: str, online: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        project: str,
+        entity: str | None,
+        name: str,
+        online: bool,
+        log_checkpoints: LogCheckpoints = "none",
+    ) -> None:
         """Keep the settings; W&B starts with the first use of ``experiment``."""
         super().__init__(name=name, project=project, save_dir=str(directory), log_model=False)
         self._wandb_init.pop("anonymous", None)  # Lightning passes it on, W&B warns that it means nothing
         self._wandb_init["entity"] = entity
         self._wandb_init["mode"] = "online" if online else "offline"
+        self._log_checkpoints = log_checkpoints
+        self._newest: Path | None = None  # the checkpoint that was saved last, perhaps not yet on disk
 
     @property
     @rank_zero_experiment
@@ -264,7 +291,7 @@ class QuietWandbLogger(WandbLogger):
 
         directory = Path(str(self._wandb_init["dir"]))
         directory.mkdir(parents=True, exist_ok=True)
-        id_file = directory / "wandb_id"
+        id_file = directory / WANDB_ID
         if not id_file.exists():
             with whole_file(id_file) as temporary:
                 temporary.write_text(secrets.token_hex(4))
@@ -297,6 +324,37 @@ class QuietWandbLogger(WandbLogger):
             sending.start()
             sending.join(timeout=30)
 
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Send the checkpoint before this one, which is on disk by now, if all are wanted."""
+        path = Path(checkpoint_callback._last_checkpoint_saved)
+        if path.name in (LAST, BEST):
+            return
+        before, self._newest = self._newest, path
+        if self._log_checkpoints == "all" and before is not None and before != path:
+            self._send(before, [])
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Send what is wanted of a run that has ended by itself; everything is on disk."""
+        if status != "success" or self._newest is None:
+            return
+        if self._log_checkpoints in ("last", "all"):
+            self._send(self._newest, ["last"])
+        if self._log_checkpoints in ("best", "all"):
+            self._send(self._newest.with_name(BEST), ["best"])
+
+    def _send(self, path: Path, aliases: list[str]) -> None:
+        """Send a checkpoint; what cannot be sent is named and does not end the run."""
+        if not path.exists():
+            rank_zero_info(f"{path} does not exist and is not sent to W&B")
+            return
+        import wandb
+
+        try:
+            send_checkpoint(self.experiment, path, Path(str(self._wandb_init["dir"])) / "wandb" / CHECKPOINTS, aliases)
+        except (OSError, ValueError, wandb.errors.Error) as error:
+            rank_zero_info(f"{path} is not sent to W&B: {error}")
+
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
         """Send the hyper-parameters, with whatever looks like a path taken out."""
@@ -309,6 +367,4 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_paths(item) for item in value]
-    if isinstance(value, os.PathLike) or (isinstance(value, str) and ("/" in value or os.sep in value)):
-        return "<path>"
-    return value
+    return TAKEN_OUT if is_path(value) else value

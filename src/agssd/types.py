@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Triple = tuple[int, int, int]
+# Figures of a probe, of which the first that is measured stands for it; AUROC is not among them, for it is NaN where
+# one class is held out.
+PROBE_FIGURES = (
+    "linear_seg_dice",
+    "knn_seg_dice",
+    "linear_cls_balanced_accuracy",
+    "knn_cls_balanced_accuracy",
+)
 
 
 class ParentBatch(TypedDict):

@@ -101,7 +101,7 @@ class ScriptedProbe(OnlineProbe):
         self.dice, self.after = dice, after
         self.steps: list[int] = []
 
-    def _measure(self, trainer: Any, module: Any) -> dict[str, float]:
+    def _measure(self, trainer: Any, module: Any, *given: Any) -> dict[str, float]:
         self.after()
         self.steps.append(trainer.global_step)
         return {"linear_seg_dice": self.dice.get(trainer.global_step, 0.0)}

@@ -1,7 +1,7 @@
 """Two ranks started by Lightning, of which one goes wrong at step 4: ``one_goes_wrong.py WAY CACHE OUT``.
 
-Started by ``test_watchdog.py`` and ``test_non_finite.py``; ``OUT/PID<rank>`` tells the process of each rank,
-``OUT/WRONG`` when it went wrong.
+Started by ``test_watchdog.py``, ``test_non_finite.py`` and ``test_rollback.py``; ``OUT/PID<rank>`` tells the process of
+each rank, ``OUT/WRONG`` when it went wrong.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import lightning.pytorch as L  # noqa: E402
 import recipes  # noqa: E402
 import torch  # noqa: E402
 
+from agssd.callbacks.collapse_monitor import CollapseMonitor  # noqa: E402
 from agssd.callbacks.non_finite import NonFinite  # noqa: E402
+from agssd.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from agssd.callbacks.watchdog import Watchdog  # noqa: E402
 from agssd.methods.dino import DINO  # noqa: E402
-from agssd.run_directory import RunCheckpoint  # noqa: E402
 
 WRONG_AT = 4
 
@@ -38,7 +39,7 @@ class Wrong(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         way, _, rank = self.way.partition("-")
-        if trainer.global_step != WRONG_AT or trainer.global_rank != int(rank or 1):
+        if trainer.global_step != WRONG_AT or trainer.global_rank != int(rank or 1) or (self.out / "WRONG").exists():
             return
         (self.out / "WRONG").write_text(str(time.time()))
         if way == "kill":
@@ -49,6 +50,9 @@ class Wrong(L.Callback):
             raise OSError("the network disk went away")
         elif way == "hang":
             time.sleep(3600)
+        elif way == "teacher":
+            for parameter in pl_module.teacher.parameters():
+                parameter.data.mul_(1.01)
         elif way == "cache":
             with self.cache.open("r+b") as file:
                 file.truncate(4096)
@@ -74,9 +78,14 @@ def main(way: str, cache: Path, out: Path) -> None:
     (out / f"PID{rank}").write_text(str(os.getpid()))
     states = recipes.States()
     callbacks: list[L.Callback] = [
-        Watchdog(stalled_s=8, lost_s=3, grace_s=2, beat_s=0.5), NonFinite(), Wrong(way, cache, out), states,
-        RunCheckpoint(every_n_train_steps=6, dirpath=str(out / "checkpoints")),
+        Watchdog(stalled_s=30 if way.startswith("stop") else 8, lost_s=3, grace_s=2, beat_s=0.5),
+        NonFinite(), Wrong(way, cache, out), states,
+        RunCheckpoint(every_n_train_steps=2 if way == "teacher" else 6, dirpath=str(out / "checkpoints")),
     ]  # fmt: skip
+    if way == "teacher":  # every alarm of figures is off: four samples show little
+        never = {"min_entropy_batch": 0.0, "max_share": 2.0, "min_information": -1.0, "min_feature_std": 0.0}
+        never |= {"soft_rank": 0.0, "hard_rank": 0.0, "max_cosine": 2.0, "min_distance": 0.0, "uniform_margin": 0.0}
+        callbacks.append(CollapseMonitor(2, 4, "rollback", grace=0.0, **never))
     trainer = recipes.trainer(
         *callbacks, max_steps=10, devices=2, strategy="ddp", enable_checkpointing=True, default_root_dir=out
     )

@@ -1,9 +1,10 @@
-"""Real trainings that are made to collapse, each in its own way, raise the alarm of that way; a sound one none."""
+"""Real trainings that are made to collapse, each in its own way, raise the alarm of that way; a sound one does not."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import lightning.pytorch as L
 import pytest
 import recipes
 import torch
+from torch import Tensor, nn
 
 from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.ema_teacher import EMATeacher
+from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.methods.agssd import AGSSD
 from agssd.methods.dino import DINO
-from agssd.run_directory import RunCheckpoint
+from agssd.methods.dinov2 import DINOv2
 
-STEPS = 120
+STEPS = 60
 
 
 def train(
@@ -31,8 +34,8 @@ def train(
     callbacks: tuple[L.Callback, ...] = (),
     momentum: tuple[float | None, float] = (0.8, 1.0),
     **settings: Any,
-) -> tuple[Any, list[dict[str, Any]]]:
-    """Return the module and what was done about it in a run whose batches are edited."""
+) -> tuple[Any, list[dict[str, Any]], L.Trainer]:
+    """Return the module, what was done about it, and the trainer of a run whose batches are edited."""
 
     class Edited(kind):  # type: ignore[misc, valid-type]
         def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -40,16 +43,16 @@ def train(
                 edit(self, batch)
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    own = {"every_n_steps": 10, "min_samples": 24, "grace": 0.3} | (monitor or {})
+    own = {"every_n_steps": 10, "min_samples": 24, "grace": 0.3, "uniform_steps": 20} | (monitor or {})
     module = recipes.build(Edited, **settings)
-    watch = CollapseMonitor(**own)
     trainer = recipes.trainer(
-        EMATeacher(*momentum), watch, *callbacks, teacher=False, max_steps=steps, default_root_dir=out,
-        enable_checkpointing=bool(callbacks),
+        EMATeacher(*momentum), CollapseMonitor(**own), *callbacks, teacher=False, max_steps=steps,
+        default_root_dir=out, enable_checkpointing=bool(callbacks),
     )  # fmt: skip
     trainer.fit(module, recipes.data_module(cache))
     path = out / "actions.jsonl"
-    return module, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return module, done, trainer
 
 
 def alarms(actions: list[dict[str, Any]]) -> set[str]:
@@ -77,37 +80,171 @@ def three_scans(module: Any, batch: dict[str, Any]) -> None:
         value.copy_(module.kept[name][rows])
 
 
-WAYS: dict[str, dict[str, Any]] = {
-    "cls_uniform": {"kind": DINO, "temperature_teacher": (2.0, 2.0), "monitor": {"uniform_steps": 20}},
-    "cls_peaked": {"kind": DINO, "centre_momentum": 1.0, "temperature_teacher": (0.01, 0.01), "lr": 3e-3},
-    "cls_features_lost": {"kind": DINO, "edit": constant},
-    "cls_duplicates": {"kind": DINO, "edit": twins, "monitor": {"max_cosine": 2.0, "hard_rank": 0.0}},
-    "cls_low_rank": {"kind": DINO, "edit": three_scans},
-    "gradient_ratio": {"kind": AGSSD, "weight_reconstruction": 1e4, "steps": 40},
-    "teacher_equal": {"kind": DINO, "momentum": (0.0, 0.0), "steps": 40},
+class Misplaced(AGSSD):
+    """Believes the second view to be cut mirrored."""
+
+    def make_views(self, batch: Any) -> Any:
+        views = super().make_views(batch)
+        views.geometry.globals.affine[:, 1, :3, :3] *= -1
+        return views
+
+
+class Copy(nn.Module):
+    """Hands on the token of the other view that lies nearest."""
+
+    def forward(self, query: Tensor, memory: Tensor, bias: Tensor, forbidden: Tensor | None = None) -> Tensor:
+        nearest = bias.argmax(-1)[..., None].expand(-1, -1, memory.shape[-1])
+        return torch.cat([query[:, :1], memory.gather(1, nearest)[:, 1:].to(query.dtype)], 1)
+
+
+class Copying(AGSSD):
+    """Has a fuser that takes what is hidden from where it can be seen."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.student["fuser"], self.teacher["fuser"] = Copy(), Copy()
+
+
+SOUND: dict[type[Any], dict[str, Any]] = {
+    DINO: {"centre_rule": "balance", "head_centring": True, "lr": 1e-4, "temperature_teacher": (0.04, 0.04)},
+    DINOv2: {"weight_koleo": 1.0, "monitor": {"max_gradient_ratio": 100.0}},
+    AGSSD: {
+        "assignment": "balance", "head_centring": True, "lr": 1e-5, "weight_reconstruction": 1e3,
+        "temperature_student": 0.04, "temperature_patch": (0.02, 0.02),
+        "views": {"overlap": (0.95, 1.0), "num_local": 0},
+    },
+}  # fmt: skip
+# What is done to a sound run, by the alarm that it must raise.
+WAYS: list[tuple[str, type[Any], dict[str, Any]]] = [
+    ("cls_uniform", DINO, {"temperature_teacher": (2.0, 2.0), "temperature_student": 1.0}),
+    ("cls_peaked", DINO, {"centre_rule": "mean", "centre_momentum": 1.0, "head_centring": False, "lr": 3e-3,
+                          "temperature_teacher": (0.01, 0.01)}),
+    ("cls_peaked", DINO, {"centre_rule": "mean", "centre_momentum": 1.0, "head_centring": False, "edit": constant,
+                          "temperature_teacher": (0.1, 0.1)}),
+    ("cls_uninformative", DINO, {"centre_rule": "mean", "centre_momentum": 1.0, "head_centring": False,
+                                 "edit": constant, "temperature_teacher": (0.3, 0.3)}),
+    ("cls_features_lost", DINO, {"edit": constant}),
+    ("cls_duplicates", DINO, {"edit": twins, "monitor": {"max_cosine": 2.0, "hard_rank": 0.0}}),
+    ("cls_low_rank", DINO, {"edit": three_scans}),
+    ("teacher_equal", DINO, {"momentum": (0.0, 0.0)}),
+    ("cls_low_spread", DINOv2, {"weight_koleo": 0.0, "lr": 1e-8, "min_lr": 1e-9}),
+    ("patch_uniform", DINOv2, {"temperature_teacher": (2.0, 2.0), "temperature_student": 1.0}),
+    ("patch_low_rank", DINOv2, {"edit": constant, "weight_koleo": 0.0}),
+    ("gradient_ratio", AGSSD, {"weight_reconstruction": 1e6}),
+    ("correspondence_lost", Misplaced, {}),
+    ("fuser_copies", Copying, {}),
+]  # fmt: skip
+
+
+def settings_of(kind: type[Any], changed: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a sound run of the recipe, with what is changed."""
+    sound = next(settings for of, settings in SOUND.items() if issubclass(kind, of))
+    return sound | changed
+
+
+@lru_cache
+def alarms_of_sound(kind: type[Any], cache: Path, out: Path) -> frozenset[str]:
+    """Return every alarm of a run that nothing was done to."""
+    return frozenset(alarms(train(kind, cache, out, **SOUND[kind])[1]))
+
+
+@pytest.fixture(scope="module")
+def sound(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[type[Any]], frozenset[str]]:
+    folder = tmp_path_factory.mktemp("sound")
+
+    def look(kind: type[Any]) -> frozenset[str]:
+        known = next(of for of in SOUND if issubclass(kind, of))
+        return alarms_of_sound(known, tiny_cache, folder / known.__name__)
+
+    return look
+
+
+@pytest.mark.parametrize(("name", "kind", "changed"), WAYS, ids=[f"{way[0]}-{n}" for n, way in enumerate(WAYS)])
+def test_collapse__a_run_made_to_collapse_raises_its_alarm_and_a_sound_one_does_not(
+    name: str, kind: type[Any], changed: dict[str, Any], sound: Any, tiny_cache: Path, tmp_path: Path
+) -> None:
+    _, done, trainer = train(kind, tiny_cache, tmp_path, **settings_of(kind, changed))
+    assert name in alarms(done), alarms(done)
+    assert name not in sound(kind)
+    assert trainer.global_step == STEPS, "the policy is to warn"
+
+
+# ------------------------------------------------------------------ actions
+
+BEGINS = 25
+
+
+class HotTeacher(DINO):
+    """Has a teacher so hot that its outputs are uniform, until it is cooled by a rollback."""
+
+    def schedules(self, progress: float) -> dict[str, float]:
+        values = super().schedules(progress)
+        if progress * STEPS >= BEGINS and not rolled_back(self):
+            values["temperature_teacher"] = 2.0
+        return values
+
+
+def rolled_back(module: Any) -> bool:
+    return any(factor < 1 for factor in module.eased.values())
+
+
+def air_until_rolled_back(module: Any, batch: dict[str, Any]) -> None:
+    """Air from some step on."""
+    if module.trainer.global_step >= BEGINS and not rolled_back(module):
+        constant(module, batch)
+
+
+def lost_centre(module: Any, batch: dict[str, Any]) -> None:
+    """A centre that lets one prototype win."""
+    if module.trainer.global_step >= BEGINS and not rolled_back(module):
+        module.centre.centre[..., 0] = -100.0
+
+
+def broken_teacher(module: Any, batch: dict[str, Any]) -> None:
+    """Prototypes of the teacher that are no numbers; the guard withholds every step and cannot help."""
+    if module.trainer.global_step >= BEGINS and not rolled_back(module):
+        module.teacher["head"].prototypes.data.fill_(float("nan"))
+
+
+HARD: dict[str, dict[str, Any]] = {
+    "cls_uniform": {"kind": HotTeacher, "temperature_student": 1.0},
+    "cls_peaked": {"kind": DINO, "edit": lost_centre},
+    "cls_features_lost": {"kind": DINO, "edit": air_until_rolled_back},
+    "non_finite": {"kind": DINO, "edit": broken_teacher},
 }
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_collapse__a_run_made_to_collapse_raises_its_alarm(name: str, tiny_cache: Path, tmp_path: Path) -> None:
-    found = alarms(train(cache=tiny_cache, out=tmp_path, **WAYS[name])[1])
-    assert name in found, found
+def run_hard(name: str, policy: str, cache: Path, out: Path) -> tuple[Any, list[dict[str, Any]], L.Trainer]:
+    keep = RunCheckpoint(every_n_train_steps=5, dirpath=str(out / "checkpoints"))
+    own = {
+        "policy": policy,
+        "uniform_steps": 10,
+        "uniform_margin": 0.1,
+        "min_feature_std": 0.0,
+        "min_information": 0.0,
+        "grace": 0.1,
+    }
+    settings = settings_of(HARD[name]["kind"], HARD[name]) | {"monitor": own}
+    return train(cache=cache, out=out, callbacks=(keep,), **settings)
 
 
-def test_collapse__weights_that_are_no_numbers_are_rolled_back(tiny_cache: Path, tmp_path: Path) -> None:
-    """The guard cannot help where the teacher itself is broken: every step is withheld; the alarm can."""
+@pytest.mark.parametrize("name", HARD)
+def test_collapse__stops_a_run_that_collapses(name: str, tiny_cache: Path, tmp_path: Path) -> None:
+    _, done, trainer = run_hard(name, "stop", tiny_cache, tmp_path)
+    (stop,) = (one for one in done if one["action"] == "stop")
+    assert name in stop["alarms"] and BEGINS < stop["step"] == trainer.global_step < STEPS
+    (monitor,) = (one for one in trainer.callbacks if isinstance(one, CollapseMonitor))
+    assert stop["reason"] == monitor.stopped
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == stop["step"], "what is there to look at is kept"
 
-    class Break(L.Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
-            if trainer.global_step == 25 and not watch:
-                watch.append(25)
-                module.teacher["head"].prototypes.data.fill_(float("nan"))
 
-    watch: list[int] = []
-    keep = RunCheckpoint(every_n_train_steps=5, dirpath=str(tmp_path / "checkpoints"))
-    module, done = train(
-        DINO, tiny_cache, tmp_path, callbacks=(Break(), keep), steps=50, monitor={"policy": "rollback", "grace": 0.9}
-    )
+@pytest.mark.parametrize("name", HARD)
+def test_collapse__rolls_a_run_back_that_collapses_and_it_recovers(name: str, tiny_cache: Path, tmp_path: Path) -> None:
+    module, done, trainer = run_hard(name, "rollback", tiny_cache, tmp_path)
     (rollback,) = (one for one in done if one["action"] == "rollback")
-    assert rollback["alarms"] == ["non_finite"] and rollback["from_step"] == 30 and rollback["to_step"] <= 20
+    assert name in rollback["alarms"] and rollback["to_step"] <= BEGINS < rollback["from_step"]
+    lowered = "temperature" if name in ("cls_uniform",) else "lr"
+    assert rollback["lowered"] == lowered and module.eased[lowered] < 1 and trainer.global_step == STEPS
+    assert done[-1] == rollback, "no alarm after it"
     assert all(value.isfinite().all() for value in module.state_dict().values())

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,12 @@ import lightning.pytorch as L
 import pytest
 import recipes
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from agssd.callbacks.collapse_alarms import Alarm
 from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.run_checkpoint import RunCheckpoint
+from agssd.checkpoints import newest_checkpoint
 from agssd.methods.agssd import AGSSD
 from agssd.methods.dino import DINO
 from agssd.methods.simmim import SimMIM
@@ -44,12 +50,21 @@ UNIFORM = Alarm("cls_uniform", True, "the outputs are uniform", "temperature")
 PEAKED = Alarm("cls_peaked", True, "few prototypes", "lr")
 
 
-def fit(kind: type[Any], monitor: L.Callback, cache: Path, out: Path, resume: Path | None = None, **given: Any) -> Any:
+def fit(
+    kind: type[Any],
+    monitor: L.Callback,
+    cache: Path,
+    out: Path,
+    resume: Path | None = None,
+    every: int = EVERY,
+    more: Sequence[L.Callback] = (),
+    **given: Any,
+) -> Any:
     """Return module, data module, record and states after each step of a run with checkpoints."""
     module, data, record, states = recipes.build(kind), recipes.data_module(cache), recipes.Recorder(), recipes.States()
-    keep = RunCheckpoint(every_n_train_steps=EVERY, dirpath=str(out / "checkpoints"))
+    keep = RunCheckpoint(every_n_train_steps=every, dirpath=str(out / "checkpoints"))
     settings: dict[str, Any] = {"max_steps": STEPS, "enable_checkpointing": True, "default_root_dir": out}
-    trainer = recipes.trainer(monitor, record, states, keep, **settings | given)
+    trainer = recipes.trainer(monitor, record, states, *more, keep, **settings | given)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return module, data, record, states.found, trainer
 
@@ -153,6 +168,86 @@ def test_rollback__resumed_after_it_equals_undisturbed(tiny_cache: Path, tmp_pat
         assert torch.equal(resumed[3][-1][name], value), name
 
 
+class Crash(BaseException):
+    """Nothing after it reaches the disk."""
+
+
+def stop_disk(monkeypatch: pytest.MonkeyPatch, event: int) -> list[str]:
+    """From the ``event``-th change of the disk within a rollback on let every one fail; return what was done before."""
+    done: list[str] = []
+    rolled_back, seen = RunCheckpoint.rolled_back, [False]
+
+    def during(*given: Any) -> None:
+        seen[0] = True
+        rolled_back(*given)
+
+    def watch(place: Any, name: str) -> None:
+        call = getattr(place, name)
+
+        def stand_in(*given: Any, **named: Any) -> Any:
+            if seen[0]:
+                if len(done) >= event:
+                    raise Crash(name)
+                done.append(name)
+            return call(*given, **named)
+
+        monkeypatch.setattr(place, name, stand_in)
+
+    monkeypatch.setattr(RunCheckpoint, "rolled_back", during)
+    for name in ("replace", "link", "unlink", "remove", "fsync"):
+        watch(os, name)
+    watch(torch, "save")
+    return done
+
+
+# before each of: save, fsync, replace, fsync, link, replace, fsync, and two renames aside
+@pytest.mark.parametrize("event", [3, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 2, 4, 5, 6, 8))])
+def test_rollback__killed_at_any_moment_of_it_and_resumed_equals_undisturbed(
+    event: int, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft = Alarm("cls_low_rank", False, "soft", "lr")
+    script = {6: soft, 8: soft, 10: UNIFORM}  # back to step 2, which is no longer kept then
+    settings: dict[str, Any] = {"every": 2, "max_steps": 12}
+    whole = fit(DINO, Scripted(script), tiny_cache, tmp_path / "whole", **settings)
+    folder = tmp_path / "cut" / "checkpoints"
+    with monkeypatch.context() as patch:
+        done = stop_disk(patch, event)
+        with pytest.raises(Crash):
+            fit(DINO, Scripted(script), tiny_cache, tmp_path / "cut", **settings)
+    assert len(done) == event
+    found = newest_checkpoint(str(folder))
+    assert found is not None
+    state = found[1]["callbacks"]["CollapseMonitor"]
+    assert found[1]["global_step"] == 8 and state["rollbacks"] == []  # the alarm is raised and answered once more
+    again = Scripted({step: alarm for step, alarm in script.items() if step > 8})
+    resumed = fit(DINO, again, tiny_cache, tmp_path / "cut", resume=Path(found[0]), **settings)
+    assert [one["to_step"] for one in again.rollback.done] == [2]
+    assert resumed[1].undone_steps == whole[1].undone_steps == 8
+    for name, value in whole[4].lightning_module.state_dict().items():
+        assert torch.equal(resumed[4].lightning_module.state_dict()[name], value), name
+    names = [sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) for run in ("whole", "cut")]
+    assert names[0] == names[1]
+
+
+def test_rollback__its_checkpoint_holds_what_stands_after_it_and_is_kept(tiny_cache: Path, tmp_path: Path) -> None:
+    soft = Alarm("cls_low_rank", False, "soft", "lr")
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if monitor.rollback.done and not held:
+                for name in ("step00000002.ckpt", "last.ckpt"):
+                    held.append(torch.load(tmp_path / "checkpoints" / name, weights_only=True))
+
+    monitor, held = Scripted({6: soft, 8: soft, 10: UNIFORM}), list[Any]()
+    fit(DINO, monitor, tiny_cache, tmp_path, every=2, max_steps=11, more=[Look()])
+    for saved in held:
+        assert saved["global_step"] == 2 and saved["agssd"]["eased"]["temperature"] == 0.7
+        state = saved["callbacks"]["CollapseMonitor"]
+        assert state["standing"] == [] and state["uniform_since"] == {} and state["pending"] == {}
+        assert len(state["rollbacks"]) == 1
+    assert len(held) == 2
+
+
 def test_rollback__stops_with_a_report_when_it_cannot_go_on(tiny_cache: Path, tmp_path: Path) -> None:
     early = Scripted({2: UNIFORM})
     assert fit(DINO, early, tiny_cache, tmp_path / "early")[-1].global_step == 2
@@ -175,6 +270,54 @@ def test_rollback__a_checkpoint_under_alarm_is_not_healthy(tiny_cache: Path, tmp
     early = Scripted({8: soft, 10: soft, 12: UNIFORM})
     fit(DINO, early, tiny_cache, tmp_path / "early", max_steps=14)
     assert early.rollback.done[0]["to_step"] == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_rollback__in_half_precision_brings_back_weights_and_scale(
+    precision: str, tiny_cache: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"precision": "bf16-mixed"}
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)  # grows several times in the run
+    if precision == "fp16":
+        given = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+    scales: dict[int, float] = {}
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            scales[len(scales)] = scaler.get_scale()
+
+    monitor = Scripted({14: UNIFORM})
+    module, data, record, states = recipes.build(DINO), recipes.data_module(tiny_cache), Look(), recipes.States()
+    keep = RunCheckpoint(every_n_train_steps=EVERY, dirpath=str(tmp_path / "checkpoints"))
+    trainer = recipes.trainer(
+        monitor, record, states, keep, max_steps=STEPS, enable_checkpointing=True, default_root_dir=tmp_path, **given
+    )
+    trainer.fit(module, data)
+    assert monitor.rollback.done[0]["to_step"] == 8 and trainer.global_step == STEPS
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+    if precision == "fp16":
+        assert scales[14] == scales[8] < scales[13]
+
+
+@pytest.mark.ddp
+def test_rollback__two_ranks_whose_teachers_drifted_apart_go_on_from_the_same_weights(
+    tiny_cache: Path, tmp_path: Path
+) -> None:
+    script = Path(__file__).with_name("one_goes_wrong.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, str(script), "teacher", str(tiny_cache), str(tmp_path)],
+        capture_output=True, text=True, timeout=400, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "actions.jsonl").read_text().splitlines()]
+    assert [line["action"] for line in lines] == ["alarm", "rollback"] and lines[0]["alarm"] == "teacher_ranks"
+    assert (lines[1]["from_step"], lines[1]["to_step"], lines[1]["lowered"]) == (6, 2, "lr")
+    ranks = [torch.load(tmp_path / f"states{rank}.pt", weights_only=True) for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1]) == 6 + 10 - 2
+    pairs = zip(*ranks, strict=True)
+    alike = [all(torch.equal(second[name], value) for name, value in first.items()) for first, second in pairs]
+    assert alike == [True] * 4 + [False] * 2 + [True] * 8
 
 
 def test_rollback__a_recipe_without_teacher_lowers_the_rate_alone() -> None:

@@ -6,10 +6,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -49,7 +51,9 @@ class Stream(pl.LightningDataModule):
         return DataLoader(torch.utils.data.Subset(data, range(first, 4000)), batch_size=size)
 
 
-def fit(folder: Path, steps: int, accumulate: int = 1, stop: int | None = None, **given: Any) -> tuple[Any, Any]:
+def fit(
+    folder: Path | str, steps: int, accumulate: int = 1, stop: int | None = None, plugins: Any = None, **given: Any
+) -> tuple[Any, Any]:
     """Train on from the newest checkpoint of ``folder``; fail in the backward pass after ``stop`` micro-batches."""
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(5)
@@ -67,6 +71,7 @@ def fit(folder: Path, steps: int, accumulate: int = 1, stop: int | None = None, 
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[keep], accumulate_grad_batches=accumulate, default_root_dir=folder,
+        plugins=plugins,
     )  # fmt: skip
     found = newest_checkpoint(str(folder))
     arguments = {"ckpt_path": found[0], "weights_only": True} if found else {}
@@ -153,6 +158,43 @@ def test_run_checkpoint__keeps_the_best_by_a_metric_besides_also_over_an_interru
     _, keep = fit(tmp_path, 10, **settings)
     assert names(tmp_path) == ["last.ckpt", *(f"step{step:08d}.ckpt" for step in (4, 8, 10))]
     assert Path(keep.best_model_path).name == "step00000004.ckpt"
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_run_checkpoint__gradient_scaler_goes_on_where_it_was(tmp_path: Path, stop: int) -> None:
+    def scaled() -> MixedPrecision:
+        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=3))
+
+    fit(tmp_path / "whole", 8, plugins=[scaled()])
+    with pytest.raises(KeyError):
+        fit(tmp_path / "cut", 8, stop=stop, plugins=[scaled()])
+    state = torch.load(tmp_path / "cut/last.ckpt", weights_only=True)["MixedPrecision"]
+    assert (state["scale"], state["_growth_tracker"]) == {3: (16.0, 2), 5: (32.0, 1)}[stop]
+    fit(tmp_path / "cut", 8, plugins=[scaled()])
+    whole, cut = (torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("whole", "cut"))
+    assert cut["MixedPrecision"] == whole["MixedPrecision"] and whole["MixedPrecision"]["scale"] == 64.0
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(cut["state_dict"][name], tensor), name
+
+
+def test_run_checkpoint__at_an_address_it_keeps_resumes_and_sets_aside_alike(tmp_path: Path) -> None:
+    fit(tmp_path / "whole", 9)
+    store, folder = fsspec.filesystem("memory"), "memory://resumed/checkpoints"
+
+    def stored() -> list[str]:
+        return sorted(name.rpartition("/")[2] for name in store.ls("/resumed/checkpoints", detail=False))
+
+    with pytest.raises(KeyError):
+        fit(folder, 9, stop=5)
+    assert stored() == ["last.ckpt", "step00000002.ckpt", "step00000004.ckpt"]
+    with store.open("/resumed/checkpoints/step00000006.ckpt", "wb") as torn:
+        torn.write(b"half")
+    fit(folder, 9)
+    assert stored() == ["last.ckpt", "step00000006.ckpt.aside", "step00000008.ckpt", "step00000009.ckpt"]
+    found = newest_checkpoint(folder)
+    assert found is not None and found[1]["global_step"] == 9
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(found[1]["state_dict"][name], tensor), name
 
 
 def test_run_checkpoint__what_is_later_than_where_it_goes_on_is_set_aside(tmp_path: Path) -> None:

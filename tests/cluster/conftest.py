@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from one_machine import OneMachine, missing
 from paced_runs import Runs
+
+from agssd.commands._slurm_of_one_machine import OneMachine, missing
 
 
 @pytest.fixture(scope="session")

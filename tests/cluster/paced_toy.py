@@ -29,14 +29,29 @@ class PacedToy(L.LightningModule):
         update_ema(self.student, self.teacher, momentum)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Take TOY_STEP_S seconds over a step."""
+        """Take TOY_STEP_S seconds over a step; TOY_ENDLESS=RANK:STEP never ends, TOY_RAISE=STEP fails on every rank."""
         time.sleep(float(os.environ.get("TOY_STEP_S", "0")))
+        if os.environ.get("TOY_ENDLESS") == f"{self.global_rank}:{self.global_step}":
+            endless()
+        if os.environ.get("TOY_RAISE") == str(self.global_step):
+            raise RuntimeError(f"the toy fails at step {self.global_step}")
         image = batch["image"].float().flatten(1)[:, :64].reshape(-1, 8, 8) / 300.0
         target = self.teacher(image) + torch.sin(batch["sample"].float())[:, None, None]
         loss = (nn.functional.dropout(self.student(image), 0.1) - target).square().mean()
         self.log("train/loss", loss, sync_dist=True)
         return loss
 
+    def on_fit_end(self) -> None:
+        """Have the first rank take TOY_END_S seconds longer to end than the others."""
+        if self.global_rank == 0:
+            time.sleep(float(os.environ.get("TOY_END_S", "0")))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return SGD with momentum."""
         return torch.optim.SGD(self.student.parameters(), lr=self.lr, momentum=0.9)
+
+
+def endless() -> None:
+    """Never return."""
+    while True:
+        time.sleep(0.01)

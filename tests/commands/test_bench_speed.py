@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from agssd.commands import bench_speed as bench
+from agssd.commands import _bench_preemption, bench
+from agssd.commands._bench_preemption import Seconds
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -62,10 +64,10 @@ def test_time_probe__seconds_of_probes_and_of_the_default_interval(
     probed: list[int] = []
     original = OnlineProbe._measure
 
-    def measure(self: OnlineProbe, trainer: Any, module: Any) -> Any:
+    def measure(self: OnlineProbe, trainer: Any, module: Any, *given: Any) -> Any:
         probed.append(trainer.global_step)
         time.sleep(0.5)
-        return original(self, trainer, module)
+        return original(self, trainer, module, *given)
 
     monkeypatch.setattr(OnlineProbe, "_measure", measure)
     pairs = _bench_probe.time_probe(2, torch.device("cpu"), tmp_path)
@@ -73,3 +75,28 @@ def test_time_probe__seconds_of_probes_and_of_the_default_interval(
     assert len(pairs) == 2 and _bench_probe.interval() == OnlineProbe().every_n_steps
     for probe, steps in pairs:
         assert probe > 0.5 and steps > 0
+
+
+def test_run__times_that_stand_alone_are_told_with_why_they_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = [Seconds("signal to saved run", 1.25, "one process"), Seconds("requeued", None, "no SLURM here")]
+    monkeypatch.setattr(bench, "_cases", lambda *_: iter(times))
+    assert bench.run(arguments("--rounds", "1", "--out", str(tmp_path))) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["seconds"] for row in rows] == [1.25, None]
+    said = capsys.readouterr().out
+    assert re.search(r"signal to saved run +1\.2 s +one process", said)
+    assert re.search(r"requeued +not measured +no SLURM here", said)
+
+
+@pytest.mark.slow
+def test_time_preemption__a_run_is_saved_within_its_limit_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_bench_preemption, "missing", lambda: "sbatch")
+    saved, again, queued = _bench_preemption.time_preemption(torch.device("cpu"), tmp_path)
+    assert saved.seconds is not None and 0 < saved.seconds < 60
+    assert again.seconds is not None and again.seconds > 0
+    assert queued.seconds is None and "sbatch not found" in queued.note
+    assert len(list((tmp_path / "plain/checkpoints").glob("step*.ckpt"))) == 2

@@ -90,6 +90,17 @@ def test_devices__launcher_started_another_number(tmp_path: Path, monkeypatch: p
     assert "torchrun started 3 process(es)" in finding.problem and "--nproc-per-node" in finding.remedy
 
 
+def test_devices__srun_with_what_lightning_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = place_of(tmp_path / "none.h5", tmp_path, "--trainer.devices", "2")
+    for name, value in {"STEP_ID": "0", "NTASKS": "2", "PROCID": "0", "JOB_NAME": "check"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    finding = checks.devices(place.settings)
+    assert "--ntasks" in finding.problem and "--ntasks-per-node" in finding.remedy
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    assert not checks.devices(place.settings).problem
+
+
 def test_cache__damaged(tiny_cache: Path, tmp_path: Path) -> None:
     torn = tmp_path / "torn.h5"
     torn.write_bytes(tiny_cache.read_bytes()[:5000])
@@ -199,8 +210,22 @@ def test_all_reduce__wrong_sum() -> None:
     assert "leave this host out" in finding.remedy
 
 
-def ranks(count: int, started: Sequence[int], command: list[str], caches: Sequence[Path]) -> list[tuple[int, str]]:
-    """Start some of ``count`` ranks as a launcher would, each with its cache; return codes and output."""
+HANGS = """
+import sys, time
+from agssd.cli import main
+from agssd.data_modules.pretrain import PretrainDataModule
+PretrainDataModule.setup = lambda *given: time.sleep(3600)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def ranks(
+    count: int, started: Sequence[int], command: list[str], own: Sequence[list[str]], hangs: int | None = None
+) -> list[tuple[int, str]]:
+    """Start some of ``count`` ranks as a launcher would, each with options of its own; return codes and output.
+
+    ``hangs`` is a rank that stops when it comes to the cache, and is killed after the others have ended.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -209,15 +234,22 @@ def ranks(count: int, started: Sequence[int], command: list[str], caches: Sequen
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "GROUP_RANK": "0"}
         environment |= {"LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "check", "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-m", "agssd", "check", *command, "--data.cache", str(caches[rank])]
+        program = ["-c", HANGS] if rank == hangs else ["-m", "agssd"]
+        words = [sys.executable, *program, "check", *command, *own[rank]]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         processes.append(subprocess.Popen(words, env=os.environ | environment, **pipes))
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for rank, process in zip(started, processes, strict=True)
+                   if rank != hangs]  # fmt: skip
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, out) for process, out in zip(processes, outputs, strict=True)]
+    codes = [process.returncode for rank, process in zip(started, processes, strict=True) if rank != hangs]
+    return list(zip(codes, outputs, strict=True))
+
+
+def cache_of(*paths: Path) -> list[list[str]]:
+    return [["--data.cache", str(path)] for path in paths]
 
 
 def two_rank_command(folder: Path, *more: str) -> list[str]:
@@ -227,11 +259,11 @@ def two_rank_command(folder: Path, *more: str) -> list[str]:
 
 @pytest.mark.ddp
 def test_check__two_ranks_find_the_same(tiny_cache: Path, tmp_path: Path, make_cache: Callable[..., Path]) -> None:
-    (first, table), (second, nothing) = ranks(2, (0, 1), two_rank_command(tmp_path), [tiny_cache] * 2)
+    (first, table), (second, nothing) = ranks(2, (0, 1), two_rank_command(tmp_path), cache_of(tiny_cache, tiny_cache))
     assert (first, second, nothing) == (0, 0, ""), table
     assert "2 ranks over gloo" in table and "identical on every rank" in table and "finite on all 2" in table
     other = make_cache(tmp_path / "other.h5", num_cases=4, seed=99)
-    (first, table), (second, _) = ranks(2, (0, 1), two_rank_command(tmp_path), [tiny_cache, other])
+    (first, table), (second, _) = ranks(2, (0, 1), two_rank_command(tmp_path), cache_of(tiny_cache, other))
     assert (first, second) == (1, 1), "every rank knows of a failure on one"
     assert "rank 1" in table and "sees another cache" in table
 
@@ -239,10 +271,54 @@ def test_check__two_ranks_find_the_same(tiny_cache: Path, tmp_path: Path, make_c
 @pytest.mark.ddp
 def test_check__a_rank_that_never_comes(tiny_cache: Path, tmp_path: Path) -> None:
     started = time.monotonic()
-    ((code, table),) = ranks(2, (0,), two_rank_command(tmp_path, "--timeout", "5"), [tiny_cache])
+    ((code, table),) = ranks(2, (0,), two_rank_command(tmp_path, "--timeout", "5"), cache_of(tiny_cache))
     assert code == 1
     assert "FAIL  all-reduce" in table and "did not meet" in table and "GLOO_SOCKET_IFNAME" in table
     assert time.monotonic() - started < 120
+
+
+@pytest.mark.ddp
+def test_check__weights_in_parts(tiny_cache: Path, tmp_path: Path) -> None:
+    sharded = ["--trainer.strategy", '{"class_path": "agssd.sharding.ShardedStrategy"}']
+    command = two_rank_command(tmp_path, *sharded)
+    (first, table), (second, _) = ranks(2, (0, 1), command, cache_of(tiny_cache, tiny_cache))
+    assert (first, second) == (0, 0), table
+    assert "2 ranks over gloo" in table and "finite on all 2" in table
+
+
+@pytest.mark.ddp
+def test_check__a_run_directory_that_one_rank_cannot_write(tiny_cache: Path, tmp_path: Path) -> None:
+    own = [[*options, "--trainer.default_root_dir"] for options in cache_of(tiny_cache, tiny_cache)]
+    own[0].append(str(tmp_path / "run"))
+    own[1].append("/proc/agssd")
+    (first, table), (second, nothing) = ranks(2, (0, 1), two_rank_command(tmp_path), own)
+    assert (first, second, nothing) == (1, 1, ""), table
+    failure = next(line for line in table.splitlines() if line.startswith("FAIL"))
+    assert "run directory" in failure and "rank 1 on" in failure
+    assert table.count("FAIL") == 1 and "name a --trainer.default_root_dir" in table
+
+
+@pytest.mark.ddp
+def test_check__run_directories_that_are_not_shared(tiny_cache: Path, tmp_path: Path) -> None:
+    own = [[*options, "--trainer.default_root_dir"] for options in cache_of(tiny_cache, tiny_cache)]
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        own[rank].append(str(tmp_path / str(rank) / "run"))
+    (first, table), (second, _) = ranks(2, (0, 1), two_rank_command(tmp_path), own)
+    assert (first, second) == (1, 1), table
+    assert "rank 1 on" in table and "another folder than that of rank 0" in table and "that all hosts share" in table
+    assert not list(tmp_path.rglob(".agssd-check-*")), "nothing is left behind"
+
+
+@pytest.mark.ddp
+def test_check__a_rank_that_hangs_is_named(tiny_cache: Path, tmp_path: Path) -> None:
+    command = two_rank_command(tmp_path, "--timeout", "30")
+    ((code, table),) = ranks(2, (0, 1), command, cache_of(tiny_cache, tiny_cache), hangs=1)
+    assert code == 1, table
+    failure = next(line for line in table.splitlines() if line.startswith("FAIL"))
+    assert "cache" in failure and f"rank 1 on {socket.gethostname()} did not answer within 30 s" in failure
+    assert "see on that host" in table and "ok    all-reduce" in table
+    assert "not run" in next(line for line in table.splitlines() if "clocks" in line), "nobody waits a second time"
 
 
 def test_run_checks__spares_what_rests_on_a_failure(tiny_cache: Path, tmp_path: Path) -> None:

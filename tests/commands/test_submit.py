@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agssd.cli import main
 from agssd.commands import submit
 
 
@@ -65,3 +67,80 @@ def test_script__devices_must_be_a_number(devices: Any) -> None:
 def test_arguments__what_is_not_ours_goes_to_fit_in_its_order() -> None:
     args = arguments("--time", "60", "--data.cache", "x.h5", "--model", "m.yaml", "--trainer.max_steps=5")
     assert args.of_fit == ["--data.cache", "x.h5", "--model", "m.yaml", "--trainer.max_steps=5"] and args.time == "60"
+
+
+CONF = Path(__file__).parents[2] / "conf"
+TRAINER = {"trainer": {"devices": 2, "num_nodes": 1, "accelerator": "cpu"}, "data": {"init_args": {"num_workers": 3}}}
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the path of a program called sbatch that is the only one there is; the test writes it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path / "bin/sbatch"
+
+
+def write_program(path: Path, lines: str) -> None:
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+
+
+def test_submit__dry_run_shows_the_script_of_the_whole_configuration_and_writes_nothing(
+    sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "my $(touch x) work"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    files = ["--config", str(CONF / "experiment/agssd_small.yaml"), "--cluster", str(CONF / "cluster/ddp2_cpu.yaml")]
+    more = ["--data.cache", "a b.h5", "--data.num_workers", "5", "--trainer.default_root_dir", "my runs/ct"]
+    assert main(["submit", *files, "--dry-run", *more]) == 0
+    assert list(here.iterdir()) == [] and not (tmp_path / "x").exists()
+    text = capsys.readouterr().out
+    for line in ("--ntasks-per-node=2", "--cpus-per-task=6", "--signal=USR1@90", "--requeue", "--open-mode=append"):
+        assert f"#SBATCH {line}\n" in text
+    assert f'#SBATCH --output="{here}/my runs/ct/slurm-%j.log"\n' in text
+    script = tmp_path / "submit.sh"
+    script.write_text(text.replace("exec srun", "exec /bin/echo"))  # the shell takes it apart
+    done = subprocess.run(["/bin/bash", str(script)], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "--cpus-per-task=6 " in done.stdout and "--data.cache a b.h5 " in done.stdout
+    assert f"--trainer.default_root_dir {here}/my runs/ct\n" in done.stdout
+    assert not (here / "x").exists() and not (tmp_path / "x").exists()
+
+
+def test_submit__without_sbatch_is_refused_with_a_remedy(sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "--config", "a.yaml", "--cluster", "c.yaml"]) == 2
+    assert "sbatch is not found" in (said := capsys.readouterr().err) and "--dry-run" in said
+
+
+@pytest.mark.parametrize("content", [pytest.param(None, marks=pytest.mark.slow), "trainer: {devises: 2}\n"])
+def test_submit__cluster_file_that_fit_would_refuse_is_refused_and_nothing_is_left(
+    sbatch: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    write_program(sbatch, "echo 1")
+    cluster = tmp_path / "my cluster.yaml"
+    if content is not None:
+        cluster.write_text(content)
+    experiment = str(CONF / "experiment/agssd_small.yaml")
+    assert main(["submit", "--config", experiment, "--cluster", str(cluster), "--data.cache", "x.h5"]) == 2
+    assert ("my cluster.yaml" if content is None else "devises") in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_submit__script_is_kept_only_if_sbatch_takes_it(
+    sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit, "_resolved", lambda arguments: TRAINER)
+    line = ["submit", "--config", "a.yaml", "--cluster", "c.yaml", "--trainer.default_root_dir", "my runs/ct"]
+    write_program(sbatch, "echo 'invalid partition' >&2; exit 1")
+    assert main(line) == 2
+    assert "sbatch refuses ct: invalid partition" in capsys.readouterr().err
+    assert not list((tmp_path / "my runs/ct").iterdir())
+    write_program(sbatch, "echo '42;here'")
+    for name in ("submit.sh", "submit-2.sh"):  # what ran is never overwritten
+        assert main(line) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"job 42, run directory {tmp_path}/my runs/ct\n")
+        assert f"tail -F '{tmp_path}/my runs/ct'/slurm-42.log" in said and f"my runs/ct/{name}'" in said
+        assert (tmp_path / "my runs/ct" / name).read_text().startswith("#!/bin/bash\n#SBATCH ")

@@ -135,14 +135,13 @@ def parents(cache: Path, samples: list[int]) -> dict[str, Tensor]:
 
 
 class Recorder(L.Callback):
-    """Keeps, per optimiser step: the mean loss of its micro-batches, every term, learning rates and momentum."""
+    """Keeps logged losses, learning rates and decays of every optimiser step, and the samples of every batch."""
 
     def __init__(self) -> None:
         self.losses: list[dict[str, float]] = []
         self.rates: list[list[float]] = []
         self.decays: list[list[float]] = []
         self.samples: list[list[int]] = []
-        self._sums: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Some gradients are 0 but for rounding (biases of keys); Adam would blow them up to the size of a step.
@@ -151,13 +150,9 @@ class Recorder(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.samples.append(batch.sample.tolist() if hasattr(batch, "sample") else [])
-        for name, value in trainer.callback_metrics.items():
-            if name.startswith("train/loss"):
-                share = float(value) / trainer.accumulate_grad_batches
-                self._sums[name] = self._sums.get(name, 0.0) + share
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.losses.append(self._sums)
-            self._sums = {}
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:  # what is logged is the mean of the step by now
+            metrics = trainer.callback_metrics.items()
+            self.losses.append({name: float(value) for name, value in metrics if name.startswith("train/loss")})
             groups = trainer.optimizers[0].param_groups
             self.rates.append([group["lr"] for group in groups])
             self.decays.append([group["weight_decay"] for group in groups])

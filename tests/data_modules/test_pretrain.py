@@ -65,6 +65,15 @@ def test_train_dataloader__delivers_parent_batches_as_stored(tiny_cache: Path) -
     assert batch["sample"].tolist() == [0, 1, 2, 3]
 
 
+def test_dataloaders__workers_start_without_a_draw_from_the_global_random_state(tiny_cache: Path) -> None:
+    data = module(tiny_cache, num_workers=1)
+    data.setup("fit")
+    before = torch.get_rng_state()
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert loader.num_workers == 1 and next(iter(loader))["image"].shape[0] == 4  # type: ignore[union-attr]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_train_dataloader__voxels_are_those_of_the_cache(tiny_cache: Path) -> None:
     data = module(tiny_cache, prob_foreground=0.5)
     (batch,) = batches(data, 1)

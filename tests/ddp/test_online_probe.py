@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import launch
 
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.probe_set import ProbeSet
@@ -23,28 +20,7 @@ pytestmark = pytest.mark.ddp
 
 def on_ranks(number: int, cache: Path, out: Path) -> list[dict[str, float]]:
     """Return what each of so many ranks was told."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path(__file__).with_name("probe_ranks.py")
-    ranks = []
-    for rank in range(number):
-        environment = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(number),
-            "NODE_RANK": "0",
-        }
-        environment |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        with open(out / f"{rank}.log", "w") as log:
-            command = [sys.executable, str(script), str(cache), str(out), str(number)]
-            ranks.append(subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log))
-    try:
-        codes = [rank.wait(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert not any(codes), "\n".join((out / f"{rank}.log").read_text()[-3000:] for rank in range(number))
+    launch("probe_ranks.py", out, str(cache), str(out), str(number), ranks=number)
     return [torch.load(out / f"probe{number}-{rank}.pt", weights_only=True) for rank in range(number)]
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import recipes
 import torch
+from launch import launch
 
 pytestmark = pytest.mark.ddp
 
@@ -20,24 +17,7 @@ pytestmark = pytest.mark.ddp
 def two_ranks(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     """Return what each of two ranks got, one persistent process group for all runs."""
     out = tmp_path_factory.mktemp("two_ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path(__file__).with_name("two_ranks.py")
-    ranks = []
-    for rank in range(2):
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-        environment |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(script), str(tiny_cache), str(out)]
-        with open(out / f"{rank}.log", "w") as log:
-            ranks.append(subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log))
-    try:
-        codes = [rank.wait(timeout=600) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    logs = "\n".join((out / f"{rank}.log").read_text()[-3000:] for rank in range(2))
-    assert codes == [0, 0], logs
+    launch("two_ranks.py", out, str(tiny_cache), str(out))
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -107,7 +107,7 @@ def test_configure_optimizers__decays_matrices_only() -> None:
 
 def test_schedules__depend_on_the_share_of_the_run_alone(tiny_cache: Path) -> None:
     module = recipes.build(AGSSD)
-    for name in module.schedules(0.0):
+    for name in set(module.schedules(0.0)) - {"temperature_cls"}:  # constant until a rollback lowers it
         values = [module.schedules(i / 50)[name] for i in range(51)]
         assert len(set(values)) > 2, f"{name} does not move"
     assert module.progress == 0.0

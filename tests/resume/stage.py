@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 import agssd.lightning_cli
 import agssd.methods.agssd
@@ -103,19 +104,6 @@ PLACES: dict[str, Callable[..., None]] = {
 }
 
 
-def steady_adam() -> None:
-    """Keep Adam from blowing gradients that are 0 but for rounding up to the size of a step; they depend on the cut."""
-    configure = PretrainModule.configure_optimizers
-
-    def stand_in(self: PretrainModule) -> torch.optim.Optimizer:
-        optimizer = configure(self)
-        for group in optimizer.param_groups:
-            group["eps"] = 1e-4
-        return optimizer
-
-    PretrainModule.configure_optimizers = stand_in  # type: ignore[method-assign]
-
-
 def announce_first_step(pipe: int) -> None:
     """Write a byte to ``pipe`` after the first optimiser step."""
     step = PretrainModule.optimizer_step
@@ -153,8 +141,8 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
             if ranks > 1:
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
                 os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+            rank_zero_only.rank = rank  # as where each process imports Lightning for itself
             ViewPanels._draw = lambda *given: None  # type: ignore[method-assign]
-            steady_adam()
             announce_first_step(told)
             if where and where[0] in PLACES and where[1] == rank:
                 PLACES[where[0]](*where[2:])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from undisturbed import SAVES, STEPS, Stage, digest, figures, write_config
+from undisturbed import SAVES, STEPS, Stage, digest, figures, largest_difference, write_config
 
 CUTS = [(1, 1), (1, 4), (2, 1), (2, 4)]  # ranks, accumulated micro-batches
 KILLED = -9
@@ -53,21 +53,30 @@ def moments(ranks: int, accumulate: int) -> list[list[Any]]:
 def kill_and_resume(stage: Stage, run: Path, cut: tuple[int, int], kill: list[Any], whole: Path) -> None:
     """Hold a run that is killed once and started again to one that was not."""
     codes, said = stage.fit(run, *cut, kill=kill)
-    if kill[0] == "time" and KILLED not in codes:  # too late: it had ended
-        pytest.fail(f"{kill}: not killed, {codes}: {said[-2000:]}")
+    while kill[0] == "time" and codes == [0] * cut[0]:  # too late: this run was faster than the one that was timed
+        run, kill = run.with_name(f"{run.name}-again"), ["time", min(kill[1], stage.seconds) / 2]
+        codes, said = stage.fit(run, *cut, kill=kill)
     assert KILLED in codes, f"{kill}: {codes}: {said[-2000:]}"
     codes, said = stage.fit(run, *cut)
     assert codes == [0] * cut[0], f"after {kill}: {said[-3000:]}"
     assert digest(run) == digest(whole), f"other weights after {kill}: {said[-2000:]}"
     assert figures(run) == figures(whole), f"other figures after {kill}: {said[-2000:]}"
-    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert kept == ["last.ckpt", f"step{STEPS - STEPS % SAVES:08d}.ckpt", f"step{STEPS:08d}.ckpt"], kept
+    folder, kept = run / "checkpoints", [f"step{step:08d}.ckpt" for step in (STEPS - STEPS % SAVES, STEPS)]
+    found = sorted(path.name for path in folder.iterdir())
+    if kill[0] == "save" and "is finished" in said:  # a file that was to go may still be there
+        found = [name for name in found if name != f"step{STEPS - STEPS % SAVES - SAVES:08d}.ckpt"]
+    assert found == ["last.ckpt", *kept] and (folder / found[0]).samefile(folder / found[-1]), f"{kill}: {found}"
 
 
 def test_fit__killed_at_a_few_moments_and_started_again_equals_an_undisturbed_run(
     stage: Stage, undisturbed: Callable[[int, int], Path], tmp_path: Path
 ) -> None:
-    few = [((1, 1), ["save", 0, 9]), ((1, 4), ["micro-batch", 0, 5, 3]), ((2, 1), ["teacher", 1, 4])]
+    few = [
+        ((1, 1), ["save", 0, 9]),
+        ((1, 1), ["save", 0, 29]),
+        ((1, 4), ["micro-batch", 0, 5, 3]),
+        ((2, 1), ["teacher", 1, 4]),
+    ]
     for number, (cut, kill) in enumerate(few):
         kill_and_resume(stage, tmp_path / str(number), cut, kill, undisturbed(*cut))
 
@@ -94,7 +103,7 @@ def test_fit__killed_at_25_moments_and_started_again_equals_an_undisturbed_run(
 def test_fit__goes_on_with_another_number_of_devices_on_the_same_samples(
     stage: Stage, undisturbed: Callable[[int, int], Path], tmp_path: Path
 ) -> None:
-    whole = undisturbed(1, 4)
+    whole = undisturbed(1, 1)
     for cut, kill in (((1, 4), ["teacher", 0, 3]), ((2, 4), ["teacher", 1, 5]), ((1, 1), None)):
         codes, said = stage.fit(tmp_path, *cut, kill=kill)
         assert (KILLED in codes) == (kill is not None) and (kill is not None or codes == [0]), said[-3000:]
@@ -102,11 +111,13 @@ def test_fit__goes_on_with_another_number_of_devices_on_the_same_samples(
     assert "step 4 of 7" in said
 
     def told(run: Path, name: str) -> dict[int, float]:
-        """Return a figure by step, the mean over micro-batches."""
-        rows = [(step, float(value)) for step, key, value in figures(run) if key == name]
-        steps = {step for step, _ in rows}
-        return {step: sum(v for s, v in rows if s == step) / sum(s == step for s, _ in rows) for step in steps}
+        return {step: float(value) for step, key, value in figures(run) if key == name}
 
     for name in ("schedule/lr", "schedule/weight_decay", "train/ema_momentum", "data/source0_samples"):
         assert told(tmp_path, name) == told(whole, name) and len(told(whole, name)) == STEPS, name
-    assert told(tmp_path, "train/loss") == pytest.approx(told(whole, "train/loss"), rel=1e-3)
+    # As near as two undisturbed runs that cut the batch in these ways: some 5e-7, where a step moves weights by 1e-3.
+    by_rounding = largest_difference(undisturbed(1, 4), whole)
+    assert 0 < by_rounding < 3e-6
+    assert largest_difference(tmp_path, whole) < 5 * by_rounding
+    assert told(tmp_path, "train/loss") == pytest.approx(told(whole, "train/loss"), rel=1e-6)
+    assert told(undisturbed(1, 4), "train/loss") == pytest.approx(told(whole, "train/loss"), rel=1e-6)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 STEPS, SAVES = 7, 2  # optimiser steps of a run, and from one checkpoint to the next
 # What is measured and not computed, and what Lightning counts.
@@ -97,20 +98,39 @@ class Stage:
         self._process.wait(timeout=30)
 
 
-def digest(run: Path) -> str:
-    """Return a hash of every weight, buffer and optimiser state of the last checkpoint, bit for bit."""
+def states(run: Path) -> dict[str, Tensor]:
+    """Return every weight, buffer and optimiser state of the last checkpoint by name."""
     saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == STEPS
+    found: dict[str, Tensor] = dict(saved["state_dict"])
+    for number, optimiser in enumerate(saved["optimizer_states"]):
+        for parameter, state in optimiser["state"].items():
+            found |= {f"{number} {parameter} {name}": value for name, value in state.items()}
+    return found
+
+
+def digest(run: Path) -> str:
+    """Return a hash of :func:`states`, bit for bit."""
     found = hashlib.sha256()
-    states = [
-        (f"{number} {parameter} {name}", value)
-        for number, optimiser in enumerate(saved["optimizer_states"])
-        for parameter, state in optimiser["state"].items()
-        for name, value in state.items()
-    ]
-    for name, tensor in sorted([*saved["state_dict"].items(), *states]):
+    for name, tensor in sorted(states(run).items()):
         found.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def largest_difference(run: Path, other: Path) -> float:
+    """Return the largest difference between two runs' weights and buffers.
+
+    The bias of attention's keys is left out: it moves no output, so its gradient is 0 but for rounding, which Adam
+    blows up to the size of a step.
+    """
+    differences = []
+    for (name, one), (_, two) in zip(states(run).items(), states(other).items(), strict=True):
+        difference = (one.double() - two.double()).abs()
+        if name.endswith("qkv.bias"):
+            difference = torch.stack(difference.chunk(3))[[0, 2]]  # queries and values
+        if not name[0].isdigit():
+            differences.append(float(difference.max()))
+    return max(differences)
 
 
 def figures(run: Path) -> list[tuple[int, str, str]]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
+from agssd.run_state import ACTIONS as ACTIONS
+from agssd.run_state import now
+
 _LOG = logging.getLogger(__name__)
-ACTIONS = "actions.jsonl"
 
 
 class RunStopped(ValueError):
@@ -29,8 +30,7 @@ def record_action(trainer: pl.Trainer, action: str, **details: Any) -> None:
     if not trainer.is_global_zero:
         return
     path = Path(trainer.default_root_dir) / ACTIONS
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    line = json.dumps({"time": stamp, "step": trainer.global_step, "action": action, **details})
+    line = json.dumps({"time": now(), "step": trainer.global_step, "action": action, **details})
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")

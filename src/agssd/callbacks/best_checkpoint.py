@@ -11,14 +11,9 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from agssd.types import PROBE_FIGURES
+
 PREFIX = "probe/"
-# The first that is measured decides; AUROC is not among them, for it is NaN where one class is held out.
-_BY = (
-    "linear_seg_dice",
-    "knn_seg_dice",
-    "linear_cls_balanced_accuracy",
-    "knn_cls_balanced_accuracy",
-)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -68,7 +63,7 @@ class BestCheckpoint(ModelCheckpoint):
                 else "there is no labelled cache: give one with --online_probe.cache"
             )
             raise ValueError(f"best_checkpoint.figure is {self.figure}, which is not measured in this run; {remedy}")
-        self.monitor = self.figure or next((PREFIX + name for name in _BY if PREFIX + name in measured), None)
+        self.monitor = self.figure or next((PREFIX + name for name in PROBE_FIGURES if PREFIX + name in measured), None)
 
     def probed(self, step: int) -> None:
         """Take note that the figures of ``trainer.callback_metrics`` are those of the weights after ``step`` steps."""

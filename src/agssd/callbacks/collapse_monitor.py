@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import lightning.pytorch as pl
@@ -27,6 +28,7 @@ from agssd.evaluation.collapse import (
     norm_outlier,
     off_diagonal_cosine,
 )
+from agssd.sharding import gathered
 from agssd.types import Easeable, GradientMeasured, Observable, Observations, TeacherStudent
 
 Policy = Literal["warn", "stop", "rollback"]
@@ -201,9 +203,12 @@ class CollapseMonitor(StandingCallback):
     ) -> None:
         """Roll back where that is due; have each term's gradient measured in the step whose end brings a report."""
         if self.active and self.rollback.pending:
-            self.rollback.carry_out(trainer, pl_module)
+            left = self.rollback.carry_out(trainer, pl_module)
             self._standing, self.alarms.uniform_since = set(), {}
             self._step, self._waited, self._window = trainer.global_step, False, _Window(self._window.quota)
+            for callback in trainer.checkpoint_callbacks:
+                if hasattr(callback, "rolled_back"):  # it saves what stands from here on
+                    callback.rolled_back(trainer, left)
         if isinstance(pl_module, GradientMeasured):
             pl_module.measure_gradients = self.active and (trainer.global_step + 1) % self.every_n_steps == 0
 
@@ -235,7 +240,8 @@ class CollapseMonitor(StandingCallback):
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         on_device = self._window.figures(trainer, module)
-        attention = cast(Observable, module).view_panel(0).get("attention")
+        with gathered(module):
+            attention = cast(Observable, module).view_panel(0).get("attention")
         if attention is not None:
             on_device |= attention_figures(attention[0])
         if isinstance(module, TeacherStudent):
@@ -283,18 +289,23 @@ def _without_empty(figures: dict[str, float], scalars: set[str]) -> dict[str, fl
 
 @torch.no_grad()
 def _teacher_figures(module: TeacherStudent) -> dict[str, Tensor]:
-    """Return how far the teacher is from the student, and how far the teachers of the ranks are apart; () each."""
+    """Return how far the teacher is from the student, and how far the teachers of the ranks are apart; () each.
+
+    Where each rank holds another part of them, ranks cannot differ, and only the first is returned.
+    """
     student = [parameter.detach() for parameter in module.student.parameters()]
     teacher = [parameter.detach() for parameter in module.teacher.parameters()]
+    own, size, apart = map(_norm, (teacher, student, torch._foreach_sub(teacher, student)))
+    figures = {"teacher_distance": apart / size.clamp_min(1e-12)}
     if any(isinstance(parameter, DTensor) for parameter in student):
-        return {}  # each rank holds another part
-    norm, size = (torch.stack(torch._foreach_norm(tensors)).double() for tensors in (teacher, student))
-    apart = torch.stack(torch._foreach_norm(torch._foreach_sub(teacher, student))).double()
-    own = torch.linalg.vector_norm(norm)
-    return {
-        "teacher_distance": torch.linalg.vector_norm(apart) / torch.linalg.vector_norm(size).clamp_min(1e-12),
-        "teacher_rank_gap": all_max(own) + all_max(-own),
-    }
+        return figures
+    return figures | {"teacher_rank_gap": all_max(own) + all_max(-own)}
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    norms = torch.stack(torch._foreach_norm(list(tensors)))
+    norm: Tensor = torch.linalg.vector_norm((norms.full_tensor() if isinstance(norms, DTensor) else norms).double())
+    return norm
 
 
 def _rows_of(observations: Observations) -> int:

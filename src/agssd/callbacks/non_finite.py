@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from agssd.callbacks.actions import record_action, stop_run
 from agssd.callbacks.standing import StandingCallback, log_figures, total_steps
 from agssd.evaluation.finite import Finding, first_non_finite, random_state_of
+from agssd.sharding import is_sharded, whole
 from agssd.types import ParentBatch, StepJudged
 
 _LOG = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ class NonFinite(StandingCallback):
 
     A capture is ``DIR/captures/step<N>-rank<R>.pt``: parent crops, keys of the samples, random state, weights,
     configuration; no optimiser, no path, no name of a patient. It is written by each rank whose own loss was not
-    finite, else by the first 8 ranks.
+    finite, else by the first 8 ranks. Where the ranks hold parts of the weights (FSDP2), the first place is left to
+    ``agssd replay``.
 
     Args:
         max_skipped: withheld steps in a row after which the run stops with a report; 0 never stops.
@@ -72,6 +75,7 @@ class NonFinite(StandingCallback):
         self.max_skipped, self.max_skipped_total, self.max_captures = max_skipped, max_skipped_total, max_captures
         self.in_a_row = self.total = self.captured = 0
         self.stopped = ""  # the report, once the run was ended
+        self._found: Finding | None = None  # the last
         self._waiting: _Step | None = None
         self._begun: tuple[dict[str, Tensor], tuple[float, float] | None] = ({}, None)
         self._step = 0
@@ -142,9 +146,11 @@ class NonFinite(StandingCallback):
         what = "loss " + ", ".join(terms[1:] or terms) if terms else "gradient"
         mine = not _finite(local) if terms else trainer.global_rank < _MAX_RANKS
         capture, finding = (None, None)
-        if mine and self.captured < self.max_captures:
-            finding = self._find(trainer, module, step)
-            capture = self._capture(trainer, module, step, what, finding)
+        wanted = mine and self.captured < self.max_captures
+        weights = whole(module.state_dict(), wanted)
+        if wanted:
+            finding = self._found = None if is_sharded(module) else self._find(trainer, module, step)
+            capture = self._capture(trainer, module, step, what, finding, weights)
         log_figures(trainer, {"non_finite/skipped": float(self.total), "non_finite/in_a_row": float(self.in_a_row)})
         self._tell(trainer, step, what, norm, capture, finding)
         too_many = [
@@ -157,10 +163,11 @@ class NonFinite(StandingCallback):
         ]
         if too_many:
             place = Path(trainer.default_root_dir) / CAPTURES
-            found = f"; {finding}" if finding is not None else ""
+            capture = capture or max(place.glob("*.pt"), default=place / "NAME.pt")
+            found = f"; {self._found}" if self._found is not None else ""
             reason = (
                 f"{what} was not finite at step {step.number} and the step was withheld, {' and '.join(too_many)}"
-                f"{found}; {_REMEDY.format(capture or place / 'NAME.pt')}"
+                f"{found}; {_REMEDY.format(capture)}"
             )
             stop_run(trainer, reason, steps_withheld=self.total)
             self.stopped = reason
@@ -209,7 +216,13 @@ class NonFinite(StandingCallback):
                 recipe.mask_ratio = now
 
     def _capture(
-        self, trainer: pl.Trainer, module: pl.LightningModule, step: _Step, what: str, finding: Finding | None
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        step: _Step,
+        what: str,
+        finding: Finding | None,
+        weights: dict[str, Any],
     ) -> Path | None:
         """Write the capture; a disk that is full costs the capture, not the run."""
         self.captured += 1
@@ -223,12 +236,12 @@ class NonFinite(StandingCallback):
             "precision": str(trainer.precision_plugin.precision),
             "what": what,
             "finding": None if finding is None else finding.plain(),
-            "model": _model_settings(trainer),
+            "model": _model_settings(trainer, module),
             "mask_ratio": None if step.mask_ratio is None else list(step.mask_ratio),
             "eased": dict(getattr(module, "eased", {})),
             "random_state": step.random_state,
             "batches": [{key: value.cpu() for key, value in cast(Any, batch).items()} for batch in step.batches],
-            "state_dict": {name: value.detach().cpu() for name, value in module.state_dict().items()},
+            "state_dict": weights,
         }
         partial = path.with_suffix(".pt.partial")
         try:
@@ -246,10 +259,16 @@ def _finite(value: float) -> bool:
     return value - value == 0.0
 
 
-def _model_settings(trainer: pl.Trainer) -> dict[str, Any] | None:
-    """Return the ``model`` group of the run's configuration in plain types; None outside ``agssd fit``."""
+def _model_settings(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any] | None:
+    """Return the ``model`` group of the run's configuration in plain types; None outside ``agssd fit``.
+
+    With the groups that the command line hands to the model, which the configuration states beside it.
+    """
     for callback in cast(Any, trainer).callbacks:
         if hasattr(callback, "plain_config"):
-            settings: dict[str, Any] = callback.plain_config()["model"]
-            return settings
+            config = callback.plain_config()
+            takes = inspect.signature(type(module)).parameters
+            linked = {name: config[name] for name in ("backbone", "views") if name in takes and config.get(name)}
+            model: dict[str, Any] = config["model"]
+            return model | {"init_args": model.get("init_args", {}) | linked}
     return None

@@ -25,6 +25,7 @@ from agssd.evaluation.probe import (
 )
 from agssd.evaluation.probe_features import encode
 from agssd.models.backbone import Backbone, build_fresh
+from agssd.sharding import whole
 from agssd.types import HasBackbone, Triple
 
 _LOG = logging.getLogger(__name__)
@@ -268,9 +269,10 @@ class OnlineProbe(StandingCallback):
         """Return the figures that rank 0 measures, on every rank."""
         figures: dict[str, float] | None = None
         failure: Exception | None = None
+        weights = whole(self._encoder_of(module).state_dict(), trainer.is_global_zero)
         if trainer.is_global_zero:
             try:
-                figures = self._measure(trainer, module)
+                figures = self._measure(trainer, module, weights)
             except Exception as error:  # the other ranks must not wait for ever
                 failure = error
         told = trainer.strategy.broadcast((figures, None if failure is None else str(failure)))
@@ -282,12 +284,11 @@ class OnlineProbe(StandingCallback):
         return figures
 
     @torch.no_grad()
-    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, weights: dict[str, Any]) -> dict[str, float]:
         """Return the figures; the module, its mode and every random state stay as they are."""
         assert self._data is not None
-        kept = self._encoder_of(module)
-        frozen = build_fresh(kept.config)
-        frozen.load_state_dict(kept.state_dict())
+        frozen = build_fresh(self._encoder_of(module).config)
+        frozen.load_state_dict(weights)
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.autocast(module.device.type, enabled=False):
             features = encode(

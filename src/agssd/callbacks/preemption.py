@@ -39,8 +39,9 @@ class Preemption(StandingCallback, Checkpoint):
     A signal to any rank counts and only sets a flag. All ranks learn of it at the end of an optimiser step, when
     teacher, schedules, figures and the other checkpoints of that step are done; with several ranks one step later. For
     that each rank sends its flag after every step over a gloo group of its own and looks at the answer after the next:
-    nobody waits for it, and the accelerator is not involved. The run then leaves by :class:`Preempted`, without the
-    validation, probes and pictures of an ending run. Lightning's handlers of these signals are not installed: one
+    nobody waits for it, and the accelerator is not involved. A validation, which may take long, is broken off or left
+    out; the run that goes on does not repeat it. The run then leaves by :class:`Preempted`, without the validation,
+    probes and pictures of an ending run. Lightning's handlers of these signals are not installed: one
     saves, one communicates, both from inside the handler and into checkpoints of another lineage.
 
     Inert without a checkpoint callback to save by: signals then do what they do to any program.
@@ -61,6 +62,8 @@ class Preemption(StandingCallback, Checkpoint):
         self._question: tuple[dist.Work, Tensor] | None = None
         self._step = 0
         self._stopping = False
+        self._between_steps = False
+        self._questions = 0  # left in this validation
 
     # ------------------------------------------------------------------ hooks
 
@@ -82,6 +85,7 @@ class Preemption(StandingCallback, Checkpoint):
         if not self.active:
             return
         self._step, self._stopping, self._question = trainer.global_step, False, None
+        self._between_steps, self._questions = False, 0
         if world_size() > 1:
             self._group = dist.new_group(backend="gloo")
             # Lightning asks the same of all ranks before every batch, on the device, and waits for the answer there
@@ -91,14 +95,15 @@ class Preemption(StandingCallback, Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if this batch completed an optimiser step and some rank has been told to stop."""
-        if not self.active or self._stopping or trainer.global_step == self._step:
+        if not self.active or self._stopping:
+            return
+        self._between_steps = trainer.global_step != self._step
+        if not self._between_steps:
             return
         self._step = trainer.global_step
         if self._some_rank_was_told():
-            self._stopping = True
+            self._stop()
             cast(SavesOnRequest, self._checkpoint(trainer)).save_before_next(trainer)
-            name = "A signal to another rank" if STOP.received is None else STOP.received[0].name
-            rank_zero_info(f"{name}: the run stops after step {self._step}")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -110,9 +115,38 @@ class Preemption(StandingCallback, Checkpoint):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save and leave before a validation, for which there may be no time."""
         if self._stopping:
-            cast(SavesOnRequest, self._checkpoint(trainer)).save(trainer)
-            rank_zero_info(f"The validation of step {self._step} is left out")
-            raise Preempted(self._step)
+            self._leave_validation(trainer)
+        if not self.active or trainer.sanity_checking or not self._between_steps:
+            return
+        number = torch.tensor(min(sum(trainer.num_val_batches), 2.0**52), dtype=torch.float64)
+        if self._group is not None:  # all ranks ask as often
+            dist.all_reduce(number, op=dist.ReduceOp.MIN, group=self._group)
+        self._questions = int(number)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Save and leave in the middle of a validation."""
+        if self._questions < 1:
+            return
+        self._questions -= 1
+        if self._some_rank_was_told():
+            self._stop()
+            self._leave_validation(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ask no more."""
+        self._questions = 0
+
+    def _stop(self) -> None:
+        self._stopping = True
+        name = "A signal to another rank" if STOP.received is None else STOP.received[0].name
+        rank_zero_info(f"{name}: the run stops after step {self._step}")
+
+    def _leave_validation(self, trainer: pl.Trainer) -> None:
+        cast(SavesOnRequest, self._checkpoint(trainer)).save(trainer)
+        rank_zero_info(f"The validation of step {self._step} is left out")
+        raise Preempted(self._step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the signals back."""

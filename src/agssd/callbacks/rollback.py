@@ -108,8 +108,8 @@ class Rollback:
             return
         stop_run(trainer, self.stopped, alarms=names)
 
-    def carry_out(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Go back; between two optimiser steps, on every rank alike."""
+    def carry_out(self, trainer: pl.Trainer, module: pl.LightningModule) -> int:
+        """Go back, and return the step that was left; between two optimiser steps, on every rank alike."""
         pending, self.pending = self.pending, {}
         folder, left = checkpoint_folder(trainer), trainer.global_step
         assert folder is not None
@@ -127,9 +127,7 @@ class Rollback:
                 *(left, step, ", ".join(pending["alarms"]), pending["lowered"], eased[pending["lowered"]]),
                 *(len(self.done), self.max_rollbacks),
             )
-        for callback in trainer.checkpoint_callbacks:
-            if hasattr(callback, "rolled_back"):
-                callback.rolled_back(trainer, left)
+        return left
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path | None:

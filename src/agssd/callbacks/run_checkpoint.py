@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from agssd.checkpoints import LAST, CheckpointFiles, is_local, list_checkpoints
+from agssd.checkpoints import LAST, CheckpointFiles, is_local, list_checkpoints, set_aside
 from agssd.distributed import all_max
 
 _STEP = re.compile(r"step(\d+)\.ckpt$")
@@ -98,11 +98,12 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the random states: the next batch is made before it starts."""
-        self._note_random_states(trainer)
+        self._random = trainer.global_step, random_states()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the random states."""
-        self._note_random_states(trainer)
+        """Put the random states where they were: a run does not depend on which validations a signal has left out."""
+        if self._random is not None:
+            set_random_states(self._random[1])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Do nothing: the stream has no epochs."""
@@ -115,7 +116,6 @@ class RunCheckpoint(ModelCheckpoint):
     def save_before_next(self, trainer: L.Trainer) -> None:
         """Save the step just done like one of the rhythm; called on every rank at the end of that step."""
         self._asked_for = trainer.global_step
-        self._note_random_states(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the checkpoint of the step just done and drop those that are no longer kept; called on every rank."""
@@ -134,7 +134,7 @@ class RunCheckpoint(ModelCheckpoint):
             return
         if isinstance(files, CheckpointFiles):
             files.link(path, self.last_model_path)
-        stored = sorted({*self._stored(), step})
+        stored = sorted({step, *(of for of in self._stored() if of < step)})  # later ones lie there after a rollback
         kept = {*best, *(stored if self.keep_last == -1 else stored[-self.keep_last :])}
         for old in stored:
             if old not in kept:
@@ -159,10 +159,6 @@ class RunCheckpoint(ModelCheckpoint):
     def _is_due(self, trainer: L.Trainer) -> bool:
         step, rhythm = trainer.global_step, self._every_n_train_steps
         return step == self._asked_for or (rhythm > 0 and step % rhythm == 0)
-
-    def _note_random_states(self, trainer: L.Trainer) -> None:
-        if self._is_due(trainer):
-            self._random = trainer.global_step, random_states()
 
     def _best(self) -> list[int]:
         """Return the steps of the best checkpoints by the metric, the best first."""
@@ -209,7 +205,7 @@ class RunCheckpoint(ModelCheckpoint):
                     callback.load_rank_state(self._restored[name], pl_module.device)
             set_random_states(self._restored["random"])
             self._restored = None
-        if trainer.is_global_zero and is_local(str(self.dirpath)):
+        if trainer.is_global_zero:
             self._begin_at(step, trainer)
 
     def rolled_back(self, trainer: L.Trainer, left: int) -> None:
@@ -224,28 +220,33 @@ class RunCheckpoint(ModelCheckpoint):
             self._random = step, self._random[1]
         self._scores = {of: score for of, score in self._scores.items() if of <= step}
         self.save(trainer)
-        if trainer.is_global_zero and is_local(str(self.dirpath)):
+        if trainer.is_global_zero:
             if isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
                 trainer.strategy.checkpoint_io.wait()
             self._set_aside_after(step)
 
     def _begin_at(self, step: int, trainer: L.Trainer) -> None:
         """Let the files of the folder end at ``step``."""
-        folder = Path(str(self.dirpath))
-        for left in folder.glob("*.tmp"):
-            left.unlink()
+        folder = str(self.dirpath)
+        if is_local(folder):
+            for left in Path(folder).glob("*.tmp"):
+                left.unlink()
         self._set_aside_after(step)
-        loaded, files = trainer.ckpt_path, trainer.strategy.checkpoint_io
-        if loaded and Path(loaded).resolve().parent == folder.resolve() and isinstance(files, CheckpointFiles):
-            files.link(loaded, folder / LAST)
+        loaded, files = str(trainer.ckpt_path or ""), trainer.strategy.checkpoint_io
+        if isinstance(files, CheckpointFiles) and _folder_of(loaded) == _folder_of(os.path.join(folder, LAST)):
+            files.link(loaded, os.path.join(folder, LAST))
 
     def _set_aside_after(self, step: int) -> None:
         """Rename the checkpoints of steps after ``step``: they belong to a part of the run that is left behind."""
         for later in (number for number in self._stored() if number > step):
-            path = Path(self.format_checkpoint_name({"step": torch.tensor(later)}))
-            aside = path.with_name(path.name + ".aside")
-            os.replace(path, aside)
-            rank_zero_info(f"{path} is of a later step than {step}, where this run goes on; it is now {aside.name}")
+            path = self.format_checkpoint_name({"step": torch.tensor(later)})
+            name = set_aside(path)
+            rank_zero_info(f"{path} is of a later step than {step}, where this run goes on; it is now {name}")
+
+
+def _folder_of(path: str) -> str:
+    """Return the folder of a path or address in a form that can be compared; empty for no path."""
+    return str(Path(path).resolve().parent) if is_local(path) else os.path.dirname(path)
 
 
 def _with_rank_state(trainer: L.Trainer) -> list[tuple[str, Any]]:

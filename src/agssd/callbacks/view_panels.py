@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from agssd.callbacks.standing import StandingCallback
+from agssd.sharding import gathered, is_sharded
 from agssd.types import Observable, ViewPanel
 
 
@@ -58,11 +59,14 @@ class ViewPanels(StandingCallback):
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._drawn = self._step
+        if not trainer.is_global_zero and not is_sharded(module):
+            return
+        with gathered(module):
+            panels = self._panels(cast(Observable, module))
         if not trainer.is_global_zero:
             return
         from agssd.callbacks.panel_drawing import save_panels  # matplotlib only where a picture is made
 
-        panels = self._panels(cast(Observable, module))
         path = Path(trainer.default_root_dir) / "panels" / f"step_{self._step:06d}.png"
         save_panels(panels, path, title=f"step {self._step}")
         for logger in trainer.loggers:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, ClassVar, cast
 
@@ -20,11 +21,13 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from agssd.callbacks.preemption import Preempted
 from agssd.callbacks.standing import StandingCallback
 
 _LOG = logging.getLogger(__name__)
 EXIT_STALLED = 75  # of a process that the watchdog ends: temporary failure, worth another start
 _FAILURE = "failure"
+_GONE = -1  # the last beat of a rank that has come to its end
 # What the training loop does, in its order; what comes first holds the others up.
 _READING, _COMPUTING, _GRADIENTS, _ENDING = (
     "reading data, or reporting",
@@ -52,9 +55,12 @@ class Watchdog(StandingCallback):
     Progress is the start or end of a batch, of a validation batch, and of a checkpoint. Where not even the thread comes
     to run, since native code holds the interpreter, faulthandler ends the process a ``lost_s`` later.
 
+    A rank that has finished, or has saved itself because it was told to stop, says so and is not waited for: the others
+    may take their time to write and to close.
+
     A process that is ended so exits with 75. Processes that Lightning has started on this machine are killed with it,
-    stopped ones too; torchrun and SLURM (``--kill-on-bad-exit=1``) do the same for theirs. The strategy's ``timeout``
-    bounds single collectives besides and may stay at its default.
+    stopped ones too; torchrun (30 s later for a stopped one) and SLURM (``--kill-on-bad-exit=1``) do the same for
+    theirs. The strategy's ``timeout`` bounds single collectives besides and may stay at its default.
 
     Args:
         stalled_s: seconds without progress after which the job ends; longer than the slowest validation or probe, the
@@ -95,7 +101,13 @@ class Watchdog(StandingCallback):
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Tell the other ranks why this one ends; say why, if it only ends because another has."""
+        """Tell the other ranks why this one ends; say why, if it only ends because another has.
+
+        A run that was told to stop has not failed: all of its ranks leave alike, and may have to wait for the disk.
+        """
+        if isinstance(exception, Preempted):
+            self._stop()
+            return
         if self._thread is not None:
             self._thread.failed(exception)
         self._stop()
@@ -188,26 +200,42 @@ class _Watch(threading.Thread):
             if cause:
                 self._kill(cause)
             last = time.monotonic()
+        self._say_goodbye()
 
     def end(self) -> None:
         """Stop; the run is over."""
         with self._lock:
             self._ended.set()
             faulthandler.cancel_dump_traceback_later()
+        self.join(self.owner.beat_s)
+
+    def _say_goodbye(self) -> None:
+        """Tell the others not to wait for signs of life."""
+        if self._store is not None:
+            with suppress(Exception):  # of the store, which goes with rank 0
+                self._store.set(str(self.rank), json.dumps({"beat": _GONE, **self._own()}))
 
     def failed(self, error: BaseException) -> None:
         """Tell the others, unless another rank was first, and then say so."""
         if self._store is None:
             return
         text = f"rank {self.rank} ({_place()}) failed at step {self.owner.progress()[1]}: {_brief(error)}"
-        try:
-            first = bytes(self._store.compare_set(_FAILURE, "", text)).decode()
-            if first == text and _is_of_peer(error):
-                first = self._who_is_gone() or first
-        except Exception:  # the store is gone with rank 0
-            first = f"rank 0 does not answer any more; {text}"
+        answer: list[str] = []
+        telling = threading.Thread(
+            target=self._tell, args=(text, error, answer), daemon=True, name="agssd-watchdog-tell"
+        )
+        telling.start()
+        telling.join(self.owner.grace_s + 3 * self.owner.beat_s)
+        first = answer[0] if answer else f"rank 0 or its machine does not answer any more; {text}"
         if first != text:
             _LOG.error("rank %d of %d ends because of another: %s", self.rank, self.world_size, first)
+
+    def _tell(self, text: str, error: BaseException, answer: list[str]) -> None:
+        """Append to ``answer`` what is known to have failed first; nothing where the store is gone with rank 0."""
+        assert self._store is not None
+        with suppress(Exception):  # of the store, whose classes of errors differ by version
+            first = bytes(self._store.compare_set(_FAILURE, "", text)).decode()
+            answer.append((self._who_is_gone() if first == text and _is_of_peer(error) else "") or first)
 
     # ------------------------------------------------------------- the look
 
@@ -276,6 +304,8 @@ class _Watch(threading.Thread):
         gone = []
         for rank, told in self._others().items():
             number, since = self._seen.get(rank, (-1, now))
+            if told["beat"] == _GONE:
+                continue
             if told["beat"] != number:
                 self._seen[rank] = (told["beat"], now)
             elif now - since > self.owner.lost_s:
@@ -307,7 +337,7 @@ class _Watch(threading.Thread):
         gone = [
             f"rank {rank} ({told['where']}) is gone: no sign of life since step {told['step']}"
             for rank, told in self._others().items()
-            if told["beat"] == before.get(rank)
+            if told["beat"] == before.get(rank) != _GONE
         ]
         return "; ".join(gone)
 
@@ -332,9 +362,10 @@ class _Watch(threading.Thread):
         """Say why, show where every thread is, and end this process and those that Lightning has started."""
         if self._ended.is_set():
             return
-        print(f"agssd watchdog: rank {self.rank} of {self.world_size} ends the job: {cause}", file=sys.stderr)
         print("agssd watchdog: where this rank is:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        said = f"agssd watchdog: rank {self.rank} of {self.world_size} ends the job: {cause}"
+        print(said, file=sys.stderr, flush=True)  # last, where a log is read first
         if self.rank != 0:
             time.sleep(min(2 * self.owner.beat_s, 5.0))  # rank 0 knows most and may still say it
         for process in self._children.values():
@@ -370,7 +401,7 @@ def _main_thread() -> tuple[str, bool]:
     stack = traceback.extract_stack(frame, limit=30) if frame is not None else []
     if not stack:
         return "an unknown place", False
-    waits = any(name in one.filename for one in stack[-8:] for name in _COLLECTIVE)
+    waits = any(name in one.filename for one in stack[-2:] for name in _COLLECTIVE)  # DDP calls the step itself, too
     return f"{os.path.basename(stack[-1].filename)}:{stack[-1].lineno} {stack[-1].name}", waits
 
 

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agssd.commands._bench_probe import quiet, write_cache
+from agssd.commands._bench_probe import bench_trainer, quiet, write_cache
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
+    from torch import Tensor
 
 STEPS = 100  # of each half of a round: the default interval between two reports
 
@@ -21,8 +22,9 @@ class _NoGuard:
 
     withheld, on_device = None, False
 
-    def observe(self, *_: Any) -> None:
+    def observe(self, local: Tensor, reduced: Tensor) -> Tensor:
         """Do nothing."""
+        return reduced
 
     def judge(self, *_: Any) -> None:
         """Do nothing."""
@@ -34,7 +36,9 @@ class _NoGuard:
 
 
 def time_monitoring(rounds: int, device: Any, folder: Path) -> list[tuple[float, float]]:
-    """Return per round the seconds of a step with collapse monitor, step guard and watchdog, and without any of them.
+    """Return per round the seconds of a step with everything that watches over a run, and without any of it.
+
+    That is collapse monitor, step guard, throughput, data stream and watchdog.
 
     DINO at the size of conf/experiment/small.yaml, 16 samples per step; all with their defaults. A half round is
     ``STEPS`` steps, among them one report and the micro-batches that it is made from.
@@ -44,11 +48,11 @@ def time_monitoring(rounds: int, device: Any, folder: Path) -> list[tuple[float,
         device: torch device.
         folder: for the cache of simulated volumes.
     """
-    import lightning.pytorch as L
-
     from agssd.callbacks.collapse_monitor import CollapseMonitor
+    from agssd.callbacks.data_stream import DataStream
     from agssd.callbacks.ema_teacher import EMATeacher
     from agssd.callbacks.non_finite import NonFinite
+    from agssd.callbacks.throughput import Throughput
     from agssd.callbacks.watchdog import Watchdog
     from agssd.data_modules.pretrain import PretrainDataModule
     from agssd.methods.dino import DINO
@@ -58,21 +62,14 @@ def time_monitoring(rounds: int, device: Any, folder: Path) -> list[tuple[float,
     cache = folder / "monitoring.h5"
     write_cache(cache)
     pairs: list[tuple[float, float]] = []
-    watching: list[Any] = [CollapseMonitor(every_n_steps=STEPS), NonFinite(), Watchdog()]
+    watching: list[Any] = [CollapseMonitor(every_n_steps=STEPS), NonFinite(), Throughput(), DataStream(), Watchdog()]
     with quiet():
-        trainer: Any = L.Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1 if device.index is None or device.type == "cpu" else [device.index],
-            precision="bf16-mixed",
+        trainer = bench_trainer(
+            device,
             max_steps=2 * (rounds + 1) * STEPS,
-            limit_val_batches=0,
             callbacks=[EMATeacher(), *watching, _switch(watching, pairs, device)],
             default_root_dir=folder,
-            use_distributed_sampler=False,
-            logger=False,
             enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
         module = DINO(
             ViT(1, 8, embed_dim=192, depth=4, num_heads=3),

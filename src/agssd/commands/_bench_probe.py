@@ -36,8 +36,6 @@ def time_probe(rounds: int, device: Any, folder: Path) -> list[tuple[float, floa
         device: torch device.
         folder: for the cache of simulated volumes.
     """
-    import lightning.pytorch as L
-
     from agssd.callbacks.online_probe import OnlineProbe
     from agssd.callbacks.throughput import Throughput
     from agssd.data_modules.pretrain import PretrainDataModule
@@ -49,22 +47,15 @@ def time_probe(rounds: int, device: Any, folder: Path) -> list[tuple[float, floa
     write_cache(cache)
     pairs: list[tuple[float, float]] = []
     with quiet():
-        trainer: Any = L.Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1 if device.index is None or device.type == "cpu" else [device.index],
-            precision="bf16-mixed",
+        trainer = bench_trainer(
+            device,
             max_steps=rounds * STEPS_TIMED,
-            limit_val_batches=0,
             callbacks=[
                 Throughput(every_n_steps=STEPS_TIMED, max_data_wait=1.0),
                 OnlineProbe(every_n_steps=STEPS_TIMED, window_vox=(32, 32, 32), max_time_share=1.0),
                 _reader(pairs),
             ],
-            use_distributed_sampler=False,
-            logger=False,
             enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
         module = SimMIM(
             ViT(1, 8, embed_dim=192, depth=4, num_heads=3),
@@ -72,6 +63,23 @@ def time_probe(rounds: int, device: Any, folder: Path) -> list[tuple[float, floa
         )
         trainer.fit(module, PretrainDataModule(str(cache), (40, 56, 40), 16, num_workers=2))
     return pairs
+
+
+def bench_trainer(device: Any, **settings: Any) -> Any:
+    """Return a trainer for ``device`` that writes and shows nothing by itself."""
+    import lightning.pytorch as L
+
+    return L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1 if device.index is None or device.type == "cpu" else [device.index],
+        precision="bf16-mixed",
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
 
 
 @contextmanager

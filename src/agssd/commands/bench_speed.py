@@ -2,6 +2,7 @@
 
 Both sides of a row are timed in turn, round after round, so that whatever else the machine does meets both. A row gives
 the median time of each side and the median over rounds of their ratio; nothing is compared with another machine's run.
+What an interruption costs has no alternative: its times stand alone, in seconds of one run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
+
+from agssd.commands._bench_preemption import Seconds, time_preemption
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,9 +82,14 @@ def _bench(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     print(f"{describe(device)}, {arguments.rounds} rounds; ratio = other / ours, above 1 ours is faster")
     print(f"{'what':<46} {'ours':>22} {'ms':>9}   {'other':<24} {'ms':>9}  ratio (lowest to highest round)")
-    rows = []
+    rows: list[Row | Seconds] = []
     with TemporaryDirectory() as folder:
         for case in _cases(device, Path(folder), arguments.rounds):
+            if isinstance(case, Seconds):
+                rows.append(case)
+                told = "  not measured" if case.seconds is None else f"{case.seconds:>12.1f} s"
+                print(f"{case.what:<46} {told}   {case.note} (one run)", flush=True)
+                continue
             row = case if isinstance(case, Row) else compare(case, arguments.rounds, device)
             rows.append(row)
             print(
@@ -139,7 +147,7 @@ def _seconds(call: Callable[[], object], device: Any) -> float:
     return time.perf_counter() - started
 
 
-def _cases(device: Any, folder: Path, rounds: int) -> Iterator[Case | Row]:
+def _cases(device: Any, folder: Path, rounds: int) -> Iterator[Case | Row | Seconds]:
     yield from _reading(folder)
     yield from _views(device)
     yield from _encoder(device)
@@ -147,6 +155,8 @@ def _cases(device: Any, folder: Path, rounds: int) -> Iterator[Case | Row]:
     yield from _teacher(device)
     yield _probe(device, folder, rounds)
     yield _monitoring(device, folder, rounds)
+    yield from _saving(device, folder, rounds)
+    yield from time_preemption(device, folder)
 
 
 def _reading(folder: Path) -> Iterator[Case]:
@@ -296,3 +306,15 @@ def _monitoring(device: Any, folder: Path, rounds: int) -> Row:
 
     what = "step with monitors (2 % at a ratio of 0.98)"
     return row_of(what, f"monitored ({STEPS} steps)", "no monitor or guard", time_monitoring(rounds, device, folder))
+
+
+def _saving(device: Any, folder: Path, rounds: int) -> Iterator[Row]:
+    """The stall of a checkpoint beside a write that training waits for, and beside a step."""
+    from agssd.commands._bench_saving import time_saving
+
+    sizes: tuple[Literal["tiny", "small", "base"], ...] = ("tiny", "small" if device.type == "cpu" else "base")
+    for size in sizes:
+        found = time_saving(rounds, device, folder, size)
+        what = f"time to save dino, vit_{size}, {found.megabytes:.0f} MB"
+        yield row_of(what, "stall", "written before going on", list(zip(found.stall, found.waited, strict=True)))
+        yield row_of(what, "stall", "a step", list(zip(found.stall, found.step, strict=True)))

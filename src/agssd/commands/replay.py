@@ -85,7 +85,8 @@ def rebuild(capture: dict[str, Any], device: str, trust_class: bool = False) -> 
     """Return the module of a capture with its weights, in the mode and at the share of the run of its step.
 
     Raises:
-        ValueError: for a capture without configuration, classes outside agssd, or a device that is not there.
+        ValueError: for a capture without configuration, classes outside agssd, another version's classes, or a
+            device that is not there.
     """
     import torch
     from jsonargparse import ArgumentParser
@@ -102,8 +103,12 @@ def rebuild(capture: dict[str, Any], device: str, trust_class: bool = False) -> 
         raise ValueError(f"--device is {device}, but torch sees no CUDA device; use --device cpu")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(PretrainModule, "model")
-    module = parser.instantiate(parser.parse_object({"model": settings})).model
-    module.load_state_dict(capture["state_dict"])
+    try:
+        module = parser.instantiate(parser.parse_object({"model": settings})).model
+        module.load_state_dict(capture["state_dict"])
+    except (argparse.ArgumentError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"the capture does not fit the classes of this version of agssd: {said}") from error
     module.eased |= capture["eased"]
     module.fixed_progress = capture["step"] / capture["total_steps"]
     if capture["mask_ratio"] is not None:

@@ -271,6 +271,7 @@ class PretrainDataModule(L.LightningDataModule):
             prefetch_factor=self.prefetch if workers else None,
             persistent_workers=workers > 0,
             worker_init_fn=outlive_signals,
+            generator=torch.Generator(),  # a resumed run starts workers anew, which must not move the global one
         )
         return cast("DataLoader[ParentBatch]", loader)
 

@@ -46,9 +46,9 @@ class DustbinTransport(nn.Module):
         self.temperature = temperature
         self.iterations = iterations
         if learn_dustbin:
-            self.dustbin = nn.Parameter(torch.tensor(dustbin))
+            self.dustbin = nn.Parameter(torch.tensor([dustbin]))  # (1,): FSDP2 takes no scalars
         else:
-            self.register_buffer("dustbin", torch.tensor(dustbin))
+            self.register_buffer("dustbin", torch.tensor([dustbin]))
 
     def forward(self, cosines: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
         """Return the logarithm of the plan, (B, M + 1, N + 1) float32, the dustbin last.

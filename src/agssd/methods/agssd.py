@@ -524,9 +524,10 @@ class AGSSD(PretrainModule):
         own = nn.functional.normalize(pick(step.tokens, hidden).float(), dim=-1, eps=1e-6)
         other = pick(step.tokens, 1 - hidden).float()
         aligned = nn.functional.normalize(sample_tokens(other, self.grid, u), dim=-1, eps=1e-6)
-        mean_other = nn.functional.normalize(other, dim=-1, eps=1e-6).mean(1, keepdim=True)
+        weight = valid[..., None].float()  # random ones are interpolated too, which alone makes tokens more alike
+        mean_aligned = (weight * aligned).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
         figures["cosine_corresponding"] = _mean_where((own * aligned).sum(-1), valid)
-        figures["cosine_random"] = _mean_where((own * mean_other).sum(-1), valid)
+        figures["cosine_random"] = _mean_where((own * mean_aligned).sum(-1), valid)
         if step.fused is not None:
             chosen = counts & valid.gather(1, step.index)
             plain = _mean_where(step.plain, chosen)

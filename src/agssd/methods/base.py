@@ -17,10 +17,13 @@ from agssd.models.backbone import Backbone
 from agssd.models.ema import update_ema
 from agssd.models.step_guard import StepGuard
 from agssd.schedules import cosine, warmup_cosine
+from agssd.sharding import is_sharded, refuse_other_sharding, shard
 from agssd.transforms.edges import standardise
 from agssd.transforms.keyed_random import KeyedRandom, drop_path_noise
 from agssd.transforms.masking import TEACHER_SCORES, MaskSampler
 from agssd.types import LossTerms, ParentBatch
+
+_STEPS = ("training_step", "validation_step", "total_loss")
 
 
 class PretrainModule(L.LightningModule, ABC):
@@ -68,6 +71,7 @@ class PretrainModule(L.LightningModule, ABC):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        self._method = f"{type(self).__module__}.{type(self).__qualname__}"  # FSDP2 will change the class
         self.lr = lr
         self.min_lr = min_lr
         self.warmup = warmup
@@ -87,6 +91,10 @@ class PretrainModule(L.LightningModule, ABC):
     @abstractmethod
     def pretrain_loss(self, views: Any) -> LossTerms:
         """Return the loss of one micro-batch; a mean over its samples."""
+
+    def total_loss(self, views: Any) -> Tensor:
+        """Return the total of :meth:`pretrain_loss`, also where weights lie in parts on several ranks."""
+        return self.pretrain_loss(views).total
 
     def after_optimizer_step(self) -> None:
         """Do what happens once per optimiser step after the weights moved; recipes move their centres here."""
@@ -249,8 +257,29 @@ class PretrainModule(L.LightningModule, ABC):
         """
         if stage != "fit" or not self.compile_encoder:
             return
-        for network in (self.student, self.teacher) if self.has_teacher else (self.student,):
-            cast(Backbone, network["backbone"]).compile_blocks()
+        for encoder in self._encoders():
+            encoder.compile_blocks()
+
+    def configure_model(self) -> None:
+        """Spread student and teacher alike over the ranks, where the strategy asks for it.
+
+        Raises:
+            ValueError: for a strategy that shards in another way.
+        """
+        refuse_other_sharding(None if self._trainer is None else self.trainer.strategy)
+        if self._device_mesh is None or is_sharded(self):
+            return
+        if self.compile_encoder:
+            raise ValueError("model.compile is true, which ShardedStrategy was never tried with; set it to false")
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        last_layers = [names[id(parameter)] for parameter in self.last_layers]
+        parts = [part for encoder in self._encoders() for part in encoder.shardable_parts()]
+        shard(self.to(torch.device(self._device_mesh.device_type)), parts, _STEPS, self._device_mesh["data_parallel"])
+        self.last_layers = tuple(self.get_parameter(name) for name in last_layers)
+
+    def _encoders(self) -> list[Backbone]:
+        networks = (self.student, self.teacher) if self.has_teacher else (self.student,)
+        return [cast(Backbone, network["backbone"]) for network in networks]
 
     def on_fit_start(self) -> None:
         """Refuse a run whose teacher nobody moves.
@@ -297,30 +326,31 @@ class PretrainModule(L.LightningModule, ABC):
             return self.make_views(batch)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch and log its terms, averaged over ranks."""
+        """Return the loss of one micro-batch and log the terms of the step, averaged over micro-batches and ranks."""
         loss = self.pretrain_loss(batch)
         with torch.autocast(self.device.type, enabled=False):  # a norm, not a step: in full precision
             self.gradient_norms = gradient_norms(loss, self.weights) if self.measure_gradients else {}
-        self._guard.observe(loss.total, self._log_terms("train", loss))
+        self._log_terms("train", self._guard.observe(loss.total, self._over_ranks(loss)))
         self.log_dict({f"schedule/{name}": value for name, value in self._scheduled_now().items()})
         return loss.total
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the same terms on fixed crops of the validation split; nothing is updated."""
-        self._log_terms("val", self.pretrain_loss(batch))
+        self._log_terms("val", self._over_ranks(self.pretrain_loss(batch)))
 
     def _scheduled_now(self) -> dict[str, float]:
         """Return the numbers of the step under way; learning rate and weight decay belong to its end."""
         at_end = self.scheduled(min((self.trainer.global_step + 1) / self.total_steps, 1.0))
         return self.scheduled(self.progress) | {name: at_end[name] for name in ("lr", "weight_decay")}
 
-    def _log_terms(self, stage: str, loss: LossTerms) -> Tensor:
-        """Log the total loss and its terms over all ranks, and return them as (1 + terms,) float32."""
-        self.loss_names = names = ("loss", *(f"loss_{name}" for name in loss.terms))
-        values = all_sum(torch.stack([loss.total, *loss.terms.values()]).detach().float()) / world_size()
-        figures = {f"{stage}/{name}": value for name, value in zip(names, values.unbind(), strict=True)}
+    def _over_ranks(self, loss: LossTerms) -> Tensor:
+        """Return the total loss and its terms, averaged over ranks, as (1 + terms,) float32."""
+        self.loss_names = ("loss", *(f"loss_{name}" for name in loss.terms))
+        return all_sum(torch.stack([loss.total, *loss.terms.values()]).detach().float()) / world_size()
+
+    def _log_terms(self, stage: str, values: Tensor) -> None:
+        figures = {f"{stage}/{name}": value for name, value in zip(self.loss_names, values.unbind(), strict=True)}
         self.log_dict(figures, prog_bar=stage == "train", on_step=stage == "train", on_epoch=stage == "val")
-        return values
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set learning rate and weight decay of this step; keep frozen prototypes out of it altogether.
@@ -347,7 +377,7 @@ class PretrainModule(L.LightningModule, ABC):
         data = getattr(self._trainer, "datamodule", None)
         contract, seen = getattr(data, "contract", None), getattr(data, "seen", None)
         checkpoint["agssd"] = {
-            "method": f"{type(self).__module__}.{type(self).__qualname__}",
+            "method": self._method,
             "backbone": self.backbone.config,
             "state_prefix": f"{'teacher' if self.has_teacher else 'student'}.backbone.",
             "contract": contract if contract is None or seen is None else contract | {"seen": seen},

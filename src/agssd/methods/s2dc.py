@@ -245,7 +245,7 @@ class S2DC(PretrainModule):
                 "overlap": views.geometry.overlap.mean(),
                 "valid_pairs": pairs.paired.float().sum(1).mean(),
                 "log_pair_mass": mean_where(matched.log_mass, pairs.paired).mean(),
-                "dustbin": cast(DustbinTransport, self.student["transport"]).dustbin.detach().clone(),
+                "dustbin": cast(DustbinTransport, self.student["transport"]).dustbin.detach().squeeze().clone(),
                 "dustbin_share_paired": mean_where(share, pairs.paired).mean(),
                 "dustbin_share_lost": masked_mean(share, pairs.lost_rows),
                 "matching_margin": matched.margin.mean(),

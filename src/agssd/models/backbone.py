@@ -193,6 +193,13 @@ class Backbone(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} cannot be compiled; set model.compile to false")
 
+    def shardable_parts(self) -> list[nn.Module]:
+        """Return large modules whose parameters are read in their own ``forward`` alone; may be empty.
+
+        FSDP2 gathers these one by one, and everything else for the whole of a step.
+        """
+        return []
+
     def no_weight_decay(self) -> set[str]:
         """Return names of parameters that must not decay beyond biases and norms (tokens)."""
         return set()

@@ -27,9 +27,10 @@ class StepGuard:
         self.on_device = False
         self.local: Tensor | None = None  # (): total loss of this rank, summed over micro-batches
         self.reduced: Tensor | None = None  # (T,): total and terms, summed over micro-batches and ranks
+        self.num_batches = 0  # micro-batches of the step under way
 
-    def observe(self, local: Tensor, reduced: Tensor) -> None:
-        """Take a micro-batch's loss into account.
+    def observe(self, local: Tensor, reduced: Tensor) -> Tensor:
+        """Take a micro-batch's loss into account, and return the mean of ``reduced`` over those of this step.
 
         Args:
             local: () total loss of this rank.
@@ -38,6 +39,8 @@ class StepGuard:
         local, reduced = local.detach().float(), reduced.detach()
         self.local = local if self.local is None else self.local + local
         self.reduced = reduced if self.reduced is None else self.reduced + reduced
+        self.num_batches += 1
+        return self.reduced / self.num_batches
 
     def judge(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Decide on the step whose gradients are complete; withhold it from ``optimizer`` if it is not finite.
@@ -55,6 +58,7 @@ class StepGuard:
         figures = torch.cat([norm.reshape(1), *losses])
         self.withheld = all_max((~figures.isfinite()).any().float())
         self.local = self.reduced = None
+        self.num_batches = 0
         self.on_device = stays_on_device(self.withheld.device, parameters)
         if self.on_device:
             optimizer.found_inf = self.withheld  # type: ignore[attr-defined]

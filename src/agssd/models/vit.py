@@ -265,6 +265,10 @@ class ViT(Backbone):
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True, backend=backend)
 
+    def shardable_parts(self) -> list[nn.Module]:
+        """Return every block but the last, whose queries and keys the attention of [CLS] reads."""
+        return list(self.blocks[:-1])
+
     def position(self, grid: Triple) -> Tensor:
         """Return the additive position code (N, E) float32 of a token grid, scaled, on the device of the weights."""
         device = self.mask_token.device

@@ -66,6 +66,7 @@ def _on_this_rank(fit: Fit, strategy: Any, first: Finding, timeout: float) -> in
         found[_MEETING] = Finding("", f"the ranks did not meet: {first_line(error)}", remedy)
         return _report(found, strategy.global_rank)
     try:
+        fit.model.configure_model()  # in parts, if the strategy asks for it
         fit.model.to(place.device).train()
         found |= run_checks(CHECKS, place)
         return _report(found, place.rank)

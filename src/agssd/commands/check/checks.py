@@ -12,11 +12,13 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from agssd.commands._forecast import bytes_text
 from agssd.commands.check.table import Check, Finding, Place, Told, of_rank
@@ -62,6 +64,8 @@ def devices(settings: Any) -> Finding:
             "start one process per device (SLURM: --ntasks-per-node, torchrun: --nproc-per-node), or change "
             "trainer.devices and trainer.num_nodes",
         )
+    if by == "srun" and (started or 1) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        return Finding(value, "srun was given --ntasks, which Lightning refuses", "give --ntasks-per-node in its place")
     return Finding(value)
 
 
@@ -183,24 +187,49 @@ def kept_checkpoints(settings: Any) -> int:
     return int(kept) + 3  # last.ckpt, the best, and the one that is being written
 
 
-def try_run_directory(place: Place) -> tuple[int, int, int, float]:
-    """Return bytes of a checkpoint, how many are kept, bytes free, and on rank 0 bytes written per second."""
-    folder = _existing(place.run_directory)
+def try_run_directory(place: Place) -> tuple[int, int, int, float, bool]:
+    """Write a file; return what :func:`judge_run_directory` judges.
+
+    Returns:
+        bytes of a checkpoint, how many are kept, bytes free, bytes written per second, and whether this rank sees the
+        file of rank 0.
+    """
     size, kept = checkpoint_bytes(place), kept_checkpoints(place.settings)
-    if place.rank:
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"no permission to write in {folder}")
-        return size, kept, shutil.disk_usage(folder).free, math.inf
-    block = os.urandom(2**20)
-    blocks = max(1, min(_TRIAL_BYTES, size) // len(block))
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".agssd-check-") as file:
-        started = time.perf_counter()
-        for _ in range(blocks):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        speed = blocks * len(block) / (time.perf_counter() - started)
-    return size, kept, shutil.disk_usage(folder).free, speed
+    with ExitStack() as files:
+        name, failure, speed = "", None, 0.0
+        try:
+            folder = _existing(place.run_directory)
+            file = files.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".agssd-check-"))
+            name, speed = Path(file.name).name, _write_speed(file, 1 if place.rank else min(_TRIAL_BYTES, size))
+        except OSError as error:
+            failure = error
+        first = place.gather(name)[0]  # also from ranks that fail: the others wait for it
+        sees = not first or failure is not None or _appears(folder / first)
+        place.gather(None)  # the file stays until all have looked
+    if failure is not None:
+        raise failure
+    return size, kept, shutil.disk_usage(folder).free, speed, sees
+
+
+def _write_speed(file: Any, size: int) -> float:
+    """Return bytes per second with which at least ``size`` bytes reach the disk."""
+    block = os.urandom(min(size, 2**20))
+    blocks = max(1, size // len(block))
+    started = time.perf_counter()
+    for _ in range(blocks):
+        file.write(block)
+    file.flush()
+    os.fsync(file.fileno())
+    return blocks * len(block) / (time.perf_counter() - started)
+
+
+def _appears(path: Path) -> bool:
+    """Return whether ``path`` comes into sight; a network file system may take some seconds to show it."""
+    for _ in range(50):
+        if path.exists():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _existing(folder: Path) -> Path:
@@ -215,7 +244,14 @@ def _existing(folder: Path) -> Path:
 
 def judge_run_directory(told: Sequence[Told]) -> Finding:
     """Checkpoints must have room, and one must be written in time."""
-    size, kept, _, speed = told[0].value
+    size, kept, _, speed, _ = told[0].value
+    blind = next((one for one in told if not one.value[4]), None)
+    if blind is not None:
+        return Finding(
+            "",
+            f"{of_rank(blind, len(told))}another folder than that of rank 0, so checkpoints of rank 0 are not there",
+            "name a --trainer.default_root_dir that all hosts share",
+        )
     free = min(one.value[2] for one in told)
     if free < size * kept:
         problem = f"{bytes_text(free)} free, {kept} checkpoints of {bytes_text(size)} need {bytes_text(size * kept)}"
@@ -318,9 +354,11 @@ def one_step(place: Place) -> str:
     views = model.on_after_batch_transfer({name: part.to(place.device) for name, part in crops.items()}, 0)
     dtype = autocast_of(trainer.precision)
     with torch.autocast(place.device.type, dtype, dtype is not None):
-        loss = model.pretrain_loss(views).total
+        loss = model.total_loss(views)
     loss.backward()
-    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    own = [(name, g.to_local() if isinstance(g, DTensor) else g) for name, g in gradients]
+    wrong = [name for name, gradient in own if not bool(gradient.isfinite().all())]
     model.zero_grad()
     if not bool(loss.isfinite()):
         raise ValueError(f"the loss is {float(loss.detach())}")

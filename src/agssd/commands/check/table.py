@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+
+
+class RanksLost(Exception):
+    """Some ranks do not answer any more; the text names them where this rank can tell."""
 
 
 class Finding(NamedTuple):
@@ -46,19 +51,37 @@ class Place:
     timeout: float = 60.0
     host: str = field(default_factory=socket.gethostname)
     talk: Any = None  # gloo group beside the training's own, by which ranks tell what they found
+    hosts: list[str] = field(default_factory=list)  # of all ranks, once connected
 
     def connect(self) -> None:
         """Open the group by which findings travel."""
         if self.world_size > 1:
             self.talk = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
+            self.hosts = self.gather(self.host)
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, on every rank."""
+        """Return the values of all ranks, on every rank.
+
+        Raises:
+            RanksLost: if some do not come in time; rank 0 knows which.
+        """
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.talk)
+        try:
+            dist.monitored_barrier(self.talk, timedelta(seconds=self.timeout), wait_all_ranks=True)
+            dist.all_gather_object(values, value, group=self.talk)
+        except RuntimeError as error:
+            raise RanksLost(self._who_is_lost(error)) from error
         return values
+
+    def _who_is_lost(self, error: RuntimeError) -> str:
+        named = re.search(r"[Rr]anks? ((?:\d+(?:, *)?)+) failed to pass", str(error))
+        if named is None or not self.hosts:
+            return f"ranks lost each other: {first_line(error)}"
+        lost = [int(rank) for rank in named[1].replace(",", " ").split()]
+        who = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in lost)
+        return f"{who} did not answer within {self.timeout:g} s"
 
 
 class Told(NamedTuple):
@@ -91,26 +114,39 @@ class Check(NamedTuple):
 def run_checks(checks: Sequence[Check], place: Place) -> dict[str, Finding | None]:
     """Return the findings by name, the same on every rank; None for a check that another's failure has forestalled."""
     found: dict[str, Finding | None] = {}
+    lost = False
     for check in checks:
         failed = [name for name in check.needs if (finding := found.get(name)) is None or finding.problem]
-        found[check.name] = None if failed else run_check(check, place)
+        try:
+            found[check.name] = None if lost or failed else run_check(check, place)
+        except RanksLost as error:
+            found[check.name], lost = Finding("", str(error), _LOST_REMEDY), True
     return found
 
 
 def run_check(check: Check, place: Place) -> Finding:
-    """Measure on every rank, tell each other, and judge."""
+    """Measure on every rank, tell each other, and judge.
+
+    Raises:
+        RanksLost: if some do not tell.
+    """
     try:
         told = Told(place.rank, place.host, check.measure(place))
+    except RanksLost:
+        raise
     except Exception as error:  # whatever goes wrong here is what the check is for
         told = Told(place.rank, place.host, None, first_line(error))
-    try:
-        everyone = place.gather(told)
-    except Exception as error:
-        return Finding("", f"ranks lost each other: {first_line(error)}", check.remedy)
+    everyone = place.gather(told)
     wrong = [other for other in everyone if other.error]
     if wrong:
         return Finding("", f"{of_rank(wrong[0], len(everyone))}{wrong[0].error}", check.remedy)
     return check.judge(everyone)
+
+
+_LOST_REMEDY = (
+    "see on that host whether the process was killed or waits for a disk (dmesg, ps), and leave the host out if so; "
+    "where it is only slower than the others, give a longer --timeout"
+)
 
 
 def of_rank(told: Told, ranks: int) -> str:

@@ -29,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="to plan for (default: what the trainer would take)")
     parser.add_argument("--memory-gib", type=float, help="memory of one device (default: of the one that is here)")
     parser.add_argument("--reserve", type=float, default=0.1, help="share of it that is kept free (default: 0.1)")
-    parser.add_argument("--measure", action="store_true", help="take real steps here, compare, and derive the speed")
+    parser.add_argument(
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        help="take real steps here, compare, and derive the speed (default: where the device is a GPU that is here)",
+    )
     parser.add_argument("--tflops", type=float, help="TFLOP/s that one device sustains, from which to derive the speed")
     parser.add_argument("--link-gb-s", type=float, help="GB/s that each GPU sends (default: communication is free)")
     parser.add_argument("--price-per-gpu-hour", type=float, help="in any currency")
@@ -235,13 +239,24 @@ class _Plan:
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
     def _measured(self, peak: int) -> Measured | None:
-        if not self.arguments.measure:
+        import torch
+
+        wanted = self.arguments.measure
+        by_itself = wanted is None and self.device == "cuda" and torch.cuda.is_available() and not self.arguments.tflops
+        if not wanted and not by_itself:
             self.assumptions.append("memory was not checked against a real step (--measure)")
             return None
         from agssd.commands.plan.measure import measure_in_child
 
         of_fit = [*self.arguments.of_fit, *([] if self.with_cache else ["--data.cache", _NO_CACHE])]
-        measured = measure_in_child(of_fit, self.batch, self.device)
+        try:
+            measured = measure_in_child(of_fit, self.batch, self.device)
+        except ValueError as error:
+            if not by_itself:
+                raise
+            print(f"measured: {error}")  # a batch that does not fit here is no failure of the plan
+            self.assumptions.append("memory was not checked against a real step, which failed")
+            return None
         print(
             f"measured: {measured.bytes / 2**20:.1f} MiB at the peak, "
             f"planned {100 * (peak / measured.bytes - 1):+.1f} %; {measured.seconds:.3f} s per micro-batch"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel")
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/local/sbin"  # where Debian puts the daemons
 
 _CONF = """
@@ -40,7 +43,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
 OverTimeLimit=0
-KillWait=20
+KillWait=60
 ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 NodeHostname={host} CPUs=4 State=UNKNOWN
 PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
@@ -50,6 +53,11 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 def missing() -> str:
     """Return the programs of SLURM that are not installed, an empty string where it is whole."""
     return ", ".join(name for name in PROGRAMS if shutil.which(name, path=_PATH) is None)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process with the one that starts it, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_ports(number: int) -> list[int]:
@@ -97,9 +105,12 @@ class OneMachine:
         program = shutil.which(name, path=_PATH)
         assert program is not None
         log = (self.folder / f"{name}.out").open("wb")
-        self._daemons.append(subprocess.Popen([program, *arguments], env=self.environment, stdout=log, stderr=log))
+        command = [program, *arguments]
+        self._daemons.append(
+            subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, preexec_fn=_end_with_parent)
+        )
 
-    def _wait(self, ready: object, what: str, seconds: float = 30.0) -> None:
+    def _wait(self, ready: object, what: str, seconds: float = 120.0) -> None:
         assert callable(ready)
         ends = time.monotonic() + seconds
         while not ready():
@@ -121,17 +132,21 @@ class OneMachine:
         return fields.get("JobState", "")
 
     def stop(self) -> None:
-        """Cancel what runs and end the daemons."""
-        self.call("scancel", "--user", getpass.getuser())
-        ends = time.monotonic() + 10
-        while self.call("squeue", "-h", "-t", "all", "-o", "%T").replace("\n", " ").count("ING") and (
-            time.monotonic() < ends
-        ):
-            time.sleep(0.2)
-        for daemon in reversed(self._daemons):
-            daemon.terminate()
-        for daemon in self._daemons:
-            try:
-                daemon.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
+        """Kill what runs and end the daemons."""
+        user = getpass.getuser()
+        try:
+            self.call("scancel", "--full", "--signal=KILL", "--user", user)
+            self.call("scancel", "--user", user)
+            ends = time.monotonic() + 30
+            while "ING" in self.call("squeue", "-h", "-t", "all", "-o", "%T") and time.monotonic() < ends:
+                time.sleep(0.2)
+        except subprocess.TimeoutExpired:
+            pass  # the controller is gone, and the others go now
+        finally:
+            for daemon in reversed(self._daemons):
+                daemon.terminate()
+            for daemon in self._daemons:
+                try:
+                    daemon.wait(timeout=10)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()

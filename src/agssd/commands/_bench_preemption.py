@@ -1,0 +1,161 @@
+"""What an interruption costs: from a signal to the saved run, and on to the first step of the run that goes on."""
+
+from __future__ import annotations
+
+import csv
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agssd.commands._bench_probe import quiet, write_cache
+from agssd.commands._slurm_of_one_machine import OneMachine, missing
+
+_STEPS_BEFORE = 3  # of every start, before it is signalled
+_PATIENCE_S = 600
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """One time, measured once; None where it could not be, and ``note`` says why."""
+
+    what: str
+    seconds: float | None
+    note: str
+
+
+def time_preemption(device: Any, folder: Path) -> Iterator[Seconds]:
+    """Yield the times from a signal to the end of the saved run and to the first step afterwards, also under SLURM.
+
+    DINO at the size of conf/experiment/small.yaml, 16 samples per step, one process, started by ``agssd fit``. SLURM is
+    one of this machine alone, started for this; the two minutes that it lets a requeued job wait are left out.
+
+    Args:
+        device: torch device.
+        folder: for the cache of simulated volumes and the runs.
+
+    Raises:
+        RuntimeError: if a run does not do what it should.
+    """
+    config = _write_config(device, folder)
+    with quiet():
+        write_cache(folder / "preemption.h5")
+    yield from _with_agssd_fit(config, folder / "plain")
+    what = "signal to first step of the requeued SLURM job"
+    if missing():
+        yield Seconds(what, None, f"no SLURM on this machine ({missing()} not found)")
+        return
+    cluster = OneMachine(folder / "slurm")
+    try:
+        cluster.start()
+        seconds = _with_slurm(cluster, config, folder / "queued")
+        yield Seconds(what, seconds, "without SLURM's own wait of two minutes")
+    except RuntimeError as error:
+        yield Seconds(what, None, str(error).partition("\n")[0])
+    finally:
+        cluster.stop()
+
+
+def _write_config(device: Any, folder: Path) -> Path:
+    import yaml
+
+    trainer = {"accelerator": "gpu" if device.type == "cuda" else "cpu", "devices": 1, "precision": "bf16-mixed"}
+    trainer |= {"max_steps": 100_000, "limit_val_batches": 0, "log_every_n_steps": 1}
+    trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
+    data = {"cache": str(folder / "preemption.h5"), "parent_vox": [40, 56, 40], "global_batch_size": 16}
+    views = {"size_vox": [32, 32, 32], "scale": [0.4, 0.9], "num_local": 0}
+    heads = {"num_prototypes": 512, "head_hidden": 512, "head_bottleneck": 128}
+    encoder = {"patch_size": 8, "embed_dim": 192, "depth": 4, "num_heads": 3}
+    config = {
+        "trainer": trainer,
+        "model": {"class_path": "agssd.methods.dino.DINO", "init_args": heads},
+        "backbone": {"class_path": "agssd.models.vit.ViT", "init_args": encoder},
+        "views": {"class_path": "agssd.transforms.crops.OverlapCrops", "init_args": views},
+        "data": {
+            "class_path": "agssd.data_modules.pretrain.PretrainDataModule",
+            "init_args": {**data, "num_workers": 1},
+        },
+        "online_probe": {"at_start": False, "at_end": False},
+        "wandb": {"mode": "disabled"},
+    }
+    path = folder / "preemption.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def _with_agssd_fit(config: Path, directory: Path) -> Iterator[Seconds]:
+    command = [sys.executable, "-m", "agssd", "fit", "--config", str(config)]
+    command += ["--trainer.default_root_dir", str(directory)]
+    said, _ = _run_until(command, directory, _STEPS_BEFORE)
+    yield Seconds("signal to saved run (at most 60 s)", _saved_after(said), "agssd fit, 1 process, step included")
+    _, first_step_s = _run_until(command, directory, _steps(directory) + 1)
+    yield Seconds("start of the same command to its first step", first_step_s, "agssd fit, 1 process")
+
+
+def _run_until(command: list[str], directory: Path, steps: int) -> tuple[str, float]:
+    """Start a run, end it by SIGUSR1 once it has logged ``steps`` steps; return its words and the seconds till then."""
+    log = directory.with_suffix(".log")
+    with log.open("w") as file:
+        began = time.monotonic()
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        _wait(lambda: process.poll() is not None or _steps(directory) >= steps, log)
+        took_s = time.monotonic() - began
+        if process.poll() is not None:
+            raise RuntimeError(f"the run has ended too early:\n{log.read_text()[-2000:]}")
+        process.send_signal(signal.SIGUSR1)
+        _wait(lambda: process.poll() is not None, log)
+    finally:
+        process.kill()
+        process.wait()
+    return log.read_text(), took_s
+
+
+def _with_slurm(cluster: OneMachine, config: Path, directory: Path) -> float:
+    """Return the seconds from the signal to the first step of the job that SLURM has started again."""
+    overlay = config.with_name("one_process.yaml")
+    overlay.write_text("trainer: {num_nodes: 1}\n")
+    command = [sys.executable, "-m", "agssd", "submit", "--config", str(config), "--cluster", str(overlay)]
+    command += ["--trainer.default_root_dir", str(directory), "--gres", "none"]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True)
+    found = re.match(r"job (\d+), ", done.stdout)
+    if found is None:
+        raise RuntimeError(f"agssd submit failed: {(done.stderr or done.stdout).strip()}")
+    job, log = found[1], directory / f"slurm-{found[1]}.log"
+    _wait(lambda: _steps(directory) >= _STEPS_BEFORE, log)
+    began = time.monotonic()
+    cluster.call("scancel", "--signal=USR1", job, check=True)
+    _wait(lambda: cluster.state(job) == "PENDING", log)
+    saved = _steps(directory)
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=True)
+    _wait(lambda: _steps(directory) > saved, log)
+    return time.monotonic() - began
+
+
+def _steps(directory: Path) -> int:
+    """Return how many steps a run has logged."""
+    path = directory / "metrics.csv"
+    if not path.is_file():
+        return 0
+    with path.open() as file:
+        return len({row["step"] for row in csv.DictReader(file) if row.get("train/loss")})
+
+
+def _saved_after(said: str) -> float:
+    found = re.search(r"stopped after step \d+, ([\d.]+) s after the signal", said)
+    if found is None:
+        raise RuntimeError(f"the run did not save itself:\n{said[-2000:]}")
+    return float(found[1])
+
+
+def _wait(until: Callable[[], bool], log: Path) -> None:
+    ends = time.monotonic() + _PATIENCE_S
+    while not until():
+        if time.monotonic() > ends:
+            raise RuntimeError(f"nothing for {_PATIENCE_S} s:\n{log.read_text()[-2000:] if log.is_file() else ''}")
+        time.sleep(0.02)
