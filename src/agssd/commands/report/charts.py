@@ -76,6 +76,7 @@ def group_charts(run: Run, limits: Mapping[str, Sequence[Limit]]) -> dict[str, l
     for title, chart in charts.items():
         group = next((group for group, pattern in _GROUPS if re.fullmatch(pattern, title)), OTHER)
         groups[group].append(chart)
+    groups["Speed and waiting"].sort(key=lambda chart: chart.title.startswith("probe/"))
     return {group: found for group, found in groups.items() if found}
 
 

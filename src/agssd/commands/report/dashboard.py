@@ -104,7 +104,7 @@ def actions_table(run: Run) -> str:
     body = "".join(
         f"<tr><td class=number>{escape(str(action.get('step', '')))}</td>"
         f"<td class={'error' if action.get('hard') or action.get('action') == 'stop' else 'warning'}>"
-        f"<b>{escape(_kind(action))}</b></td><td>{escape(_words(action, run))}</td></tr>"
+        f"<b>{escape(_kind(action))}</b></td><td class=words>{escape(_words(action, run))}</td></tr>"
         for action in run.actions
     )
     return (

@@ -67,14 +67,22 @@ def curves(context: Context) -> tuple[str, str, str] | None:
             before = _dashboard(context, charts)
         elif name == "Speed and waiting":
             before = _speed(run)
+        first = [chart for chart in charts if chart.limits] if name == "Collapse dashboard" else list(charts)
+        rest = [chart for chart in charts if chart not in first]
         drawn = []
-        for chart in charts:
+        for chart in first + rest:
             drawn.append(chart_html(chart, len(numbered)))
             numbered.append(chart)
+        folded = (
+            f'<details class="inner"><summary>{len(rest)} figures without a limit</summary>'
+            f'<div class="charts">{"".join(drawn[len(first) :])}</div></details>'
+            if rest
+            else ""
+        )
         is_open = " open" if name in _OPEN else ""
         parts.append(
             f'<details{is_open} id="{_id(name)}"><summary>{escape(name)} <small>{told}</small></summary>{before}'
-            f'<div class="charts">{"".join(drawn)}</div></details>'
+            f'<div class="charts">{"".join(drawn[: len(first)])}</div>{folded}</details>'
         )
     without = "" if "Collapse dashboard" in groups else _dashboard(context, [])
     parts.append(f'<div class="card" id="collapse-dashboard">{without}</div>' if without else "")
