@@ -69,7 +69,7 @@ def lengthen(run: Path) -> None:
         picture.save(run / "panels" / f"step_{50 * (number + 1):06d}.png", compress_level=1)
     actions = [
         {"step": 350, "action": "alarm", "alarm": "cls_low_rank", "hard": False, "sentence": "rank 7.7 (limit 10)"},
-        {"step": 400, "action": "alarm", "alarm": "cls_peaked", "hard": True, "sentence": "peaked <b>& lost</b>"},
+        {"step": 400, "action": "alarm", "alarm": "cls_peaked", "hard": True, "sentence": "peaked <b>& lost"},
         {
             "step": 400,
             "action": "rollback",
@@ -97,6 +97,7 @@ def make_runs(make_cache: Callable[..., Path], folder: Path) -> None:
     lengthen(folder / "pretrain")
     words = ["--config", str(CONF / "experiment/segmentation.yaml"), "--model.num_classes", "3", *common]
     words += ["--model.crop_vox", "[32,32,32]", "--model.feature_size", "4", "--model.sw_overlap", "0"]
+    words += ["--trainer.log_every_n_steps", "1"]
     words += ["--trainer.default_root_dir", str(folder / "segmentation")]
     assert main(["fit", *words]) == 0
     assert main(["test", *words, "--ckpt_path", str(folder / "segmentation/checkpoints/last.ckpt")]) == 0

@@ -108,7 +108,7 @@ class Chart {
       make("line", { class: "grid", x1: PAD.left, x2: width - PAD.right, y1: y(value), y2: y(value) }, svg);
       make("text", { x: PAD.left - 6, y: y(value) + 4, "text-anchor": "end" }, svg, told(log ? 10 ** value : value));
     }
-    for (const step of ticks(left, right, width > 500 ? 8 : 4).filter((value) => Number.isInteger(value) && value >= left)) {
+    for (const step of ticks(left, right, width > 500 ? 8 : 5).filter((value) => Number.isInteger(value) && value >= left)) {
       const anchor = x(step) > width - 30 ? "end" : "middle";
       make("text", { x: anchor === "end" ? width - PAD.right : x(step), y: HEIGHT - 6, "text-anchor": anchor }, svg, told(step));
       make("line", { class: "grid", x1: x(step), x2: x(step), y1: HEIGHT - PAD.bottom, y2: HEIGHT - PAD.bottom + 4 }, svg);
@@ -117,18 +117,22 @@ class Chart {
     for (const mark of this.marks) {
       make("line", { class: `mark ${mark.kind}`, x1: x(mark.step), x2: x(mark.step), y1: PAD.top, y2: HEIGHT - PAD.bottom }, plot);
     }
-    for (const limit of limits) {
-      if (scale(limit.value) === null) continue;
+    limits.forEach((limit, number) => {
+      if (scale(limit.value) === null) return;
       const at = y(scale(limit.value));
       make("line", { class: "limit", x1: PAD.left, x2: width - PAD.right, y1: at, y2: at }, plot);
       const above = at > PAD.top + 16;
-      make("text", { class: "limit", x: width - PAD.right - 2, y: above ? at - 4 : at + 12, "text-anchor": "end" }, plot, limit.label);
-    }
+      const place = number % 2 ? { x: PAD.left + 2 } : { x: width - PAD.right - 2, "text-anchor": "end" };
+      make("text", { class: "limit", ...place, y: above ? at - 4 : at + 12 }, plot, limit.label);
+    });
     lines.forEach((series, number) => {
       const colour = `s${number % 8}`;
       if (view.smoothing) this.path(plot, series, series.y, `${colour} raw`);
       this.path(plot, series, series.smooth, colour);
     });
+    if (lines.every((series) => series.y.every((value) => value === null))) {
+      make("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, svg, "never finite");
+    }
     this.cursor = make("g", { class: "cursor" }, plot);
     this.selection = make("rect", { class: "selection", y: PAD.top, height: area.height, x: 0, width: 0 }, plot);
     this.tell(view.at);
@@ -149,7 +153,7 @@ class Chart {
       pen = true;
       dots.push(place.split(" "));
     });
-    make("path", { class: `line ${kind}`, d: text || "M0 0" }, parent);
+    if (text) make("path", { class: `line ${kind}`, d: text }, parent);
     if (dots.length <= 40 && !kind.includes("raw")) {
       for (const [cx, cy] of dots) make("circle", { class: `dot ${kind}`, cx, cy, r: 2.5 }, parent);
     }

@@ -92,6 +92,9 @@ def _ordered(curves: Iterable[str]) -> list[str]:
 
 def _place(name: str, curves: Mapping[str, Curve]) -> tuple[str, str]:
     """Return the title of the chart that a curve belongs to, and its name in there."""
+    stage, _, loss = name.partition("/")
+    if loss.startswith("loss") and {f"train/{loss}", f"val/{loss}"} <= curves.keys():
+        return f"train/{loss}", stage
     for pattern, title, series in _TOGETHER:
         match = re.fullmatch(pattern, name)
         if match:

@@ -62,13 +62,14 @@ def status_table(charts: Sequence[Chart]) -> str:
                 ("outside", "error") if now and now.hard else ("outside", "warning") if now else ("kept", "good")
             )
             count = sum(limit is not None for limit in outside)
-            figure = chart.title.partition("/")[2].replace("_", " ")
+            figure = f"{name} {chart.title.partition('/')[2].replace('_', ' ')}".strip()
+            told = ", ".join(limit.label for limit in limits)
             rows.append(
                 (
                     (kind != "error", kind != "warning", -count),
-                    f"<tr><th scope=row>{escape(f'{name} {figure}'.strip())}</th><td class=number>{finite[-1]:.4g}</td>"
-                    f"<td>{escape(', '.join(limit.label for limit in limits))}</td>"
-                    f"<td class={kind}><b>{word}</b></td><td class=number>{count} of {len(finite)}</td></tr>",
+                    f"<tr><th scope=row>{escape(figure)}</th><td class={kind}><b>{word}</b></td>"
+                    f"<td class=number>{finite[-1]:.4g}</td><td>{escape(told)}</td>"
+                    f"<td class=number>{count} of {len(finite)}</td></tr>",
                 )
             )
     if not rows:
@@ -76,7 +77,7 @@ def status_table(charts: Sequence[Chart]) -> str:
     body = "".join(row for _, row in sorted(rows, key=lambda row: row[0]))
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Limits"><table><thead><tr><th>figure</th>'
-        "<th class=number>last</th><th>limit</th><th>now</th><th class=number>reports outside</th></tr></thead>"
+        "<th>now</th><th class=number>last</th><th>limit</th><th class=number>reports outside</th></tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
 
