@@ -25,7 +25,7 @@ NAME = "DOEJANE"  # what conftest.py plants in every path and in the cache
 
 
 def made_run(curves: dict[str, Curve], config: dict[str, Any] | None = None) -> Run:
-    return Run(Path("x"), config or {}, curves, [], {}, [], [], {}, [])
+    return Run(Path("x"), config or {}, curves, [], "finished", "", [], [], {}, [])
 
 
 def test_report__of_both_kinds__has_its_sections_and_no_name_and_is_small(
@@ -63,7 +63,7 @@ def test_report__without_cache_and_checkpoint__says_what_is_missing(
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["{empty}", "--out", "{empty}/a.html"], "holds no run"),
+        (["{empty}", "--out", "{empty}/a.html"], "holds no configuration and no state"),
         (["{empty}/none", "--out", "{empty}/a.html"], "no such run directory"),
         (["{run}", "--out", "{empty}/a.pdf"], "must end in .html"),
         (["{run}", "--out", "{empty}/a.html", "--cases", "-1"], "--cases is -1"),
@@ -255,6 +255,7 @@ def test_shrunk__means_and_middles() -> None:
 
 
 def test_read_run__torn_last_lines__left_out(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {class_path: agssd.methods.dino.DINO}\n")
     (tmp_path / "metrics.csv").write_text("step,train/loss\n0,1.0\n1,inf\n2,0.")
     (tmp_path / "actions.jsonl").write_text('{"step": 1, "action": "alarm"}\n{"step": 2, "act')
     run = read_run(tmp_path)

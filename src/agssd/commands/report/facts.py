@@ -83,8 +83,7 @@ def run_facts(context: Context) -> list[tuple[str, str]]:
     entries.append(("precision", run.setting("trainer", "precision")))
     entries.append(("seed", run.setting("seed_everything")))
     entries.append(("labelled subjects", run.setting("data", "init_args", "num_subjects")))
-    if run.state.get("state"):
-        entries.append(("state", run.state["state"]))
+    entries.append(("state", run.state))
     entries.append(("time", _time(run)))
     return [(name, str(value)) for name, value in entries if value is not None]
 
@@ -141,10 +140,8 @@ def machine_facts(run: Run) -> list[tuple[str, str]]:
         ]
         if len(run.machines) > 1:
             entries.append(("starts", str(len(run.machines))))
-    version = run.state.get("agssd") or (run.machines[-1].get("agssd") if run.machines else None)
-    commit = run.state.get("commit")
-    if version:
-        entries.append(("agssd", f"{version}{f', commit {commit}' if commit else ''}"))
+    if run.software:
+        entries.append(("agssd", run.software))
     return entries or [("machine", "not recorded: the run was made by an earlier agssd")]
 
 

@@ -6,10 +6,13 @@ import csv
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from agssd.commands import _run_reader
+from agssd.run_state import ACTIONS, METRICS
 
 HIDDEN = "‹not shown›"
 # Settings that name files, people or places, whatever their text looks like.
@@ -45,10 +48,11 @@ class Run:
 
     Attributes:
         folder: where it is.
-        config: newest ``config.yaml``, empty if there is none.
+        config: of ``config.yaml``, empty if there is none.
         curves: of ``metrics.csv`` by name, without empty ones; ``val/...`` and others of the fit too.
         actions: of ``actions.jsonl`` in their order.
-        state: of ``state.json``, or empty.
+        state: how it ended, or "unknown".
+        software: version and commit of agssd, where they are known.
         machines: each ``machine.json``, one per start.
         panels: pictures of the views by step.
         test_metrics: the last row of ``test_metrics.csv``, or empty.
@@ -59,7 +63,8 @@ class Run:
     config: dict[str, Any]
     curves: dict[str, Curve]
     actions: list[dict[str, Any]]
-    state: dict[str, Any]
+    state: str
+    software: str
     machines: list[dict[str, Any]]
     panels: list[tuple[int, Path]]
     test_metrics: dict[str, float]
@@ -86,18 +91,21 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run directory")
-    configs = _numbered(folder, "config", ".yaml")
-    if not configs and not (folder / "metrics.csv").is_file():
-        raise ValueError(f"{folder} holds no run: neither config.yaml nor metrics.csv; name a directory of `agssd fit`")
+    known = _run_reader.read_run(folder)
+    metrics = folder / METRICS
+    curves = _run_reader.read_curves(metrics) if metrics.is_file() else {}
     panels = [(int(path.stem.rpartition("_")[2]), path) for path in sorted((folder / "panels").glob("step_*.png"))]
+    machines = [_json(path) for path in _numbered(folder, "machine", ".json")]
+    version = known.agssd or (machines[-1].get("agssd") if machines else None)
     test_rows = _rows(folder / "test_metrics.csv")
     return Run(
         folder,
-        _yaml(configs[-1]) if configs else {},
-        _curves(_rows(folder / "metrics.csv")),
-        _json_lines(folder / "actions.jsonl"),
-        _json(folder / "state.json"),
-        [_json(path) for path in _numbered(folder, "machine", ".json")],
+        _run_reader.read_config(folder) or {},
+        {name: _curve(values) for name, values in curves.items() if name != "epoch" and values},
+        _actions(folder / ACTIONS),
+        known.state,
+        f"{version}{f', commit {known.commit}' if known.commit else ''}" if version else "",
+        machines,
         panels,
         {key: float(value) for key, value in (test_rows[-1] if test_rows else {}).items() if key and value},
         _rows(folder / "test_cases.csv"),
@@ -155,38 +163,12 @@ def _rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(lines))
 
 
-def _curves(rows: Sequence[Mapping[str, str]]) -> dict[str, Curve]:
-    curves: dict[str, Curve] = {}
-    for row in rows:
-        step = row.get("step") or ""
-        if not step.isdigit():
-            continue
-        for name, text in row.items():
-            if name in ("step", "epoch") or not text:
-                continue
-            try:
-                value = float(text)
-            except (TypeError, ValueError):
-                continue
-            curve = curves.setdefault(name, Curve([], []))
-            curve.steps.append(int(step))
-            curve.values.append(value if math.isfinite(value) else math.nan)
-    return curves
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no readable configuration: {str(error).partition(chr(10))[0]}") from None
-    return content if isinstance(content, dict) else {}
+def _curve(values: Mapping[int, float]) -> Curve:
+    steps = sorted(values)
+    return Curve(steps, [values[step] if math.isfinite(values[step]) else math.nan for step in steps])
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -194,7 +176,7 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def _actions(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = []
