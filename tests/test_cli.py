@@ -215,7 +215,8 @@ def test_refusal__is_for_what_the_user_gave_and_not_for_bugs() -> None:
 def test_fit__fills_its_directory_and_the_checkpoint_is_plain(conf: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert fit(conf, run, "--model.lr", "0.07", "--checkpoint.every_n_train_steps", "2") == 0
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv", "state.json"]
+    names = ["checkpoints", "config.yaml", "machine.json", "metrics.csv", "state.json"]
+    assert sorted(p.name for p in run.iterdir()) == names
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "last.ckpt",
         "step00000002.ckpt",

@@ -1,13 +1,16 @@
 """The directory of a run: where it is, its saved configuration, metrics, checkpoints and W&B run.
 
-A run directory holds ``config.yaml`` (what ran), ``metrics.csv``, ``checkpoints/`` and, by callback, ``panels/``.
+A run directory holds ``config.yaml`` (what ran), ``machine.json`` (where), ``metrics.csv``, ``checkpoints/`` and, by
+callback, ``panels/``.
 Nothing in it is ever overwritten silently: a run in a used directory goes on from its newest checkpoint and appends.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import os
+import platform
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as L
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
@@ -24,6 +28,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+import agssd
 from agssd.checkpoint_artifacts import TAKEN_OUT, is_path, send_checkpoint
 from agssd.checkpoints import BEST, LAST
 from agssd.run_state import CHECKPOINTS as CHECKPOINTS
@@ -31,6 +36,7 @@ from agssd.run_state import CONFIG, METRICS, WANDB_ID
 from agssd.whole_file import whole_file
 
 RUNS = "runs"
+MACHINE = "machine.json"
 LogCheckpoints = Literal["none", "best", "last", "all"]
 _STAMP = "AGSSD_RUN_STAMP"  # hands the name of the run to the processes that Lightning starts
 
@@ -89,10 +95,35 @@ def plain_config(parser: LightningArgumentParser, config: Namespace) -> dict[str
     return cast(dict[str, Any], yaml.safe_load(parser.dump(config, skip_unset=False, format="yaml")))
 
 
+def describe_machine(trainer: L.Trainer) -> dict[str, Any]:
+    """Return the machine and the versions that a run trains on, without names of hosts or people."""
+    device = trainer.strategy.root_device
+    processor = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # another system, or an architecture that has no such line
+        pass
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "devices": trainer.world_size,
+        "nodes": trainer.num_nodes,
+        "processor": processor,
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "agssd": agssd.__version__,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
 class SaveRunConfig(SaveConfigCallback):
     """Writes what runs into the run directory: ``config.yaml`` for fit, ``test.yaml`` and so on for the others.
 
-    A resumed or repeated run adds ``config-2.yaml`` and so on; no file is replaced.
+    Beside ``config.yaml`` stands ``machine.json``, where it runs. A resumed or repeated run adds ``config-2.yaml`` and
+    so on; no file is replaced.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -105,6 +136,9 @@ class SaveRunConfig(SaveConfigCallback):
             path = unused(Path(trainer.default_root_dir) / f"{name}.yaml")
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(path), skip_unset=False, overwrite=False, multifile=False)
+            if stage == "fit":
+                with whole_file(unused(path.with_name(MACHINE))) as temporary:
+                    temporary.write_text(json.dumps(describe_machine(trainer), indent=1) + "\n", encoding="utf-8")
         if stage == "fit":
             self.plain_config()
 

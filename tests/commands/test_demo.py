@@ -114,4 +114,7 @@ def test_run__quick_form_shows_the_whole_way(tmp_path: Path, capsys: pytest.Capt
     pictures = [Path(line.removeprefix("picture: ")) for line in printed.splitlines() if line.startswith("picture: ")]
     assert {path.name for path in pictures} == {"views.png", "segmentation.png"}
     assert all(path.stat().st_size > 10_000 for path in pictures)
+    pages = [Path(line.removeprefix("report: ")) for line in printed.splitlines() if line.startswith("report: ")]
+    assert {path.name for path in pages} == {"report_pretrain.html", "report_pretrained.html"}
+    assert all("Not shown" not in path.read_text() for path in pages)
     assert (out / "encoder" / "backbone.safetensors").exists()

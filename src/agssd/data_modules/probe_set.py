@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import Overlap, overlap
@@ -123,10 +124,7 @@ class ProbeSet:
             size = info.shape if self.max_vox is None else _at_most(info.shape, self.max_vox)
             start = tuple((whole - part) // 2 for whole, part in zip(info.shape, size, strict=True))
             box = ((start[0], start[1], start[2]), size)
-            stored = torch.from_numpy(self.cache.read(row, *box, "image")).float()[None]  # (1, C, D, H, W)
-            scale, offset, low, high = (torch.tensor([getattr(info, n)]) for n in ("scale", "offset", "low", "high"))
-            real = stored * scale[:, :, None, None, None] + offset[:, :, None, None, None]
-            image = to_model_range(real, low, high, torch.tensor([info.modality == "ct"]))[0]
+            image = read_in_model_range(self.cache, row, *box)
             label = torch.from_numpy(self.cache.read(row, *box, "label")) if self._labelled(row) else None
             yield ProbeVolume(info.subject, image, label, self._target(row))
 
@@ -146,6 +144,22 @@ class ProbeSet:
         """Return how many of the subjects that are measured on were trained on; None where nobody knows."""
         found = self.held_out_overlap(seen)
         return None if found is None else len(found.subjects)
+
+
+def read_in_model_range(cache: VolumeCache, row: int, start: Triple, size: Triple) -> Tensor:
+    """Return the box [start, start + size) of a case as encoders take it, (C, D, H, W) float32.
+
+    Args:
+        cache: open cache.
+        row: of the case.
+        start: first voxel.
+        size: voxels.
+    """
+    info = cache.cases[row]
+    stored = torch.from_numpy(cache.read(row, start, size, "image")).float()[None]  # (1, C, D, H, W)
+    scale, offset, low, high = (torch.tensor([getattr(info, n)]) for n in ("scale", "offset", "low", "high"))
+    real = stored * scale[:, :, None, None, None] + offset[:, :, None, None, None]
+    return to_model_range(real, low, high, torch.tensor([info.modality == "ct"]))[0]
 
 
 def _at_most(shape: Triple, limit: int) -> Triple:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agssd.models.backbone import Backbone
-from agssd.types import Triple
+from agssd.types import Features, Triple
 
 OUTSIDE = 255
 
@@ -71,6 +71,55 @@ def window_features(
     Raises:
         ValueError: if the window is no multiple of the patch or the overlap is out of range.
     """
+    cls: list[Tensor] = []
+
+    def tokens(views: Tensor) -> Tensor:
+        features: Features = backbone(views)
+        cls.append(features.cls.float().cpu())
+        return features.tokens
+
+    mean = _over_windows(backbone, image, window_vox, overlap, dtype, batch_size, tokens)
+    return mean, torch.cat(cls).mean(0)
+
+
+@torch.no_grad()
+def window_attention(
+    backbone: Backbone,
+    image: Tensor,
+    window_vox: Triple | None,
+    overlap: float = 0.5,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 16,
+) -> Tensor:
+    """Return the attention of [CLS] to the tokens of a whole volume, each the mean over the windows that contain it.
+
+    Each window has a [CLS] of its own. A value is the attention times the number of tokens in the window, so that 1 is
+    what a [CLS] without preference gives. Arguments and errors as in :func:`window_features`.
+
+    Returns:
+        (N, heads) float32 in raster order of the padded volume's patches, on the CPU.
+
+    Raises:
+        ValueError: if the encoder has no [CLS] token.
+    """
+
+    def attention(views: Tensor) -> Tensor:
+        rows = backbone.cls_attention(views).flatten(2)  # (B, heads, N)
+        return rows.transpose(1, 2) * rows.shape[2]
+
+    return _over_windows(backbone, image, window_vox, overlap, dtype, batch_size, attention)
+
+
+def _over_windows(
+    backbone: Backbone,
+    image: Tensor,
+    window_vox: Triple | None,
+    overlap: float,
+    dtype: torch.dtype | None,
+    batch_size: int,
+    per_token: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return (N, F), the mean over windows of what ``per_token`` gives, (B, n, F) for (B, C, *window)."""
     patch = backbone.patch_size
     if window_vox is not None and any(w < p or w % p for w, p in zip(window_vox, patch, strict=True)):
         raise ValueError(f"window {tuple(window_vox)} is no multiple of the encoder's patch {tuple(patch)}")
@@ -83,25 +132,31 @@ def window_features(
     strides = [max(1, round((1 - overlap) * w / p)) * p for w, p in zip(window_vox, patch, strict=True)]
     axes = [_starts(n, w, s) for n, w, s in zip(size, window_vox, strides, strict=True)]
     places = [(d, h, w) for d in axes[0] for h in axes[1] for w in axes[2]]
-    grid = [n // p for n, p in zip(size, patch, strict=True)]
-    total = torch.zeros(*grid, backbone.embed_dim)
+    grid = token_grid(image.shape[1:], patch, window_vox)
+    total: Tensor | None = None
     count = torch.zeros(*grid, 1)
     d, h, w = (n // p for n, p in zip(window_vox, patch, strict=True))
-    cls = torch.zeros(backbone.embed_dim)
     device = next(backbone.parameters()).device
     autocast = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
     for first in range(0, len(places), batch_size):
         chosen = places[first : first + batch_size]
         views = [padded[:, a : a + window_vox[0], b : b + window_vox[1], c : c + window_vox[2]] for a, b, c in chosen]
         with autocast:
-            features = backbone(torch.stack(views).to(device))
-        cls += features.cls.float().cpu().sum(0)
-        tokens = features.tokens.float().cpu()
-        for (a, b, c), view in zip(chosen, tokens, strict=True):
+            values = per_token(torch.stack(views).to(device)).float().cpu()
+        if total is None:
+            total = torch.zeros(*grid, values.shape[-1])
+        for (a, b, c), view in zip(chosen, values, strict=True):
             i, j, k = a // patch[0], b // patch[1], c // patch[2]
             total[i : i + d, j : j + h, k : k + w] += view.reshape(d, h, w, -1)
             count[i : i + d, j : j + h, k : k + w] += 1
-    return (total / count).reshape(-1, backbone.embed_dim), cls / len(places)
+    assert total is not None
+    return (total / count).flatten(0, 2)
+
+
+def token_grid(shape: Sequence[int], patch_size: Triple, window_vox: Triple | None) -> Triple:
+    """Return the grid (D', H', W') of the tokens of :func:`window_features` for a volume of ``shape`` (D, H, W)."""
+    d, h, w = (n // p for n, p in zip(_padded_shape(shape, patch_size, window_vox), patch_size, strict=True))
+    return d, h, w
 
 
 def patch_labels(label: Tensor, patch_size: Triple, window_vox: Triple | None) -> Tensor:

@@ -90,10 +90,24 @@ def _demo(out: Path, size: Size, seed: int, quick: bool) -> None:
     losses = out / "pretrain"
     table = write_table(out / "report.md", results, losses, size, NOTICE, quick)
     pictures = write_pictures(out)
+    pages = _write_reports(out, log, cache)
     print(f"\n{table}\n")
     for path in pictures:
         print(f"picture: {path}")
+    for page in pages:
+        print(f"report: {page}")
     print(f"everything is in {out}; {time.monotonic() - started:.0f} s")
+
+
+def _write_reports(out: Path, log: Path, cache: Path) -> list[Path]:
+    """Write the page of the pretraining and of the fine-tuning from its encoder, and return their paths."""
+    pages = []
+    titles = {"pretrain": "Demo: pretraining by AG-SSD", "pretrained": "Demo: segmentation from the pretrained encoder"}
+    for name, title in titles.items():
+        pages.append(out / f"report_{name}.html")
+        place = ["--out", str(pages[-1]), "--cache", str(cache), "--title", title]
+        _agssd(log / f"report_{name}.log", ["report", str(out / name), *place])
+    return pages
 
 
 def _finetune_both(out: Path, log: Path, common: Sequence[str], num_labelled: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from agssd.commands._page import page
 from agssd.commands.doctor.picture import HEIGHT, WIDTH
 from agssd.scans.findings import CHECKS, SEVERITIES, Finding
 
@@ -87,19 +88,15 @@ def as_html(report: Report, names: bool = False) -> str:
     body = "".join(_section(report, names, severity, check, items) for severity, check, items in groups)
     nothing = "" if groups else '<p class="none">Nothing was found.</p>'
     where = "" if names else " Names of files stand in findings.csv only."
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>agssd doctor: {escape(report.what)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<header><h1>agssd doctor</h1><p>{escape(summary(report))}.</p></header>\n"
-        f'<main>{nothing}<nav aria-label="Findings"><ul>{links}</ul></nav>\n{body}</main>\n'
-        "<footer><p>Pictures: axial, coronal and sagittal plane; up is superior (axial: anterior), right is the "
+    return page(
+        f"agssd doctor: {report.what}",
+        f"<h1>agssd doctor</h1><p>{escape(summary(report))}.</p>",
+        f'{nothing}<nav aria-label="Findings"><ul>{links}</ul></nav>\n{body}',
+        "<p>Pictures: axial, coronal and sagittal plane; up is superior (axial: anterior), right is the "
         "patient's right (sagittal: anterior). Blue: outline of the body; colours: labels. Errors are what agssd "
         "prepare refuses or what would break or mislead a training; warnings want a look."
-        f"{where}</p></footer>\n</body>\n</html>\n"
+        f"{where}</p>",
+        _STYLE,
     )
 
 
@@ -135,30 +132,12 @@ def _card(
 
 
 _STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --text: #1c2430; --soft: #55606e; --line: #d9dee5;
-  --error: #b3261e; --warning: #8a5300; --info: #1f5fa8; }
-@media (prefers-color-scheme: dark) { :root { --page: #12161c; --card: #1b212a; --text: #e6eaf0; --soft: #a3adba;
-  --line: #313a46; --error: #ff8a80; --warning: #ffc168; --info: #8ec1ff; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; }
-header, main, footer { max-width: 1240px; margin: 0 auto; padding: 0 16px; }
-header { padding-top: 20px; }
-h1 { font-size: 1.5rem; margin: 0; }
-header p { margin: 4px 0 16px; color: var(--soft); }
 h2 { display: inline; font-size: 1.1rem; margin: 0; }
-nav ul { list-style: none; margin: 0 0 20px; padding: 0; display: flex; flex-wrap: wrap; gap: 8px; }
-nav li { background: var(--card); border: 1px solid var(--line); border-left: 4px solid; border-radius: 6px;
-  padding: 4px 12px; }
-nav a { color: var(--text); }
-nav span { color: var(--soft); }
 nav li.error, details.error { border-left-color: var(--error); }
 nav li.warning, details.warning { border-left-color: var(--warning); }
 nav li.info, details.info { border-left-color: var(--info); }
 details { background: var(--card); border: 1px solid var(--line); border-left: 4px solid; border-radius: 8px;
   margin-bottom: 16px; padding: 0 16px; }
-summary { cursor: pointer; padding: 12px 0; }
-a:focus-visible, summary:focus-visible { outline: 3px solid var(--info); outline-offset: 2px; border-radius: 4px; }
 .badge { font-size: .8rem; border: 1px solid; border-radius: 999px; padding: 0 8px; margin: 0 4px; }
 .error .badge { color: var(--error); } .warning .badge { color: var(--warning); } .info .badge { color: var(--info); }
 .remedy { margin: 0 0 12px; color: var(--soft); }
@@ -171,5 +150,4 @@ a:focus-visible, summary:focus-visible { outline: 3px solid var(--info); outline
 .id { font-variant-numeric: tabular-nums; }
 .name { color: var(--soft); }
 .rest, .none { color: var(--soft); }
-footer { color: var(--soft); font-size: .85rem; padding-bottom: 24px; }
 """

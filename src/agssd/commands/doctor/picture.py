@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 3 * TILE + 4, TILE
 _QUALITY = 75
 _BODY = (51, 217, 255)
 # of label values 1, 2, ...; repeated where there are more
-_LABELS = ((255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (227, 119, 194), (188, 189, 34))
+LABEL_COLOURS = ((255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (227, 119, 194), (188, 189, 34))
 
 Window = tuple[float, float]
 
@@ -80,7 +80,7 @@ def _plane(image: NDArray[Any], axis: int, index: int, window: Window) -> NDArra
 
 def _paint_label(pixels: NDArray[np.uint8], label: NDArray[Any]) -> None:
     inside = label != 0
-    colours = np.array(_LABELS)[(label[inside].astype(int) - 1) % len(_LABELS)]
+    colours = np.array(LABEL_COLOURS)[(label[inside].astype(int) - 1) % len(LABEL_COLOURS)]
     pixels[inside] = (0.45 * pixels[inside] + 0.55 * colours).astype(np.uint8)
 
 

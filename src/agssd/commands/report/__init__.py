@@ -1,0 +1,38 @@
+"""Write what a run did as one HTML page: settings, curves, collapse dashboard, views, attention, PCA, overlays."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``agssd report``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "The page needs no network and holds no paths and no names; it does hold slices of scans (views, attention,\n"
+        "PCA, overlays). Parts for which something is missing say what.\n\n"
+        "  agssd report runs/ct --out report.html --cache ct.h5 --nifti maps/"
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, of pretraining or of a task")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="page to write (replaced)")
+    parser.add_argument("--title", help="heading of the page (default: the method)")
+    parser.add_argument("--cache", type=Path, help="cache to show cases of (default: the run's)")
+    parser.add_argument("--cases", type=int, default=3, metavar="N", help="cases with attention and PCA (default: 3)")
+    parser.add_argument("--nifti", type=Path, metavar="FOLDER", help="write attention and PCA of these cases there too")
+    parser.add_argument("--device", default="cpu", help="for the encoder (default: cpu)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and print its name; 1 with the reason on stderr if that fails."""
+    from agssd.commands.report.write import Options, write_report
+
+    try:
+        options = Options(args.cache, args.cases, args.nifti, args.device, args.title)
+        told = write_report(args.run, args.out, options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(told))
+    return 0
