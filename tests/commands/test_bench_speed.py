@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from agssd.commands import _bench_preemption, bench
+from agssd.commands import _bench_preemption
+from agssd.commands import bench_speed as bench
 from agssd.commands._bench_preemption import Seconds
 
 

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +220,6 @@ def _command(words: Sequence[str], folder: Path, threads: int) -> None:
     """
     import torch
 
-    from agssd.cli import main
-
     torch.set_num_threads(threads)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{folder.name}.log"
@@ -231,7 +230,7 @@ def _command(words: Sequence[str], folder: Path, threads: int) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            code = main(list(words))
+            code = import_module("agssd.cli").main(list(words))
         except Exception:
             traceback.print_exc()
             code = 1
