@@ -11,51 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from made_bench import bench, made_rows
 
 from agssd.cli import main
 from agssd.commands.bench import _share
-from agssd.commands.bench.cells import Cell, list_cells, read_subjects
+from agssd.commands.bench.cells import list_cells, read_subjects
 from agssd.commands.bench.results import Place, figures
-from agssd.commands.bench.settings import Bench, Method, Readout, label_flags, read_settings
+from agssd.commands.bench.settings import label_flags, read_settings
 from agssd.commands.bench.tables import compare, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-SUBJECTS = [f"s{number:02d}" for number in range(20)]
-
-
-def bench(**given: Any) -> Bench:
-    """Return a small bench of scratch, a convolutional network and two pretrained methods."""
-    settings: dict[str, Any] = {
-        "methods": {
-            "scratch": Method(),
-            "unet": Method(fit={"full": ["--config", "unet.yaml"]}),
-            "ours": Method(["--config", "a.yaml"]),
-            "rival": Method(["--config", "b.yaml"], steps=7),
-        },
-        "readouts": {
-            "full": Readout(["--config", "f.yaml"], [10, 30]),
-            "linear": Readout(["--config", "l.yaml"], [10]),
-        },
-        "labels": [2, "25%", "100%"],
-        "pretrain_steps": 5,
-        "seeds": 3,
-        "draws": 5,
-    }
-    return Bench(**settings | given)
-
-
-def made_rows(cells: list[Cell], gain: dict[str, float], seed: int = 0) -> list[dict[str, Any]]:
-    """Return rows in which methods differ by ``gain`` beside effects of subjects, draws and seeds that they share."""
-    rng = np.random.default_rng(seed)
-    of_subject, of_draw = rng.normal(0.7, 0.1, len(SUBJECTS)), rng.normal(0, 0.03, 5)
-    rows = []
-    for cell in cells:
-        values = of_subject + of_draw[cell.draw] + gain.get(cell.method, 0.0) + rng.normal(0, 0.01, len(SUBJECTS))
-        found = dict(zip(SUBJECTS, values.tolist(), strict=True))
-        row = {"subjects": found, "value": float(values.mean()), "bench": "b", "commit": "c", "figure": "dice"}
-        names = ("method", "readout", "steps", "labels", "draw", "seed", "fold")
-        rows.append(row | {name: getattr(cell, name) for name in names})
-    return rows
 
 
 def test_list_cells__every_combination_once_and_all_labels_drawn_once() -> None:
@@ -205,6 +170,7 @@ def test_shipped_benches__name_files_that_exist_and_have_a_quick_form(path: Path
     assert settings.pretrain_steps <= 100 and settings.seeds >= 2
 
 
+@pytest.mark.slow
 def test_bench__runs_goes_on_and_refuses_another_setting(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "On a cluster, an array of jobs shares the work (same arguments) and the second command makes the tables:\n"
         "  sbatch --array 0-15 --wrap 'agssd bench ... --share $SLURM_ARRAY_TASK_ID/16'\n"
         "  agssd bench ... --tables\n"
-        "DIR then holds rows.csv (a row per run), subjects.csv (a row per run and subject), tables.md and curves.png."
+        "DIR then holds rows.csv (a row per run), subjects.csv (a row per run and subject), tables.md and curves.png;\n"
+        "`agssd report DIR --out bench.html` puts them on one page."
     )
     parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="for example conf/bench/NAME.yaml")
     parser.add_argument("--cache", required=True, metavar="CACHE", help="labelled cache written by agssd prepare")
@@ -140,6 +141,7 @@ def _tables(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> in
     """Write rows, tables and curves from what is done; return how many cells that are."""
     from agssd.commands.bench.curves import draw
     from agssd.commands.bench.results import read_rows, write_rows
+    from agssd.commands.bench.settings import save_settings
     from agssd.commands.bench.tables import markdown
 
     rows = read_rows(cells)
@@ -147,6 +149,7 @@ def _tables(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> in
         print("no cell is done, so there are no tables yet", file=sys.stderr)
         return 0
     write_rows(rows, args.out)
+    save_settings(bench, args.out)
     text = markdown(bench, rows)
     command = " ".join(["agssd", *sys.argv[1:]]) if sys.argv else "agssd bench"
     (args.out / "tables.md").write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")

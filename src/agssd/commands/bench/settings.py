@@ -12,7 +12,10 @@ from typing import Any, Literal
 
 import yaml
 
+from agssd.whole_file import whole_file
+
 Labels = int | str | float
+KEPT = "settings.json"
 _NAME = re.compile(r"[\w.+-]+")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
@@ -151,6 +154,28 @@ def read_settings(path: Path, quick: bool) -> Bench:
         return Bench(**vars(bench))
     except Exception as error:  # jsonargparse raises several kinds
         raise ValueError(f"{path}: {str(error).strip()}") from error
+
+
+def save_settings(bench: Bench, out: Path) -> None:
+    """Keep what was compared beside the results."""
+    with whole_file(out / KEPT) as path:
+        path.write_text(json.dumps(asdict(bench), indent=1) + "\n", encoding="utf-8")
+
+
+def kept_settings(out: Path) -> Bench:
+    """Return the settings that lie beside results.
+
+    Raises:
+        ValueError: if they cannot be read.
+    """
+    path = out / KEPT
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        methods = {name: Method(**entry) for name, entry in found.pop("methods").items()}
+        readouts = {name: Readout(**entry) for name, entry in found.pop("readouts").items()}
+        return Bench(methods, readouts, **found)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} holds no settings of a bench: {error}") from error
 
 
 def _over(below: Any, above: Any) -> Any:

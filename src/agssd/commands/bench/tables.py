@@ -19,8 +19,8 @@ _Figures = dict[str, npt.NDArray[np.float64]]
 
 def markdown(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     """Return a table of means and one of differences for each readout and budget, with what is missing."""
-    parts = [_head(bench, rows)]
-    found = {place: _of_place(bench, rows, place) for place in places(bench)}
+    parts = [head(bench, rows)]
+    found = {place: of_place(bench, rows, place) for place in places(bench)}
     compared = compare(bench, found)
     for (readout, steps), group in groupby(found, key=lambda place: place[:2]):
         columns = {place: found[place] for place in group}
@@ -35,7 +35,8 @@ def markdown(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
+def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
+    """Return what was compared, on what, and what the intervals are, in a paragraph."""
     marks, commits = ({str(row[name]) for row in rows} for name in ("bench", "commit"))
     pretrained = [name for name, method in bench.methods.items() if method.pretrain]
     what = "mean Dice of a subject's classes" if bench.figure == "dice" else "balanced accuracy"
@@ -48,13 +49,14 @@ def _head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _of_place(bench: Bench, rows: Sequence[dict[str, Any]], place: Place) -> _Figures:
+def of_place(bench: Bench, rows: Sequence[dict[str, Any]], place: Place) -> _Figures:
+    """Return the figures (seeds, draws, subjects) of every method whose runs at a place are all there."""
     found = {method: figures(bench, rows, method, place) for method in bench.methods}
     return {method: table for method, table in found.items() if table is not None}
 
 
 def _means(bench: Bench, found: dict[Place, _Figures]) -> str:
-    lines = ["| method | " + " | ".join(_labels(place) for place in found) + " |", "|---" * (len(found) + 1) + "|"]
+    lines = ["| method | " + " | ".join(label(place) for place in found) + " |", "|---" * (len(found) + 1) + "|"]
     for method in bench.methods:
         if any(method in tables for tables in found.values()):
             cells = [_interval(crossed_mean(tables[method])) if method in tables else "" for tables in found.values()]
@@ -82,7 +84,7 @@ def compare(bench: Bench, found: dict[Place, _Figures]) -> dict[tuple[str, str, 
 
 
 def _differences(compared: dict[tuple[str, str, Place], tuple[Interval, float]], columns: Sequence[Place]) -> str:
-    lines = ["| difference | " + " | ".join(map(_labels, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| difference | " + " | ".join(map(label, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     for first, second in dict.fromkeys(key[:2] for key in compared):
         cells = []
         for place in columns:
@@ -93,7 +95,8 @@ def _differences(compared: dict[tuple[str, str, Place], tuple[Interval, float]],
     return "\n".join(lines)
 
 
-def _labels(place: Place) -> str:
+def label(place: Place) -> str:
+    """Return the heading of a column."""
     return f"{place.labels} subjects" if isinstance(place.labels, int) else f"{place.labels} of the labels"
 
 

@@ -1,4 +1,4 @@
-"""Write what a run did as one HTML page: settings, curves, collapse dashboard, views, attention, PCA, overlays."""
+"""Write what a run or a bench did as one HTML page: curves, collapse dashboard, views, PCA, overlays, or tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "PCA, overlays). Parts for which something is missing say what.\n\n"
         "  agssd report runs/ct --out report.html --cache ct.h5 --nifti maps/"
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, of pretraining or of a task")
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run or of a bench")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="page to write (replaced)")
     parser.add_argument("--title", help="heading of the page (default: the method)")
     parser.add_argument("--cache", type=Path, help="cache to show cases of (default: the run's)")
@@ -26,9 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and print its name; 1 with the reason on stderr if that fails."""
+    from agssd.commands.report.bench_page import is_bench, write_bench
     from agssd.commands.report.write import Options, write_report
 
     try:
+        if is_bench(args.run):
+            print(write_bench(args.run, args.out, args.title))
+            return 0
         options = Options(args.cache, args.cases, args.nifti, args.device, args.title)
         told = write_report(args.run, args.out, options)
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from agssd.commands.report.run_files import read_run
 from agssd.commands.report.sections import SECTIONS
 from agssd.whole_file import whole_file
 
-__all__ = ["Options", "write_report"]
+__all__ = ["Options", "check_name", "save", "write_report"]
 
 
 def write_report(folder: Path, out: Path, options: Options) -> list[str]:
@@ -23,8 +24,7 @@ def write_report(folder: Path, out: Path, options: Options) -> list[str]:
     Raises:
         ValueError: if ``folder`` is no run, a given cache cannot be read, or the page cannot be written.
     """
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--out {out}: the name must end in .html")
+    check_name(out)
     if options.cases < 0:
         raise ValueError(f"--cases is {options.cases}; give a number of cases, 0 for none")
     run = read_run(folder)
@@ -47,15 +47,38 @@ def write_report(folder: Path, out: Path, options: Options) -> list[str]:
         (here / "report.css").read_text(encoding="utf-8"),
         _script(here),
     )
+    return [*context.notes, save(out, text)]
+
+
+def check_name(out: Path) -> None:
+    """Refuse a name that is no page's.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--out {out}: the name must end in .html")
+
+
+def save(out: Path, text: str) -> str:
+    """Write a page and say so.
+
+    Raises:
+        ValueError: if that cannot be done.
+    """
     try:
         with whole_file(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror or error}; name another --out") from error
-    return [*context.notes, f"report: {out} ({len(text.encode()) / 1e6:.1f} MB)"]
+    return f"report: {out} ({len(text.encode()) / 1e6:.1f} MB)"
 
 
 def _script(folder: Path) -> str:
-    """Return the page's script, its parts in one scope."""
-    parts = [(folder / f"{name}.js").read_text(encoding="utf-8") for name in ("base", "charts", "volumes")]
+    return joined_script(folder, ("base", "charts", "volumes"))
+
+
+def joined_script(folder: Path, names: Sequence[str]) -> str:
+    """Return a page's script, its parts in one scope."""
+    parts = [(folder / f"{name}.js").read_text(encoding="utf-8") for name in names]
     return f'(() => {{\n"use strict";\n{"".join(parts)}}})();\n'

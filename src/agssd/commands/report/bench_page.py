@@ -1,0 +1,189 @@
+"""The report of a bench: what was compared, a chart per readout and budget, means and paired differences."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import agssd
+from agssd.commands._page import page
+from agssd.commands.bench.cells import list_cells
+from agssd.commands.bench.results import Place, places, read_rows
+from agssd.commands.bench.settings import KEPT, Bench, kept_settings
+from agssd.commands.bench.tables import ALPHA, compare, head, label, of_place
+from agssd.commands.report.write import check_name, joined_script, save
+from agssd.evaluation.statistics import Interval, crossed_mean
+
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 300, 52, 12, 28
+_Means = dict[Place, dict[str, Interval]]
+_Compared = dict[tuple[str, str, Place], tuple[Interval, float]]
+
+
+def is_bench(folder: Path) -> bool:
+    """Return whether ``agssd bench`` wrote ``folder``."""
+    return (folder / KEPT).is_file()
+
+
+def write_bench(folder: Path, out: Path, title: str | None) -> str:
+    """Write the page and return what was written, in words.
+
+    Raises:
+        ValueError: if there is nothing to show, or the page cannot be written.
+    """
+    check_name(out)
+    bench = kept_settings(folder)
+    cells = list_cells(bench, "", folder)
+    rows = read_rows(cells)
+    if not rows:
+        raise ValueError(f"{folder}: no cell of the bench is done yet")
+    found = {place: of_place(bench, rows, place) for place in places(bench)}
+    means = {place: {name: crossed_mean(table) for name, table in tables.items()} for place, tables in found.items()}
+    compared = compare(bench, found)
+    parts, links = [], []
+    for number, ((readout, steps), group) in enumerate(groupby(found, key=lambda place: place[:2])):
+        here = {place: means[place] for place in group}
+        heading = escape(f"{readout}, {steps} steps")
+        links.append(f'<li><a href="#part{number}">{heading}</a></li>')
+        own = {key: value for key, value in compared.items() if key[2] in here}
+        parts.append(f'<section id="part{number}"><h2>{heading}</h2>{_part(bench, here, own)}</section>')
+    missing = len(cells) - len(rows)
+    note = f'<p class="missing">{missing} of {len(cells)} runs are not done; what they belong to is left out.</p>'
+    name = title or "Methods by few labels"
+    here_folder = Path(__file__).parent
+    text = page(
+        f"{name}: agssd report",
+        f"<h1>{escape(name)}</h1><p>{escape(head(bench, rows))}</p>"
+        '<button type="button" id="theme" hidden>Dark</button>',
+        f'{_tiles(bench, rows)}<nav aria-label="Parts"><ul>{"".join(links)}</ul></nav>{note if missing else ""}'
+        f"{''.join(parts)}{_closing(len(compared))}",
+        f"<p>agssd {agssd.__version__} report, {time.strftime('%Y-%m-%d', time.gmtime())}.</p>",
+        (here_folder / "report.css").read_text(encoding="utf-8"),
+        joined_script(here_folder, ("base",)),
+    )
+    return save(out, text)
+
+
+def _tiles(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
+    hours = sum(row["seconds"] for row in rows) / 3600
+    before = {(row["method"], row["seed"], row["fold"]): row["pretraining_seconds"] for row in rows}
+    figures = {
+        "runs": str(len(rows)),
+        "methods": str(len(bench.methods)),
+        "subjects measured": str(len({name for row in rows for name in row["subjects"]})),
+        "hours of tasks": f"{hours:.1f}",
+        "hours of pretraining": f"{sum(before.values()) / 3600:.1f}",
+    }
+    tiles = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items())
+    return f'<dl class="tiles">{tiles}</dl>'
+
+
+def _part(bench: Bench, means: _Means, compared: _Compared) -> str:
+    methods = [name for name in bench.methods if any(name in one for one in means.values())]
+    if not methods:
+        return '<p class="missing">None of its figures is complete yet.</p>'
+    body = _chart(bench, methods, means) + _table("method", list(means), _mean_rows(methods, means))
+    return f'<div class="card">{body}{_table("difference", list(means), _difference_rows(compared, list(means)))}</div>'
+
+
+def _mean_rows(methods: Sequence[str], means: _Means) -> list[tuple[str, list[tuple[str, str]]]]:
+    return [
+        (name, [("", _interval(one[name])) if name in one else ("", "") for one in means.values()]) for name in methods
+    ]
+
+
+def _difference_rows(compared: _Compared, columns: Sequence[Place]) -> list[tuple[str, list[tuple[str, str]]]]:
+    rows = []
+    for first, second in dict.fromkeys(key[:2] for key in compared):
+        cells = []
+        for place in columns:
+            interval, p = compared.get((first, second, place), (None, 1.0))
+            if interval is None:
+                cells.append(("", ""))
+            elif p < ALPHA:
+                kind = "good" if interval.mean > 0 else "error"
+                cells.append(
+                    (kind, f"<b>{_interval(interval, '+')}</b>, p {'<' if p < 0.001 else '='} {max(p, 0.001):.3f}")
+                )
+            else:
+                cells.append(("", f'{_interval(interval, "+")} <small class="note">no difference shown</small>'))
+        rows.append((f"{first} − {second}", cells))
+    return rows
+
+
+def _table(name: str, columns: Sequence[Place], rows: Sequence[tuple[str, list[tuple[str, str]]]]) -> str:
+    if not rows:
+        return ""
+    heads = "".join(f"<th scope=col>{escape(label(place))}</th>" for place in columns)
+    body = "".join(
+        f"<tr><th scope=row>{escape(head)}</th>"
+        + "".join(f'<td class="{kind}">{text}</td>' for kind, text in cells)
+        + "</tr>"
+        for head, cells in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}s"><table><thead><tr>'
+        f"<th scope=col>{name}</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _chart(bench: Bench, methods: Sequence[str], means: _Means) -> str:
+    """Return the means over the labels with their intervals; the table beside it holds the same figures."""
+    intervals = [interval for one in means.values() for interval in one.values()]
+    low, high = min(i.low for i in intervals), max(i.high for i in intervals)
+    pad = 0.06 * (high - low) or 0.01
+    low, high = low - pad, high + pad
+    columns = list(means)
+    step = (_WIDTH - _LEFT - 12) / len(columns)
+
+    def x(column: int, method: int) -> float:
+        return _LEFT + step * (column + 0.5) + 0.5 * step * ((method + 0.5) / len(methods) - 0.5)
+
+    def y(value: float) -> float:
+        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low)
+
+    marks = []
+    for number in range(5):
+        value = low + (high - low) * number / 4
+        marks.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+        marks.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+    for column, place in enumerate(columns):
+        middle = _LEFT + step * (column + 0.5)
+        marks.append(
+            f'<text x="{middle:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(str(place.labels))}</text>'
+        )
+    for number, method in enumerate(methods):
+        points = [(x(c, number), place) for c, place in enumerate(columns) if method in means[place]]
+        path = " ".join(f"{at:.1f},{y(means[place][method].mean):.1f}" for at, place in points)
+        dash = "" if bench.methods[method].pretrain else ' stroke-dasharray="5 4"'
+        drawn = f'<polyline class="line" points="{path}"{dash}/>'
+        for at, place in points:
+            one = means[place][method]
+            told = escape(f"{method}, {label(place)}: {_interval(one)}")
+            drawn += f'<line class="line" x1="{at:.1f}" x2="{at:.1f}" y1="{y(one.low):.1f}" y2="{y(one.high):.1f}"/>'
+            drawn += f'<circle class="dot" cx="{at:.1f}" cy="{y(one.mean):.1f}" r="4"><title>{told}</title></circle>'
+        marks.append(f'<g class="s{number % 8}">{drawn}</g>')
+    legend = "".join(f'<span class="value s{number % 8}">{escape(name)}</span> ' for number, name in enumerate(methods))
+    what = "Dice" if bench.figure == "dice" else "balanced accuracy"
+    return (
+        f'<figure class="spread"><figcaption class="legend">{legend}<span>{what} over labelled subjects; bars are 95 % '
+        f'intervals, dashed without pretraining</span></figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{what} of {len(methods)} methods over labelled subjects; the table below has the figures">'
+        f"{''.join(marks)}</svg></figure>"
+    )
+
+
+def _closing(number: int) -> str:
+    if not number:
+        return ""
+    return (
+        f'<p class="note">Differences are paired by seed, draw and subject; intervals are of single ones, p after Holm '
+        f"over all {number} of this bench. “No difference shown” is p of {ALPHA} or more: no proof of none.</p>"
+    )
+
+
+def _interval(interval: Interval, sign: str = "") -> str:
+    return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"

@@ -1,0 +1,63 @@
+"""A bench whose rows are made up: methods that differ by known gains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agssd.commands.bench.cells import Cell, list_cells
+from agssd.commands.bench.settings import Bench, Method, Readout, save_settings
+
+SUBJECTS = [f"s{number:02d}" for number in range(20)]
+
+
+def bench(**given: Any) -> Bench:
+    """Return a small bench of scratch, a convolutional network and two pretrained methods."""
+    settings: dict[str, Any] = {
+        "methods": {
+            "scratch": Method(),
+            "unet": Method(fit={"full": ["--config", "unet.yaml"]}),
+            "ours": Method(["--config", "a.yaml"]),
+            "rival": Method(["--config", "b.yaml"], steps=7),
+        },
+        "readouts": {
+            "full": Readout(["--config", "f.yaml"], [10, 30]),
+            "linear": Readout(["--config", "l.yaml"], [10]),
+        },
+        "labels": [2, "25%", "100%"],
+        "pretrain_steps": 5,
+        "seeds": 3,
+        "draws": 5,
+    }
+    return Bench(**settings | given)
+
+
+def made_rows(cells: list[Cell], gain: dict[str, float], seed: int = 0) -> list[dict[str, Any]]:
+    """Return rows in which methods differ by ``gain`` beside effects of subjects, draws and seeds that they share."""
+    rng = np.random.default_rng(seed)
+    of_subject, of_draw = rng.normal(0.7, 0.1, len(SUBJECTS)), rng.normal(0, 0.03, 5)
+    rows = []
+    for cell in cells:
+        values = of_subject + of_draw[cell.draw] + gain.get(cell.method, 0.0) + rng.normal(0, 0.01, len(SUBJECTS))
+        found = dict(zip(SUBJECTS, values.tolist(), strict=True))
+        row = {"subjects": found, "value": float(values.mean()), "bench": "b", "commit": "c", "figure": "dice"}
+        names = ("method", "readout", "steps", "labels", "draw", "seed", "fold")
+        rows.append(row | {name: getattr(cell, name) for name in names})
+    return rows
+
+
+def write_bench(out: Path, gain: dict[str, float], leave_out: int = 0) -> None:
+    """Write the directory of a bench in which the last ``leave_out`` cells are not done."""
+    settings = bench()
+    cells = list_cells(settings, "", out)
+    out.mkdir()
+    save_settings(settings, out)
+    for cell, row in list(zip(cells, made_rows(cells, gain), strict=True))[: len(cells) - leave_out]:
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "row.json").write_text(json.dumps(row | {"seconds": 60.0}))
+        if cell.pretraining is not None:
+            cell.pretraining.folder.mkdir(parents=True, exist_ok=True)
+            (cell.pretraining.folder / "row.json").write_text(json.dumps({"seconds": 400.0}))

@@ -1,0 +1,74 @@
+"""The page of a bench in a real browser: figures of the tables, a chart for each readout, nothing sticks out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Browser, chromium
+from made_bench import bench, write_bench
+
+from agssd.cli import main
+from agssd.commands.bench.cells import list_cells
+from agssd.commands.bench.results import places, read_rows
+from agssd.commands.bench.tables import compare, of_place
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Return a running browser."""
+    with chromium(tmp_path_factory.mktemp("profile")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bench of which three runs are not done."""
+    out = tmp_path_factory.mktemp("made") / "bench"
+    write_bench(out, {"ours": 0.1, "unet": -0.1}, leave_out=3)
+    return out
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_bench_page__shows_every_readout(
+    browser: Browser, folder: Path, tmp_path: Path, width: int, scheme: str
+) -> None:
+    page = tmp_path / "bench.html"
+    assert main(["report", str(folder), "--out", str(page), "--title", "Few labels"]) == 0
+    browser.open(page, width, scheme=scheme)
+    assert browser.run("document.querySelector('h1').textContent") == "Few labels"
+    assert browser.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    boxes = browser.run("[...document.querySelectorAll('svg')].map((s) => s.getBoundingClientRect().width)")
+    assert len(boxes) == 3 and min(boxes) > 250
+    dots = browser.run("[...document.querySelectorAll('svg')].map((s) => s.querySelectorAll('circle').length)")
+    assert dots == [4 * 3, 4 * 3, 3 * 3 - 3], "the linear readout of all labels lacks its last seed"
+    inside = """[...document.querySelectorAll('circle.dot')].every((c) => {
+        const dot = c.getBoundingClientRect(), svg = c.closest('svg').getBoundingClientRect();
+        return dot.left >= svg.left && dot.right <= svg.right && dot.top >= svg.top && dot.bottom <= svg.bottom; })"""
+    assert browser.run(inside)
+    assert "3 of 363 runs are not done" in browser.run("document.querySelector('.missing').textContent")
+    assert not browser.complaints
+
+
+def test_bench_page__claims_what_the_tables_claim(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "bench.html"
+    assert main(["report", str(folder), "--out", str(page)]) == 0
+    text = page.read_text()
+    settings = bench()
+    rows = read_rows(list_cells(settings, "", folder))
+    found = {place: of_place(settings, rows, place) for place in places(settings)}
+    compared = compare(settings, found)
+    unclear = sum(p >= 0.05 for _, p in compared.values())
+    assert 0 < unclear < len(compared)
+    assert text.count(">no difference shown<") == unclear
+    assert text.count("<b>") == len(compared) - unclear
+    assert str(tmp_path) not in text and str(folder) not in text
+
+
+def test_report__a_bench_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench"
+    write_bench(out, {}, leave_out=363)
+    assert main(["report", str(out), "--out", str(tmp_path / "x.html")]) == 1
+    assert "no cell of the bench is done yet" in capsys.readouterr().err
+    assert not (tmp_path / "x.html").exists()
