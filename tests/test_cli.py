@@ -526,7 +526,6 @@ def test_traceback__flag_shows_where_a_refusal_came_from(conf: Path, tmp_path: P
 # ---------------------------------------------------------------------- DDP
 
 
-@pytest.mark.ddp
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_fit__signal_while_it_still_imports_ends_it_after_a_step_and_the_same_command_goes_on(
     conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -542,6 +541,42 @@ def test_fit__signal_while_it_still_imports_ends_it_after_a_step_and_the_same_co
     assert torch.equal(*gains) and losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
 
 
+TOLD_WITH_ITS_SERVICE = """
+import os, signal, sys, time, toy_recipe, agssd.cli
+from pathlib import Path
+
+def told(self, *args):
+    if self.trainer.global_step == 2:
+        numbers = [n for path in Path("/proc/self/task").glob("*/children") for n in path.read_text().split()]
+        names = {int(number): Path(f"/proc/{number}/comm").read_text().strip() for number in numbers}
+        for number in (number for number, name in names.items() if "wandb" in name):
+            os.kill(number, signal.SIGTERM)
+            os.waitid(os.P_PID, number, os.WEXITED | os.WNOWAIT)
+            print("the service is gone")
+        time.sleep(float(os.environ["SETTLES_S"]))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+toy_recipe.ToyRecipe.on_train_batch_start = told
+sys.exit(agssd.cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("settles_s", ["0", "1"])
+def test_fit__told_together_with_the_wandb_service_saves_itself_and_says_so(
+    conf: Path, tmp_path: Path, settles_s: str
+) -> None:
+    arguments = ["fit", "--config", str(conf / "experiment/ToyRecipe.yaml"), "--trainer.max_steps", "9"]
+    arguments += ["--trainer.default_root_dir", str(tmp_path / "run"), "--wandb.mode", "offline"]
+    paths = os.pathsep.join([str(TOYS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "WANDB_MODE": "offline", "SETTLES_S": settles_s}
+    command = [sys.executable, "-c", TOLD_WITH_ITS_SERVICE, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert "the service is gone" in done.stdout
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert checkpoint(tmp_path / "run")["global_step"] == 3 and len(losses(tmp_path / "run")) == 3
+    assert done.stderr.count("W&B is lost until the next start") == 1 and "Traceback" not in done.stderr
+
+
 def test_fit__without_checkpoints_a_signal_ends_it_as_any_program(conf: Path, tmp_path: Path) -> None:
     code = "import os, signal, sys, agssd.cli as cli; there = cli._import_training\n"
     code += "def told(): there(); os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -553,6 +588,7 @@ def test_fit__without_checkpoints_a_signal_ends_it_as_any_program(conf: Path, tm
     assert done.returncode == -signal.SIGTERM, done.stderr[-3000:]
 
 
+@pytest.mark.ddp
 def test_fit__two_processes_reach_the_weights_of_one(
     conf: Path, tmp_path: Path, tiny_cache: Path, spoil_cache: Callable[..., Path]
 ) -> None:

@@ -7,10 +7,11 @@ Nothing in it is ever overwritten silently: a run in a used directory goes on fr
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,7 +19,7 @@ import lightning.pytorch as L
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
-from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -28,6 +29,7 @@ from agssd.checkpoint_artifacts import TAKEN_OUT, is_path, send_checkpoint
 from agssd.checkpoints import BEST, LAST
 from agssd.run_state import CHECKPOINTS as CHECKPOINTS
 from agssd.run_state import CONFIG, METRICS, WANDB_ID
+from agssd.stop_signals import STOP
 from agssd.whole_file import whole_file
 
 RUNS = "runs"
@@ -252,11 +254,42 @@ def has_wandb_account() -> bool:
     return host in entries.hosts
 
 
+def _never_stops_the_run(call: Callable[..., None]) -> Callable[..., None]:
+    """Have a call to W&B that fails be the last of this start, said once: SIGTERM to a whole job ends its service."""
+
+    @functools.wraps(call)
+    def guarded(logger: QuietWandbLogger, *given: Any, **named: Any) -> None:
+        if not logger.lost:
+            try:
+                call(logger, *given, **named)
+            except Exception as error:
+                logger.lose(error)
+
+    return guarded
+
+
+def _for_half_a_minute(call: Callable[[], object]) -> Exception | None:
+    """Call and return what it raised; one that takes longer, as without network, is left behind."""
+    raised: list[Exception] = []
+
+    def calling() -> None:
+        try:
+            call()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=calling, daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+    return raised[0] if raised else None
+
+
 class QuietWandbLogger(WandbLogger):
     """A W&B logger that never asks, never stops a run, and sends no paths, code, command line or console output.
 
     The id of the run is kept in ``DIR/wandb_id`` so that a resumed run goes on with the same curves. Without network it
-    falls back to offline; ``wandb sync DIR/wandb/offline-run-*`` sends it later.
+    falls back to offline; ``wandb sync DIR/wandb/offline-run-*`` sends it later. Once W&B's service is gone, the run goes
+    on without it until the next start.
     """
 
     def __init__(
@@ -274,15 +307,35 @@ class QuietWandbLogger(WandbLogger):
         self._wandb_init["entity"] = entity
         self._wandb_init["mode"] = "online" if online else "offline"
         self._log_checkpoints = log_checkpoints
+        self.lost = False  # until the next start
         self._newest: Path | None = None  # the checkpoint that was saved last, perhaps not yet on disk
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """Return the W&B run, started on first use, on rank zero."""
+        if self.lost:
+            return _DummyExperiment()
         if self._experiment is None:
-            self._start()
+            try:
+                self._start()
+            except Exception as error:
+                if STOP.received is None:
+                    raise
+                self.lose(error)
+                return _DummyExperiment()
         return self._experiment
+
+    def lose(self, error: Exception) -> None:
+        """Say what has failed, and go on without W&B; nothing of it is left to fail at the end of the process."""
+        import wandb
+
+        self.lost, self._experiment = True, None
+        rank_zero_info(
+            f"W&B is lost until the next start ({type(error).__name__}: {error}); {METRICS} in the run directory has "
+            "every figure"
+        )
+        _for_half_a_minute(functools.partial(wandb.teardown, exit_code=1))
 
     def _start(self) -> None:
         import secrets
@@ -315,15 +368,28 @@ class QuietWandbLogger(WandbLogger):
             self._wandb_init["mode"] = "offline"
             inherited(self)
 
+    @_never_stops_the_run
     def interrupt(self) -> None:
         """Send what there is and mark the run as one that goes on; give up after half a minute without network."""
         if self._experiment is not None:
             run = self._experiment
             run.mark_preempting()
-            sending = threading.Thread(target=run.finish, kwargs={"exit_code": 1}, daemon=True)
-            sending.start()
-            sending.join(timeout=30)
+            if (error := _for_half_a_minute(functools.partial(run.finish, exit_code=1))) is not None:
+                raise error
 
+    @rank_zero_only
+    @_never_stops_the_run
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Send figures."""
+        super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    @_never_stops_the_run
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        """Send images."""
+        super().log_image(key, images, step, **kwargs)
+
+    @_never_stops_the_run
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Send the checkpoint before this one, which is on disk by now, if all are wanted."""
         path = Path(checkpoint_callback._last_checkpoint_saved)
@@ -334,6 +400,7 @@ class QuietWandbLogger(WandbLogger):
             self._send(before, [])
 
     @rank_zero_only
+    @_never_stops_the_run
     def finalize(self, status: str) -> None:
         """Send what is wanted of a run that has ended by itself; everything is on disk."""
         if status != "success" or self._newest is None:
@@ -356,6 +423,7 @@ class QuietWandbLogger(WandbLogger):
             rank_zero_info(f"{path} is not sent to W&B: {error}")
 
     @rank_zero_only
+    @_never_stops_the_run
     def log_hyperparams(self, params: Any) -> None:
         """Send the hyper-parameters, with whatever looks like a path taken out."""
         super().log_hyperparams(without_paths(params))
