@@ -145,6 +145,9 @@ def restore_training(trainer: pl.Trainer, module: pl.LightningModule, path: Path
     that a resumed run goes on at the same place. Callbacks keep what they know.
     """
     strategy, left = trainer.strategy, trainer.global_step
+    for callback in cast(Any, trainer).callbacks:
+        if hasattr(callback, "before_step_restored"):
+            callback.before_step_restored(trainer, module)
     checkpoint = strategy.load_checkpoint(path, weights_only=True)
     strategy.load_model_state_dict(checkpoint, strict=True)
     strategy.load_optimizer_state_dict(checkpoint)
