@@ -243,6 +243,11 @@ class CollapseMonitor(StandingCallback):
             self._waited = False
             self._window = Window(self._window.quota)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report a rollback that no step is left for."""
+        if self.active:
+            self.rollback.end(trainer, self._total)
+
     def _is_withheld(self, module: pl.LightningModule) -> bool:
         """Return whether the step just done was withheld for its batch, alike on every rank; waits for the device."""
         if not isinstance(module, StepJudged) or module.step_figures is None:
