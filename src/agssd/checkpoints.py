@@ -20,7 +20,7 @@ from torch import Tensor
 
 from agssd.whole_file import TEMPORARY, sync, whole_file
 
-LAST, BEST = "last.ckpt", "best.ckpt"
+LAST, BEST, HEALTHY = "last.ckpt", "best.ckpt", "healthy.ckpt"
 ASIDE = ".aside"
 _SHARDED = "meta.pt"  # what Lightning writes last into the folder of a sharded checkpoint
 _PARTS = ("state_dict", "optimizer_states")
@@ -244,8 +244,9 @@ def check_whole(path: str) -> None:
 def newest_checkpoint(folder: str) -> tuple[str, dict[str, Any]] | None:
     """Return path and content of the furthest whole checkpoint of the run in ``folder``; None if there is none at all.
 
-    Torn and foreign files are named in one message each and passed over. ``best.ckpt`` is taken only where no other
-    can be: it is written in the middle of a step's report, the others between two steps.
+    Torn and foreign files are named in one message each and passed over. ``healthy.ckpt``, kept to roll back to, is
+    taken only where no other can be, and ``best.ckpt`` after that: it is written in the middle of a step's report, the
+    others between two steps.
 
     Raises:
         ValueError: if there are checkpoints and none can be used.
@@ -257,9 +258,10 @@ def newest_checkpoint(folder: str) -> tuple[str, dict[str, Any]] | None:
         except ValueError as error:
             refused.append(str(error))
             continue
-        found.append(((not path.endswith(BEST), checkpoint["global_step"], path), checkpoint))
+        order = (not path.endswith(BEST), not path.endswith((BEST, HEALTHY)), checkpoint["global_step"], path)
+        found.append((order, checkpoint))
     chosen = None
-    for (_, _, path), checkpoint in sorted(found, key=lambda entry: entry[0], reverse=True):
+    for (*_, path), checkpoint in sorted(found, key=lambda entry: entry[0], reverse=True):
         try:
             check_whole(path)
         except ValueError as error:
