@@ -10,7 +10,7 @@ import csv
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from agssd.checkpoint_artifacts import TAKEN_OUT, is_path, send_checkpoint
+from agssd.checkpoint_artifacts import send_checkpoint, without_paths
 from agssd.checkpoints import BEST, LAST
 from agssd.run_state import CHECKPOINTS as CHECKPOINTS
 from agssd.run_state import CONFIG, METRICS, WANDB_ID
@@ -357,14 +357,5 @@ class QuietWandbLogger(WandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Send the hyper-parameters, with whatever looks like a path taken out."""
+        """Send the settings, with whatever names a file taken out."""
         super().log_hyperparams(without_paths(params))
-
-
-def without_paths(value: Any) -> Any:
-    """Return ``value`` with every string that contains a path separator replaced, since paths may name patients."""
-    if isinstance(value, Mapping):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_paths(item) for item in value]
-    return TAKEN_OUT if is_path(value) else value
