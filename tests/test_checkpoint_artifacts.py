@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import random
+import shutil
 import struct
 import time
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from agssd.checkpoint_artifacts import TAKEN_OUT, send_checkpoint, without_paths
+from agssd.cli import main
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import overlap, seen_record
 from agssd.lightning_cli import differences
@@ -233,3 +236,54 @@ def test_wandb__offline_run_holds_scalars_artifact_and_system_figures_and_no_pat
     for one in (path for path in tmp_path.glob("wandb/**/*") if path.is_file()):
         assert SECRET.encode() not in one.read_bytes(), one
     assert os.path.exists(artifact.manifest.contents[0].local_path)  # wandb sync finds it
+
+
+@pytest.mark.slow
+def test_fit__whole_configuration_reaches_the_loggers_without_file_names_and_a_sent_copy_goes_on(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "cli_toys"))
+    monkeypatch.delenv("AGSSD_RUN_STAMP", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(tiny_cache, f"{SECRET}.h5")
+    settings = {
+        "model": "toy_recipe.ToyRecipe", "backbone": "toy_recipe.ToyBackbone", "backbone.embed_dim": 5,
+        "views": "agssd.transforms.crops.OverlapCrops", "views.size_vox": [16, 16, 16],
+        "data": "agssd.data_modules.pretrain.PretrainDataModule", "data.cache": f"{SECRET}.h5",
+        "data.parent_vox": [16, 16, 16], "data.global_batch_size": 4, "data.num_workers": 0, "seed_everything": 7,
+        "trainer.max_steps": 3, "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.limit_val_batches": 0,
+        "trainer.enable_model_summary": False, "online_probe.at_start": False, "online_probe.at_end": False,
+        "checkpoint.every_n_train_steps": 1, "checkpoint.keep_last": 3, "progress.mode": "off", "tensorboard": True,
+    }  # fmt: skip
+    command = ["fit", *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]
+    sends = ["--wandb.mode", "offline", "--wandb.log_checkpoints", "all"]
+    assert main([*command, *sends, "--trainer.default_root_dir", "run"]) == 0
+    wandb.finish()
+    wandb.teardown()
+    (file,) = Path("run").glob("wandb/offline-run-*/*.wandb")
+    sent: dict[str, Any] = {}
+    for one in records(file):
+        for part in (one.run.config, one.config):
+            sent |= {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in part.update}
+    kept = yaml.safe_load(Path("run/tensorboard/hparams.yaml").read_text())
+    for found in (sent, kept):
+        assert found["seed_everything"] == 7 and found["trainer"]["max_steps"] == 3
+        assert found["data"]["init_args"]["global_batch_size"] == 4
+        assert found["backbone"]["init_args"]["embed_dim"] == 5
+        assert found["views"]["init_args"]["size_vox"] == [16, 16, 16]
+        assert found["data"]["init_args"]["cache"] == TAKEN_OUT
+        assert not {"_instantiator", *found["model"]["init_args"]} & set(found)
+    files = [one for place in ("wandb", "tensorboard") for one in Path("run", place).rglob("*") if one.is_file()]
+    assert len(files) > 4
+    for one in files:
+        assert SECRET.encode() not in one.read_bytes(), one
+    copy = Path("run/wandb/checkpoints/step00000001.ckpt")
+    assert (
+        main([*command, "--wandb.mode", "disabled", "--trainer.default_root_dir", "on", "--ckpt_path", str(copy)]) == 0
+    )
+    ends = [torch.load(f"{run}/checkpoints/step00000003.ckpt", weights_only=True) for run in ("run", "on")]
+    assert ends[0]["state_dict"].keys() == ends[1]["state_dict"].keys()
+    assert all(torch.equal(value, ends[1]["state_dict"][name]) for name, value in ends[0]["state_dict"].items())

@@ -92,7 +92,8 @@ def plain_config(parser: LightningArgumentParser, config: Namespace) -> dict[str
 class SaveRunConfig(SaveConfigCallback):
     """Writes what runs into the run directory: ``config.yaml`` for fit, ``test.yaml`` and so on for the others.
 
-    A resumed or repeated run adds ``config-2.yaml`` and so on; no file is replaced.
+    A resumed or repeated run adds ``config-2.yaml`` and so on; no file is replaced. The loggers of a fit get the same
+    settings without what names a file, in place of the module's own arguments, which are among them.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -109,6 +110,14 @@ class SaveRunConfig(SaveConfigCallback):
             self.plain_config()
 
     _plain: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Send the settings to the loggers, unless ``trainer.enable_autolog_hparams`` is off."""
+        if not trainer.enable_autolog_hparams:
+            return
+        cast(Any, pl_module)._log_hyperparams = False  # Lightning would send them as well, with its own additions
+        for logger in trainer.loggers:
+            logger.log_hyperparams(cast(Any, without_paths(self.plain_config())))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the configuration in plain types, so that a resumed run can be compared with it."""
