@@ -219,7 +219,8 @@ class WandbRun:
         mode: null goes online with an account on this machine (WANDB_API_KEY or netrc) and offline without one.
         log_checkpoints: which checkpoints become artifacts of the run, offline too: ``none``; ``best`` or ``last``, the
             best by the probe or the newest, when the run ends by itself; ``all``, every one when the next is written,
-            and both at the end. Paths are taken out; the copies stay in ``DIR/wandb/checkpoints``.
+            and both at the end; the last before a preemption or a kill is not sent. Names of files are taken out; the
+            copies stay in ``DIR/wandb/checkpoints``.
     """
 
     def __init__(
