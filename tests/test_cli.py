@@ -356,6 +356,9 @@ def test_fit__lines_and_tensorboard_follow_a_run_through_a_resume(
     events.Reload()
     assert [one.step for one in events.Scalars("train/loss")] == [0, 1, 2, 3, 4]
     assert [one.value for one in events.Scalars("train/loss")] == [float(np.float32(loss)) for loss in losses(run)]
+    kept = yaml.safe_load((run / "tensorboard/hparams.yaml").read_text())
+    assert kept["data"]["init_args"] | {"global_batch_size": 4, "cache": "<path>"} == kept["data"]["init_args"]
+    assert "lr" not in kept and "_instantiator" not in kept  # the module's own are in model
     assert main(["runs", str(run)]) == 0
     assert "ToyRecipe" in capsys.readouterr().out
 

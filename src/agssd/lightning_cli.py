@@ -42,7 +42,7 @@ from agssd.callbacks.standing import StandingCallback
 from agssd.callbacks.throughput import Throughput
 from agssd.callbacks.view_panels import ViewPanels
 from agssd.callbacks.watchdog import Watchdog
-from agssd.checkpoint_artifacts import TAKEN_OUT, is_path
+from agssd.checkpoint_artifacts import without_paths
 from agssd.checkpoints import call_last, check_whole, newest_checkpoint, read_checkpoint
 from agssd.models.backbone import Backbone
 from agssd.run_directory import (
@@ -506,5 +506,5 @@ def differences(name: str, saved: Any, given: Any) -> Iterator[str]:
             label = f"{name}.{key}".replace(".init_args.", ".")
             if label not in _RESUMED_FREELY:
                 yield from differences(label, saved.get(key), given.get(key))
-    elif saved != given and not (saved == TAKEN_OUT and is_path(given)):  # a copy that was sent has no paths
+    elif saved != given and saved != without_paths(given, name.rpartition(".")[2]):  # a copy that was sent has no paths
         yield f"{name}: {saved!r} in the checkpoint, {given!r} now"

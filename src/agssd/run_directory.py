@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,7 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from agssd.checkpoint_artifacts import TAKEN_OUT, is_path, send_checkpoint
+from agssd.checkpoint_artifacts import send_checkpoint, without_paths
 from agssd.checkpoints import BEST, LAST
 from agssd.run_state import CHECKPOINTS as CHECKPOINTS
 from agssd.run_state import CONFIG, METRICS, WANDB_ID
@@ -94,7 +94,8 @@ def plain_config(parser: LightningArgumentParser, config: Namespace) -> dict[str
 class SaveRunConfig(SaveConfigCallback):
     """Writes what runs into the run directory: ``config.yaml`` for fit, ``test.yaml`` and so on for the others.
 
-    A resumed or repeated run adds ``config-2.yaml`` and so on; no file is replaced.
+    A resumed or repeated run adds ``config-2.yaml`` and so on; no file is replaced. The loggers of a fit get the same
+    settings without what names a file, in place of the module's own arguments, which are among them.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -111,6 +112,14 @@ class SaveRunConfig(SaveConfigCallback):
             self.plain_config()
 
     _plain: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Send the settings to the loggers, unless ``trainer.enable_autolog_hparams`` is off."""
+        if not trainer.enable_autolog_hparams:
+            return
+        cast(Any, pl_module)._log_hyperparams = False  # Lightning would send them as well, with its own additions
+        for logger in trainer.loggers:
+            logger.log_hyperparams(cast(Any, without_paths(self.plain_config())))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the configuration in plain types, so that a resumed run can be compared with it."""
@@ -212,7 +221,8 @@ class WandbRun:
         mode: null goes online with an account on this machine (WANDB_API_KEY or netrc) and offline without one.
         log_checkpoints: which checkpoints become artifacts of the run, offline too: ``none``; ``best`` or ``last``, the
             best by the probe or the newest, when the run ends by itself; ``all``, every one when the next is written,
-            and both at the end. Paths are taken out; the copies stay in ``DIR/wandb/checkpoints``.
+            and both at the end; the last before a preemption or a kill is not sent. Names of files are taken out; the
+            copies stay in ``DIR/wandb/checkpoints``.
     """
 
     def __init__(
@@ -425,14 +435,5 @@ class QuietWandbLogger(WandbLogger):
     @rank_zero_only
     @_never_stops_the_run
     def log_hyperparams(self, params: Any) -> None:
-        """Send the hyper-parameters, with whatever looks like a path taken out."""
+        """Send the settings, with whatever names a file taken out."""
         super().log_hyperparams(without_paths(params))
-
-
-def without_paths(value: Any) -> Any:
-    """Return ``value`` with every string that contains a path separator replaced, since paths may name patients."""
-    if isinstance(value, Mapping):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_paths(item) for item in value]
-    return TAKEN_OUT if is_path(value) else value
