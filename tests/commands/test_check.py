@@ -136,8 +136,29 @@ def test_run_directory__not_writable(tiny_cache: Path, tmp_path: Path) -> None:
 
 
 def test_run_directory__too_small(tiny_cache: Path, tmp_path: Path) -> None:
-    place = place_of(tiny_cache, tmp_path, "--checkpoint.save_top_k", "-1", "--trainer.max_steps", "1000000000")
-    fails("run directory", place, "2000003 checkpoints of", "lower checkpoint.save_top_k")
+    many = ["--checkpoint.keep_last", "-1", "--trainer.max_steps", "1000000000", "--checkpoint.every_n_train_steps"]
+    place = place_of(tiny_cache, tmp_path, *many, "1000")
+    fails("run directory", place, "1000002 checkpoints of", "lower checkpoint.keep_last")
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ([], 2 + 1 + 1),
+        (["--checkpoint.keep_last", "5"], 5 + 1 + 1),
+        (["--checkpoint.save_top_k", "7"], 2 + 1 + 1),  # nothing is ranked without a metric
+        (["--checkpoint.save_top_k", "7", "--checkpoint.monitor", "val/loss"], 2 + 7 + 1 + 1),
+        (["--checkpoint.save_top_k", "-1", "--checkpoint.monitor", "val/loss"], 2 + 40 + 1 + 1),
+        (["--checkpoint.keep_last", "-1", "--checkpoint.monitor", "val/loss"], 40 + 1 + 1),
+        (["--best_checkpoint.enabled", "false"], 2 + 1),
+        (["--collapse_monitor.policy", "rollback"], 2 + 1 + 1 + 1),
+        (["--collapse_monitor.policies", '{"entropy": "rollback"}'], 2 + 1 + 1 + 1),
+    ],
+)
+def test_kept_checkpoints__are_those_that_a_run_keeps(tmp_path: Path, settings: list[str], count: int) -> None:
+    length = ["--trainer.max_steps", "400", "--checkpoint.every_n_train_steps", "10"]
+    fit = ParsedFit([*EXPERIMENT, *FEW, "--data.cache", str(tmp_path / "none.h5"), *length, *settings])
+    assert checks.kept_checkpoints(fit.settings) == count
 
 
 def test_run_directory__too_slow(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

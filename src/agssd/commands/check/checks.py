@@ -180,11 +180,14 @@ def checkpoint_bytes(place: Place) -> int:
 
 
 def kept_checkpoints(settings: Any) -> int:
-    """Return how many checkpoints lie beside each other while one more is written."""
-    kept = settings.checkpoint.save_top_k
-    if kept < 0:
-        kept = settings.trainer.max_steps // settings.checkpoint.every_n_train_steps
-    return int(kept) + 3  # last.ckpt, the best, and the one that is being written
+    """Return how many checkpoints lie beside each other while one more is written; ``last.ckpt`` is a second name."""
+    own, monitor = settings.checkpoint, settings.collapse_monitor
+    every = settings.trainer.max_steps // (own.every_n_train_steps or settings.trainer.max_steps)
+    kept = every if own.keep_last == -1 else own.keep_last
+    if own.monitor and own.keep_last != -1:
+        kept += every if own.save_top_k == -1 else own.save_top_k
+    policies = {monitor.policy, *(monitor.policies or {}).values()}
+    return int(kept) + bool(settings.best_checkpoint.enabled) + ("rollback" in policies) + 1
 
 
 def try_run_directory(place: Place) -> tuple[int, int, int, float, bool]:
@@ -256,7 +259,7 @@ def judge_run_directory(told: Sequence[Told]) -> Finding:
     if free < size * kept:
         problem = f"{bytes_text(free)} free, {kept} checkpoints of {bytes_text(size)} need {bytes_text(size * kept)}"
         return Finding(
-            "", problem, "free space, name another --trainer.default_root_dir, or lower checkpoint.save_top_k"
+            "", problem, "free space, name another --trainer.default_root_dir, or lower checkpoint.keep_last"
         )
     if size / speed > SECONDS_TO_SAVE:
         problem = f"a checkpoint of {bytes_text(size)} takes {size / speed:.0f} s at {speed / 1e6:.1f} MB/s"
