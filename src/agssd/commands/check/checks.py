@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from agssd.commands._forecast import bytes_text
 from agssd.commands.check.table import Check, Finding, Place, Told, of_rank
+from agssd.distributed import alone
 
 SECONDS_TO_SAVE = 60.0  # within which a run that is told to stop writes its checkpoint
 MAX_SKEW_S = 2.0
@@ -342,6 +343,9 @@ def judge_clocks(told: Sequence[Told]) -> Finding:
 def one_step(place: Place) -> str:
     """Return the loss of one forward and backward pass on this rank's first micro-batch; no weight moves.
 
+    A rank takes its pass alone: nothing of the loss is gathered, so where one rank fails no other waits for it. Only
+    weights that lie in parts are gathered all the same.
+
     Raises:
         ValueError: if loss or a gradient is not finite.
     """
@@ -356,9 +360,10 @@ def one_step(place: Place) -> str:
     set_step(model, 0, trainer.max_steps)
     views = model.on_after_batch_transfer({name: part.to(place.device) for name, part in crops.items()}, 0)
     dtype = autocast_of(trainer.precision)
-    with torch.autocast(place.device.type, dtype, dtype is not None):
-        loss = model.total_loss(views)
-    loss.backward()
+    with alone():
+        with torch.autocast(place.device.type, dtype, dtype is not None):
+            loss = model.total_loss(views)
+        loss.backward()
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     own = [(name, g.to_local() if isinstance(g, DTensor) else g) for name, g in gradients]
     wrong = [name for name, gradient in own if not bool(gradient.isfinite().all())]
