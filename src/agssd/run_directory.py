@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -298,8 +298,8 @@ class QuietWandbLogger(WandbLogger):
     """A W&B logger that never asks, never stops a run, and sends no paths, code, command line or console output.
 
     The id of the run is kept in ``DIR/wandb_id`` so that a resumed run goes on with the same curves. Without network it
-    falls back to offline; ``wandb sync DIR/wandb/offline-run-*`` sends it later. Once W&B's service is gone, the run goes
-    on without it until the next start.
+    falls back to offline; ``wandb sync DIR/wandb/offline-run-*`` sends it later. Once W&B's service is gone, the run
+    goes on without it until the next start.
     """
 
     def __init__(

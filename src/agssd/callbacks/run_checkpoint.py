@@ -243,7 +243,6 @@ class RunCheckpoint(ModelCheckpoint):
             name = set_aside(path)
             rank_zero_info(f"{path} is of a later step than {step}, where this run goes on; it is now {name}")
 
-
     def _healthy_after(self, step: int) -> list[str]:
         """Return the healthy checkpoint, if it is of a later step or cannot be read."""
         for path in list_checkpoints(str(self.dirpath)):
