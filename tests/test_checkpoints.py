@@ -15,6 +15,7 @@ import fsspec
 import pytest
 import torch
 
+from agssd import checkpoints
 from agssd.checkpoints import CheckpointFiles, check_whole, newest_checkpoint, read_checkpoint
 
 
@@ -179,6 +180,41 @@ def test_newest_checkpoint__torn_or_foreign_is_named_and_the_one_before_is_taken
     assert found is not None and Path(found[0]).name == "step00000002.ckpt" and found[1]["global_step"] == 2
     (message,) = said.messages
     assert "step00000003.ckpt" in message and message.endswith("it is passed over")
+
+
+@pytest.mark.parametrize("at", ["disk", "memory://lazy/checkpoints"])
+def test_newest_checkpoint__opens_the_furthest_alone_where_it_is_whole(
+    at: str, files: CheckpointFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tmp_path) if at == "disk" else at
+    for step in (9, 10, 11):
+        files.save_checkpoint(state(step), f"{folder}/step{step}.ckpt")  # 9 comes last by name
+    files.link(f"{folder}/step11.ckpt", f"{folder}/last.ckpt")
+    for name in ("healthy", "best"):
+        files.save_checkpoint(state(12), f"{folder}/{name}.ckpt")
+    files.wait()
+    opened: list[str] = []
+    for call in (read_checkpoint, check_whole):
+
+        def watched(path: str, call: Any = call) -> Any:
+            opened.append(Path(path).name)
+            return call(path)
+
+        monkeypatch.setattr(checkpoints, call.__name__, watched)
+    found = newest_checkpoint(folder)
+    assert found is not None and Path(found[0]).name == "step11.ckpt" and found[1]["global_step"] == 11
+    assert opened == ["step11.ckpt"] * 2
+
+
+def test_newest_checkpoint__another_name_counts_by_its_content(tmp_path: Path) -> None:
+    torch.save(state(4), tmp_path / "step00000004.ckpt")
+    torch.save(state(6), tmp_path / "last.ckpt")
+    torch.save(state(8), tmp_path / "healthy.ckpt")
+    found = newest_checkpoint(str(tmp_path))
+    assert found is not None and Path(found[0]).name == "last.ckpt" and found[1]["global_step"] == 6
+    torch.save(state(7), tmp_path / "before_step5.ckpt")
+    found = newest_checkpoint(str(tmp_path))
+    assert found is not None and found[1]["global_step"] == 7
 
 
 def test_newest_checkpoint__best_is_the_last_resort_and_nothing_usable_is_refused(tmp_path: Path) -> None:

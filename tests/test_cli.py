@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ import yaml
 import agssd.cli
 from agssd import __version__, commands
 from agssd.cli import TRAINING, main, refusal
-from agssd.lightning_cli import differences
+from agssd.lightning_cli import changed_settings, differences
 from agssd.run_state import read_state
 
 TOYS = Path(__file__).parent / "cli_toys"
@@ -357,6 +360,9 @@ def test_fit__lines_and_tensorboard_follow_a_run_through_a_resume(
     events.Reload()
     assert [one.step for one in events.Scalars("train/loss")] == [0, 1, 2, 3, 4]
     assert [one.value for one in events.Scalars("train/loss")] == [float(np.float32(loss)) for loss in losses(run)]
+    kept = yaml.safe_load((run / "tensorboard/hparams.yaml").read_text())
+    assert kept["data"]["init_args"] | {"global_batch_size": 4, "cache": "<path>"} == kept["data"]["init_args"]
+    assert "lr" not in kept and "_instantiator" not in kept  # the module's own are in model
     assert main(["runs", str(run)]) == 0
     assert "ToyRecipe" in capsys.readouterr().out
 
@@ -381,6 +387,99 @@ def test_fit__resuming_with_other_model_settings_is_refused_with_the_difference(
     for name in ("mask_ratio.start", "ema_teacher.momentum_start", "trainer.precision"):
         assert f"{name}: " in error
     assert error.count("in the checkpoint") == 6
+
+
+_OF_THE_PLACE = {
+    "accelerator", "strategy", "devices", "num_nodes", "accumulate_grad_batches", "max_time", "deterministic",
+    "benchmark", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "val_check_interval",
+    "check_val_every_n_epoch", "num_sanity_val_steps", "inference_mode", "log_every_n_steps", "logger", "callbacks",
+    "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams", "model_registry",
+    "profiler", "detect_anomaly", "default_root_dir",
+}  # fmt: skip
+
+
+def test_changed_settings__every_argument_of_the_trainer_counts_unless_it_is_of_the_place() -> None:
+    names = set(inspect.signature(lightning.pytorch.Trainer.__init__).parameters) - {"self", "plugins"}
+    defaults: dict[str, Any] = dict.fromkeys(names)
+    assert names > _OF_THE_PLACE, "a name that Lightning does not know"
+    changed = {name for name in names if changed_settings({}, {"trainer": {**defaults, name: 7}}, defaults)}
+    assert changed == names - _OF_THE_PLACE
+    assert changed > {"max_steps", "max_epochs", "limit_train_batches", "overfit_batches", "sync_batchnorm"}
+    later = {"unheard_of": 1}
+    assert changed_settings({}, {"trainer": {**defaults, **later}}, defaults) == [
+        "trainer.unheard_of: None in the checkpoint, 1 now"
+    ]
+    assert not changed_settings({}, {"trainer": {**defaults, **later}}, defaults | later), "its default is no change"
+
+
+def test_changed_settings__of_plugins_only_those_that_compute() -> None:
+    def found(*plugins: Any) -> list[str]:
+        return changed_settings({"trainer": {"plugins": None}}, {"trainer": {"plugins": list(plugins)}}, {})
+
+    place = {"class_path": "lightning.pytorch.plugins.environments.SLURMEnvironment", "init_args": {}}
+    double = {"class_path": "lightning.pytorch.plugins.precision.DoublePrecision"}
+    assert not found() and not found(place)
+    (line,) = found(place, double)
+    assert line.startswith("trainer.plugins: [] in the checkpoint") and "DoublePrecision" in line
+    assert "SLURM" not in line
+
+
+def test_fit__resuming_with_another_length_of_epoch_is_refused(conf: Path, tmp_path: Path, capsys: Any) -> None:
+    assert fit(conf, tmp_path / "run") == 0
+    changes = ["--trainer.max_epochs", "4", "--trainer.limit_train_batches", "2", "--trainer.sync_batchnorm", "true"]
+    assert fit(conf, tmp_path / "run", *changes, "--trainer.limit_val_batches", "1") == 2
+    error = capsys.readouterr().err
+    assert "trainer.max_epochs: None in the checkpoint, 4 now" in error
+    assert "trainer.limit_train_batches: None in the checkpoint, 2 now" in error
+    assert error.count("in the checkpoint") == 3
+
+
+@pytest.mark.parametrize("keyword", ["hpc", "registry:some/model"])
+def test_fit__checkpoints_of_another_lineage_are_refused(conf: Path, tmp_path: Path, capsys: Any, keyword: str) -> None:
+    assert fit(conf, tmp_path / "run", "--ckpt_path", keyword) == 2
+    error = capsys.readouterr().err
+    assert f"--ckpt_path {keyword}" in error and "name " in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_fit__best_is_the_best_of_the_run_and_held_to_its_settings(
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("TOY_STOPS_AT", "2")
+    assert fit(conf, run) == 0
+    assert fit(conf, run, "--ckpt_path", "best") == 2
+    assert "best.ckpt does not exist" in capsys.readouterr().err
+    shutil.copyfile(run / "checkpoints/last.ckpt", run / "checkpoints/best.ckpt")
+    (run / "checkpoints/last.ckpt").unlink()
+    assert fit(conf, run, "--ckpt_path", "best", "--model.lr", "0.5") == 2
+    assert "best.ckpt was trained with other settings" in capsys.readouterr().err
+    monkeypatch.delenv("TOY_STOPS_AT")
+    assert fit(conf, run, "--ckpt_path", "best") == 0
+    assert checkpoint(run)["global_step"] == 3 and len(losses(run)) == 3
+
+
+def test_fit__another_cut_is_said_where_samples_meet(
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import toy_recipe
+
+    monkeypatch.setenv("TOY_STOPS_AT", "1")
+    assert fit(conf, tmp_path / "run") == 0
+    monkeypatch.delenv("TOY_STOPS_AT")
+    cut = ("--trainer.accumulate_grad_batches", "2")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        shutil.copytree(tmp_path / "run", tmp_path / "alone")
+        assert fit(conf, tmp_path / "alone", *cut) == 0
+        assert not [one for one in said if "micro-batch of all" in str(one.message)]
+        monkeypatch.setattr(toy_recipe.ToyRecipe, "couples_samples", ("koleo",), raising=False)
+        shutil.copytree(tmp_path / "run", tmp_path / "same")
+        assert fit(conf, tmp_path / "same") == 0
+        assert not [one for one in said if "micro-batch of all" in str(one.message)]
+        assert fit(conf, tmp_path / "run", *cut) == 0
+    (line,) = [str(one.message) for one in said if "micro-batch of all" in str(one.message)]
+    assert "accumulate_grad_batches was 1" in line and "is 2: koleo of ToyRecipe" in line and "is 1/2 now" in line
 
 
 def test_fit__resuming_on_other_data_settings_is_refused_but_workers_are_free(
@@ -527,7 +626,6 @@ def test_traceback__flag_shows_where_a_refusal_came_from(conf: Path, tmp_path: P
 # ---------------------------------------------------------------------- DDP
 
 
-@pytest.mark.ddp
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_fit__signal_while_it_still_imports_ends_it_after_a_step_and_the_same_command_goes_on(
     conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -543,6 +641,42 @@ def test_fit__signal_while_it_still_imports_ends_it_after_a_step_and_the_same_co
     assert torch.equal(*gains) and losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
 
 
+TOLD_WITH_ITS_SERVICE = """
+import os, signal, sys, time, toy_recipe, agssd.cli
+from pathlib import Path
+
+def told(self, *args):
+    if self.trainer.global_step == 2:
+        numbers = [n for path in Path("/proc/self/task").glob("*/children") for n in path.read_text().split()]
+        names = {int(number): Path(f"/proc/{number}/comm").read_text().strip() for number in numbers}
+        for number in (number for number, name in names.items() if "wandb" in name):
+            os.kill(number, signal.SIGTERM)
+            os.waitid(os.P_PID, number, os.WEXITED | os.WNOWAIT)
+            print("the service is gone")
+        time.sleep(float(os.environ["SETTLES_S"]))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+toy_recipe.ToyRecipe.on_train_batch_start = told
+sys.exit(agssd.cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("settles_s", ["0", "1"])
+def test_fit__told_together_with_the_wandb_service_saves_itself_and_says_so(
+    conf: Path, tmp_path: Path, settles_s: str
+) -> None:
+    arguments = ["fit", "--config", str(conf / "experiment/ToyRecipe.yaml"), "--trainer.max_steps", "9"]
+    arguments += ["--trainer.default_root_dir", str(tmp_path / "run"), "--wandb.mode", "offline"]
+    paths = os.pathsep.join([str(TOYS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "WANDB_MODE": "offline", "SETTLES_S": settles_s}
+    command = [sys.executable, "-c", TOLD_WITH_ITS_SERVICE, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert "the service is gone" in done.stdout
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert checkpoint(tmp_path / "run")["global_step"] == 3 and len(losses(tmp_path / "run")) == 3
+    assert done.stderr.count("W&B is lost until the next start") == 1 and "Traceback" not in done.stderr
+
+
 def test_fit__without_checkpoints_a_signal_ends_it_as_any_program(conf: Path, tmp_path: Path) -> None:
     code = "import os, signal, sys, agssd.cli as cli; there = cli._import_training\n"
     code += "def told(): there(); os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -554,6 +688,7 @@ def test_fit__without_checkpoints_a_signal_ends_it_as_any_program(conf: Path, tm
     assert done.returncode == -signal.SIGTERM, done.stderr[-3000:]
 
 
+@pytest.mark.ddp
 def test_fit__two_processes_reach_the_weights_of_one(
     conf: Path, tmp_path: Path, tiny_cache: Path, spoil_cache: Callable[..., Path]
 ) -> None:

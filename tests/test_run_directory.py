@@ -20,7 +20,6 @@ from agssd.run_directory import (
     has_wandb_account,
     run_of_checkpoint,
     unused,
-    without_paths,
 )
 
 
@@ -218,8 +217,3 @@ def test_quiet_wandb_logger__goes_offline_when_the_service_cannot_be_reached(
     monkeypatch.setattr(wandb, "init", init)
     assert QuietWandbLogger(tmp_path, "agssd", None, "run", online=True).experiment is not None
     assert modes == ["online", "offline"]
-
-
-def test_without_paths__replaces_only_paths() -> None:
-    value = {"a": "conf/x.yaml", "b": ("text", Path("p")), "c": {"d": 1.5, "e": None}}
-    assert without_paths(value) == {"a": "<path>", "b": ["text", "<path>"], "c": {"d": 1.5, "e": None}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from agssd.whole_file import TEMPORARY, sync, whole_file
 
-LAST, BEST = "last.ckpt", "best.ckpt"
+LAST, BEST, HEALTHY = "last.ckpt", "best.ckpt", "healthy.ckpt"
 ASIDE = ".aside"
+_OF_STEP = re.compile(r"(?:^|[/\\])step(\d+)\.ckpt$")  # as RunCheckpoint calls them
 _SHARDED = "meta.pt"  # what Lightning writes last into the folder of a sharded checkpoint
 _PARTS = ("state_dict", "optimizer_states")
 _OF_A_RUN = ("loops", "global_step", *_PARTS)
@@ -33,7 +35,8 @@ class CheckpointFiles(TorchCheckpointIO):
     The tensors are copied to host memory before :meth:`save_checkpoint` returns. A thread then writes ``NAME.tmp`` in
     the same folder, syncs it, renames it and syncs the folder. Removals and links wait for the writes before them, and
     are not done if one of these failed, so a file goes only when its successor is on disk. A second save waits for the
-    first: there is never more than one copy in memory. What failed is raised by the next call.
+    first, so there is never more than one copy in memory, beside what the strategy itself gathers for a save (all of it
+    on rank 0 under :class:`agssd.sharding.ShardedStrategy`). What failed is raised by the next call.
 
     Files are read as data only unless ``weights_only=False`` is said. Addresses that fsspec knows (``s3://...``) work
     as well; what takes the place of the rename there is the store's own commit.
@@ -244,23 +247,32 @@ def check_whole(path: str) -> None:
 def newest_checkpoint(folder: str) -> tuple[str, dict[str, Any]] | None:
     """Return path and content of the furthest whole checkpoint of the run in ``folder``; None if there is none at all.
 
-    Torn and foreign files are named in one message each and passed over. ``best.ckpt`` is taken only where no other
-    can be: it is written in the middle of a step's report, the others between two steps.
+    ``step<N>.ckpt`` are opened from the furthest on until one is whole, under other names all. Torn and foreign files
+    that are met are named in one message each and passed over. ``healthy.ckpt``, kept to roll back to, is taken only
+    where no other can be, and ``best.ckpt`` after that: it is written in the middle of a step's report, the others
+    between two steps. Every rank looks for itself, and so finds the same: there is no process group yet.
 
     Raises:
         ValueError: if there are checkpoints and none can be used.
     """
-    found, refused = [], []
-    for path in list_checkpoints(folder):
-        try:
-            checkpoint = read_checkpoint(path)
-        except ValueError as error:
-            refused.append(str(error))
-            continue
-        found.append(((not path.endswith(BEST), checkpoint["global_step"], path), checkpoint))
+    paths = list_checkpoints(folder)
+    steps = {path: int(found[1]) for path in paths if (found := _OF_STEP.search(path))}
+    spare = [path for name in (HEALTHY, BEST) for path in paths if os.path.basename(path) == name]
+    if steps and not is_local(folder):  # a copy of one of them, which would have to be fetched
+        spare = [*(path for path in paths if os.path.basename(path) == LAST), *spare]
+    refused: list[str] = []
+    opened: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        if path not in steps and path not in spare and not any(_is_same_file(path, other) for other in steps):
+            try:
+                opened[path] = read_checkpoint(path)
+            except ValueError as error:
+                refused.append(str(error))
+    steps |= {path: int(checkpoint["global_step"]) for path, checkpoint in opened.items()}
     chosen = None
-    for (_, _, path), checkpoint in sorted(found, key=lambda entry: entry[0], reverse=True):
+    for path in [*sorted(steps, key=lambda path: (steps[path], path), reverse=True), *spare]:
         try:
+            checkpoint = opened[path] if path in opened else read_checkpoint(path)
             check_whole(path)
         except ValueError as error:
             refused.append(str(error))
@@ -275,3 +287,10 @@ def newest_checkpoint(folder: str) -> tuple[str, dict[str, Any]] | None:
     for reason in refused:
         rank_zero_info(f"{reason}; it is passed over")
     return chosen
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    try:
+        return is_local(path) and os.path.samefile(path, other)
+    except OSError:  # one is gone, or a link to nothing
+        return False

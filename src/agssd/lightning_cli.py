@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -22,8 +23,9 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from agssd import slurm
 from agssd.callbacks.actions import RunStopped
@@ -42,8 +44,8 @@ from agssd.callbacks.standing import StandingCallback
 from agssd.callbacks.throughput import Throughput
 from agssd.callbacks.view_panels import ViewPanels
 from agssd.callbacks.watchdog import Watchdog
-from agssd.checkpoint_artifacts import TAKEN_OUT, is_path
-from agssd.checkpoints import call_last, check_whole, newest_checkpoint, read_checkpoint
+from agssd.checkpoint_artifacts import without_paths
+from agssd.checkpoints import BEST, call_last, check_whole, newest_checkpoint, read_checkpoint
 from agssd.models.backbone import Backbone
 from agssd.run_directory import (
     CHECKPOINTS,
@@ -78,9 +80,8 @@ _EXPECTED_WARNINGS = (
     r".*Checkpoint directory .* exists and is not empty.*",  # a run goes on where it was
     r".*You have overridden `(on_after_batch_transfer|transfer_batch_to_device)` in `LightningModule`.*",  # by design
 )
-# What a run computes; all schedules are shares of max_steps.
-_RESUMED_UNCHANGED = ("seed_everything", "model", "backbone", "views", "data", "mask_ratio", "ema_teacher")
-_RESUMED_UNCHANGED_TRAINER = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
+# What a run computes, as long as it is not named below; all schedules are shares of trainer.max_steps.
+_RESUMED_UNCHANGED = ("seed_everything", "trainer", "model", "backbone", "views", "data", "mask_ratio", "ema_teacher")
 # How fast a run is, where its files lie, what is predicted. Files move: another cache is the user's to answer for.
 _RESUMED_FREELY = (
     "model.compile",
@@ -91,8 +92,34 @@ _RESUMED_FREELY = (
     "data.predict_split",
     "data.leakage",
     "data.on_broken",  # a run that a broken scan has stopped goes on without it
+    # Of the trainer: where it runs, how long, what it validates and what it tells.
+    "trainer.accelerator",
+    "trainer.strategy",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accumulate_grad_batches",  # see AgssdCLI._warn_of_other_cut
+    "trainer.max_time",
+    "trainer.deterministic",
+    "trainer.benchmark",
+    "trainer.limit_val_batches",
+    "trainer.limit_test_batches",
+    "trainer.limit_predict_batches",
+    "trainer.val_check_interval",
+    "trainer.check_val_every_n_epoch",
+    "trainer.num_sanity_val_steps",
+    "trainer.inference_mode",
+    "trainer.log_every_n_steps",
+    "trainer.logger",
+    "trainer.callbacks",
+    "trainer.enable_checkpointing",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.enable_autolog_hparams",
+    "trainer.model_registry",
+    "trainer.profiler",
+    "trainer.detect_anomaly",
+    "trainer.default_root_dir",
 )
-_KEYWORD_CHECKPOINTS = ("best", "hpc", "registry")
 
 
 class FinishedRun(Exception):
@@ -117,7 +144,8 @@ class AgssdCLI(LightningCLI):
         self.run_directory = Path()
         self.exit_code = 0
         self._goes_on_from: str | None = None  # a checkpoint
-        self._first_step: int | None = 0  # None where only Lightning can tell
+        self._first_step = 0
+        self._accumulated_before: int | None = None  # micro-batches of a step, by the checkpoint
         self._asked = args[0] if args else ""
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
         for text in _EXPECTED_WARNINGS:
@@ -197,11 +225,13 @@ class AgssdCLI(LightningCLI):
         else:
             self.run_directory = default_run_directory(config.model.class_path.rpartition(".")[2].lower())
         config.trainer.default_root_dir = str(self.run_directory)
-        if subcommand == "fit" and given.partition(":")[0] in _KEYWORD_CHECKPOINTS:
-            self._goes_on_from, self._first_step = given, None
-        elif subcommand == "fit" and not config.trainer.fast_dev_run:
+        _refuse_other_lineages(given, subcommand)
+        if given == "best":
+            given = os.path.join(config.best_checkpoint.dirpath or str(self.run_directory / CHECKPOINTS), BEST)
+            config.ckpt_path = given
+        if subcommand == "fit" and not config.trainer.fast_dev_run:
             self._go_on(config, given)
-        elif given and "://" not in given and given.partition(":")[0] not in ("last", *_KEYWORD_CHECKPOINTS):
+        elif given and given.partition(":")[0] not in ("last", "registry"):
             _refuse_missing(given)
 
     def _go_on(self, config: Namespace, given: str) -> None:
@@ -226,17 +256,13 @@ class AgssdCLI(LightningCLI):
                 f"the run in {self.run_directory} is finished: {path} is of step {step} of {length}. Name another "
                 "--trainer.default_root_dir for a new run"
             )
+        self._accumulated_before = checkpoint.get("config", {}).get("trainer", {}).get("accumulate_grad_batches")
         rank_zero_info(f"The run goes on from {path}, step {step} of {length}")
         self._goes_on_from, self._first_step = path, step
 
     def _refuse_other_settings(self, path: str, saved: dict[str, Any], config: Namespace) -> None:
-        given = plain_config(self._parser("fit"), config)
-        groups = [(name, saved.get(name), given.get(name)) for name in _RESUMED_UNCHANGED]
-        groups += [
-            (f"trainer.{name}", saved.get("trainer", {}).get(name), given["trainer"].get(name))
-            for name in _RESUMED_UNCHANGED_TRAINER
-        ]
-        differing = [line for group in groups for line in differences(*group)]
+        parser = self._parser("fit")
+        differing = changed_settings(saved, plain_config(parser, config), parser.get_defaults().trainer.as_dict())
         if differing:
             raise ValueError(
                 f"{path} was trained with other settings, and a run is continued unchanged:\n  "
@@ -319,14 +345,23 @@ class AgssdCLI(LightningCLI):
         trainer = cast(Any, self.trainer)  # Lightning declares neither fast_dev_run nor callbacks
         if trainer.fast_dev_run:
             return
+        self._warn_of_other_cut()
         claim(self.run_directory, resuming=self._goes_on_from is not None or bool(trainer.checkpoint_callbacks))
         for logger in self.trainer.loggers:
-            if (
-                isinstance(logger, (RunCSVLogger, RunTensorBoardLogger))
-                and trainer.is_global_zero
-                and self._first_step is not None
-            ):
+            if isinstance(logger, (RunCSVLogger, RunTensorBoardLogger)) and trainer.is_global_zero:
                 logger.rewind(self._first_step)
+
+    def _warn_of_other_cut(self) -> None:
+        """Say what changes where the samples that meet in a loss are no longer the same."""
+        before, now = self._accumulated_before, self.trainer.accumulate_grad_batches
+        meeting = getattr(self.model, "couples_samples", ())
+        if meeting and before not in (None, now):
+            rank_zero_warn(
+                f"trainer.accumulate_grad_batches was {before} in {self._goes_on_from} and is {now}: "
+                f"{' and '.join(meeting)} of {type(self.model).__name__} meet in a micro-batch of all devices, which "
+                f"was 1/{before} of the global batch and is 1/{now} now. The run goes on, but with another loss; "
+                f"{before} keeps it, with as many more samples on each device as there are fewer devices"
+            )
 
     def after_fit(self) -> None:
         """End with the report of a policy that has stopped the run.
@@ -499,6 +534,47 @@ def _refuse_missing(ckpt_path: str) -> None:
         raise ValueError(f"--ckpt_path {ckpt_path} does not exist")
 
 
+def _refuse_other_lineages(ckpt_path: str, subcommand: str) -> None:
+    keyword = ckpt_path.partition(":")[0]
+    if keyword == "hpc":
+        raise ValueError(
+            "--ckpt_path hpc means what Lightning saves inside its signal handlers, and agssd keeps these off: a run "
+            "has one line of checkpoints. Leave --ckpt_path out, or name a file of DIR/checkpoints"
+        )
+    if keyword == "registry" and subcommand == "fit":
+        raise ValueError(
+            f"--ckpt_path {ckpt_path}: a checkpoint of a model registry cannot be held against the settings of the run "
+            "before it is fetched; fetch it and name the file"
+        )
+
+
+def changed_settings(saved: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    """Return the :func:`differences` between the configuration of a checkpoint and the one that goes on from it.
+
+    Args:
+        saved: of the checkpoint.
+        given: of the run.
+        defaults: of ``trainer``, for settings that the version of Lightning which has saved did not know yet.
+    """
+    saved = saved | {"trainer": defaults | saved.get("trainer", {})}
+    pairs = [(name, saved.get(name), given.get(name)) for name in _RESUMED_UNCHANGED if name != "trainer"]
+    before, now = ({**of["trainer"], "plugins": _computing(of["trainer"])} for of in (saved, given))
+    pairs.append(("trainer", before, now))
+    return [line for pair in pairs for line in differences(*pair)]
+
+
+def _computing(trainer: dict[str, Any]) -> list[Any]:
+    """Return the plugins that are neither a cluster's environment nor a way to write files."""
+    plugins = trainer.get("plugins") or []
+    return [one for one in (plugins if isinstance(plugins, list) else [plugins]) if not _is_of_the_place(one)]
+
+
+def _is_of_the_place(plugin: Any) -> bool:
+    module, _, name = str(plugin.get("class_path", "") if isinstance(plugin, dict) else plugin).rpartition(".")
+    kind = getattr(import_module(module), name, None) if module else None
+    return isinstance(kind, type) and issubclass(kind, (ClusterEnvironment, CheckpointIO))
+
+
 def differences(name: str, saved: Any, given: Any) -> Iterator[str]:
     """Yield ``NAME: SAVED in the checkpoint, GIVEN now`` for every setting that differs and must not."""
     if isinstance(saved, dict) and isinstance(given, dict):
@@ -506,5 +582,5 @@ def differences(name: str, saved: Any, given: Any) -> Iterator[str]:
             label = f"{name}.{key}".replace(".init_args.", ".")
             if label not in _RESUMED_FREELY:
                 yield from differences(label, saved.get(key), given.get(key))
-    elif saved != given and not (saved == TAKEN_OUT and is_path(given)):  # a copy that was sent has no paths
+    elif saved != given and saved != without_paths(given, name.rpartition(".")[2]):  # a copy that was sent has no paths
         yield f"{name}: {saved!r} in the checkpoint, {given!r} now"

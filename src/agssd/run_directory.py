@@ -8,12 +8,13 @@ Nothing in it is ever overwritten silently: a run in a used directory goes on fr
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import platform
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,17 +23,18 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
-from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import agssd
-from agssd.checkpoint_artifacts import TAKEN_OUT, is_path, send_checkpoint
+from agssd.checkpoint_artifacts import send_checkpoint, without_paths
 from agssd.checkpoints import BEST, LAST
 from agssd.run_state import CHECKPOINTS as CHECKPOINTS
 from agssd.run_state import CONFIG, METRICS, WANDB_ID
+from agssd.stop_signals import STOP
 from agssd.whole_file import whole_file
 
 RUNS = "runs"
@@ -123,7 +125,8 @@ class SaveRunConfig(SaveConfigCallback):
     """Writes what runs into the run directory: ``config.yaml`` for fit, ``test.yaml`` and so on for the others.
 
     Beside ``config.yaml`` stands ``machine.json``, where it runs. A resumed or repeated run adds ``config-2.yaml`` and
-    so on; no file is replaced.
+    so on; no file is replaced. The loggers of a fit get the same settings without what names a file, in place of the
+    module's own arguments, which are among them.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -143,6 +146,14 @@ class SaveRunConfig(SaveConfigCallback):
             self.plain_config()
 
     _plain: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Send the settings to the loggers, unless ``trainer.enable_autolog_hparams`` is off."""
+        if not trainer.enable_autolog_hparams:
+            return
+        cast(Any, pl_module)._log_hyperparams = False  # Lightning would send them as well, with its own additions
+        for logger in trainer.loggers:
+            logger.log_hyperparams(cast(Any, without_paths(self.plain_config())))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the configuration in plain types, so that a resumed run can be compared with it."""
@@ -244,7 +255,8 @@ class WandbRun:
         mode: null goes online with an account on this machine (WANDB_API_KEY or netrc) and offline without one.
         log_checkpoints: which checkpoints become artifacts of the run, offline too: ``none``; ``best`` or ``last``, the
             best by the probe or the newest, when the run ends by itself; ``all``, every one when the next is written,
-            and both at the end. Paths are taken out; the copies stay in ``DIR/wandb/checkpoints``.
+            and both at the end; the last before a preemption or a kill is not sent. Names of files are taken out; the
+            copies stay in ``DIR/wandb/checkpoints``.
     """
 
     def __init__(
@@ -286,11 +298,42 @@ def has_wandb_account() -> bool:
     return host in entries.hosts
 
 
+def _never_stops_the_run(call: Callable[..., None]) -> Callable[..., None]:
+    """Have a call to W&B that fails be the last of this start, said once: SIGTERM to a whole job ends its service."""
+
+    @functools.wraps(call)
+    def guarded(logger: QuietWandbLogger, *given: Any, **named: Any) -> None:
+        if not logger.lost:
+            try:
+                call(logger, *given, **named)
+            except Exception as error:
+                logger.lose(error)
+
+    return guarded
+
+
+def _for_half_a_minute(call: Callable[[], object]) -> Exception | None:
+    """Call and return what it raised; one that takes longer, as without network, is left behind."""
+    raised: list[Exception] = []
+
+    def calling() -> None:
+        try:
+            call()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=calling, daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+    return raised[0] if raised else None
+
+
 class QuietWandbLogger(WandbLogger):
     """A W&B logger that never asks, never stops a run, and sends no paths, code, command line or console output.
 
     The id of the run is kept in ``DIR/wandb_id`` so that a resumed run goes on with the same curves. Without network it
-    falls back to offline; ``wandb sync DIR/wandb/offline-run-*`` sends it later.
+    falls back to offline; ``wandb sync DIR/wandb/offline-run-*`` sends it later. Once W&B's service is gone, the run
+    goes on without it until the next start.
     """
 
     def __init__(
@@ -308,15 +351,35 @@ class QuietWandbLogger(WandbLogger):
         self._wandb_init["entity"] = entity
         self._wandb_init["mode"] = "online" if online else "offline"
         self._log_checkpoints = log_checkpoints
+        self.lost = False  # until the next start
         self._newest: Path | None = None  # the checkpoint that was saved last, perhaps not yet on disk
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """Return the W&B run, started on first use, on rank zero."""
+        if self.lost:
+            return _DummyExperiment()
         if self._experiment is None:
-            self._start()
+            try:
+                self._start()
+            except Exception as error:
+                if STOP.received is None:
+                    raise
+                self.lose(error)
+                return _DummyExperiment()
         return self._experiment
+
+    def lose(self, error: Exception) -> None:
+        """Say what has failed, and go on without W&B; nothing of it is left to fail at the end of the process."""
+        import wandb
+
+        self.lost, self._experiment = True, None
+        rank_zero_info(
+            f"W&B is lost until the next start ({type(error).__name__}: {error}); {METRICS} in the run directory has "
+            "every figure"
+        )
+        _for_half_a_minute(functools.partial(wandb.teardown, exit_code=1))
 
     def _start(self) -> None:
         import secrets
@@ -349,15 +412,28 @@ class QuietWandbLogger(WandbLogger):
             self._wandb_init["mode"] = "offline"
             inherited(self)
 
+    @_never_stops_the_run
     def interrupt(self) -> None:
         """Send what there is and mark the run as one that goes on; give up after half a minute without network."""
         if self._experiment is not None:
             run = self._experiment
             run.mark_preempting()
-            sending = threading.Thread(target=run.finish, kwargs={"exit_code": 1}, daemon=True)
-            sending.start()
-            sending.join(timeout=30)
+            if (error := _for_half_a_minute(functools.partial(run.finish, exit_code=1))) is not None:
+                raise error
 
+    @rank_zero_only
+    @_never_stops_the_run
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Send figures."""
+        super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    @_never_stops_the_run
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        """Send images."""
+        super().log_image(key, images, step, **kwargs)
+
+    @_never_stops_the_run
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Send the checkpoint before this one, which is on disk by now, if all are wanted."""
         path = Path(checkpoint_callback._last_checkpoint_saved)
@@ -368,6 +444,7 @@ class QuietWandbLogger(WandbLogger):
             self._send(before, [])
 
     @rank_zero_only
+    @_never_stops_the_run
     def finalize(self, status: str) -> None:
         """Send what is wanted of a run that has ended by itself; everything is on disk."""
         if status != "success" or self._newest is None:
@@ -390,15 +467,7 @@ class QuietWandbLogger(WandbLogger):
             rank_zero_info(f"{path} is not sent to W&B: {error}")
 
     @rank_zero_only
+    @_never_stops_the_run
     def log_hyperparams(self, params: Any) -> None:
-        """Send the hyper-parameters, with whatever looks like a path taken out."""
+        """Send the settings, with whatever names a file taken out."""
         super().log_hyperparams(without_paths(params))
-
-
-def without_paths(value: Any) -> Any:
-    """Return ``value`` with every string that contains a path separator replaced, since paths may name patients."""
-    if isinstance(value, Mapping):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_paths(item) for item in value]
-    return TAKEN_OUT if is_path(value) else value

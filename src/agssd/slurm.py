@@ -34,7 +34,8 @@ def requeue() -> str:
     state = _fields(_scontrol("show", "job", "--oneliner", name))
     if int(state.get("Restarts", "0")) > restarts():
         return f"SLURM has put job {name} back into the queue"
-    if state.get("JobState") != "RUNNING" and state.get("Reason") not in ("TimeLimit", "Preempted"):
+    preempted = state.get("PreemptTime", "None") != "None"  # all that tells it from a cancelled one without grace time
+    if state.get("JobState") != "RUNNING" and not preempted and state.get("Reason") not in ("TimeLimit", "Preempted"):
         return f"job {name} is cancelled and not put back into the queue; scontrol requeue {name} does"
     _scontrol("requeue", name)
     return f"job {name} is back in the queue"

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from agssd.run_directory import without_paths
+from agssd.checkpoint_artifacts import without_paths
 
 TENSORBOARD = "tensorboard"
 
@@ -18,7 +18,7 @@ TENSORBOARD = "tensorboard"
 class RunTensorBoardLogger(TensorBoardLogger):
     """Writes every scalar to ``DIR/tensorboard`` at once and appends to it after a resume.
 
-    Hyper-parameters are kept beside them without paths.
+    The settings are kept beside them without paths.
 
     Args:
         directory: the run directory.
@@ -44,7 +44,7 @@ class RunTensorBoardLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None) -> None:
-        """Keep the hyper-parameters, with whatever looks like a path taken out."""
+        """Keep the settings, with whatever names a file taken out."""
         super().log_hyperparams(without_paths(params), metrics, step)
 
     def rewind(self, step: int) -> None:

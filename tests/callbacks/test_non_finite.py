@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,10 @@ import recipes
 import torch
 from torch import Tensor
 
+from agssd.callbacks.collapse_alarms import Alarm
+from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.non_finite import CAPTURES, NonFinite
+from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.commands import replay
 from agssd.methods.agssd import AGSSD
 from agssd.methods.base import PretrainModule
@@ -156,6 +160,87 @@ def test_non_finite__looking_changes_nothing_of_the_run(tiny_cache: Path, tmp_pa
         fit(spoiling(AGSSD, (3,)), tiny_cache, tmp_path / str(captures), NonFinite(max_captures=captures), states)
         ends.append(states.found[-1])
     assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+
+
+# --------------------------------------------------- beside the collapse monitor
+
+
+NEVER = {"min_entropy_batch": 0.0, "max_share": 2.0, "min_information": -1.0, "min_feature_std": 0.0}
+NEVER |= {"soft_rank": 0.0, "hard_rank": 0.0, "max_cosine": 2.0, "min_distance": 0.0, "uniform_margin": 0.0}
+
+
+class Reports(CollapseMonitor):
+    """Keeps the figures that it judges; no alarm of theirs is on but ``non_finite``."""
+
+    def __init__(self, every: int, samples: int, policy: Any) -> None:
+        super().__init__(every, samples, policy, grace=0.0, max_gradient_ratio=1e9, max_fused_gain=2.0, **NEVER)
+        self.seen: dict[int, dict[str, float]] = {}
+        diagnose = self.alarms.diagnose
+
+        def look(figures: dict[str, float], prototypes: Any, step: int, total: int) -> Any:
+            self.seen[step] = figures
+            return diagnose(figures, prototypes, step, total)
+
+        self.alarms.diagnose = look  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("bad", "reported"), [(3, [8, 12, 16]), (2, [8, 12, 16]), (0, [4, 8, 12, 16])])
+def test_non_finite__a_withheld_step_is_no_collapse(
+    bad: int, reported: list[int], accumulate: int, tiny_cache: Path, tmp_path: Path
+) -> None:
+    samples = 4 * 4  # a report looks at two steps: two views of four samples each
+    monitor, guard = Reports(4, samples, "stop"), NonFinite()
+    given: dict[str, Any] = {"accumulate_grad_batches": accumulate, "steps": 16}
+    trainer = fit(spoiling(DINO, (bad,)), tiny_cache, tmp_path, guard, monitor, **given)
+    assert guard.total == 1 and trainer.global_step == 16 and not monitor.stopped
+    assert [one["action"] for one in actions(tmp_path)] == ["skip"]
+    assert sorted(monitor.seen) == reported
+    for step, figures in monitor.seen.items():
+        assert all(math.isfinite(value) for value in figures.values()), (step, figures)
+
+
+def test_non_finite__weights_that_are_broken_for_good_are_a_collapse(tiny_cache: Path, tmp_path: Path) -> None:
+    monitor, guard = Reports(4, 8, "stop"), NonFinite(max_skipped=0)
+    trainer = fit(spoiling(DINO, tuple(range(6, 16))), tiny_cache, tmp_path, guard, monitor, steps=16)
+    assert trainer.global_step == 12 and "not finite" in monitor.stopped, "the steps to 8 are 2, those to 12 are 6"
+
+
+class Late(NonFinite):
+    """Reads the judgement of a step with the next one, as on CUDA."""
+
+    late = False
+
+    def on_train_batch_end(self, *given: Any) -> None:
+        self.late = True
+        super().on_train_batch_end(*given)
+        self.late = False
+
+    def _settle(self, *given: Any) -> None:
+        if not self.late:
+            super()._settle(*given)
+
+
+def test_non_finite__a_step_read_late_is_captured_before_a_rollback(tiny_cache: Path, tmp_path: Path) -> None:
+    class Broken(Reports):
+        def _report(self, trainer: Any, module: Any) -> None:
+            if self.rollback.done or trainer.global_step < 10:
+                self.rollback.keep_healthy(trainer, self.state_key)
+            else:
+                self.rollback.demand(trainer, module, [Alarm("non_finite", True, "broken")])
+
+        @property
+        def state_key(self) -> str:
+            return "Broken"
+
+    states, monitor = recipes.States(), Broken(2, 8, "rollback")
+    keep = RunCheckpoint(every_n_train_steps=4, dirpath=str(tmp_path / "checkpoints"), in_background=False)
+    fit(spoiling(DINO, (8, 9)), tiny_cache, tmp_path, Late(), states, monitor, keep, steps=12,
+        enable_checkpointing=True)  # fmt: skip
+    assert [one["to_step"] for one in monitor.rollback.done][0] < 8
+    captured = replay.read_capture(tmp_path / CAPTURES / "step00000009-rank0.pt")
+    for name, value in captured["state_dict"].items():
+        assert torch.equal(value, states.found[9][name]), name
 
 
 # ------------------------------------------------------------------ replay

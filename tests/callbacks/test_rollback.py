@@ -19,7 +19,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from agssd.callbacks.collapse_alarms import Alarm
 from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.run_checkpoint import RunCheckpoint
-from agssd.checkpoints import newest_checkpoint
+from agssd.checkpoints import HEALTHY, newest_checkpoint
 from agssd.methods.agssd import AGSSD
 from agssd.methods.dino import DINO
 from agssd.methods.simmim import SimMIM
@@ -259,6 +259,95 @@ def test_rollback__stops_with_a_report_when_it_cannot_go_on(tiny_cache: Path, tm
     assert fit(DINO, other, tiny_cache, tmp_path / "stop")[-1].global_step == 10 and other.stopped
     alone = Scripted({10: PEAKED}, policies={"cls_peaked": "warn"})
     assert fit(DINO, alone, tiny_cache, tmp_path / "warn")[-1].global_step == STEPS and not alone.rollback.done
+
+
+def test_rollback__one_that_is_due_after_the_last_step_ends_with_a_report(tiny_cache: Path, tmp_path: Path) -> None:
+    monitor = Scripted({STEPS: UNIFORM})
+    *_, trainer = fit(DINO, monitor, tiny_cache, tmp_path)
+    assert trainer.global_step == STEPS and not monitor.rollback.done and not monitor.rollback.pending
+    assert monitor.stopped.startswith("the outputs are uniform; that was the last step")
+    last = json.loads((tmp_path / "actions.jsonl").read_text().splitlines()[-1])
+    assert last["action"] == "stop" and last["reason"] == monitor.stopped
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["CollapseMonitor"]
+    assert saved["pending"] == {}
+
+
+def test_rollback__one_that_is_due_where_a_run_is_cut_is_made_when_it_goes_on(tiny_cache: Path, tmp_path: Path) -> None:
+    class Cut(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop |= trainer.global_step == 10
+
+    cut, again = Scripted({10: UNIFORM}), Scripted({})
+    fit(DINO, cut, tiny_cache, tmp_path, more=[Cut()])
+    assert cut.rollback.pending and not cut.stopped
+    fit(DINO, again, tiny_cache, tmp_path, resume=tmp_path / "checkpoints/last.ckpt")
+    assert [(one["from_step"], one["to_step"]) for one in again.rollback.done] == [(10, 4)] and not again.stopped
+
+
+def run_to(end: int, monitor: Scripted, cache: Path, out: Path, resume: Path | None = None) -> L.Trainer:
+    """Return the trainer of a run that keeps every checkpoint and is cut at ``end``."""
+
+    class Cut(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop |= trainer.global_step == end
+
+    keep = RunCheckpoint(every_n_train_steps=EVERY, dirpath=str(out / "checkpoints"), keep_last=-1)
+    trainer = recipes.trainer(
+        monitor, Cut(), keep, max_steps=STEPS, enable_checkpointing=True, default_root_dir=out
+    )  # fmt: skip
+    trainer.fit(recipes.build(DINO), recipes.data_module(cache), ckpt_path=resume, weights_only=True)
+    return trainer
+
+
+def test_rollback__the_healthy_checkpoint_of_a_part_left_behind_is_not_gone_back_to(
+    tiny_cache: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    run_to(STEPS, Scripted({}), tiny_cache, tmp_path)
+    assert torch.load(folder / HEALTHY, weights_only=True)["global_step"] == 20
+    monitor = Scripted({6: UNIFORM})
+    assert run_to(10, monitor, tiny_cache, tmp_path, folder / "step00000004.ckpt").global_step == 6
+    assert not monitor.rollback.done and "there is no healthy checkpoint" in monitor.stopped
+    assert (folder / f"{HEALTHY}.aside").is_file() and not (folder / HEALTHY).exists()
+    # one that lies there all the same is refused, and no run goes on from it by itself
+    (folder / f"{HEALTHY}.aside").rename(folder / HEALTHY)
+    found = newest_checkpoint(str(folder))
+    assert found is not None and found[1]["global_step"] == 6
+
+    class Late(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            healthy.write_bytes(content)
+
+    healthy, content = tmp_path / "late/checkpoints" / HEALTHY, (folder / HEALTHY).read_bytes()
+    healthy.parent.mkdir(parents=True)
+    monitor = Scripted({2: UNIFORM})
+    assert fit(DINO, monitor, tiny_cache, tmp_path / "late", more=[Late()])[-1].global_step == 2
+    assert "healthy.ckpt is of step 20" in monitor.stopped
+
+
+def test_rollback__a_torn_healthy_checkpoint_stops_with_a_report(tiny_cache: Path, tmp_path: Path) -> None:
+    class Tear(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 13:
+                content = bytearray((tmp_path / "checkpoints" / HEALTHY).read_bytes())
+                content[len(content) // 2] ^= 1
+                (tmp_path / "checkpoints" / HEALTHY).write_bytes(content)
+
+    monitor = Scripted({14: UNIFORM})
+    assert fit(DINO, monitor, tiny_cache, tmp_path, more=[Tear()])[-1].global_step == 14
+    assert not monitor.rollback.done and "healthy.ckpt is damaged" in monitor.stopped
+
+
+def test_rollback__a_torn_newest_checkpoint_is_not_healthy(tiny_cache: Path, tmp_path: Path) -> None:
+    class Tear(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 9:
+                trainer.strategy.checkpoint_io.wait()
+                os.truncate(tmp_path / "checkpoints/step00000008.ckpt", 1000)
+
+    monitor = Scripted({12: UNIFORM})
+    fit(DINO, monitor, tiny_cache, tmp_path, more=[Tear()])
+    assert [one["to_step"] for one in monitor.rollback.done] == [4]
 
 
 def test_rollback__a_checkpoint_under_alarm_is_not_healthy(tiny_cache: Path, tmp_path: Path) -> None:

@@ -71,13 +71,28 @@ def test_slurm__signalled_job_is_requeued_and_ends_like_an_undisturbed_one(
 
 @pytest.mark.slow
 def test_slurm__cancelled_job_is_saved_and_stays_cancelled(runs: Runs, slurm: OneMachine) -> None:
-    job, log = submit(runs, slurm, "cancelled", 0.3)
+    job, log = submit(runs, slurm, "cancelled", 0.3, "--partition", "low", "--wandb.mode", "offline")
     wait(lambda: len(runs.steps("cancelled")) >= 2, "two steps", log)
     slurm.call("scancel", job, check=True)
     wait(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), "the end", log)
-    assert slurm.state(job) == "CANCELLED"
+    assert slurm.state(job) == "CANCELLED" and slurm.fields(job).get("PreemptTime", "None") == "None"
     assert f"job {job} is cancelled and not put back into the queue" in log.read_text()
     assert (runs.folder / "cancelled/checkpoints/last.ckpt").is_file()
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_slurm__job_that_is_preempted_without_grace_goes_on_by_itself(runs: Runs, slurm: OneMachine) -> None:
+    job, log = submit(runs, slurm, "preempted", 0.3, "--partition", "low", "--wandb.mode", "offline")
+    wait(lambda: len(runs.steps("preempted")) >= 2, "two steps", log)
+    first = slurm.call("sbatch", "--parsable", "--partition=high", "--exclusive", "--wrap=sleep 3", check=True)
+    wait(lambda: slurm.state(first) == "COMPLETED", "the job with priority", log)
+    assert f"job {job} is back in the queue" in log.read_text(), log.read_text()
+    assert slurm.state(job) == "PENDING"
+    hasten(slurm, job, log)
+    wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "PREEMPTED", "TIMEOUT"), "the end", log)
+    assert slurm.state(job) == "COMPLETED", log.read_text()
+    runs.assert_equal("preempted", "undisturbed")
 
 
 @pytest.mark.slow

@@ -136,8 +136,29 @@ def test_run_directory__not_writable(tiny_cache: Path, tmp_path: Path) -> None:
 
 
 def test_run_directory__too_small(tiny_cache: Path, tmp_path: Path) -> None:
-    place = place_of(tiny_cache, tmp_path, "--checkpoint.save_top_k", "-1", "--trainer.max_steps", "1000000000")
-    fails("run directory", place, "2000003 checkpoints of", "lower checkpoint.save_top_k")
+    many = ["--checkpoint.keep_last", "-1", "--trainer.max_steps", "1000000000", "--checkpoint.every_n_train_steps"]
+    place = place_of(tiny_cache, tmp_path, *many, "1000")
+    fails("run directory", place, "1000002 checkpoints of", "lower checkpoint.keep_last")
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ([], 2 + 1 + 1),
+        (["--checkpoint.keep_last", "5"], 5 + 1 + 1),
+        (["--checkpoint.save_top_k", "7"], 2 + 1 + 1),  # nothing is ranked without a metric
+        (["--checkpoint.save_top_k", "7", "--checkpoint.monitor", "val/loss"], 2 + 7 + 1 + 1),
+        (["--checkpoint.save_top_k", "-1", "--checkpoint.monitor", "val/loss"], 2 + 40 + 1 + 1),
+        (["--checkpoint.keep_last", "-1", "--checkpoint.monitor", "val/loss"], 40 + 1 + 1),
+        (["--best_checkpoint.enabled", "false"], 2 + 1),
+        (["--collapse_monitor.policy", "rollback"], 2 + 1 + 1 + 1),
+        (["--collapse_monitor.policies", '{"entropy": "rollback"}'], 2 + 1 + 1 + 1),
+    ],
+)
+def test_kept_checkpoints__are_those_that_a_run_keeps(tmp_path: Path, settings: list[str], count: int) -> None:
+    length = ["--trainer.max_steps", "400", "--checkpoint.every_n_train_steps", "10"]
+    fit = ParsedFit([*EXPERIMENT, *FEW, "--data.cache", str(tmp_path / "none.h5"), *length, *settings])
+    assert checks.kept_checkpoints(fit.settings) == count
 
 
 def test_run_directory__too_slow(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +231,14 @@ def test_all_reduce__wrong_sum() -> None:
     assert "leave this host out" in finding.remedy
 
 
+FAILS = """
+import sys
+from agssd.cli import main
+from agssd.methods.moco_v3 import MoCoV3
+def fail(*given): raise RuntimeError("out of memory")
+MoCoV3.pretrain_loss = fail
+sys.exit(main(sys.argv[1:]))
+"""
 HANGS = """
 import sys, time
 from agssd.cli import main
@@ -220,11 +249,17 @@ sys.exit(main(sys.argv[1:]))
 
 
 def ranks(
-    count: int, started: Sequence[int], command: list[str], own: Sequence[list[str]], hangs: int | None = None
+    count: int,
+    started: Sequence[int],
+    command: list[str],
+    own: Sequence[list[str]],
+    hangs: int | None = None,
+    fails: Sequence[int] = (),
 ) -> list[tuple[int, str]]:
     """Start some of ``count`` ranks as a launcher would, each with options of its own; return codes and output.
 
-    ``hangs`` is a rank that stops when it comes to the cache, and is killed after the others have ended.
+    ``hangs`` is a rank that stops when it comes to the cache, and is killed after the others have ended; ``fails`` are
+    ranks on which MoCo v3 raises in its loss.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -234,7 +269,7 @@ def ranks(
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "GROUP_RANK": "0"}
         environment |= {"LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "check", "OMP_NUM_THREADS": "1"}
-        program = ["-c", HANGS] if rank == hangs else ["-m", "agssd"]
+        program = ["-c", HANGS] if rank == hangs else ["-c", FAILS] if rank in fails else ["-m", "agssd"]
         words = [sys.executable, *program, "check", *command, *own[rank]]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         processes.append(subprocess.Popen(words, env=os.environ | environment, **pipes))
@@ -284,6 +319,28 @@ def test_check__weights_in_parts(tiny_cache: Path, tmp_path: Path) -> None:
     (first, table), (second, _) = ranks(2, (0, 1), command, cache_of(tiny_cache, tiny_cache))
     assert (first, second) == (0, 0), table
     assert "2 ranks over gloo" in table and "finite on all 2" in table
+
+
+@pytest.mark.ddp
+def test_check__a_rank_that_fails_in_a_step_is_named_where_the_loss_gathers(tiny_cache: Path, tmp_path: Path) -> None:
+    recipe = ["--config", str(CONF / "experiment" / "small.yaml"), "--model", str(CONF / "method" / "moco_v3.yaml")]
+    recipe += ["--model.head_hidden", "64", "--trainer.accelerator", "cpu", "--timeout", "60"]
+    command = [*recipe, *two_rank_command(tmp_path)[len(EXPERIMENT) :]]
+    own = cache_of(tiny_cache, tiny_cache)
+    (first, table), (second, _) = ranks(2, (0, 1), command, own, fails=[1])
+    assert (first, second) == (1, 1), table
+    (failure,) = [line for line in table.splitlines() if line.startswith("FAIL")]
+    assert failure.split("  ", 2)[1] == "one step" and f"rank 1 on {socket.gethostname()}: out of memory" in failure
+    assert "rank 0" not in failure and "did not answer" not in failure, "the other is well and waits for nobody"
+
+
+def test_run_check__every_rank_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    errors = ["no room", "", "no room", "another"]
+    told = [Told(rank, f"host{rank}", 1.0, error) for rank, error in enumerate(errors)]
+    place = Place(None, tmp_path, None, None, None, world_size=4)
+    monkeypatch.setattr(place, "gather", lambda value: told)
+    finding = run_check(BY_NAME["one step"]._replace(measure=lambda place: 1.0), place)
+    assert finding.problem == "rank 0 on host0, rank 2 on host2: no room; rank 3 on host3: another"
 
 
 @pytest.mark.ddp

@@ -17,7 +17,7 @@ from PIL import Image
 
 from agssd import lightning_cli
 from agssd.cli import main
-from agssd.commands.compare import flat, is_of_the_machine
+from agssd.commands.compare import flat, group_of
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 0,
@@ -48,30 +48,56 @@ def test_compare__settings_only_where_they_differ_and_the_machine_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = copy.deepcopy(CONFIG)
-    other["trainer"] |= {"devices": 8, "strategy": {"class_path": "DDP", "init_args": {"timeout": 1}}}
+    other["trainer"] |= {
+        "devices": 8,
+        "accumulate_grad_batches": 4,
+        "strategy": {"class_path": "DDP", "init_args": {"timeout": 1}},
+    }
     other["model"]["init_args"] |= {"lr": 0.2, "betas": [0.9, 0.99], "extra": None}
     other["data"]["init_args"]["cache"] = "b.h5"
     curve = {"train/loss": {0: 1.0}}
     a, b = make_run(tmp_path / "a", curve, CONFIG), make_run(tmp_path / "b", curve, other)
     settings = compared(capsys, a, b)["settings"]
     assert settings["science"] == {
-        "model.betas": [[0.9, 0.95], [0.9, 0.99]], "model.extra": ["(none)", None], "model.lr": [0.1, 0.2]
+        "data.cache": ["a.h5", "b.h5"], "model.betas": [[0.9, 0.95], [0.9, 0.99]], "model.extra": ["(none)", None],
+        "model.lr": [0.1, 0.2],
     }  # fmt: skip
+    assert settings["cut"] == {"trainer.devices": [1, 8], "trainer.accumulate_grad_batches": ["(none)", 4]}
     assert set(settings["machine"]) == {
-        "trainer.devices", "trainer.strategy", "trainer.strategy.class_path", "trainer.strategy.timeout", "data.cache"
+        "trainer.strategy", "trainer.strategy.class_path", "trainer.strategy.timeout"
     }  # fmt: skip
-    assert compared(capsys, a, a)["settings"] == {"science": {}, "machine": {}}
+    assert compared(capsys, a, a)["settings"] == {"science": {}, "cut": {}, "machine": {}}
     assert main(["compare", str(a), str(b)]) == 0
     out = capsys.readouterr().out
-    assert out.index("model.lr") < out.index("settings of the machine") < out.index("trainer.devices")
+    parts = ("model.lr", "cut the batch", "trainer.devices", "settings of the machine", "trainer.strategy")
+    assert [out.index(part) for part in parts] == sorted(out.index(part) for part in parts)
+
+
+def test_compare__of_a_run_with_several_configurations_the_last_counts_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curve = {"train/loss": {0: 1.0}}
+    a, b = make_run(tmp_path / "a", curve, CONFIG), make_run(tmp_path / "b", curve, CONFIG)
+    assert compared(capsys, a, b)["notes"] == []
+    for number in (2, 9, 10):
+        later = copy.deepcopy(CONFIG)
+        later["data"]["init_args"]["cache"] = f"b{number}.h5"
+        (b / f"config-{number}.yaml").write_text(yaml.safe_dump(later))
+    (b / "test.yaml").write_text("model: 3")
+    found = compared(capsys, a, b)
+    assert found["settings"]["science"] == {"data.cache": ["a.h5", "b10.h5"]}
+    (note,) = found["notes"]
+    assert note.endswith("ran with 4 configurations, which differ in data.cache; the last, config-10.yaml, counts")
+    assert main(["compare", str(a), str(b)]) == 0
+    assert note in capsys.readouterr().err
 
 
 def test_compare__what_a_resume_holds_fixed_is_science() -> None:
     unchanged = [*lightning_cli._RESUMED_UNCHANGED]
     unchanged += [f"trainer.{name}" for name in lightning_cli._RESUMED_UNCHANGED_TRAINER]
-    assert not [name for name in unchanged if is_of_the_machine(name)]
-    freely = {name for name in lightning_cli._RESUMED_FREELY if not is_of_the_machine(name)}
-    assert freely == {"data.on_broken"}  # a run without a broken scan sees other samples
+    assert {group_of(name) for name in unchanged} == {"science"}
+    freely = {name for name in lightning_cli._RESUMED_FREELY if group_of(name) != "machine"}
+    assert freely == {"data.on_broken", "data.cache"}  # other samples: without a broken scan, or of another data set
 
 
 def test_compare__finds_the_first_step_at_which_curves_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

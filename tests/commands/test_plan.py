@@ -157,6 +157,14 @@ def test_row__a_slow_link_costs_what_it_must_send() -> None:
         assert found.samples_per_s == pytest.approx(1024 / seconds)
 
 
+def test_row__buffers_are_sent_once_per_step_however_it_is_cut() -> None:
+    for gpus in GPUS[1:]:
+        without = row(run_of(largest=1), gpus)
+        found = row(run_of(largest=1, buffer_bytes=70), gpus)
+        assert found.accumulate == 1024 // gpus and found.sent_bytes == without.sent_bytes + 70
+    assert row(run_of(buffer_bytes=70), 1).sent_bytes == 0
+
+
 # ----------------------------------------------------------------- commands
 
 

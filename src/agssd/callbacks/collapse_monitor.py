@@ -9,27 +9,18 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from agssd.callbacks.actions import record_action, stop_run
 from agssd.callbacks.collapse_alarms import TERMS, Alarm, CollapseAlarms
+from agssd.callbacks.collapse_window import Window, rows_of
 from agssd.callbacks.rollback import Rollback
 from agssd.callbacks.standing import StandingCallback, log_figures, total_steps
 from agssd.distributed import all_max
-from agssd.evaluation.collapse import (
-    attention_figures,
-    distribution_figures,
-    distribution_sums,
-    effective_rank,
-    feature_std,
-    min_distance,
-    norm_outlier,
-    off_diagonal_cosine,
-)
+from agssd.evaluation.collapse import attention_figures
 from agssd.sharding import gathered
-from agssd.types import Easeable, GradientMeasured, Observable, Observations, TeacherStudent
+from agssd.types import Easeable, GradientMeasured, Observable, StepJudged, TeacherStudent
 
 Policy = Literal["warn", "stop", "rollback"]
 _LOG = logging.getLogger(__name__)
@@ -42,7 +33,9 @@ class CollapseMonitor(StandingCallback):
     to have ``min_samples`` over all ranks; while there are fewer, the report waits for the next turn, but for one turn
     only. The module is asked for its observations at those micro-batches and at the first one, which tells how many
     rows to expect; at all others nothing is computed. Asking may make the host wait for the device, and so does each
-    report.
+    report. A step that was withheld, being not finite, is :class:`~agssd.callbacks.non_finite.NonFinite`'s matter: its
+    rows are left out, and a report due at it waits for the next turn; unless ``every_n_steps`` in a row were withheld,
+    since then it is not the batch that is broken.
 
     Keys are ``collapse/<term>_<figure>`` for the terms cls and patch (figures of
     :func:`agssd.evaluation.collapse.distribution_figures`, and ``centre_norm``, ``feature_std``, ``effective_rank``,
@@ -149,7 +142,8 @@ class CollapseMonitor(StandingCallback):
         self._step = 0
         self._total = 0
         self._waited = False
-        self._window = _Window(min_samples)
+        self._window = Window(min_samples)
+        self._before: Window | None = None  # the window before the step under way, if that adds to it
         self._rows: int | None = None
 
     @property
@@ -195,7 +189,8 @@ class CollapseMonitor(StandingCallback):
         if self.active:
             self._step = trainer.global_step
             self._total = total_steps(trainer)
-            self._window = _Window(math.ceil(self.min_samples / trainer.world_size))
+            self._window = Window(math.ceil(self.min_samples / trainer.world_size))
+            self._before = None
             self._rows = None
 
     def on_train_batch_start(
@@ -205,7 +200,7 @@ class CollapseMonitor(StandingCallback):
         if self.active and self.rollback.pending:
             left = self.rollback.carry_out(trainer, pl_module)
             self._standing, self.alarms.uniform_since = set(), {}
-            self._step, self._waited, self._window = trainer.global_step, False, _Window(self._window.quota)
+            self._step, self._waited, self._window = trainer.global_step, False, Window(self._window.quota)
             for callback in trainer.checkpoint_callbacks:
                 if hasattr(callback, "rolled_back"):  # it saves what stands from here on
                     callback.rolled_back(trainer, left)
@@ -226,17 +221,38 @@ class CollapseMonitor(StandingCallback):
         if self._rows is None or self._window.needs_more(self._rows, to_go):
             observations = cast(Observable, pl_module).observations  # may be computed by being asked for
             if observations is not None:
-                self._rows = _rows_of(observations)
+                self._rows = rows_of(observations)
                 if self._window.needs_more(self._rows, to_go):
+                    self._before = self._window.copy() if self._before is None else self._before
                     self._window.collect(observations)
-        if not stepped or self._step % self.every_n_steps != 0:
+        if not stepped:
+            return
+        before, self._before = self._before, None
+        due = self._step % self.every_n_steps == 0
+        if (due or before is not None) and self._is_withheld(pl_module):
+            self._window = before or self._window
+            if due and self._window.full:
+                self._window = Window(self._window.quota)
+            return
+        if not due:
             return
         ready = bool(self._window.counts) and (self._window.full or self._waited)
         self._waited = True
         if trainer.strategy.reduce_boolean_decision(ready, all=True):
             self._report(trainer, pl_module)
             self._waited = False
-            self._window = _Window(self._window.quota)
+            self._window = Window(self._window.quota)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report a rollback that no step is left for."""
+        if self.active:
+            self.rollback.end(trainer, self._total)
+
+    def _is_withheld(self, module: pl.LightningModule) -> bool:
+        """Return whether the step just done was withheld for its batch, alike on every rank; waits for the device."""
+        if not isinstance(module, StepJudged) or module.step_figures is None:
+            return False
+        return 0 < float(module.step_figures[0]) < self.every_n_steps
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         on_device = self._window.figures(trainer, module)
@@ -306,103 +322,3 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     norms = torch.stack(torch._foreach_norm(list(tensors)))
     norm: Tensor = torch.linalg.vector_norm((norms.full_tensor() if isinstance(norms, DTensor) else norms).double())
     return norm
-
-
-def _rows_of(observations: Observations) -> int:
-    """Return the rows that one micro-batch brings to the figure that gets fewest; kinds without a row do not count."""
-    kinds = (kind for term in TERMS for kind in (f"teacher_{term}", f"{term}_features"))
-    values = (observations.get(kind) for kind in kinds)
-    return min((len(value) for value in values if isinstance(value, Tensor) and len(value)), default=1)
-
-
-class _Window:
-    """The samples of one report: sums of distributions, rows of features, sums of scalars; on the device, per rank."""
-
-    def __init__(self, quota: int) -> None:
-        self.quota = quota
-        self.counts: dict[str, int] = {}
-        self.num_prototypes: dict[str, int] = {}
-        self.scalars: set[str] = set()
-        self._sums: dict[str, Tensor] = {}
-        self._rows: dict[str, list[Tensor]] = {}
-        self._last: dict[str, Tensor] = {}
-
-    def state(self) -> dict[str, Any]:
-        """Return everything collected, on the CPU and in types of plain data."""
-        collected = {"sums": self._sums, "rows": self._rows, "last": self._last}
-        held: dict[str, Any] = apply_to_collection(collected, Tensor, lambda tensor: tensor.cpu())
-        return {**held, "counts": self.counts, "num_prototypes": self.num_prototypes, "scalars": sorted(self.scalars)}
-
-    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take over what :meth:`state` returned."""
-        held = apply_to_collection(state, Tensor, lambda tensor: tensor.to(device))
-        self._sums, self._rows, self._last = held["sums"], held["rows"], held["last"]
-        self.counts, self.num_prototypes = held["counts"], held["num_prototypes"]
-        self.scalars = set(held["scalars"])
-
-    @property
-    def full(self) -> bool:
-        return all(count >= self.quota for count in self.counts.values())
-
-    def needs_more(self, rows: int, micro_batches_to_go: int) -> bool:
-        """Return whether to collect: always once begun, else if the micro-batches still to come do not suffice."""
-        return bool(self.counts) or micro_batches_to_go * rows < self.quota
-
-    def collect(self, observations: Observations) -> None:
-        """Add one micro-batch."""
-        tensors = {key: value.detach() for key, value in observations.items() if isinstance(value, Tensor)}
-        for term in TERMS:
-            if f"teacher_{term}" in tensors and f"student_{term}" in tensors:
-                teacher, student = tensors[f"teacher_{term}"], tensors[f"student_{term}"]
-                self.num_prototypes[term] = teacher.shape[-1]
-                picked = self._pick(f"{term}_outputs", teacher)
-                self._add(term, distribution_sums(teacher[picked], student[picked]))
-            if f"{term}_features" in tensors:
-                features = tensors[f"{term}_features"]
-                self._rows.setdefault(term, []).append(features[self._pick(f"{term}_features", features)].float())
-            if f"centre_norm_{term}" in tensors:
-                self._last[f"{term}_centre_norm"] = tensors[f"centre_norm_{term}"]
-        for name, value in observations.get("scalars", {}).items():
-            value = value.detach().float()
-            self.scalars.add(name)
-            self._add(f"scalar {name}", torch.stack([value.nan_to_num(0.0, 0.0, 0.0), value.isfinite().float()]))
-
-    def _add(self, name: str, sums: Tensor) -> None:
-        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-
-    def _pick(self, kind: str, values: Tensor) -> Tensor:
-        """Return the rows to take: all, or as many as are still missing, spread evenly over the batch."""
-        have = self.counts.get(kind, 0)
-        take = min(len(values), self.quota - have)
-        self.counts[kind] = have + take
-        return torch.arange(take, device=values.device) * len(values) // max(take, 1)
-
-    def figures(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
-        """Return every figure over all ranks, on the device; every rank must observe the same kinds of tensors."""
-        figures: dict[str, Tensor] = {}
-        for name in sorted(self._sums):
-            sums = trainer.strategy.reduce(self._sums[name], reduce_op="sum")
-            assert isinstance(sums, Tensor)
-            if name in TERMS:
-                figures |= {f"{name}_{key}": value for key, value in distribution_figures(sums).items()}
-            else:
-                figures[name.removeprefix("scalar ")] = sums[0] / sums[1]
-        for term in sorted(self._rows):
-            features = self._gathered(trainer, module, torch.cat(self._rows[term]))
-            if len(features) >= 2:
-                figures[f"{term}_feature_std"] = feature_std(features)
-                figures[f"{term}_effective_rank"] = effective_rank(features)
-                figures[f"{term}_cosine"] = off_diagonal_cosine(features)
-                figures[f"{term}_norm_outlier"] = norm_outlier(features)
-                if term == "cls":
-                    figures["cls_min_distance"] = min_distance(features)
-        return figures | self._last
-
-    def _gathered(self, trainer: pl.Trainer, module: pl.LightningModule, rows: Tensor) -> Tensor:
-        if trainer.world_size == 1:
-            return rows
-        padded = torch.cat([rows, rows.new_zeros(self.quota - len(rows), rows.shape[1])])
-        counts = module.all_gather(torch.tensor([len(rows)], device=rows.device))
-        gathered = module.all_gather(padded)
-        assert isinstance(counts, Tensor) and isinstance(gathered, Tensor)
-        return torch.cat([part[:size] for part, size in zip(gathered, counts.flatten().tolist(), strict=True)])

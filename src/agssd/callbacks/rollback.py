@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from agssd.callbacks.actions import record_action, stop_run
 from agssd.callbacks.collapse_alarms import Alarm
 from agssd.callbacks.standing import log_figures
-from agssd.checkpoints import LAST, CheckpointFiles, is_local
+from agssd.checkpoints import HEALTHY, LAST, CheckpointFiles, check_whole, is_local, read_checkpoint
 from agssd.types import Easeable
 
 _LOG = logging.getLogger(__name__)
-HEALTHY = "healthy.ckpt"
 
 
 class Rollback:
@@ -44,6 +42,7 @@ class Rollback:
         self.done: list[dict[str, Any]] = []  # one per rollback: from_step, to_step, alarms, lowered
         self.pending: dict[str, Any] = {}  # of the rollback that the next step begins with: alarms, lowered
         self.stopped = ""
+        self._told = ""  # why the pending one is due
         self._seen: tuple[int, int] | None = None  # the newest checkpoint that was looked at
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,10 +74,13 @@ class Rollback:
         if mark == self._seen:
             return
         self._seen = mark
-        if newest.is_file():
-            saved = torch.load(newest, weights_only=True, map_location="cpu", mmap=True)
-            if saved["callbacks"].get(monitor, {}).get("standing") != []:
-                return
+        try:
+            saved = read_checkpoint(str(newest))
+        except ValueError as error:
+            _LOG.warning("%s; the healthy checkpoint stays the one before", error)
+            return
+        if newest.is_file() and saved["callbacks"].get(monitor, {}).get("standing") != []:
+            return
         partial = folder / f"{HEALTHY}.partial"
         _link(newest.resolve(), partial)
         if (folder / HEALTHY).is_dir():
@@ -90,23 +92,32 @@ class Rollback:
     def demand(self, trainer: pl.Trainer, module: Easeable, alarms: list[Alarm]) -> None:
         """Roll back before the next step, or stop where that is not possible; called on every rank alike."""
         names, told = [alarm.name for alarm in alarms], "; ".join(alarm.sentence for alarm in alarms)
-        folder = checkpoint_folder(trainer)
-        found = trainer.strategy.broadcast(folder is not None and (folder / HEALTHY).exists())
+        reason = trainer.strategy.broadcast(_why_not(checkpoint_folder(trainer), trainer.global_step))
         if len(self.done) >= self.max_rollbacks:
             self.stopped = f"{told}; collapse_monitor.max_rollbacks is {self.max_rollbacks}, and as many were made"
-        elif not found:
-            self.stopped = (
-                f"{told}; there is no healthy checkpoint to roll back to: none was saved before the alarm, see "
-                "checkpoint.every_n_train_steps, or checkpoint.dirpath is no folder of this machine"
-            )
+        elif reason:
+            self.stopped = f"{told}; {reason}"
         else:
             possible = module.can_ease()
             before = sum(names[0] in one["alarms"] for one in self.done)
             first = alarms[0].lower if alarms[0].lower in possible else possible[0]
             order = [first, *(name for name in possible if name != first)]
-            self.pending = {"alarms": names, "lowered": order[before % len(order)]}
+            self.pending, self._told = {"alarms": names, "lowered": order[before % len(order)]}, told
             return
         stop_run(trainer, self.stopped, alarms=names)
+
+    def end(self, trainer: pl.Trainer, total: int) -> None:
+        """Say so if a rollback is due after the last of ``total`` steps, so that nobody takes the weights for sound.
+
+        A run that ends before goes on with the rollback when it is resumed.
+        """
+        if self.pending and trainer.global_step >= total:
+            names, self.pending = self.pending["alarms"], {}
+            self.stopped = (
+                f"{self._told}; that was the last step, so nothing was rolled back: take {HEALTHY} of checkpoints/, "
+                "which was saved before the alarm"
+            )
+            stop_run(trainer, self.stopped, alarms=names)
 
     def carry_out(self, trainer: pl.Trainer, module: pl.LightningModule) -> int:
         """Go back, and return the step that was left; between two optimiser steps, on every rank alike."""
@@ -138,6 +149,21 @@ def checkpoint_folder(trainer: pl.Trainer) -> Path | None:
     return None
 
 
+def _why_not(folder: Path | None, step: int) -> str:
+    """Return why a run at ``step`` cannot be rolled back; empty if it can."""
+    if folder is None or not (folder / HEALTHY).exists():
+        return (
+            "there is no healthy checkpoint to roll back to: none was saved before the alarm, see "
+            "checkpoint.every_n_train_steps, or checkpoint.dirpath is no folder of this machine"
+        )
+    try:
+        of = int(read_checkpoint(str(folder / HEALTHY))["global_step"])
+        check_whole(str(folder / HEALTHY))
+    except ValueError as error:
+        return f"there is no healthy checkpoint to roll back to: {error}"
+    return f"{HEALTHY} is of step {of}, which this run has yet to reach" if of > step else ""
+
+
 def restore_training(trainer: pl.Trainer, module: pl.LightningModule, path: Path) -> int:
     """Set weights, teacher, centres, optimiser, gradient scaler and step to a checkpoint's, and return its step.
 
@@ -145,6 +171,9 @@ def restore_training(trainer: pl.Trainer, module: pl.LightningModule, path: Path
     that a resumed run goes on at the same place. Callbacks keep what they know.
     """
     strategy, left = trainer.strategy, trainer.global_step
+    for callback in cast(Any, trainer).callbacks:
+        if hasattr(callback, "before_step_restored"):
+            callback.before_step_restored(trainer, module)
     checkpoint = strategy.load_checkpoint(path, weights_only=True)
     strategy.load_model_state_dict(checkpoint, strict=True)
     strategy.load_optimizer_state_dict(checkpoint)

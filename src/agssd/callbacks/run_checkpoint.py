@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from agssd.checkpoints import LAST, CheckpointFiles, is_local, list_checkpoints, set_aside
+from agssd.checkpoints import HEALTHY, LAST, CheckpointFiles, is_local, list_checkpoints, read_checkpoint, set_aside
 from agssd.distributed import all_max
 
 _STEP = re.compile(r"step(\d+)\.ckpt$")
@@ -238,10 +238,20 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _set_aside_after(self, step: int) -> None:
         """Rename the checkpoints of steps after ``step``: they belong to a part of the run that is left behind."""
-        for later in (number for number in self._stored() if number > step):
-            path = self.format_checkpoint_name({"step": torch.tensor(later)})
+        later = [self.format_checkpoint_name({"step": torch.tensor(of)}) for of in self._stored() if of > step]
+        for path in (*later, *self._healthy_after(step)):
             name = set_aside(path)
             rank_zero_info(f"{path} is of a later step than {step}, where this run goes on; it is now {name}")
+
+    def _healthy_after(self, step: int) -> list[str]:
+        """Return the healthy checkpoint, if it is of a later step or cannot be read."""
+        for path in list_checkpoints(str(self.dirpath)):
+            if os.path.basename(path) == HEALTHY:
+                try:
+                    return [path] if read_checkpoint(path)["global_step"] > step else []
+                except ValueError:
+                    return [path]
+        return []
 
 
 def _folder_of(path: str) -> str:

@@ -18,6 +18,7 @@ from agssd.types import PROBE_FIGURES
 
 _PARTS_OF_A_RUN = {CHECKPOINTS, "wandb", "panels", "captures", "tensorboard"}  # no runs lie in them
 _STEP = re.compile(r"step(\d+)\.ckpt$")
+_LATER = re.compile(r"config-(\d+)\.yaml$")
 _TAIL = 512 * 1024  # bytes at the end of a table in which the newest figures are looked for first
 _STUCK_S = 600  # a live run without a step for so long says so
 _RECENT_S = 900  # a run without a state whose metrics are younger may be running
@@ -102,19 +103,33 @@ def read_run(directory: Path) -> Run:
     return run
 
 
+def config_files(directory: Path) -> list[Path]:
+    """Return the saved configurations of a run, oldest first: each start of it adds one (``config-2.yaml``)."""
+    first = directory / CONFIG
+    later = {int(found[1]): path for path in directory.glob("config-*.yaml") if (found := _LATER.search(path.name))}
+    return [*([first] if first.is_file() else []), *(later[number] for number in sorted(later))]
+
+
 def read_config(directory: Path) -> dict[str, Any] | None:
-    """Return the configuration of a run, None where there is none.
+    """Return the configuration of a run, of its last start, None where there is none.
+
+    Raises:
+        ValueError: if it is torn or no configuration.
+    """
+    paths = config_files(directory)
+    return read_config_file(paths[-1]) if paths else None
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Return a saved configuration.
 
     Raises:
         ValueError: if it is torn or no configuration.
     """
     import yaml
 
-    path = directory / CONFIG
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(config, dict):

@@ -46,7 +46,11 @@ OverTimeLimit=0
 KillWait=60
 ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 NodeHostname={host} CPUs=4 State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=CANCEL
+PartitionName=all Nodes={host} Default=YES PriorityTier=10 PreemptMode=OFF
+PartitionName=low Nodes={host} PriorityTier=1 PreemptMode=CANCEL GraceTime=0
+PartitionName=high Nodes={host} PriorityTier=20 PreemptMode=OFF
 """
 
 
@@ -69,7 +73,10 @@ def _free_ports(number: int) -> list[int]:
 
 
 class OneMachine:
-    """The cluster: started by ``start``, asked by ``call``, ended by ``stop``."""
+    """The cluster: started by ``start``, asked by ``call``, ended by ``stop``.
+
+    Jobs of the partition ``high`` end those of ``low`` without grace; ``all`` is the default.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,7 +106,7 @@ class OneMachine:
         self._wait(lambda: (folder / "munge.socket").exists(), "munged")
         self._daemon("slurmctld", "-D")
         self._daemon("slurmd", "-D", "-N", host)
-        self._wait(lambda: self.call("sinfo", "-h", "-o", "%T") == "idle", "the node")
+        self._wait(lambda: self.call("sinfo", "-h", "-p", "all", "-o", "%T") == "idle", "the node")
 
     def _daemon(self, name: str, *arguments: str) -> None:
         program = shutil.which(name, path=_PATH)
@@ -128,8 +135,11 @@ class OneMachine:
 
     def state(self, job: str) -> str:
         """Return the state of a job: PENDING, RUNNING, COMPLETED and so on, empty if SLURM knows it no more."""
-        fields = dict(field.partition("=")[::2] for field in self.call("scontrol", "show", "job", "-o", job).split())
-        return fields.get("JobState", "")
+        return self.fields(job).get("JobState", "")
+
+    def fields(self, job: str) -> dict[str, str]:
+        """Return what SLURM says of a job."""
+        return dict(field.partition("=")[::2] for field in self.call("scontrol", "show", "job", "-o", job).split())
 
     def stop(self) -> None:
         """Kill what runs and end the daemons."""

@@ -301,10 +301,10 @@ def _probe(device: Any, folder: Path, rounds: int) -> Row:
 
 
 def _monitoring(device: Any, folder: Path, rounds: int) -> Row:
-    """Steps with collapse monitor, step guard and watchdog beside steps without them."""
+    """Steps with collapse monitor and step guard beside steps without them."""
     from agssd.commands._bench_monitoring import STEPS, time_monitoring
 
-    what = "step with monitors (2 % at a ratio of 0.98)"
+    what = "step with collapse monitor and guard (2 % at a ratio of 0.98)"
     return row_of(what, f"monitored ({STEPS} steps)", "no monitor or guard", time_monitoring(rounds, device, folder))
 
 

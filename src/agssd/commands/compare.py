@@ -10,19 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agssd.commands._run_reader import read_config, read_curves
+from agssd.commands._run_reader import config_files, read_config, read_config_file, read_curves
 from agssd.run_state import METRICS
 
 Curves = dict[str, dict[int, float]]
+# How the global batch is cut; KoLeo, Sinkhorn and InfoNCE couple the samples of a part.
+_CUT = ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches")
 # Where and how fast a run runs; everything else is what it computes.
 _MACHINE = (
-    "trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.num_nodes", "trainer.plugins",
-    "trainer.accumulate_grad_batches", "trainer.default_root_dir", "trainer.logger", "trainer.log_every_n_steps",
-    "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.enable_checkpointing", "trainer.benchmark",
-    "trainer.profiler", "trainer.callbacks", "trainer.max_time", "model.compile", "data.cache", "data.num_workers",
-    "data.pin_memory", "data.prefetch", "data.predict_split", "data.leakage", "checkpoint", "preemption", "watchdog",
-    "life_sign", "throughput", "data_stream", "view_panels", "wandb", "tensorboard", "progress", "ckpt_path",
+    "trainer.accelerator", "trainer.strategy", "trainer.plugins", "trainer.default_root_dir", "trainer.logger",
+    "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+    "trainer.enable_checkpointing", "trainer.benchmark", "trainer.profiler", "trainer.callbacks", "trainer.max_time",
+    "model.compile", "data.num_workers", "data.pin_memory", "data.prefetch", "data.predict_split", "data.leakage",
+    "checkpoint", "preemption", "watchdog", "life_sign", "throughput", "data_stream", "view_panels", "wandb",
+    "tensorboard", "progress", "ckpt_path",
 )  # fmt: skip
+_GROUPS = {
+    "science": "settings of the science",
+    "cut": "settings that cut the batch (losses that couple the samples of a micro-batch change with them)",
+    "machine": "settings of the machine",
+}
 _TIMES = ("throughput/", "probe/seconds", "probe/time_share")  # never alike, whatever the runs compute
 _MISSING = "(none)"
 
@@ -30,9 +37,9 @@ _MISSING = "(none)"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``agssd compare``."""
     parser.description = (
-        "Prints the settings in which runs differ, those of the machine apart, and for every scalar that all of them "
-        "have: the last common step, the values there, the lowest and the last values, and the first common step at "
-        "which the values are not the same number. Times and speeds never part."
+        "Prints the settings in which runs differ, those that cut the batch and those of the machine apart, and for "
+        "every scalar that all of them have: the last common step, the values there, the lowest and the last values, "
+        "and the first common step at which the values are not the same number. Times and speeds never part."
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory or metrics.csv; at least two")
     parser.add_argument(
@@ -53,17 +60,22 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{missing[0]} does not exist; name run directories that have one, or files like it")
     curves = [read_curves(path) for path in tables]
     configs = [None if path.is_file() else read_config(path) for path in args.runs]
-    for path, config in zip(args.runs, configs, strict=True):
-        if config is None:
-            print(f"note: {path} has no config.yaml; settings are not compared", file=sys.stderr)
+    notes = [note for path, config in zip(args.runs, configs, strict=True) for note in _notes(path, config is None)]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     settings = {} if None in configs else differing([flat(config) for config in configs if config is not None])
     names = _chosen(curves, args.metric)
     scalars = [compare_scalar(name, [of_run[name] for of_run in curves]) for name in names]
     only = sorted({name for of_run in curves for name in of_run} - _in_all(curves))
     labels = _labels(args.runs)
     if args.json:
-        parted = {"science": _of(settings, machine=False), "machine": _of(settings, machine=True)}
-        found = {"runs": [str(path) for path in args.runs], "settings": parted, "scalars": scalars, "not_in_all": only}
+        found = {
+            "runs": [str(path) for path in args.runs],
+            "settings": {group: _of(settings, group) for group in _GROUPS},
+            "scalars": scalars,
+            "not_in_all": only,
+            "notes": notes,
+        }
         print(json.dumps(_plain(found), indent=2))
     else:
         print("\n".join(_text(labels, settings, scalars, only, None in configs)))
@@ -93,13 +105,31 @@ def differing(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: found for name, found in values.items() if any(value != found[0] for value in found[1:])}
 
 
-def is_of_the_machine(name: str) -> bool:
-    """Return whether a setting says where and how fast a run runs, and not what it computes."""
-    return any(name == one or name.startswith(f"{one}.") for one in _MACHINE)
+def group_of(name: str) -> str:
+    """Return what a setting is of.
+
+    ``machine``: where and how fast a run runs. ``cut``: in how many parts the global batch is computed. ``science``:
+    everything else, the data included.
+    """
+    for group, names in (("cut", _CUT), ("machine", _MACHINE)):
+        if any(name == one or name.startswith(f"{one}.") for one in names):
+            return group
+    return "science"
 
 
-def _of(settings: dict[str, list[Any]], machine: bool) -> dict[str, list[Any]]:
-    return {name: values for name, values in settings.items() if is_of_the_machine(name) == machine}
+def _of(settings: dict[str, list[Any]], group: str) -> dict[str, list[Any]]:
+    return {name: values for name, values in settings.items() if group_of(name) == group}
+
+
+def _notes(run: Path, without: bool) -> list[str]:
+    """Return what there is to say about the configurations of a run."""
+    if without:
+        return [f"{run} has no config.yaml; settings are not compared"]
+    paths = [] if run.is_file() else config_files(run)
+    names = ", ".join(differing([flat(read_config_file(path)) for path in paths]))
+    if not names:
+        return []
+    return [f"{run} ran with {len(paths)} configurations, which differ in {names}; the last, {paths[-1].name}, counts"]
 
 
 # ------------------------------------------------------------------- curves
@@ -158,8 +188,8 @@ def _text(
     labels: list[str], settings: dict[str, list[Any]], scalars: list[dict[str, Any]], only: list[str], unknown: bool
 ) -> list[str]:
     lines = []
-    for title, machine in (("settings of the science", False), ("settings of the machine", True)):
-        found = _of(settings, machine)
+    for group, title in _GROUPS.items():
+        found = _of(settings, group)
         if found:
             rows = [[name, *(json.dumps(v) if v != _MISSING else v for v in found[name])] for name in found]
             lines += [f"{title} that differ", *_table([["", *labels], *rows]), ""]

@@ -24,6 +24,7 @@ class StepGuard:
 
     def __init__(self) -> None:
         self.withheld: Tensor | None = None  # () float32, 1 where the step under way or just taken is withheld
+        self.in_a_row: Tensor | None = None  # (): withheld steps up to the last
         self.on_device = False
         self.local: Tensor | None = None  # (): total loss of this rank, summed over micro-batches
         self.reduced: Tensor | None = None  # (T,): total and terms, summed over micro-batches and ranks
@@ -46,8 +47,8 @@ class StepGuard:
         """Decide on the step whose gradients are complete; withhold it from ``optimizer`` if it is not finite.
 
         Returns:
-            (3 + T,) float32 on the device: whether the step is withheld, the norm of the gradient, this rank's loss,
-            and the reduced losses; for the host to read when it costs nothing.
+            (3 + T,) float32 on the device: how many steps in a row are withheld with this one, 0 if it is taken; the
+            norm of the gradient, this rank's loss, and the reduced losses; for the host to read when it costs nothing.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -57,6 +58,7 @@ class StepGuard:
         losses = [value.reshape(-1) for value in (self.local, self.reduced) if value is not None]
         figures = torch.cat([norm.reshape(1), *losses])
         self.withheld = all_max((~figures.isfinite()).any().float())
+        self.in_a_row = self.withheld if self.in_a_row is None else (self.in_a_row + 1) * self.withheld
         self.local = self.reduced = None
         self.num_batches = 0
         self.on_device = stays_on_device(self.withheld.device, parameters)
@@ -65,7 +67,7 @@ class StepGuard:
         elif self.withheld:
             for parameter in parameters:
                 parameter.grad = None  # skipped altogether: a zero gradient would still move and decay the weights
-        return torch.cat([self.withheld.reshape(1), figures])
+        return torch.cat([self.in_a_row.reshape(1), figures])
 
     @contextmanager
     def keeping(self, module: nn.Module) -> Iterator[None]:

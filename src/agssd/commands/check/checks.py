@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from agssd.commands._forecast import bytes_text
 from agssd.commands.check.table import Check, Finding, Place, Told, of_rank
+from agssd.distributed import alone
 
 SECONDS_TO_SAVE = 60.0  # within which a run that is told to stop writes its checkpoint
 MAX_SKEW_S = 2.0
@@ -180,11 +181,14 @@ def checkpoint_bytes(place: Place) -> int:
 
 
 def kept_checkpoints(settings: Any) -> int:
-    """Return how many checkpoints lie beside each other while one more is written."""
-    kept = settings.checkpoint.save_top_k
-    if kept < 0:
-        kept = settings.trainer.max_steps // settings.checkpoint.every_n_train_steps
-    return int(kept) + 3  # last.ckpt, the best, and the one that is being written
+    """Return how many checkpoints lie beside each other while one more is written; ``last.ckpt`` is a second name."""
+    own, monitor = settings.checkpoint, settings.collapse_monitor
+    every = settings.trainer.max_steps // (own.every_n_train_steps or settings.trainer.max_steps)
+    kept = every if own.keep_last == -1 else own.keep_last
+    if own.monitor and own.keep_last != -1:
+        kept += every if own.save_top_k == -1 else own.save_top_k
+    policies = {monitor.policy, *(monitor.policies or {}).values()}
+    return int(kept) + bool(settings.best_checkpoint.enabled) + ("rollback" in policies) + 1
 
 
 def try_run_directory(place: Place) -> tuple[int, int, int, float, bool]:
@@ -256,7 +260,7 @@ def judge_run_directory(told: Sequence[Told]) -> Finding:
     if free < size * kept:
         problem = f"{bytes_text(free)} free, {kept} checkpoints of {bytes_text(size)} need {bytes_text(size * kept)}"
         return Finding(
-            "", problem, "free space, name another --trainer.default_root_dir, or lower checkpoint.save_top_k"
+            "", problem, "free space, name another --trainer.default_root_dir, or lower checkpoint.keep_last"
         )
     if size / speed > SECONDS_TO_SAVE:
         problem = f"a checkpoint of {bytes_text(size)} takes {size / speed:.0f} s at {speed / 1e6:.1f} MB/s"
@@ -339,6 +343,9 @@ def judge_clocks(told: Sequence[Told]) -> Finding:
 def one_step(place: Place) -> str:
     """Return the loss of one forward and backward pass on this rank's first micro-batch; no weight moves.
 
+    A rank takes its pass alone: nothing of the loss is gathered, so where one rank fails no other waits for it. Only
+    weights that lie in parts are gathered all the same.
+
     Raises:
         ValueError: if loss or a gradient is not finite.
     """
@@ -353,9 +360,10 @@ def one_step(place: Place) -> str:
     set_step(model, 0, trainer.max_steps)
     views = model.on_after_batch_transfer({name: part.to(place.device) for name, part in crops.items()}, 0)
     dtype = autocast_of(trainer.precision)
-    with torch.autocast(place.device.type, dtype, dtype is not None):
-        loss = model.total_loss(views)
-    loss.backward()
+    with alone():
+        with torch.autocast(place.device.type, dtype, dtype is not None):
+            loss = model.total_loss(views)
+        loss.backward()
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     own = [(name, g.to_local() if isinstance(g, DTensor) else g) for name, g in gradients]
     wrong = [name for name, gradient in own if not bool(gradient.isfinite().all())]

@@ -139,8 +139,18 @@ def run_check(check: Check, place: Place) -> Finding:
     everyone = place.gather(told)
     wrong = [other for other in everyone if other.error]
     if wrong:
-        return Finding("", f"{of_rank(wrong[0], len(everyone))}{wrong[0].error}", check.remedy)
+        return Finding("", _who_failed(wrong, len(everyone)), check.remedy)
     return check.judge(everyone)
+
+
+def _who_failed(wrong: Sequence[Told], ranks: int) -> str:
+    """Return every failure with the ranks that have it, each text once; ``wrong`` are those of ``ranks`` that fail."""
+    if ranks == 1:
+        return wrong[0].error
+    who: dict[str, list[str]] = {}
+    for told in wrong:
+        who.setdefault(told.error, []).append(f"rank {told.rank} on {told.host}")
+    return "; ".join(f"{', '.join(names)}: {error}" for error, names in who.items())
 
 
 _LOST_REMEDY = (

@@ -322,7 +322,7 @@ class _Plan:
             self.assumptions.append("the speed is not known: give --measure on such a device, or --tflops")
         self.assumptions += [
             "DDP over a ring: every GPU sends 2 (n - 1) / n times its gradients per step, in their own precision, and "
-            "buffers before every forward pass; what recipes gather for their losses is not counted",
+            "buffers once; what recipes gather for their losses is not counted",
             "communication takes no time (--link-gb-s was not given)"
             if link is None
             else f"each GPU sends {link} GB/s (--link-gb-s), and nothing of it hides behind the backward pass",

@@ -17,7 +17,7 @@ class Run:
         largest: samples that fit into one micro-batch of a GPU; None where it is not known.
         seconds_per_sample: on one GPU; None where it is not known.
         gradient_bytes: of one all-reduce.
-        buffer_bytes: that DDP broadcasts before every forward pass.
+        buffer_bytes: that DDP broadcasts once per optimiser step.
         link: bytes per second that each GPU sends; None counts communication as free.
         bytes_per_sample: read from the cache.
     """
@@ -57,8 +57,9 @@ def row(run: Run, gpus: int) -> Row:
     if not micro_batch:
         return Row(gpus, "not even one sample per micro-batch fits")
     accumulate = share // micro_batch
-    # a ring sends each gradient 2 (n - 1) / n times; DDP reduces once per step, and broadcasts buffers per micro-batch
-    sent = 0 if gpus == 1 else round(2 * (gpus - 1) / gpus * run.gradient_bytes + run.buffer_bytes * accumulate)
+    # a ring sends each gradient 2 (n - 1) / n times; DDP reduces once per step, and broadcasts buffers once per step:
+    # before a forward pass that follows one under no_sync it does not
+    sent = 0 if gpus == 1 else round(2 * (gpus - 1) / gpus * run.gradient_bytes + run.buffer_bytes)
     if run.seconds_per_sample is None:
         return Row(gpus, "", micro_batch, accumulate, sent)
     seconds = share * run.seconds_per_sample + (sent / run.link if run.link else 0.0)
