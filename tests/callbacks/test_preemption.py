@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -63,6 +64,8 @@ def test_preemption__ends_after_the_step_with_the_teacher_moved_and_one_checkpoi
         assert torch.equal(saved["state_dict"][name], tensor), name
     assert [signal.getsignal(each) for each in (signal.SIGUSR1, signal.SIGTERM)] == before
     assert not list(tmp_path.glob("**/hpc_ckpt*"))
+    (action,) = map(json.loads, (tmp_path / "actions.jsonl").read_text().splitlines())
+    assert (action["action"], action["step"], action["reason"]) == ("preemption", step, number.name)
 
 
 def test_preemption__figures_of_the_last_step_are_logged_and_no_validation_is_begun(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from agssd import slurm
+from agssd.callbacks.actions import record_action
 from agssd.callbacks.standing import StandingCallback
 from agssd.distributed import world_size
 from agssd.stop_signals import STOP
@@ -102,7 +104,7 @@ class Preemption(StandingCallback, Checkpoint):
             return
         self._step = trainer.global_step
         if self._some_rank_was_told():
-            self._stop()
+            self._stop(trainer)
             cast(SavesOnRequest, self._checkpoint(trainer)).save_before_next(trainer)
 
     def on_train_batch_start(
@@ -131,16 +133,18 @@ class Preemption(StandingCallback, Checkpoint):
             return
         self._questions -= 1
         if self._some_rank_was_told():
-            self._stop()
+            self._stop(trainer)
             self._leave_validation(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ask no more."""
         self._questions = 0
 
-    def _stop(self) -> None:
+    def _stop(self, trainer: pl.Trainer) -> None:
         self._stopping = True
         name = "A signal to another rank" if STOP.received is None else STOP.received[0].name
+        with suppress(OSError):  # the checkpoint matters more, and says it where a disk is full
+            record_action(trainer, "preemption", reason=name)
         rank_zero_info(f"{name}: the run stops after step {self._step}")
 
     def _leave_validation(self, trainer: pl.Trainer) -> None:
