@@ -181,7 +181,9 @@ class Preemption(StandingCallback, Checkpoint):
         """Put a SLURM job back into the queue, close the W&B run, and return the exit code; called by every rank.
 
         SLURM ends a job that is put back, W&B's service first, and a job that got SIGTERM has little time. So what was
-        told by SIGTERM goes back first, and what was told by SIGUSR1 closes its W&B run first. The code is 75 on the first rank of every machine and 0 on the others: a launcher kills all ranks as soon as
+        told by SIGTERM goes back first, and what was told by SIGUSR1 closes its W&B run first.
+
+        The code is 75 on the first rank of every machine and 0 on the others: a launcher kills all ranks as soon as
         one of them fails.
         """
         if trainer.is_global_zero:
