@@ -105,8 +105,8 @@ def refuse_beside_another(directory: Path, job: str | None) -> None:
         of_job = f" of SLURM job {state['slurm_job']}" if state.get("slurm_job") else ""
         raise ValueError(
             f"another run goes on in {directory}: process {state.get('pid')}{of_job} on {state.get('host')}, last "
-            f"heard of {silent_s:.0f} s ago. End it or wait for its end (one on another machine that was killed counts as "
-            "alive for two minutes), or name another --trainer.default_root_dir"
+            f"heard of {silent_s:.0f} s ago. End it or wait for its end (one on another machine that was killed counts "
+            "as alive for two minutes), or name another --trainer.default_root_dir"
         )
 
 
