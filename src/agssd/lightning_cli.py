@@ -25,7 +25,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from agssd import slurm
 from agssd.callbacks.actions import RunStopped
@@ -57,7 +57,7 @@ from agssd.run_directory import (
     plain_config,
     run_of_checkpoint,
 )
-from agssd.run_state import METRICS
+from agssd.run_state import METRICS, refuse_beside_another, settle_finished
 from agssd.stop_signals import STOP
 from agssd.tensorboard_run import RunTensorBoardLogger
 from agssd.transforms.crops import OverlapCrops
@@ -252,13 +252,20 @@ class AgssdCLI(LightningCLI):
         if 0 < length <= step:
             if given in ("", "last"):
                 call_last(path, step)
+            left_out = self._settle()
             raise FinishedRun(
-                f"the run in {self.run_directory} is finished: {path} is of step {step} of {length}. Name another "
-                "--trainer.default_root_dir for a new run"
+                f"the run in {self.run_directory} is finished: {path} is of step {step} of {length}. "
+                + (f"It was {left_out}. " if left_out else "")
+                + "Name another --trainer.default_root_dir for a new run"
             )
         self._accumulated_before = checkpoint.get("config", {}).get("trainer", {}).get("accumulate_grad_batches")
         rank_zero_info(f"The run goes on from {path}, step {step} of {length}")
         self._goes_on_from, self._first_step = path, step
+
+    def _settle(self) -> str:
+        """Write that the run is finished where its end was cut off, and return what is missing."""
+        refuse_beside_another(self.run_directory, slurm.job())
+        return settle_finished(self.run_directory) if rank_zero_only.rank == 0 else ""
 
     def _refuse_other_settings(self, path: str, saved: dict[str, Any], config: Namespace) -> None:
         parser = self._parser("fit")
@@ -346,6 +353,8 @@ class AgssdCLI(LightningCLI):
         if trainer.fast_dev_run:
             return
         self._warn_of_other_cut()
+        if trainer.is_global_zero:
+            refuse_beside_another(self.run_directory, slurm.job())
         claim(self.run_directory, resuming=self._goes_on_from is not None or bool(trainer.checkpoint_callbacks))
         for logger in self.trainer.loggers:
             if isinstance(logger, (RunCSVLogger, RunTensorBoardLogger)) and trainer.is_global_zero:
@@ -407,6 +416,10 @@ class ParsedFit(AgssdCLI):
         """Parse."""
         super().__init__(["fit", *args])
         self.settings = self.config[self.subcommand]
+
+    def _settle(self) -> str:
+        """Write nothing."""
+        return ""
 
     def instantiate_classes(self) -> None:
         """Build nothing yet."""

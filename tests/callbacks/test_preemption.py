@@ -101,6 +101,32 @@ def test_preemption__a_run_at_its_end_ends_as_usual(
     assert trainer.global_step == 4 and trainer.state.finished
 
 
+@pytest.mark.parametrize("batch", [3, 2])
+def test_preemption__told_in_the_last_step_it_validates_and_ends_as_usual(
+    toy: Any, loader: Any, make_trainer: Callable[..., pl.Trainer], tmp_path: Path, batch: int
+) -> None:
+    class Validated(toy):  # type: ignore[misc]
+        def validation_step(self, given: Any, batch_idx: int) -> None:
+            saved.append((tmp_path / "checkpoints/step00000004.ckpt").is_file())
+            self.log("val/x", 0.5)
+
+    saved: list[bool] = []
+    settings: dict[str, Any] = {"max_steps": 4, "enable_checkpointing": True, "limit_val_batches": 3}
+    settings |= {"val_check_interval": 4, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    rhythm = RunCheckpoint(1000, monitor="val/x", dirpath=str(tmp_path / "checkpoints"), in_background=False)
+    trainer = make_trainer(rhythm, Preemption(), **settings)
+    module = told_at(Validated, batch, signal.SIGTERM)
+    if batch == 2:
+        with pytest.raises(Preempted) as stopped:
+            trainer.fit(module, loader, loader)
+        assert stopped.value.step == 3 and not saved
+        return
+    trainer.fit(module, loader, loader)
+    assert trainer.state.finished and saved == [True, True, True]  # whatever the end takes, the steps are safe
+    last = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 4 and last["callbacks"]["RunCheckpoint"]["scores"] == {4: 0.5}
+
+
 def test_preemption__a_forked_worker_that_is_signalled_too_stops_nothing(
     toy: Any, loader: Any, make_trainer: Callable[..., pl.Trainer], tmp_path: Path
 ) -> None:
