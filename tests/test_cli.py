@@ -26,7 +26,7 @@ import yaml
 import agssd.cli
 from agssd import __version__, commands, run_state
 from agssd.cli import TRAINING, main, refusal
-from agssd.lightning_cli import changed_settings, differences
+from agssd.resume_rules import changed_settings, differences
 from agssd.run_state import read_state, write_state
 
 TOYS = Path(__file__).parent / "cli_toys"
