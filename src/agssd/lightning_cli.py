@@ -265,7 +265,7 @@ class AgssdCLI(LightningCLI):
     def _settle(self) -> str:
         """Write that the run is finished where its end was cut off, and return what is missing."""
         refuse_beside_another(self.run_directory, slurm.job())
-        return settle_finished(self.run_directory) if rank_zero_only.rank == 0 else ""
+        return settle_finished(self.run_directory) if cast(Any, rank_zero_only).rank == 0 else ""
 
     def _refuse_other_settings(self, path: str, saved: dict[str, Any], config: Namespace) -> None:
         parser = self._parser("fit")
