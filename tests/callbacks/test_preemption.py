@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -210,6 +211,38 @@ def test_preemption__a_signal_in_the_probe_stops_after_the_step_that_it_measures
     with pytest.raises(Preempted) as stopped:
         trainer.fit(module, data)
     assert stopped.value.step == 2 and probe.steps[-1] == 2
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize(("max_steps", "left_out"), [(50, True), (2, False)])
+def test_preemption__a_probe_is_broken_off_between_volumes_unless_the_run_is_at_its_end(
+    scripted: Callable[..., Any],
+    make_trainer: Callable[..., pl.Trainer],
+    tmp_path: Path,
+    max_steps: int,
+    left_out: bool,
+) -> None:
+    class Reading(type(scripted()[0])):  # type: ignore[misc]
+        def _measure(self, trainer: Any, module: Any, *given: Any) -> dict[str, float]:
+            volumes = SimpleNamespace(volumes=lambda: iter("abc"))
+            for volume in self._volumes_until_told(volumes, trainer):
+                read.append((trainer.global_step, volume))
+                if read[-1] == (2, "b"):
+                    signal_self()
+            measured: dict[str, float] = super()._measure(trainer, module, *given)
+            return measured
+
+    read: list[tuple[int, str]] = []
+    _, module, data = scripted()
+    probe = Reading({}, every_n_steps=2, at_start=True)
+    trainer = make_trainer(probe, checkpoints(tmp_path), Preemption(), max_steps=max_steps, enable_checkpointing=True)
+    if left_out:
+        with pytest.raises(Preempted):
+            trainer.fit(module, data)
+    else:
+        trainer.fit(module, data)
+    assert trainer.global_step == 2 and probe.steps == ([0] if left_out else [0, 2])
+    assert read == [(0, each) for each in "abc"] + [(2, each) for each in ("ab" if left_out else "abc")]
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
