@@ -22,7 +22,7 @@ from agssd.checkpoint_artifacts import TAKEN_OUT, send_checkpoint, without_paths
 from agssd.cli import main
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import overlap, seen_record
-from agssd.lightning_cli import differences
+from agssd.resume_rules import differences
 from agssd.run_directory import QuietWandbLogger
 
 SECRET = "DOE_JOHN"

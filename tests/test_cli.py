@@ -24,10 +24,10 @@ import torch
 import yaml
 
 import agssd.cli
-from agssd import __version__, commands
+from agssd import __version__, commands, run_state
 from agssd.cli import TRAINING, main, refusal
-from agssd.lightning_cli import changed_settings, differences
-from agssd.run_state import read_state
+from agssd.resume_rules import changed_settings, differences
+from agssd.run_state import read_state, write_state
 
 TOYS = Path(__file__).parent / "cli_toys"
 
@@ -287,6 +287,50 @@ def test_fit__finished_run_says_so_and_is_left_alone(conf: Path, tmp_path: Path,
     assert fit(conf, run, "--trainer.max_steps", "4") == 2  # schedules would have another length
     assert "trainer.max_steps: 3 in the checkpoint, 4 now" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_fit__run_that_was_cut_off_behind_its_last_step_is_finished_and_says_what_is_missing(
+    conf: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    assert fit(conf, run) == 0
+    ended = read_state(run)
+    assert ended is not None and ended["state"] == "finished"
+    write_state(run, ended | {"state": "running", "pid": 2**22 + 1})  # killed: no process has that number
+    capsys.readouterr()
+    assert fit(conf, run) == 0
+    said = capsys.readouterr().out
+    assert "is finished" in said and "may be left out" in said
+    settled = read_state(run)
+    assert settled is not None and settled["state"] == "finished" and "best.ckpt" in settled["reason"]
+    assert fit(conf, run) == 0
+    assert "left out" not in capsys.readouterr().out  # it is said once
+    stopped = ended | {"state": "stopped", "reason": "collapse"}
+    write_state(run, stopped)
+    assert fit(conf, run) == 0
+    assert (read_state(run) or {})["reason"] == "collapse"  # whose report it is to keep
+
+
+def test_fit__beside_a_run_in_the_same_directory_is_refused(
+    conf: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("TOY_STOPS_AT", "2")
+    assert fit(conf, run, "--trainer.max_steps", "4") == 0
+    monkeypatch.delenv("TOY_STOPS_AT")
+    ended, rows = read_state(run), (run / "metrics.csv").read_bytes()
+    assert ended is not None
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        born = run_state._born(other.pid)
+        living = ended | {"state": "running", "pid": other.pid, "born": born, "slurm_job": "41"}
+        write_state(run, living)
+        assert fit(conf, run, "--trainer.max_steps", "4") == 2
+        said = capsys.readouterr().err
+        assert f"process {other.pid} of SLURM job 41" in said and "another run goes on in" in said
+        assert read_state(run) == {"format": run_state.FORMAT, **living} and (run / "metrics.csv").read_bytes() == rows
+        other.communicate(b"\n")
+    assert fit(conf, run, "--trainer.max_steps", "4") == 0  # it has ended
+    assert checkpoint(run)["global_step"] == 4
 
 
 def test_fit__run_without_checkpoints_wants_a_directory_of_its_own(conf: Path, tmp_path: Path, capsys: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from agssd import run_state
-from agssd.run_state import STATE, lives, read_state, this_process, write_state
+from agssd.run_state import STATE, lives, read_state, refuse_beside_another, this_process, write_state
 
 WRITER = "import json, sys; from agssd.run_state import this_process; print(json.dumps(this_process()), flush=True); "
 
@@ -67,3 +67,17 @@ def test_lives__without_proc_silence_decides(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(run_state, "_machine", lambda: None)
     state = {**this_process(), "machine": None, "every_s": 30.0}
     assert lives(state, 60.0) and not lives(state, 600.0)
+
+
+def test_refuse__another_job_beside_a_living_run_but_not_the_same_one_started_again(tmp_path: Path) -> None:
+    refuse_beside_another(tmp_path, "7")  # nothing there
+    state = {"step": 7, "slurm_job": "7", "every_s": 30.0, **this_process(), "machine": "another boot/1"}
+    write_state(tmp_path, {"state": "running", **state})
+    refuse_beside_another(tmp_path, "7")  # SLURM has seen the processes of its first start end
+    for job in ("8", None):
+        with pytest.raises(ValueError, match="of SLURM job 7 on .*counts as alive for two minutes"):
+            refuse_beside_another(tmp_path, job)
+    os.utime(tmp_path / STATE, (time.time() - 121, time.time() - 121))
+    refuse_beside_another(tmp_path, "8")
+    write_state(tmp_path, {"state": "preempted", **state})
+    refuse_beside_another(tmp_path, None)

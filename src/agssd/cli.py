@@ -97,11 +97,14 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     parser.epilog = "Everything else on the command line is that of `agssd fit`; see `agssd fit --help`."
     own, of_fit = parser.parse_known_args(arguments)
 
-    def parse(*more: str) -> Fit:
+    def parse(*more: str, before: Sequence[str] = ()) -> Fit:
         _import_training()
-        from agssd.lightning_cli import ParsedFit
+        from agssd.lightning_cli import FinishedRun, ParsedFit
 
-        return ParsedFit([*of_fit, *more])
+        try:
+            return ParsedFit([*before, *of_fit, *more])
+        except FinishedRun as nothing_left:
+            raise ValueError(str(nothing_left)) from nothing_left
 
     own.of_fit, own.fit = of_fit, parse
     return command.run(own)

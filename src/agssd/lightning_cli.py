@@ -8,24 +8,20 @@ YAML, relative to the file that holds it.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as L
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from agssd import slurm
 from agssd.callbacks.actions import RunStopped
@@ -44,9 +40,10 @@ from agssd.callbacks.standing import StandingCallback
 from agssd.callbacks.throughput import Throughput
 from agssd.callbacks.view_panels import ViewPanels
 from agssd.callbacks.watchdog import Watchdog
-from agssd.checkpoint_artifacts import without_paths
 from agssd.checkpoints import BEST, call_last, check_whole, newest_checkpoint, read_checkpoint
+from agssd.command_line import refuse_missing_parts, refuse_repeated_cache, refuse_two_models
 from agssd.models.backbone import Backbone
+from agssd.resume_rules import changed_settings, refuse_missing, refuse_other_lineages
 from agssd.run_directory import (
     CHECKPOINTS,
     RunCSVLogger,
@@ -57,7 +54,7 @@ from agssd.run_directory import (
     plain_config,
     run_of_checkpoint,
 )
-from agssd.run_state import METRICS
+from agssd.run_state import METRICS, refuse_beside_another, settle_finished
 from agssd.stop_signals import STOP
 from agssd.tensorboard_run import RunTensorBoardLogger
 from agssd.transforms.crops import OverlapCrops
@@ -79,46 +76,6 @@ _EXPECTED_WARNINGS = (
     r".*module\(s\) in eval mode at the start of training.*",  # the teacher, a frozen encoder
     r".*Checkpoint directory .* exists and is not empty.*",  # a run goes on where it was
     r".*You have overridden `(on_after_batch_transfer|transfer_batch_to_device)` in `LightningModule`.*",  # by design
-)
-# What a run computes, as long as it is not named below; all schedules are shares of trainer.max_steps.
-_RESUMED_UNCHANGED = ("seed_everything", "trainer", "model", "backbone", "views", "data", "mask_ratio", "ema_teacher")
-# How fast a run is, where its files lie, what is predicted. Files move: another cache is the user's to answer for.
-_RESUMED_FREELY = (
-    "model.compile",
-    "data.cache",
-    "data.num_workers",
-    "data.pin_memory",
-    "data.prefetch",
-    "data.predict_split",
-    "data.leakage",
-    "data.on_broken",  # a run that a broken scan has stopped goes on without it
-    # Of the trainer: where it runs, how long, what it validates and what it tells.
-    "trainer.accelerator",
-    "trainer.strategy",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.accumulate_grad_batches",  # see AgssdCLI._warn_of_other_cut
-    "trainer.max_time",
-    "trainer.deterministic",
-    "trainer.benchmark",
-    "trainer.limit_val_batches",
-    "trainer.limit_test_batches",
-    "trainer.limit_predict_batches",
-    "trainer.val_check_interval",
-    "trainer.check_val_every_n_epoch",
-    "trainer.num_sanity_val_steps",
-    "trainer.inference_mode",
-    "trainer.log_every_n_steps",
-    "trainer.logger",
-    "trainer.callbacks",
-    "trainer.enable_checkpointing",
-    "trainer.enable_progress_bar",
-    "trainer.enable_model_summary",
-    "trainer.enable_autolog_hparams",
-    "trainer.model_registry",
-    "trainer.profiler",
-    "trainer.detect_anomaly",
-    "trainer.default_root_dir",
 )
 
 
@@ -225,14 +182,14 @@ class AgssdCLI(LightningCLI):
         else:
             self.run_directory = default_run_directory(config.model.class_path.rpartition(".")[2].lower())
         config.trainer.default_root_dir = str(self.run_directory)
-        _refuse_other_lineages(given, subcommand)
+        refuse_other_lineages(given, subcommand)
         if given == "best":
             given = os.path.join(config.best_checkpoint.dirpath or str(self.run_directory / CHECKPOINTS), BEST)
             config.ckpt_path = given
         if subcommand == "fit" and not config.trainer.fast_dev_run:
             self._go_on(config, given)
         elif given and given.partition(":")[0] not in ("last", "registry"):
-            _refuse_missing(given)
+            refuse_missing(given)
 
     def _go_on(self, config: Namespace, given: str) -> None:
         folder = config.checkpoint.dirpath or str(self.run_directory / CHECKPOINTS)
@@ -244,7 +201,7 @@ class AgssdCLI(LightningCLI):
                 return
             path, checkpoint = found
         else:
-            _refuse_missing(given)
+            refuse_missing(given)
             path, checkpoint = given, read_checkpoint(given)
             check_whole(given)
         self._refuse_other_settings(path, checkpoint.get("config", {}), config)
@@ -252,13 +209,20 @@ class AgssdCLI(LightningCLI):
         if 0 < length <= step:
             if given in ("", "last"):
                 call_last(path, step)
+            left_out = self._settle()
             raise FinishedRun(
-                f"the run in {self.run_directory} is finished: {path} is of step {step} of {length}. Name another "
-                "--trainer.default_root_dir for a new run"
+                f"the run in {self.run_directory} is finished: {path} is of step {step} of {length}. "
+                + (f"It was {left_out}. " if left_out else "")
+                + "Name another --trainer.default_root_dir for a new run"
             )
         self._accumulated_before = checkpoint.get("config", {}).get("trainer", {}).get("accumulate_grad_batches")
         rank_zero_info(f"The run goes on from {path}, step {step} of {length}")
         self._goes_on_from, self._first_step = path, step
+
+    def _settle(self) -> str:
+        """Write that the run is finished where its end was cut off, and return what is missing."""
+        refuse_beside_another(self.run_directory, slurm.job())
+        return settle_finished(self.run_directory) if getattr(rank_zero_only, "rank", 0) == 0 else ""
 
     def _refuse_other_settings(self, path: str, saved: dict[str, Any], config: Namespace) -> None:
         parser = self._parser("fit")
@@ -346,6 +310,8 @@ class AgssdCLI(LightningCLI):
         if trainer.fast_dev_run:
             return
         self._warn_of_other_cut()
+        if trainer.is_global_zero:
+            refuse_beside_another(self.run_directory, slurm.job())
         claim(self.run_directory, resuming=self._goes_on_from is not None or bool(trainer.checkpoint_callbacks))
         for logger in self.trainer.loggers:
             if isinstance(logger, (RunCSVLogger, RunTensorBoardLogger)) and trainer.is_global_zero:
@@ -408,6 +374,10 @@ class ParsedFit(AgssdCLI):
         super().__init__(["fit", *args])
         self.settings = self.config[self.subcommand]
 
+    def _settle(self) -> str:
+        """Write nothing."""
+        return ""
+
     def instantiate_classes(self) -> None:
         """Build nothing yet."""
 
@@ -441,146 +411,3 @@ def _demands(settings: Namespace) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------- guards
-
-
-def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (name without dashes, value) of every option; the value of a flag without one is empty."""
-    for position, argument in enumerate(args):
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            follows = args[position + 1] if position + 1 < len(args) else ""
-            yield name, value if equals else ("" if follows.startswith("--") else follows)
-
-
-def refuse_repeated_cache(args: Sequence[str]) -> None:
-    """Refuse ``--data.cache A --data.cache B``, of which the parser would keep only B.
-
-    Raises:
-        ValueError: with the form that keeps both.
-    """
-    caches = [value for name, value in _options(args) if name in ("data.cache", "data.init_args.cache")]
-    if len(caches) > 1:
-        raise ValueError(
-            f"--data.cache is given {len(caches)} times and only the last would count; "
-            f"name several caches at once: --data.cache [{','.join(caches)}]"
-        )
-
-
-def refuse_two_models(args: Sequence[str]) -> None:
-    """Refuse two different model classes in one command: settings of the first would leak into the second.
-
-    Where the class changes, the parser keeps the arguments that both classes have by name, so a mask ratio of one
-    recipe would quietly become another's.
-
-    Raises:
-        ValueError: naming both classes and the remedy.
-    """
-    named: dict[str, str] = {}
-    for option, value in _options(args):
-        if option in ("config", "c") and Path(value).is_file():
-            text = _load_yaml(Path(value))
-            part = text.get("model") if isinstance(text, dict) else None
-            chosen, source = _class_of(part, Path(value).parent), value
-        elif option in ("model", "model.class_path"):
-            chosen, source = _class_of(value, Path()), f"--{option} {value}"
-        else:
-            continue
-        if chosen:
-            named.setdefault(chosen, source)
-    if len(named) > 1:
-        (first, first_source), (second, second_source) = list(named.items())[:2]
-        raise ValueError(
-            f"two models are named: {first} ({first_source}) and {second} ({second_source}); settings of the first "
-            "would leak into the second. Name one, for example --config conf/experiment/small.yaml --model "
-            "conf/method/NAME.yaml"
-        )
-
-
-def _class_of(part: Any, folder: Path) -> str | None:
-    """Return the class path that a ``model`` entry names directly or through a reference, or None."""
-    if isinstance(part, str) and (folder / part).is_file():
-        part = _load_yaml(folder / part)
-    elif isinstance(part, str):
-        return part or None
-    return str(part["class_path"]) if isinstance(part, dict) and "class_path" in part else None
-
-
-def _load_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
-
-
-def refuse_missing_parts(config: Namespace) -> None:
-    """Refuse a model that needs a backbone or views where the configuration names none at its top level.
-
-    Raises:
-        ValueError: saying where to state it.
-    """
-    module, _, name = config.model.class_path.rpartition(".")
-    signature = inspect.signature(getattr(import_module(module), name))
-    for name in ("backbone", "views"):
-        parameter = signature.parameters.get(name)
-        if parameter is not None and parameter.default is parameter.empty and config.get(name) is None:
-            raise ValueError(
-                f"{config.model.class_path} needs {name}; state it at the top level of the configuration, for example "
-                f"{name}: ../{name}/NAME.yaml (inside model.init_args it would not be read)"
-            )
-
-
-def _refuse_missing(ckpt_path: str) -> None:
-    if "://" not in ckpt_path and not Path(ckpt_path).exists():
-        raise ValueError(f"--ckpt_path {ckpt_path} does not exist")
-
-
-def _refuse_other_lineages(ckpt_path: str, subcommand: str) -> None:
-    keyword = ckpt_path.partition(":")[0]
-    if keyword == "hpc":
-        raise ValueError(
-            "--ckpt_path hpc means what Lightning saves inside its signal handlers, and agssd keeps these off: a run "
-            "has one line of checkpoints. Leave --ckpt_path out, or name a file of DIR/checkpoints"
-        )
-    if keyword == "registry" and subcommand == "fit":
-        raise ValueError(
-            f"--ckpt_path {ckpt_path}: a checkpoint of a model registry cannot be held against the settings of the run "
-            "before it is fetched; fetch it and name the file"
-        )
-
-
-def changed_settings(saved: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
-    """Return the :func:`differences` between the configuration of a checkpoint and the one that goes on from it.
-
-    Args:
-        saved: of the checkpoint.
-        given: of the run.
-        defaults: of ``trainer``, for settings that the version of Lightning which has saved did not know yet.
-    """
-    saved = saved | {"trainer": defaults | saved.get("trainer", {})}
-    pairs = [(name, saved.get(name), given.get(name)) for name in _RESUMED_UNCHANGED if name != "trainer"]
-    before, now = ({**of["trainer"], "plugins": _computing(of["trainer"])} for of in (saved, given))
-    pairs.append(("trainer", before, now))
-    return [line for pair in pairs for line in differences(*pair)]
-
-
-def _computing(trainer: dict[str, Any]) -> list[Any]:
-    """Return the plugins that are neither a cluster's environment nor a way to write files."""
-    plugins = trainer.get("plugins") or []
-    return [one for one in (plugins if isinstance(plugins, list) else [plugins]) if not _is_of_the_place(one)]
-
-
-def _is_of_the_place(plugin: Any) -> bool:
-    module, _, name = str(plugin.get("class_path", "") if isinstance(plugin, dict) else plugin).rpartition(".")
-    kind = getattr(import_module(module), name, None) if module else None
-    return isinstance(kind, type) and issubclass(kind, (ClusterEnvironment, CheckpointIO))
-
-
-def differences(name: str, saved: Any, given: Any) -> Iterator[str]:
-    """Yield ``NAME: SAVED in the checkpoint, GIVEN now`` for every setting that differs and must not."""
-    if isinstance(saved, dict) and isinstance(given, dict):
-        for key in sorted({*saved, *given}):
-            label = f"{name}.{key}".replace(".init_args.", ".")
-            if label not in _RESUMED_FREELY:
-                yield from differences(label, saved.get(key), given.get(key))
-    elif saved != given and saved != without_paths(given, name.rpartition(".")[2]):  # a copy that was sent has no paths
-        yield f"{name}: {saved!r} in the checkpoint, {given!r} now"

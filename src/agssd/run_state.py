@@ -82,6 +82,53 @@ def lives(state: dict[str, Any], silent_s: float) -> bool:
     return silent_s < max(_SILENT * float(state.get("every_s", 0.0)), _LEAST_S)
 
 
+def refuse_beside_another(directory: Path, job: str | None) -> None:
+    """Refuse a run directory in which another process still runs.
+
+    The job that is started again in its own directory goes on: SLURM has seen its earlier processes end.
+
+    Args:
+        directory: of the run.
+        job: the SLURM job of this process.
+
+    Raises:
+        ValueError: naming the other process and what to do.
+    """
+    try:
+        state = read_state(directory)
+        silent_s = time.time() - (directory / STATE).stat().st_mtime
+    except (OSError, ValueError):
+        return
+    if state is None or state.get("state") != "running" or (job is not None and state.get("slurm_job") == job):
+        return
+    if lives(state, silent_s):
+        of_job = f" of SLURM job {state['slurm_job']}" if state.get("slurm_job") else ""
+        raise ValueError(
+            f"another run goes on in {directory}: process {state.get('pid')}{of_job} on {state.get('host')}, last "
+            f"heard of {silent_s:.0f} s ago. End it or wait for its end (one on another machine that was killed counts "
+            "as alive for two minutes), or name another --trainer.default_root_dir"
+        )
+
+
+def settle_finished(directory: Path) -> str:
+    """Have the state of a run that has taken all its steps say ``finished``, and return what its end left out, if any.
+
+    A run that was ended between its last step and its end has said something else.
+    """
+    try:
+        state = read_state(directory)
+    except ValueError:
+        return ""
+    if state is None or state.get("state") in ("finished", "stopped"):
+        return ""
+    reason = (
+        f"{state.get('state')} between its last step and its end: a validation, a probe and best.ckpt of the last step "
+        "may be left out"
+    )
+    write_state(directory, state | {"state": "finished", "reason": reason, "written": now()})
+    return reason
+
+
 def _machine() -> str | None:
     """Return the boot of this machine and the name space of processes, in which a pid means one process."""
     try:

@@ -21,6 +21,7 @@ import recipes  # noqa: E402
 import torch  # noqa: E402
 
 from agssd.callbacks.collapse_monitor import CollapseMonitor  # noqa: E402
+from agssd.callbacks.life_sign import LifeSign  # noqa: E402
 from agssd.callbacks.non_finite import NonFinite  # noqa: E402
 from agssd.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from agssd.callbacks.watchdog import Watchdog  # noqa: E402
@@ -79,7 +80,7 @@ def main(way: str, cache: Path, out: Path) -> None:
     states = recipes.States()
     callbacks: list[L.Callback] = [
         Watchdog(stalled_s=30 if way.startswith("stop") else 8, lost_s=3, grace_s=2, beat_s=0.5),
-        NonFinite(), Wrong(way, cache, out), states,
+        LifeSign(every_s=0.5), NonFinite(), Wrong(way, cache, out), states,
         RunCheckpoint(every_n_train_steps=2 if way == "teacher" else 6, dirpath=str(out / "checkpoints")),
     ]  # fmt: skip
     if way == "teacher":  # every alarm of figures is off: four samples show little

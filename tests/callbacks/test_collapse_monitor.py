@@ -117,6 +117,25 @@ def test_collapse_monitor__has_gradients_measured_in_reporting_steps_alone(toy, 
     assert [row["grad_norm_cls"] for row in _rows(tmp_path)] == [8.5, 18.5]
 
 
+@pytest.mark.parametrize(("norms", "rings"), [
+    ((3.0, 0.0), True), ((3.0, 0.2), True), ((3.0, 0.4), False), ((0.0, 0.0), False), ((3.0, math.nan), False),
+])  # fmt: skip
+def test_collapse_monitor__a_term_that_decides_alone_rings_also_where_another_has_no_gradient(
+    toy, loader, make_trainer, tmp_path, caplog, norms: tuple[float, float], rings: bool
+) -> None:
+    def observe(step: int) -> dict[str, Tensor]:
+        shares = torch.tensor(norms) * (0.5 + step % 2)  # 1 in the mean of two micro-batches
+        return _healthy(step) | {"scalars": {"grad_norm_cls": shares[0], "grad_norm_patch": shares[1]}}
+
+    _run(toy, loader, make_trainer, observe, CollapseMonitor(10, 32, min_information=0), steps=10)
+    told = [record.getMessage() for record in caplog.records if "one loss term decides alone" in record.getMessage()]
+    assert len(told) == int(rings)
+    (row,) = _rows(tmp_path)
+    if norms[1] > 0:
+        assert row["grad_norm_ratio"] == pytest.approx(norms[0] / norms[1])
+    assert ("grad_norm_ratio" in row) == (norms[1] == norms[1])
+
+
 def test_collapse_monitor__many_tokens_are_thinned_evenly(toy, loader, make_trainer, tmp_path) -> None:
     def observe(step: int) -> dict[str, Tensor]:
         position = torch.arange(1000.0)[:, None]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,9 @@ def test_non_finite__the_first_place_is_named(
 def test_non_finite__stops_with_a_report_after_so_many_in_a_row_or_in_all(tiny_cache: Path, tmp_path: Path) -> None:
     row = NonFinite(max_skipped=2, max_captures=1)
     assert fit(spoiling(DINO, (1, 3, 4, 5, 6)), tiny_cache, tmp_path / "row", row).global_step == 5
+    stop = actions(tmp_path / "row")[-1]
+    assert stop["action"] == "stop" and "replay captures/step" in stop["reason"] and str(tmp_path) in row.stopped
+    assert str(tmp_path) not in (tmp_path / "row/actions.jsonl").read_text()
     assert "2 in a row (limit non_finite.max_skipped 2)" in row.stopped and "at step 4" in row.stopped
     assert "scale" in actions(tmp_path / "row")[0]["finding"]["where"]
     assert len(list((tmp_path / "row" / CAPTURES).iterdir())) == 1
@@ -141,15 +146,69 @@ def test_non_finite__stops_with_a_report_after_so_many_in_a_row_or_in_all(tiny_c
     assert "3 in all" in total.stopped and "agssd replay" in total.stopped
 
 
-def test_non_finite__a_full_disk_costs_the_capture_alone(
-    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a file system of 256 KiB; skip where none can be mounted."""
+    place = tmp_path / "small"
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted by this user: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
 
-    monkeypatch.setattr(torch, "save", full)
-    assert fit(spoiling(DINO, (3,)), tiny_cache, tmp_path, NonFinite()).global_step == 8
-    assert not list((tmp_path / CAPTURES).iterdir())
+
+def fill(folder: Path) -> None:
+    with (folder / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "too-small"])
+def test_non_finite__a_full_disk_costs_the_capture_alone(
+    full: bool, small_disk: Path, tiny_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if full:
+        fill(small_disk)
+    guard = NonFinite()
+    assert fit(spoiling(DINO, (3,)), tiny_cache, small_disk, guard).global_step == 8
+    assert guard.total == 1 and not list(small_disk.glob(f"{CAPTURES}/*"))
+    assert "step00000003-rank0.pt cannot be written" in caplog.text
+    if full:
+        assert "actions.jsonl lacks a line (No space left on device)" in caplog.text
+        assert (small_disk / "actions.jsonl").stat().st_size == 0
+    else:
+        assert [one["skipped_step"] for one in actions(small_disk)] == [3]
+
+
+def test_non_finite__a_look_that_fails_costs_the_finding_alone(
+    tiny_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Hungry(spoiling(DINO, (3,))):  # type: ignore[misc]
+        def pretrain_loss(self, views: Any) -> Any:
+            loss = super().pretrain_loss(views)
+            if self.fixed_progress is not None:  # as within the look
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return loss
+
+        def transfer_batch_to_device(self, batch: Any, *given: Any) -> Any:
+            moved = super().transfer_batch_to_device(batch, *given)
+            if self.parents is not None and self.parents:
+                self.parents[-1] = {name: value.nan_to_num() for name, value in batch.items()}
+            return moved
+
+    states: list[recipes.States] = [recipes.States(), recipes.States()]
+    for folder, record, captures in (("look", states[0], 3), ("none", states[1], 0)):
+        trainer = fit(Hungry, tiny_cache, tmp_path / folder, NonFinite(max_captures=captures), record)
+        assert trainer.global_step == 8
+    said = [one.getMessage() for one in caplog.records if "looking for the first place failed" in one.getMessage()]
+    assert len(said) == 1 and "OutOfMemoryError: CUDA out of memory" in said[0]
+    captured = replay.read_capture(tmp_path / "look" / CAPTURES / "step00000003-rank0.pt")
+    assert captured["finding"] is None and captured["step"] == 3
+    assert actions(tmp_path / "look")[0]["capture"] == "step00000003-rank0.pt"
+    assert all(torch.equal(states[1].found[-1][name], value) for name, value in states[0].found[-1].items())
 
 
 def test_non_finite__looking_changes_nothing_of_the_run(tiny_cache: Path, tmp_path: Path) -> None:
@@ -238,6 +297,9 @@ def test_non_finite__a_step_read_late_is_captured_before_a_rollback(tiny_cache: 
     fit(spoiling(DINO, (8, 9)), tiny_cache, tmp_path, Late(), states, monitor, keep, steps=12,
         enable_checkpointing=True)  # fmt: skip
     assert [one["to_step"] for one in monitor.rollback.done][0] < 8
+    assert [path.name for path in sorted((tmp_path / CAPTURES).iterdir())] == [
+        "step00000008-rank0-2.pt", "step00000008-rank0.pt", "step00000009-rank0.pt"
+    ]  # fmt: skip
     captured = replay.read_capture(tmp_path / CAPTURES / "step00000009-rank0.pt")
     for name, value in captured["state_dict"].items():
         assert torch.equal(value, states.found[9][name]), name
@@ -320,3 +382,7 @@ def test_non_finite__two_ranks_withhold_alike_and_the_guilty_one_captures(tiny_c
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert not torch.equal(later["moments"], after["moments"])
     assert [path.name for path in (tmp_path / CAPTURES).iterdir()] == ["step00000004-rank1.pt"]
+    (told,) = actions(tmp_path)
+    assert told["capture"] == "step00000004-rank1.pt" and told["finding"]["where"] == "scale"
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert [rank["NonFinite"]["captured"] for rank in saved["ranks"]] == [0, 1]

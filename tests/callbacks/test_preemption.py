@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -63,6 +65,8 @@ def test_preemption__ends_after_the_step_with_the_teacher_moved_and_one_checkpoi
         assert torch.equal(saved["state_dict"][name], tensor), name
     assert [signal.getsignal(each) for each in (signal.SIGUSR1, signal.SIGTERM)] == before
     assert not list(tmp_path.glob("**/hpc_ckpt*"))
+    (action,) = map(json.loads, (tmp_path / "actions.jsonl").read_text().splitlines())
+    assert (action["action"], action["step"], action["reason"]) == ("preemption", step, number.name)
 
 
 def test_preemption__figures_of_the_last_step_are_logged_and_no_validation_is_begun(
@@ -96,6 +100,32 @@ def test_preemption__a_run_at_its_end_ends_as_usual(
     trainer = make_trainer(checkpoints(tmp_path), Preemption(), max_steps=4, enable_checkpointing=True)
     trainer.fit(module, loader)
     assert trainer.global_step == 4 and trainer.state.finished
+
+
+@pytest.mark.parametrize("batch", [3, 2])
+def test_preemption__told_in_the_last_step_it_validates_and_ends_as_usual(
+    toy: Any, loader: Any, make_trainer: Callable[..., pl.Trainer], tmp_path: Path, batch: int
+) -> None:
+    class Validated(toy):  # type: ignore[misc]
+        def validation_step(self, given: Any, batch_idx: int) -> None:
+            saved.append((tmp_path / "checkpoints/step00000004.ckpt").is_file())
+            self.log("val/x", 0.5)
+
+    saved: list[bool] = []
+    settings: dict[str, Any] = {"max_steps": 4, "enable_checkpointing": True, "limit_val_batches": 3}
+    settings |= {"val_check_interval": 4, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    rhythm = RunCheckpoint(1000, monitor="val/x", dirpath=str(tmp_path / "checkpoints"), in_background=False)
+    trainer = make_trainer(rhythm, Preemption(), **settings)
+    module = told_at(Validated, batch, signal.SIGTERM)
+    if batch == 2:
+        with pytest.raises(Preempted) as stopped:
+            trainer.fit(module, loader, loader)
+        assert stopped.value.step == 3 and not saved
+        return
+    trainer.fit(module, loader, loader)
+    assert trainer.state.finished and saved == [True, True, True]  # whatever the end takes, the steps are safe
+    last = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 4 and last["callbacks"]["RunCheckpoint"]["scores"] == {4: 0.5}
 
 
 def test_preemption__a_forked_worker_that_is_signalled_too_stops_nothing(
@@ -181,6 +211,38 @@ def test_preemption__a_signal_in_the_probe_stops_after_the_step_that_it_measures
     with pytest.raises(Preempted) as stopped:
         trainer.fit(module, data)
     assert stopped.value.step == 2 and probe.steps[-1] == 2
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize(("max_steps", "left_out"), [(50, True), (2, False)])
+def test_preemption__a_probe_is_broken_off_between_volumes_unless_the_run_is_at_its_end(
+    scripted: Callable[..., Any],
+    make_trainer: Callable[..., pl.Trainer],
+    tmp_path: Path,
+    max_steps: int,
+    left_out: bool,
+) -> None:
+    class Reading(type(scripted()[0])):  # type: ignore[misc]
+        def _measure(self, trainer: Any, module: Any, *given: Any) -> dict[str, float]:
+            volumes = SimpleNamespace(volumes=lambda: iter("abc"))
+            for volume in self._volumes_until_told(volumes, trainer):
+                read.append((trainer.global_step, volume))
+                if read[-1] == (2, "b"):
+                    signal_self()
+            measured: dict[str, float] = super()._measure(trainer, module, *given)
+            return measured
+
+    read: list[tuple[int, str]] = []
+    _, module, data = scripted()
+    probe = Reading({}, every_n_steps=2, at_start=True)
+    trainer = make_trainer(probe, checkpoints(tmp_path), Preemption(), max_steps=max_steps, enable_checkpointing=True)
+    if left_out:
+        with pytest.raises(Preempted):
+            trainer.fit(module, data)
+    else:
+        trainer.fit(module, data)
+    assert trainer.global_step == 2 and probe.steps == ([0] if left_out else [0, 2])
+    assert read == [(0, each) for each in "abc"] + [(2, each) for each in ("ab" if left_out else "abc")]
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,9 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 
-from agssd.callbacks.watchdog import EXIT_STALLED, Watchdog
+from agssd.callbacks.watchdog import EXIT_STALLED, Watchdog, _Watch
+from agssd.run_state import read_state
 
 pytestmark = pytest.mark.ddp
 LIMIT_S = 240  # for a machine that is slow to start two processes
@@ -69,7 +72,11 @@ def end(file: Path) -> None:
 
 WAYS = [
     ("kill", r"rank 1 was ended by SIGKILL"),
-    ("stop", r"rank 1 \(.*process \d+\) gives no sign of life for \d+ s; it was last seen .*, step \d"),
+    pytest.param(
+        "stop",
+        r"rank 1 \(.*process \d+\) gives no sign of life for \d+ s; it was last seen .*, step \d",
+        marks=pytest.mark.slow,
+    ),
     ("hang", r"no progress for \d+ s; furthest behind: rank 1 \(.*\) computing a step, step 4"),
     pytest.param("kill-0", r"rank 0 .*does not answer any more", marks=pytest.mark.slow),
     pytest.param("stop-0", r"rank 0 .*(does not answer any more|no sign of life)", marks=pytest.mark.slow),
@@ -89,12 +96,25 @@ def test_watchdog__ends_both_ranks_and_names_the_cause(way: str, cause: str, tin
     assert code != 0
     assert re.search(cause, said), said[-4000:]
     assert not (tmp_path / "states0.pt").exists(), "the job went on to its end"
+    if way in ("stop", "hang"):  # of a rank that ends, Lightning's launcher may know first, and it kills the others
+        assert_put_down(tmp_path, cause)
+
+
+def assert_put_down(run: Path, cause: str) -> None:
+    """Check that the run directory tells the cause."""
+    state = read_state(run)
+    actions = (run / "actions.jsonl").read_text()
+    assert state is not None and state["state"] == "failed"
+    assert re.search(cause, state["reason"]), state
+    told = json.loads(actions.splitlines()[-1])
+    assert told["action"] == "watchdog" and told["reason"] == state["reason"]
 
 
 def test_watchdog__shows_where_a_hanging_rank_is(tmp_path: Path) -> None:
     script = tmp_path / "hang.py"
     script.write_text(
         "import time, lightning.pytorch as L, torch\n"
+        "from agssd.callbacks.life_sign import LifeSign\n"
         "from agssd.callbacks.watchdog import Watchdog\n"
         "class Toy(L.LightningModule):\n"
         "    def __init__(self):\n"
@@ -109,12 +129,13 @@ def test_watchdog__shows_where_a_hanging_rank_is(tmp_path: Path) -> None:
         "    def configure_optimizers(self):\n"
         "        return torch.optim.SGD(self.parameters(), 0.1)\n"
         "L.Trainer(accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False,\n"
-        "          callbacks=[Watchdog(stalled_s=2, lost_s=2, beat_s=0.2)]).fit(\n"
+        "          callbacks=[Watchdog(stalled_s=2, lost_s=2, beat_s=0.2), LifeSign()]).fit(\n"
         "    Toy(), torch.utils.data.DataLoader(torch.randn(8, 2)))\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=LIMIT_S, cwd=tmp_path)
     assert done.returncode == EXIT_STALLED
     assert "rank 0 of 1 ends the job: no progress for" in done.stderr
+    assert_put_down(tmp_path, r"no progress for \d+ s \(computing a step, step 2\)")
     assert "computing a step, step 2" in done.stderr and "in a_disk_that_hangs" in done.stderr
 
 
@@ -122,3 +143,12 @@ def test_watchdog__shows_where_a_hanging_rank_is(tmp_path: Path) -> None:
 def test_watchdog__nonsense_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="watchdog"):
         Watchdog(**settings)
+
+
+def test_watchdog__what_it_leaves_behind_holds_no_message_of_an_exception(tmp_path: Path) -> None:
+    trainer = L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    watch = _Watch(Watchdog(), trainer)
+    watch._put_down("rank 1 (node7, process 12) failed at step 4: OSError: /scans/DOE_JOHN.h5 cannot be read: gone")
+    (line,) = (tmp_path / "actions.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"].startswith("rank 1 (node7, process 12) failed at step 4: OSError; its message is")
+    assert "DOE" not in line

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from paced_runs import Runs
+from paced_runs import Runs, lacking
 
 from agssd.commands._slurm_of_one_machine import OneMachine, missing
 
@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make_cache: Callable[..., Pat
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneMachine]:
     """Return a running cluster of this machine."""
     if missing():
-        pytest.skip(f"no SLURM on this machine ({missing()}): apt-get install slurmctld slurmd slurm-client munge")
+        lacking(f"no SLURM on this machine ({missing()}): apt-get install slurmctld slurmd slurm-client munge")
     cluster = OneMachine(tmp_path_factory.mktemp("slurm") / "cluster")
     try:
         cluster.start()

@@ -73,6 +73,10 @@ def test_slurm__signalled_job_is_requeued_and_ends_like_an_undisturbed_one(
 def test_slurm__cancelled_job_is_saved_and_stays_cancelled(runs: Runs, slurm: OneMachine) -> None:
     job, log = submit(runs, slurm, "cancelled", 0.3, "--partition", "low", "--wandb.mode", "offline")
     wait(lambda: len(runs.steps("cancelled")) >= 2, "two steps", log)
+    script = str(runs.folder / "cancelled/submit.sh")
+    second = slurm.call("sbatch", "--parsable", script, check=True)  # the same run directory
+    wait(lambda: slurm.fields(second).get("Reason") == "Dependency", "the second job waits for the first", log, 30)
+    slurm.call("scancel", second, check=True)
     slurm.call("scancel", job, check=True)
     wait(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), "the end", log)
     assert slurm.state(job) == "CANCELLED" and slurm.fields(job).get("PreemptTime", "None") == "None"

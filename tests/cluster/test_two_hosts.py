@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
-from paced_runs import Runs, free_port
+from paced_runs import Runs, free_port, lacking
 
 pytestmark = pytest.mark.ddp
 
@@ -31,15 +31,15 @@ def hosts() -> Iterator[tuple[str, str]]:
     """Return two namespaces, 10.77.0.1 and 10.77.0.2, joined by ``eth0``; skip where none can be made."""
     names = [f"agssd{os.getpid()}{side}" for side in "ab"]
     if shutil.which("ip") is None:
-        pytest.skip("no network namespaces here: apt-get install iproute2")
+        lacking("no network namespaces here: apt-get install iproute2")
     try:
         for name in names:
             made = ip("netns", "add", name)
             if made.returncode:
-                pytest.skip(f"no network namespaces for this user: {made.stderr.strip()}")
+                lacking(f"no network namespaces for this user: {made.stderr.strip()}")
         made = ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
         if made.returncode:
-            pytest.skip(f"no virtual links on this machine: {made.stderr.strip()}")
+            lacking(f"no virtual links on this machine: {made.stderr.strip()}")
         for number, name in enumerate(names, 1):
             assert not ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0").returncode
             for link in ("lo", "eth0"):

@@ -303,6 +303,7 @@ def test_check__two_ranks_find_the_same(tiny_cache: Path, tmp_path: Path, make_c
     assert "rank 1" in table and "sees another cache" in table
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_check__a_rank_that_never_comes(tiny_cache: Path, tmp_path: Path) -> None:
     started = time.monotonic()
@@ -355,6 +356,7 @@ def test_check__a_run_directory_that_one_rank_cannot_write(tiny_cache: Path, tmp
     assert table.count("FAIL") == 1 and "name a --trainer.default_root_dir" in table
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_check__run_directories_that_are_not_shared(tiny_cache: Path, tmp_path: Path) -> None:
     own = [[*options, "--trainer.default_root_dir"] for options in cache_of(tiny_cache, tiny_cache)]
@@ -367,6 +369,7 @@ def test_check__run_directories_that_are_not_shared(tiny_cache: Path, tmp_path: 
     assert not list(tmp_path.rglob(".agssd-check-*")), "nothing is left behind"
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_check__a_rank_that_hangs_is_named(tiny_cache: Path, tmp_path: Path) -> None:
     command = two_rank_command(tmp_path, "--timeout", "30")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from agssd import lightning_cli
+from agssd import resume_rules
 from agssd.cli import main
 from agssd.commands.compare import flat, group_of
 
@@ -93,10 +93,9 @@ def test_compare__of_a_run_with_several_configurations_the_last_counts_and_it_is
 
 
 def test_compare__what_a_resume_holds_fixed_is_science() -> None:
-    unchanged = [*lightning_cli._RESUMED_UNCHANGED]
-    unchanged += [f"trainer.{name}" for name in lightning_cli._RESUMED_UNCHANGED_TRAINER]
-    assert {group_of(name) for name in unchanged} == {"science"}
-    freely = {name for name in lightning_cli._RESUMED_FREELY if group_of(name) != "machine"}
+    unchanged = [name for name in resume_rules.RESUMED_UNCHANGED if name != "trainer"]
+    assert {group_of(name) for name in [*unchanged, "trainer.max_steps", "trainer.precision"]} == {"science"}
+    freely = {name for name in resume_rules.RESUMED_FREELY if group_of(name) == "science"}
     assert freely == {"data.on_broken", "data.cache"}  # other samples: without a broken scan, or of another data set
 
 

@@ -88,6 +88,7 @@ def test_replay__in_a_fresh_process_names_the_layer(diverged: tuple[Path, str], 
     assert "from finite inputs" in again and "NaN" in again
 
 
+@pytest.mark.slow
 def test_replay__names_a_gradient_and_imports_foreign_classes_only_if_told(tiny_cache: Path, tmp_path: Path) -> None:
     (tmp_path / "rooted.py").write_text(RECIPE)
     config, run = write_config(tmp_path / "config.yaml", tiny_cache), tmp_path / "run"

@@ -6,9 +6,11 @@ import argparse
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from agssd.cli import main
 from agssd.commands import submit
@@ -40,6 +42,8 @@ def test_script__has_a_task_per_device_and_everything_that_requeueing_needs() ->
     words = shlex.split(flags["run"])
     assert words[:2] == ["exec", "srun"] and words[-3:] == ["fit", "--data.cache", "my ct.h5"]
     assert "gpus-per-node" not in script(accelerator="cpu") and "gpus-per-node" not in script("--gres", "gpu:a100:4")
+    assert flags["dependency"] == "singleton" and "dependency" not in script("--job-name", "mine")
+    assert script("--dependency", "afterok:7")["dependency"] == "afterok:7,singleton"
     assert script("--signal-seconds", "300")["signal"] == "USR1@300"
 
 
@@ -114,7 +118,7 @@ def test_submit__without_sbatch_is_refused_with_a_remedy(sbatch: Path, capsys: p
     assert "sbatch is not found" in (said := capsys.readouterr().err) and "--dry-run" in said
 
 
-@pytest.mark.parametrize("content", [pytest.param(None, marks=pytest.mark.slow), "trainer: {devises: 2}\n"])
+@pytest.mark.parametrize("content", [None, "trainer: {devises: 2}\n"])
 def test_submit__cluster_file_that_fit_would_refuse_is_refused_and_nothing_is_left(
     sbatch: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str | None
 ) -> None:
@@ -131,7 +135,8 @@ def test_submit__cluster_file_that_fit_would_refuse_is_refused_and_nothing_is_le
 def test_submit__script_is_kept_only_if_sbatch_takes_it(
     sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(submit, "_resolved", lambda arguments: TRAINER)
+    parsed = SimpleNamespace(settings=SimpleNamespace(as_dict=lambda: TRAINER))
+    monkeypatch.setattr("agssd.lightning_cli.ParsedFit", lambda arguments: parsed)
     line = ["submit", "--config", "a.yaml", "--cluster", "c.yaml", "--trainer.default_root_dir", "my runs/ct"]
     write_program(sbatch, "echo 'invalid partition' >&2; exit 1")
     assert main(line) == 2
@@ -144,3 +149,84 @@ def test_submit__script_is_kept_only_if_sbatch_takes_it(
         assert said.startswith(f"job 42, run directory {tmp_path}/my runs/ct\n")
         assert f"tail -F '{tmp_path}/my runs/ct'/slurm-42.log" in said and f"my runs/ct/{name}'" in said
         assert (tmp_path / "my runs/ct" / name).read_text().startswith("#!/bin/bash\n#SBATCH ")
+
+
+SUBMIT = [
+    "submit",
+    "--config",
+    str(CONF / "experiment/agssd_small.yaml"),
+    "--cluster",
+    str(CONF / "cluster/ddp2_cpu.yaml"),
+]
+
+
+def test_submit__run_directories_of_the_same_second_differ_and_one_that_is_refused_is_gone(
+    sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parsed = SimpleNamespace(settings=SimpleNamespace(as_dict=lambda: TRAINER))
+    monkeypatch.setattr("agssd.lightning_cli.ParsedFit", lambda arguments: parsed)
+    monkeypatch.setattr("time.strftime", lambda form, *given: "now")
+    write_program(sbatch, "echo 42")
+    assert main(SUBMIT) == main(SUBMIT) == 0
+    runs = tmp_path / "runs/agssd_small"
+    assert sorted(path.name for path in runs.iterdir()) == ["now", "now-2"]
+    names = set()
+    for name in ("now", "now-2"):
+        script = (runs / name / "submit.sh").read_text()
+        assert f"--trainer.default_root_dir {runs / name}\n" in script
+        names |= {line for line in script.splitlines() if "--job-name" in line}
+    assert len(names) == 2
+    write_program(sbatch, "exit 1")
+    assert main(SUBMIT) == 2
+    assert sorted(path.name for path in runs.iterdir()) == ["now", "now-2"]
+
+
+def test_submit__missing_cache_is_refused_before_the_job_waits(
+    sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_program(sbatch, "touch submitted; echo 42")
+    assert main([*SUBMIT, "--data.cache", "[here.h5,none.h5]"]) == 2
+    (tmp_path / "here.h5").touch()
+    assert main([*SUBMIT, "--data.cache", "[here.h5,none.h5]"]) == 2
+    first, second = capsys.readouterr().err.splitlines()[-2:]
+    assert "data.cache is here.h5, which does not exist" in first and "data.cache is none.h5" in second
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "submitted").exists()
+
+
+def test_submit__run_that_cannot_go_on_with_the_settings_or_is_finished_is_refused(
+    sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_program(sbatch, "echo 42")
+    (tmp_path / "ct.h5").touch()
+    line = [*SUBMIT, "--data.cache", "ct.h5", "--trainer.max_steps", "50", "--trainer.default_root_dir", "run"]
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    config = parsed_config(["--data.cache", "ct.h5", "--trainer.max_steps", "50"])
+
+    def store(step: int, **changed: Any) -> None:
+        saved = {
+            "global_step": step,
+            "state_dict": {},
+            "loops": {},
+            "optimizer_states": [],
+            "config": {**config, **changed},
+        }
+        torch.save(saved, tmp_path / "run/checkpoints/step00000007.ckpt")
+
+    store(7, seed_everything=config["seed_everything"] + 1)
+    assert main(line) == 2
+    assert "seed_everything: 1 in the checkpoint, 0 now" in capsys.readouterr().err
+    store(50)
+    assert main(line) == 2
+    assert "is finished" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    store(7)
+    assert main(line) == 0
+    assert (tmp_path / "run/submit.sh").is_file()
+
+
+def parsed_config(line: list[str]) -> dict[str, Any]:
+    from agssd.lightning_cli import ParsedFit
+    from agssd.run_directory import plain_config
+
+    fit = ParsedFit([*SUBMIT[1:3], "--config", SUBMIT[4], *line, "--trainer.default_root_dir", "elsewhere"])
+    return plain_config(fit._parser("fit"), fit.settings)

@@ -22,6 +22,7 @@ def found(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return torch.load(out / "settings-0.pt", weights_only=True)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["AGSSD", "MAE"])
 @pytest.mark.parametrize("name, accumulate", [("views", 1), ("views", 2), ("static", 1), ("both", 1)])
 def test_ddp__weights_are_those_of_plain_ddp(found: dict[str, Any], kind: str, name: str, accumulate: int) -> None:
@@ -31,6 +32,7 @@ def test_ddp__weights_are_those_of_plain_ddp(found: dict[str, Any], kind: str, n
         assert torch.equal(run["state"][name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["AGSSD", "MAE"])
 def test_ddp__a_static_graph_does_not_survive_accumulation(found: dict[str, Any], kind: str) -> None:
     """If torch learns it, this fails, and the configurations may have it."""

@@ -99,3 +99,18 @@ def test_step_guard__figures_are_norm_own_loss_and_reduced_losses() -> None:
     gradients = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     figures = guard.judge(torch.optim.SGD(net.parameters(), 0.1)).tolist()
     assert figures == pytest.approx([0.0, float(gradients.norm()), 11.0, 22.0, 33.0])
+
+
+def test_step_guard__remembers_which_buffers_move_and_finds_them_where_they_are_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, guard, walks = Net(), StepGuard(), list[int]()
+    walk = step_guard._moving_buffers
+    monkeypatch.setattr(step_guard, "_moving_buffers", lambda module: walks.append(1) or walk(module))
+    guard.withheld, guard.on_device = torch.ones(()), True
+    for value in (0.0, 5.0):
+        net.count = torch.full((), value)  # as moving to a device does
+        with guard.keeping(net):
+            net.count += 1
+        assert float(net.count) == value
+    assert len(walks) == 1

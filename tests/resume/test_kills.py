@@ -50,14 +50,14 @@ def moments(ranks: int, accumulate: int) -> list[list[Any]]:
     return found + [["time", draw.random()] for _ in range(25 - len(found))]
 
 
-def kill_and_resume(stage: Stage, run: Path, cut: tuple[int, int], kill: list[Any], whole: Path) -> None:
+def kill_and_resume(stage: Stage, run: Path, cut: tuple[int, int], kill: list[Any], whole: Path, *more: str) -> None:
     """Hold a run that is killed once and started again to one that was not."""
-    codes, said = stage.fit(run, *cut, kill=kill)
+    codes, said = stage.fit(run, *cut, *more, kill=kill)
     while kill[0] == "time" and codes == [0] * cut[0]:  # too late: this run was faster than the one that was timed
         run, kill = run.with_name(f"{run.name}-again"), ["time", min(kill[1], stage.seconds) / 2]
-        codes, said = stage.fit(run, *cut, kill=kill)
+        codes, said = stage.fit(run, *cut, *more, kill=kill)
     assert KILLED in codes, f"{kill}: {codes}: {said[-2000:]}"
-    codes, said = stage.fit(run, *cut)
+    codes, said = stage.fit(run, *cut, *more)
     assert codes == [0] * cut[0], f"after {kill}: {said[-3000:]}"
     assert digest(run) == digest(whole), f"other weights after {kill}: {said[-2000:]}"
     assert figures(run) == figures(whole), f"other figures after {kill}: {said[-2000:]}"
@@ -69,7 +69,10 @@ def kill_and_resume(stage: Stage, run: Path, cut: tuple[int, int], kill: list[An
 
 
 def test_fit__killed_at_a_few_moments_and_started_again_equals_an_undisturbed_run(
-    stage: Stage, undisturbed: Callable[[int, int], Path], tmp_path: Path
+    stage: Stage,
+    undisturbed: Callable[[int, int], Path],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     few = [
         ((1, 1), ["save", 0, 9]),
@@ -79,6 +82,15 @@ def test_fit__killed_at_a_few_moments_and_started_again_equals_an_undisturbed_ru
     ]
     for number, (cut, kill) in enumerate(few):
         kill_and_resume(stage, tmp_path / str(number), cut, kill, undisturbed(*cut))
+    places = ", ".join(kill[0] for _, kill in few)
+    record_property("printed", f"killed and resumed {len(few)} times (all 100 in make test-slow): {places}")
+
+
+def test_fit__killed_while_workers_read_ahead_equals_an_undisturbed_run_without_them(
+    stage: Stage, undisturbed: Callable[[int, int], Path], tmp_path: Path
+) -> None:
+    workers = ("--data.num_workers", "2", "--data.prefetch", "3")
+    kill_and_resume(stage, tmp_path, (1, 1), ["teacher", 0, 4], undisturbed(1, 1), *workers)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ class RunStopped(ValueError):
 
 
 def record_action(trainer: pl.Trainer, action: str, **details: Any) -> None:
-    """Append an action to ``DIR/actions.jsonl``, on rank zero.
+    """Append an action to ``DIR/actions.jsonl``, on rank zero; a disk that is full costs the line, not the run.
 
     Args:
         trainer: of the run.
@@ -31,9 +31,12 @@ def record_action(trainer: pl.Trainer, action: str, **details: Any) -> None:
         return
     path = Path(trainer.default_root_dir) / ACTIONS
     line = json.dumps({"time": now(), "step": trainer.global_step, "action": action, **details})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        _LOG.warning("step %d: %s lacks a line (%s): %s", trainer.global_step, ACTIONS, error.strerror, line)
 
 
 def stop_run(trainer: pl.Trainer, reason: str, **details: Any) -> None:
@@ -41,7 +44,7 @@ def stop_run(trainer: pl.Trainer, reason: str, **details: Any) -> None:
 
     ``agssd fit`` then refuses with ``reason``.
     """
-    record_action(trainer, "stop", reason=reason, **details)
+    record_action(trainer, "stop", reason=reason.replace(f"{trainer.default_root_dir}/", ""), **details)
     if trainer.is_global_zero:
         _LOG.error("step %d: the run is stopped: %s", trainer.global_step, reason)
     trainer.should_stop = True

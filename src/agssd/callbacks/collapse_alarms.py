@@ -92,7 +92,7 @@ class CollapseAlarms:
             del norms["grad_norm_ratio"]
             told = ", ".join(f"{name.removeprefix('grad_norm_')} {value:.3g}" for name, value in norms.items())
             sentence = (
-                f"one loss term decides alone: gradients at the encoder differ {figures['grad_norm_ratio']:.0f} times "
+                f"one loss term decides alone: gradients at the encoder differ {figures['grad_norm_ratio']:.3g} times "
                 f"(limit {self.max_gradient_ratio:g}; {told}); lower the weight of the largest"
             )
             alarms.append(Alarm("gradient_ratio", False, sentence))

@@ -277,15 +277,17 @@ class CollapseMonitor(StandingCallback):
         self._act(trainer, module, [alarm for alarm in new if alarm.hard])
 
     def _act(self, trainer: pl.Trainer, module: pl.LightningModule, alarms: list[Alarm]) -> None:
-        """Do what the policies say about new hard alarms, on every rank alike, as rank zero sees them."""
+        """Do what the policies say about new hard alarms, on every rank alike, as the first that has one sees them."""
         wanted = [alarm for alarm in alarms if self._policy_of(alarm) != "warn"]
-        if not trainer.strategy.reduce_boolean_decision(bool(wanted), all=False):
+        own = trainer.global_rank if wanted else trainer.world_size
+        first = -int(all_max(torch.tensor(-own, device=module.device)))
+        if first == trainer.world_size:
             return
-        wanted = trainer.strategy.broadcast(wanted)
+        wanted = trainer.strategy.broadcast(wanted, first)
         if any(self._policy_of(alarm) == "stop" for alarm in wanted):
             self.rollback.stopped = "; ".join(alarm.sentence for alarm in wanted)
             stop_run(trainer, self.rollback.stopped, alarms=[alarm.name for alarm in wanted])
-        elif wanted:
+        else:
             self.rollback.demand(trainer, cast(Easeable, module), wanted)
 
     def _policy_of(self, alarm: Alarm) -> Policy:

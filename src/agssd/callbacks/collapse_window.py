@@ -21,6 +21,8 @@ from agssd.evaluation.collapse import (
 )
 from agssd.types import Observations
 
+_NO_GRADIENT = 1e-12  # below which a term has none, and the ratio is that of the largest to it
+
 
 def rows_of(observations: Observations) -> int:
     """Return the rows that one micro-batch brings to the figure that gets fewest; kinds without a row do not count."""
@@ -110,6 +112,10 @@ class Window:
                 figures |= {f"{name}_{key}": value for key, value in distribution_figures(sums).items()}
             else:
                 figures[name.removeprefix("scalar ")] = sums[0] / sums[1]
+        norms = [value for name, value in figures.items() if name.startswith("grad_norm_")]
+        if len(norms) > 1:
+            self.scalars.add("grad_norm_ratio")
+            figures["grad_norm_ratio"] = torch.stack(norms).max() / torch.stack(norms).min().clamp_min(_NO_GRADIENT)
         for term in sorted(self._rows):
             features = self._gathered(trainer, module, torch.cat(self._rows[term]))
             if len(features) >= 2:

@@ -102,6 +102,10 @@ class LifeSign(StandingCallback):
         else:
             self._end(trainer, "failed", place_of(exception))
 
+    def failed(self, trainer: pl.Trainer, reason: str) -> None:
+        """Say what ends the run where no exception does; ``reason`` holds no path."""
+        self._end(trainer, "failed", reason)
+
     def _end(self, trainer: pl.Trainer, state: State, reason: str) -> None:
         if self._thread is None:
             return

@@ -51,9 +51,9 @@ class NonFinite(StandingCallback):
     gradient scaler looks for its scale is no failure: it is skipped and not counted until the scale falls below 1.
 
     A capture is ``DIR/captures/step<N>-rank<R>.pt``: parent crops, keys of the samples, random state, weights,
-    configuration; no optimiser, no path, no name of a patient. It is written by each rank whose own loss was not
-    finite, else by the first 8 ranks. Where the ranks hold parts of the weights (FSDP2), the first place is left to
-    ``agssd replay``.
+    configuration; no optimiser, no path, no name of a patient. Where the step comes again after a rollback its name
+    ends in ``-2``. It is written by each rank whose own loss was not finite, else by the first 8 ranks. Where the
+    ranks hold parts of the weights (FSDP2), the first place is left to ``agssd replay``.
 
     Args:
         max_skipped: withheld steps in a row after which the run stops with a report; 0 never stops.
@@ -82,11 +82,19 @@ class NonFinite(StandingCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many steps were withheld."""
-        return {"in_a_row": self.in_a_row, "total": self.total, "captured": self.captured}
+        return {"in_a_row": self.in_a_row, "total": self.total}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
-        self.in_a_row, self.total, self.captured = (state_dict[k] for k in ("in_a_row", "total", "captured"))
+        self.in_a_row, self.total = state_dict["in_a_row"], state_dict["total"]
+
+    def rank_state(self) -> dict[str, Any]:
+        """Return how many captures this rank has written, for :class:`RunCheckpoint`."""
+        return {"captured": self.captured}
+
+    def load_rank_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on counting them."""
+        self.captured = state["captured"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have the batches of each step kept until it is known to be finite."""
@@ -153,8 +161,11 @@ class NonFinite(StandingCallback):
         wanted = mine and self.captured < self.max_captures
         weights = whole(module.state_dict(), wanted)
         if wanted:
+            content = self._content(trainer, module, step, what, weights)
+            capture = self._capture(trainer, step, content)
             finding = self._found = None if is_sharded(module) else self._find(trainer, module, step)
-            capture = self._capture(trainer, module, step, what, finding, weights)
+            if finding is not None and capture is not None:
+                _write(capture, content | {"finding": finding.plain()})
         log_figures(trainer, {"non_finite/skipped": float(self.total), "non_finite/in_a_row": float(self.in_a_row)})
         self._tell(trainer, step, what, norm, capture, finding)
         too_many = [
@@ -192,6 +203,7 @@ class NonFinite(StandingCallback):
                 f"; {finding}" if finding else "",
                 f"; captured on rank {trainer.global_rank}: agssd replay {capture}" if capture else "",
             )
+        written, found = _of_first_rank(trainer, capture, finding)
         record_action(
             trainer,
             "skip",
@@ -200,13 +212,13 @@ class NonFinite(StandingCallback):
             in_a_row=self.in_a_row,
             total=self.total,
             gradient_norm=norm if _finite(norm) else str(norm),
-            capture=capture.name if capture else None,
-            finding=finding.plain() if finding else None,
+            capture=written,
+            finding=found,
         )
 
     @staticmethod
     def _find(trainer: pl.Trainer, module: pl.LightningModule, step: _Step) -> Finding | None:
-        """Run the step again on this rank alone, at its own share of the run and mask ratio."""
+        """Run the step again on this rank alone, at its own share of the run and mask ratio; a failure costs no run."""
         recipe, now = cast(Any, module), getattr(module, "mask_ratio", None)
         recipe.fixed_progress = step.number / total_steps(trainer)
         if now is not None:
@@ -214,24 +226,22 @@ class NonFinite(StandingCallback):
         try:
             dtype = DTYPES.get(str(trainer.precision_plugin.precision))
             return first_non_finite(module, step.batches, step.random_state, dtype)
+        except Exception as error:  # out of memory, say: this needs more than a step
+            reason = str(error).partition("\n")[0]
+            _LOG.warning(
+                "step %d: looking for the first place failed (%s: %s)", step.number, type(error).__name__, reason
+            )
+            return None
         finally:
             recipe.fixed_progress = None
             if now is not None:
                 recipe.mask_ratio = now
 
-    def _capture(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        step: _Step,
-        what: str,
-        finding: Finding | None,
-        weights: dict[str, Any],
-    ) -> Path | None:
-        """Write the capture; a disk that is full costs the capture, not the run."""
-        self.captured += 1
-        path = Path(trainer.default_root_dir) / CAPTURES / f"step{step.number:08d}-rank{trainer.global_rank}.pt"
-        content = {
+    @staticmethod
+    def _content(
+        trainer: pl.Trainer, module: pl.LightningModule, step: _Step, what: str, weights: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {
             "agssd_capture": FORMAT,
             "step": step.number,
             "total_steps": total_steps(trainer),
@@ -239,7 +249,7 @@ class NonFinite(StandingCallback):
             "world_size": trainer.world_size,
             "precision": str(trainer.precision_plugin.precision),
             "what": what,
-            "finding": None if finding is None else finding.plain(),
+            "finding": None,
             "model": _model_settings(trainer, module),
             "mask_ratio": None if step.mask_ratio is None else list(step.mask_ratio),
             "eased": dict(getattr(module, "eased", {})),
@@ -247,16 +257,43 @@ class NonFinite(StandingCallback):
             "batches": [{key: value.cpu() for key, value in cast(Any, batch).items()} for batch in step.batches],
             "state_dict": weights,
         }
-        partial = path.with_suffix(".pt.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(content, partial)
-            partial.replace(path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            partial.unlink(missing_ok=True)
-            _LOG.error("step %d: %s cannot be written: %s", step.number, path.name, error)
-            return None
-        return path
+
+    def _capture(self, trainer: pl.Trainer, step: _Step, content: dict[str, Any]) -> Path | None:
+        """Write the capture; a disk that is full costs the capture, not the run."""
+        self.captured += 1
+        name = f"step{step.number:08d}-rank{trainer.global_rank}"
+        folder = Path(trainer.default_root_dir) / CAPTURES
+        path, again = folder / f"{name}.pt", 1
+        while path.exists():  # of the same step, before a rollback
+            again += 1
+            path = folder / f"{name}-{again}.pt"
+        return path if _write(path, content) else None
+
+
+def _of_first_rank(
+    trainer: pl.Trainer, capture: Path | None, finding: Finding | None
+) -> tuple[str | None, dict[str, str] | None]:
+    """Return name and finding of the first capture of any rank; called on every rank alike."""
+    own = (capture.name if capture else None, finding.plain() if finding else None)
+    if trainer.world_size == 1:
+        return own
+    every: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(every, own)
+    return next((one for one in every if one[0]), own)
+
+
+def _write(path: Path, content: dict[str, Any]) -> bool:
+    """Write a capture whole or not at all, and return whether it could be written."""
+    partial = path.with_suffix(".pt.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        _LOG.error("step %d: %s cannot be written: %s", content["step"], path.name, str(error).partition("\n")[0])
+        partial.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _finite(value: float) -> bool:

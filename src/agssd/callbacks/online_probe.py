@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
@@ -23,12 +24,17 @@ from agssd.evaluation.probe import (
     possible_readouts,
     run_readouts,
 )
-from agssd.evaluation.probe_features import encode
+from agssd.evaluation.probe_features import ProbeVolume, encode
 from agssd.models.backbone import Backbone, build_fresh
 from agssd.sharding import whole
+from agssd.stop_signals import STOP
 from agssd.types import HasBackbone, Triple
 
 _LOG = logging.getLogger(__name__)
+
+
+class _BrokenOff(Exception):
+    """The run is told to stop."""
 
 
 class OnlineProbe(StandingCallback):
@@ -243,6 +249,8 @@ class OnlineProbe(StandingCallback):
         started = time.perf_counter()
         with outside_training(trainer, module.device):
             figures = self._everywhere(trainer, module)
+        if not figures:
+            return
         seconds = time.perf_counter() - started
         times = {"step": float(self._step), "seconds": seconds}
         if steps:
@@ -266,13 +274,16 @@ class OnlineProbe(StandingCallback):
             )
 
     def _everywhere(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-        """Return the figures that rank 0 measures, on every rank."""
+        """Return the figures that rank 0 measures, on every rank; none if it was told to stop meanwhile."""
         figures: dict[str, float] | None = None
         failure: Exception | None = None
         weights = whole(self._encoder_of(module).state_dict(), trainer.is_global_zero)
         if trainer.is_global_zero:
             try:
                 figures = self._measure(trainer, module, weights)
+            except _BrokenOff:
+                figures = {}
+                _LOG.warning("step %d: the run is told to stop; the probe is broken off and left out", self._step)
             except Exception as error:  # the other ranks must not wait for ever
                 failure = error
         told = trainer.strategy.broadcast((figures, None if failure is None else str(failure)))
@@ -282,6 +293,13 @@ class OnlineProbe(StandingCallback):
         if figures is None:
             raise RuntimeError(f"the probe failed on rank 0: {reason}")
         return figures
+
+    def _volumes_until_told(self, data: ProbeData, trainer: pl.Trainer) -> Iterator[ProbeVolume]:
+        """Yield the volumes; a run at its end takes the time."""
+        for volume in data.volumes():
+            if STOP.received is not None and not 0 < trainer.max_steps <= trainer.global_step:
+                raise _BrokenOff
+            yield volume
 
     @torch.no_grad()
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, weights: dict[str, Any]) -> dict[str, float]:
@@ -293,7 +311,7 @@ class OnlineProbe(StandingCallback):
         with torch.random.fork_rng(devices=devices), torch.autocast(module.device.type, enabled=False):
             features = encode(
                 frozen.to(module.device),
-                self._data.volumes(),
+                self._volumes_until_told(self._data, trainer),
                 self._window(frozen),
                 self.overlap,
                 torch.bfloat16 if str(trainer.precision).startswith("bf16") else None,

@@ -109,8 +109,11 @@ class RunCheckpoint(ModelCheckpoint):
         """Do nothing: the stream has no epochs."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step also where it is no multiple of the interval."""
-        if trainer.global_step != self._last_global_step_saved and not cast(Any, trainer).fast_dev_run:
+        """Save the last step also where it is no multiple of the interval; again where a signal has had it saved."""
+        step = trainer.global_step
+        if step == self._last_global_step_saved and step != self._asked_for:
+            return
+        if not cast(Any, trainer).fast_dev_run:
             self.save(trainer)
 
     def save_before_next(self, trainer: L.Trainer) -> None:

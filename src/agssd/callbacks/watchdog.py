@@ -6,6 +6,7 @@ import faulthandler
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -21,12 +22,15 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from agssd.callbacks.actions import record_action
+from agssd.callbacks.life_sign import LifeSign
 from agssd.callbacks.preemption import Preempted
 from agssd.callbacks.standing import StandingCallback
 
 _LOG = logging.getLogger(__name__)
 EXIT_STALLED = 75  # of a process that the watchdog ends: temporary failure, worth another start
 _FAILURE = "failure"
+_WRITES_S = 5.0  # for the last words of rank 0: the disk may be what hangs
 _GONE = -1  # the last beat of a rank that has come to its end
 # What the training loop does, in its order; what comes first holds the others up.
 _READING, _COMPUTING, _GRADIENTS, _ENDING = (
@@ -43,17 +47,25 @@ class Watchdog(StandingCallback):
     """Ends the job, naming the cause, when a rank dies, fails, or makes no progress.
 
     A thread of each rank tells the others through the job's rendezvous store, every ``beat_s``, that the rank lives,
-    what its training loop does and since when; rank 0 looks at all of them, the others at rank 0. The job ends on
-    every rank
+    what its training loop does and since when; rank 0 looks at all of them, the others at rank 0. The job ends
 
-    - at once where a rank has failed: the others wait ``grace_s`` for an exception of their own, which they would meet
-      in the next collective, and then go, with the failure of that rank as the cause;
+    - where a rank has failed: the others learn of it a beat later, wait ``grace_s`` for an exception of their own,
+      which they would meet in the next collective, and then go, with the failure of that rank as the cause;
     - ``lost_s`` after the last sign of life of a rank: killed, stopped, or its machine is gone;
     - ``stalled_s`` after the last progress of a training loop: a hanging disk, data loader or collective. The ranks
       whose loop is furthest behind are named, and the stacks of all threads are written to stderr.
 
+    These are the times of rank 0, which may look up to two beats later. The others follow within two beats, ``grace_s``
+    and 5 s, in which rank 0 may still say what it knows: with the defaults at most 160 s after the last sign of life of
+    a lost rank and 30 s after a failure. A rank that meets an exception of its own in that time takes up to ``grace_s``
+    and three beats to learn the cause (50 s); where its way out hangs, faulthandler ends it ``grace_s`` + ``lost_s``
+    later. Where a link is cut, the side without rank 0 goes within ``lost_s`` + ``grace_s``, a beat and 5 s (145 s).
+
     Progress is the start or end of a batch, of a validation batch, and of a checkpoint. Where not even the thread comes
     to run, since native code holds the interpreter, faulthandler ends the process a ``lost_s`` later.
+
+    Rank 0 leaves the cause in ``actions.jsonl`` and ``state.json``, if the disk takes it within 5 s, and unless a
+    launcher, which saw a rank end, has killed it before.
 
     A rank that has finished, or has saved itself because it was told to stop, says so and is not waited for: the others
     may take their time to write and to close.
@@ -178,6 +190,7 @@ class _Watch(threading.Thread):
     def __init__(self, owner: Watchdog, trainer: pl.Trainer) -> None:
         super().__init__(daemon=True, name="agssd-watchdog")
         self.owner, self.rank, self.world_size = owner, trainer.global_rank, trainer.world_size
+        self._trainer = trainer
         self._children, self._parent = _launched(trainer)
         self._ended, self._lock = threading.Event(), threading.Lock()
         self._store = None
@@ -229,6 +242,7 @@ class _Watch(threading.Thread):
         first = answer[0] if answer else f"rank 0 or its machine does not answer any more; {text}"
         if first != text:
             _LOG.error("rank %d of %d ends because of another: %s", self.rank, self.world_size, first)
+            self._put_down(first)
 
     def _tell(self, text: str, error: BaseException, answer: list[str]) -> None:
         """Append to ``answer`` what is known to have failed first; nothing where the store is gone with rank 0."""
@@ -368,11 +382,30 @@ class _Watch(threading.Thread):
         print(said, file=sys.stderr, flush=True)  # last, where a log is read first
         if self.rank != 0:
             time.sleep(min(2 * self.owner.beat_s, 5.0))  # rank 0 knows most and may still say it
+        self._put_down(cause)  # before Lightning's launcher ends this process because a child has ended
         for process in self._children.values():
             process.kill()
         if self._parent is not None and os.getppid() == self._parent:
             os.kill(self._parent, signal.SIGKILL)
         os._exit(EXIT_STALLED)
+
+    def _put_down(self, cause: str) -> None:
+        """Leave the cause in the run directory, on rank 0, without what an exception says: that may name a file."""
+        if self.rank != 0:
+            return
+        cause = re.sub(
+            r"( failed at step \d+: \w+): .*", r"\1; its message is in the terminal or the log of the job", cause
+        )
+        writing = threading.Thread(target=self._write, args=(cause,), daemon=True, name="agssd-watchdog-write")
+        writing.start()
+        writing.join(_WRITES_S)
+
+    def _write(self, cause: str) -> None:
+        for callback in cast(Any, self._trainer).callbacks:
+            if isinstance(callback, LifeSign):
+                callback.failed(self._trainer, cause)
+        with suppress(OSError):
+            record_action(self._trainer, "watchdog", reason=cause)
 
 
 def _launched(trainer: pl.Trainer) -> tuple[dict[int, Any], int | None]:

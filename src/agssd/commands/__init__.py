@@ -6,8 +6,8 @@ A command is a module (or package) ``agssd.commands.NAME`` with a one-line docst
 - ``run(args: argparse.Namespace) -> int``, returning the exit code.
 
 A command that looks at a training says ``TAKES_FIT = True``. It is then given the command line of ``agssd fit`` beside
-its own options: ``args.of_fit`` is that list of words, and ``args.fit(*more)`` parses them (with more at their end) to
-a :class:`Fit`.
+its own options: ``args.of_fit`` is that list of words, and ``args.fit(*more)`` parses them (with more at their end,
+``before=`` at their beginning) to a :class:`Fit`.
 
 Adding a command is adding a file. This module imports none of them: help texts are read from the source, so that
 ``agssd --help`` stays fast whatever the commands need.

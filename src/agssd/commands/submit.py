@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,23 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("sbatch is not found: submit where SLURM is, or see the script with --dry-run")
     if args.signal_seconds < 1:
         raise ValueError(f"--signal-seconds is {args.signal_seconds}; it must be at least 1")
+    configs = [word for file in (*args.config, args.cluster) for word in ("--config", file)]
     directory = Path(args.run_directory or _new_directory(args.config[0])).absolute()
-    arguments = [word for file in (*args.config, args.cluster) for word in ("--config", file)]
-    arguments += [*args.of_fit, "--trainer.default_root_dir", str(directory)]
-    config = _resolved(arguments)
-    if config is None:
-        return 2
-    script = batch_script(arguments, config["trainer"], _num_workers(config), directory, args)
+    settings = args.fit("--trainer.default_root_dir", str(directory), before=configs).settings.as_dict()
+    data: dict[str, Any] = (settings.get("data") or {}).get("init_args") or {}
+
+    def script() -> str:
+        fit = [*configs, *args.of_fit, "--trainer.default_root_dir", str(directory)]
+        return batch_script(fit, settings["trainer"], int(data.get("num_workers") or 0), directory, args)
+
     if args.dry_run:
-        print(script, end="")
+        print(script(), end="")
         return 0
-    return _submit(script, directory)
+    _refuse_missing_cache(data.get("cache") or [])
+    script()  # refuses before anything is made
+    if args.run_directory is None:
+        directory = _made(directory)
+    return _submit(script(), directory, new=args.run_directory is None)
 
 
 def _new_directory(config: str) -> Path:
@@ -92,22 +99,21 @@ def _new_directory(config: str) -> Path:
     return Path(RUNS) / Path(config).stem / time.strftime("%Y%m%d-%H%M%S")
 
 
-def _resolved(arguments: list[str]) -> dict[str, Any] | None:
-    """Return the configuration that ``agssd fit`` makes of its arguments, or None after it has refused them aloud."""
-    import yaml
-
-    command = [sys.executable, "-m", "agssd", "fit", *arguments, "--print_config"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        return None
-    config = yaml.safe_load(done.stdout)
-    assert isinstance(config, dict)
-    return config
+def _made(directory: Path) -> Path:
+    """Make a directory that nobody else has, this one or the first of ``directory-2`` and so on, and return it."""
+    candidate, number = directory, 2
+    while True:
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            candidate, number = directory.with_name(f"{directory.name}-{number}"), number + 1
 
 
-def _num_workers(config: dict[str, Any]) -> int:
-    settings: dict[str, Any] = (config.get("data") or {}).get("init_args") or {}
-    return int(settings.get("num_workers") or 0)
+def _refuse_missing_cache(caches: str | list[str]) -> None:
+    for cache in [caches] if isinstance(caches, str) else caches:
+        if not Path(cache).exists():
+            raise ValueError(f"data.cache is {cache}, which does not exist; the job would wait in the queue and fail")
 
 
 def batch_script(
@@ -133,7 +139,8 @@ def batch_script(
             "--trainer.devices 4"
         )
     wanted: dict[str, str | None] = {
-        "job-name": f"agssd-{directory.parent.name}-{directory.name}",
+        "job-name": _name_of_job(directory),
+        "dependency": "singleton",  # one job of the name at a time, so one in a run directory
         "nodes": str(nodes),
         "ntasks-per-node": str(devices),
         "cpus-per-task": str(num_workers + 1),
@@ -145,6 +152,10 @@ def batch_script(
     if trainer.get("accelerator") in ("gpu", "cuda"):
         wanted["gpus-per-node"] = str(devices)
     wanted |= {name: value for name in _SBATCH if (value := getattr(args, name.replace("-", "_"))) is not None}
+    if args.job_name is not None and args.dependency is None:
+        wanted.pop("dependency")  # other runs of the user may have that name
+    elif args.job_name is None and args.dependency is not None and "?" not in args.dependency:
+        wanted["dependency"] = f"{args.dependency},singleton"
     if args.gres is not None and args.gpus_per_node is None:
         wanted.pop("gpus-per-node", None)  # the devices are named otherwise
     for flag in args.sbatch:
@@ -171,6 +182,11 @@ _INSTEAD = {
 }
 
 
+def _name_of_job(directory: Path) -> str:
+    """Return a name that no other run directory of the user has."""
+    return f"agssd-{directory.parent.name}-{directory.name}-{zlib.crc32(os.fsencode(directory)):08x}"
+
+
 def _quoted(name: str, value: str | None) -> str:
     text = str(value)
     if any(character in text for character in "\n\"'\\"):
@@ -178,7 +194,7 @@ def _quoted(name: str, value: str | None) -> str:
     return f'"{text}"' if any(character.isspace() or character == "#" for character in text) else text
 
 
-def _submit(script: str, directory: Path) -> int:
+def _submit(script: str, directory: Path, new: bool) -> int:
     from agssd.run_directory import unused
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -187,6 +203,8 @@ def _submit(script: str, directory: Path) -> int:
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if done.returncode:
         path.unlink()
+        if new:
+            directory.rmdir()
         raise ValueError(f"sbatch refuses {directory.name}: {(done.stderr or done.stdout).strip()}")
     job = done.stdout.strip().partition(";")[0]
     where = shlex.quote(str(directory))

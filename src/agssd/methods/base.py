@@ -396,8 +396,8 @@ class PretrainModule(L.LightningModule, ABC):
 def gradient_norms(loss: LossTerms, weights: Mapping[str, float]) -> dict[str, Tensor]:
     """Return the norm of each weighted term's gradient at the encoder's normed output, behind the last shared block.
 
-    Keys are ``grad_norm_<term>`` for terms of weight above 0, and ``grad_norm_ratio``, largest over smallest: above 10
-    one term decides alone where the encoder goes. Taken at activations and not at weights, so that no block is run
+    Keys are ``grad_norm_<term>`` for terms of weight above 0. Where the largest is more than 10 times the smallest, one
+    term decides alone where the encoder goes. Taken at activations and not at weights, so that no block is run
     backwards for it, compiled or not. Empty if the recipe names no shared output.
 
     Source: docs/method.md (c).
@@ -411,7 +411,4 @@ def gradient_norms(loss: LossTerms, weights: Mapping[str, float]) -> dict[str, T
         squares = [part.float().square().sum() for part in parts if part is not None]
         if squares:
             figures[f"grad_norm_{name}"] = torch.stack(squares).sum().sqrt()
-    if len(figures) > 1:
-        norms = torch.stack(list(figures.values()))
-        figures["grad_norm_ratio"] = norms.max() / norms.min()
     return figures

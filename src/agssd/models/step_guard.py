@@ -29,6 +29,7 @@ class StepGuard:
         self.local: Tensor | None = None  # (): total loss of this rank, summed over micro-batches
         self.reduced: Tensor | None = None  # (T,): total and terms, summed over micro-batches and ranks
         self.num_batches = 0  # micro-batches of the step under way
+        self._buffers: tuple[nn.Module, list[tuple[nn.Module, str]]] | None = None  # of the module last kept
 
     def observe(self, local: Tensor, reduced: Tensor) -> Tensor:
         """Take a micro-batch's loss into account, and return the mean of ``reduced`` over those of this step.
@@ -75,7 +76,10 @@ class StepGuard:
         if self.withheld is None or (not self.on_device and not self.withheld):
             yield
             return
-        kept = [(buffer, buffer.clone()) for buffer in _moving_buffers(module)]
+        if self._buffers is None or self._buffers[0] is not module:  # walking the names takes long for every step
+            self._buffers = module, _moving_buffers(module)
+        buffers: list[Tensor] = [getattr(layer, name) for layer, name in self._buffers[1]]
+        kept = [(buffer, buffer.clone()) for buffer in buffers]
         yield
         for buffer, before in kept:
             buffer.copy_(torch.where(self.withheld.bool(), before, buffer))
@@ -86,9 +90,8 @@ def stays_on_device(device: torch.device, parameters: Iterable[Tensor]) -> bool:
     return device.type == "cuda" and not any(isinstance(parameter, DTensor) for parameter in parameters)
 
 
-def _moving_buffers(module: nn.Module) -> Iterable[Tensor]:
-    """Yield the buffers that training may move: those that checkpoints hold."""
-    parameters = {id(parameter) for parameter in module.parameters()}
-    for value in module.state_dict(keep_vars=True).values():
-        if isinstance(value, Tensor) and id(value) not in parameters:
-            yield value
+def _moving_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return layer and name of each buffer that training may move: those that checkpoints hold."""
+    stored = module.state_dict(keep_vars=True).keys()
+    names = [name.rpartition(".") for name, _ in module.named_buffers() if name in stored]
+    return [(module.get_submodule(layer), name) for layer, _, name in names]
