@@ -29,7 +29,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneMachine]:
         lacking(f"no SLURM on this machine ({missing()}): apt-get install slurmctld slurmd slurm-client munge")
     cluster = OneMachine(tmp_path_factory.mktemp("slurm") / "cluster")
     try:
-        cluster.start()
+        try:
+            cluster.start()
+        except RuntimeError as error:
+            lacking(f"SLURM is installed but does not start on this machine: {error}")
         yield cluster
     finally:
         cluster.stop()
