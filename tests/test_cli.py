@@ -712,7 +712,8 @@ def test_fit__told_together_with_the_wandb_service_saves_itself_and_says_so(
     arguments = ["fit", "--config", str(conf / "experiment/ToyRecipe.yaml"), "--trainer.max_steps", "9"]
     arguments += ["--trainer.default_root_dir", str(tmp_path / "run"), "--wandb.mode", "offline"]
     paths = os.pathsep.join([str(TOYS), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "WANDB_MODE": "offline", "SETTLES_S": settles_s}
+    own = {name: value for name, value in os.environ.items() if "WANDB" not in name}  # no service of this process
+    environment = own | {"PYTHONPATH": paths, "WANDB_MODE": "offline", "SETTLES_S": settles_s}
     command = [sys.executable, "-c", TOLD_WITH_ITS_SERVICE, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert "the service is gone" in done.stdout
