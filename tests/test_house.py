@@ -142,7 +142,7 @@ def test_tree__holds_no_large_file() -> None:
 
 def test_tests__mirror_the_package() -> None:
     """Every test file of a mirrored folder is named for a module that exists, or for that module and an aspect."""
-    extra = {"cluster", "conf", "contracts", "ddp", "resume"}
+    extra = {"cluster", "conf", "contracts", "ddp", "report", "resume"}
     stray = []
     for path in (ROOT / "tests").rglob("test_*.py"):
         folder = path.relative_to(ROOT / "tests").parent

@@ -150,8 +150,7 @@ def read_settings(path: Path, quick: bool) -> Bench:
     parser.add_class_arguments(Bench)
     settings = _resolved(path.parent, settings)
     try:
-        bench = parser.instantiate_classes(parser.parse_object(settings))
-        return Bench(**vars(bench))
+        return _bench(parser.parse_object(settings).as_dict())
     except Exception as error:  # jsonargparse raises several kinds
         raise ValueError(f"{path}: {str(error).strip()}") from error
 
@@ -170,12 +169,15 @@ def kept_settings(out: Path) -> Bench:
     """
     path = out / KEPT
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        methods = {name: Method(**entry) for name, entry in found.pop("methods").items()}
-        readouts = {name: Readout(**entry) for name, entry in found.pop("readouts").items()}
-        return Bench(methods, readouts, **found)
+        return _bench(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} holds no settings of a bench: {error}") from error
+
+
+def _bench(plain: dict[str, Any]) -> Bench:
+    methods = {name: Method(**entry) for name, entry in plain.pop("methods").items()}
+    readouts = {name: Readout(**entry) for name, entry in plain.pop("readouts").items()}
+    return Bench(methods, readouts, **plain)
 
 
 def _over(below: Any, above: Any) -> Any:
