@@ -77,7 +77,11 @@ WAYS = [
         r"rank 1 \(.*process \d+\) gives no sign of life for \d+ s; it was last seen .*, step \d",
         marks=pytest.mark.slow,
     ),
-    ("hang", r"no progress for \d+ s; furthest behind: rank 1 \(.*\) computing a step, step 4"),
+    pytest.param(
+        "hang",
+        r"no progress for \d+ s; furthest behind: rank 1 \(.*\) computing a step, step 4",
+        marks=pytest.mark.slow,
+    ),
     pytest.param("kill-0", r"rank 0 .*does not answer any more", marks=pytest.mark.slow),
     pytest.param("stop-0", r"rank 0 .*(does not answer any more|no sign of life)", marks=pytest.mark.slow),
     pytest.param(

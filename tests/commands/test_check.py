@@ -313,6 +313,7 @@ def test_check__a_rank_that_never_comes(tiny_cache: Path, tmp_path: Path) -> Non
     assert time.monotonic() - started < 120
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_check__weights_in_parts(tiny_cache: Path, tmp_path: Path) -> None:
     sharded = ["--trainer.strategy", '{"class_path": "agssd.sharding.ShardedStrategy"}']

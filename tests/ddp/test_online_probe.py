@@ -30,6 +30,7 @@ def untimed(figures: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in own.items() if not math.isnan(value)}  # AUROC of a single class
 
 
+@pytest.mark.slow
 def test_online_probe__two_ranks_are_told_what_one_process_measures(tiny_cache: Path, tmp_path: Path) -> None:
     first, second = on_ranks(2, tiny_cache, tmp_path)
     assert untimed(first) == untimed(second) and first["probe/seconds"] == second["probe/seconds"]

@@ -41,7 +41,15 @@ def picture(browser: Browser, number: int) -> str:
 
 
 @pytest.mark.parametrize("name", ["pretrain", "segmentation"])
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (390, "dark"),
+        pytest.param(1280, "dark", marks=pytest.mark.slow),
+        pytest.param(390, "light", marks=pytest.mark.slow),
+    ],
+)
 def test_page__every_figure_is_drawn_and_nothing_sticks_out(
     browser: Browser, pages: dict[str, Path], name: str, width: int, scheme: str
 ) -> None:
