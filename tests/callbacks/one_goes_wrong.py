@@ -36,10 +36,18 @@ class Wrong(L.Callback):
     def __init__(self, way: str, cache: Path, out: Path) -> None:
         self.way, self.cache, self.out = way, cache, out
 
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        first = trainer.global_step == WRONG_AT and not (self.out / "WRONG").exists()
+        if self.way == "centre" and first and trainer.global_rank == 1:  # this rank's monitor alone sees it
+            (self.out / "WRONG").write_text(str(time.time()))
+            pl_module.centre.centre[0] = float("inf")
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         way, _, rank = self.way.partition("-")
+        if way == "centre":
+            return
         if trainer.global_step != WRONG_AT or trainer.global_rank != int(rank or 1) or (self.out / "WRONG").exists():
             return
         (self.out / "WRONG").write_text(str(time.time()))
@@ -77,13 +85,13 @@ def main(way: str, cache: Path, out: Path) -> None:
     recipes.quiet()
     rank = os.environ.get("LOCAL_RANK", "0")
     (out / f"PID{rank}").write_text(str(os.getpid()))
-    states = recipes.States()
+    states, watched = recipes.States(), way in ("teacher", "centre")
     callbacks: list[L.Callback] = [
         Watchdog(stalled_s=30 if way.startswith("stop") else 8, lost_s=3, grace_s=2, beat_s=0.5),
         LifeSign(every_s=0.5), NonFinite(), Wrong(way, cache, out), states,
-        RunCheckpoint(every_n_train_steps=2 if way == "teacher" else 6, dirpath=str(out / "checkpoints")),
+        RunCheckpoint(every_n_train_steps=2 if watched else 6, dirpath=str(out / "checkpoints")),
     ]  # fmt: skip
-    if way == "teacher":  # every alarm of figures is off: four samples show little
+    if watched:  # every alarm of figures is off: four samples show little
         never = {"min_entropy_batch": 0.0, "max_share": 2.0, "min_information": -1.0, "min_feature_std": 0.0}
         never |= {"soft_rank": 0.0, "hard_rank": 0.0, "max_cosine": 2.0, "min_distance": 0.0, "uniform_margin": 0.0}
         callbacks.append(CollapseMonitor(2, 4, "rollback", grace=0.0, **never))

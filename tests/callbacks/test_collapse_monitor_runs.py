@@ -20,6 +20,7 @@ from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.methods.agssd import AGSSD
 from agssd.methods.dino import DINO
 from agssd.methods.dinov2 import DINOv2
+from agssd.methods.ibot import IBOT
 
 STEPS = 60
 
@@ -105,9 +106,26 @@ class Copying(AGSSD):
         self.student["fuser"], self.teacher["fuser"] = Copy(), Copy()
 
 
+class Placeless(IBOT):
+    """Does not tell its tokens where they lie."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for network in (self.student, self.teacher):
+            network["backbone"].position_scale = 0.0
+
+
+def lost_patch_centre(module: Any, batch: dict[str, Any]) -> None:
+    """A centre that lets one prototype win every patch."""
+    module.centre_patch.centre[..., 0] = -100.0
+
+
 SOUND: dict[type[Any], dict[str, Any]] = {
     DINO: {"centre_rule": "balance", "head_centring": True, "lr": 1e-4, "temperature_teacher": (0.04, 0.04)},
     DINOv2: {"weight_koleo": 1.0, "monitor": {"max_gradient_ratio": 100.0}},
+    IBOT: {
+        "centre_rule": "balance", "head_centring": True, "lr": 1e-4, "shared_head": False, "views": {"num_local": 0},
+    },
     AGSSD: {
         "assignment": "balance", "head_centring": True, "lr": 1e-5, "weight_reconstruction": 1e3,
         "temperature_student": 0.04, "temperature_patch": (0.02, 0.02),
@@ -130,6 +148,10 @@ WAYS: list[tuple[str, type[Any], dict[str, Any]]] = [
     ("cls_low_spread", DINOv2, {"weight_koleo": 0.0, "lr": 1e-8, "min_lr": 1e-9}),
     ("patch_uniform", DINOv2, {"temperature_teacher": (2.0, 2.0), "temperature_student": 1.0}),
     ("patch_low_rank", DINOv2, {"edit": constant, "weight_koleo": 0.0}),
+    ("patch_peaked", IBOT, {"edit": lost_patch_centre}),
+    ("patch_features_lost", Placeless, {"edit": constant}),
+    ("patch_uninformative", IBOT, {"temperature_patch": (1.0, 1.0)}),
+    ("patch_low_spread", IBOT, {"edit": constant}),
     ("gradient_ratio", AGSSD, {"weight_reconstruction": 1e6}),
     ("correspondence_lost", Misplaced, {}),
     ("fuser_copies", Copying, {}),
@@ -172,49 +194,87 @@ def test_collapse__a_run_made_to_collapse_raises_its_alarm_and_a_sound_one_does_
 # ------------------------------------------------------------------ actions
 
 BEGINS = 25
+BREAKS = 26  # not where a checkpoint is saved, which is when the next batch has come
 
 
 class HotTeacher(DINO):
-    """Has a teacher so hot that its outputs are uniform, until it is cooled by a rollback."""
+    """Has a teacher from some step on whose outputs are uniform while the temperature in use is above a limit."""
+
+    starts_at, limit = 0.06, 0.05
 
     def schedules(self, progress: float) -> dict[str, float]:
         values = super().schedules(progress)
-        if progress * STEPS >= BEGINS and not rolled_back(self):
-            values["temperature_teacher"] = 2.0
-        return values
+        return values | ({"temperature_teacher": self.starts_at} if progress * STEPS >= BEGINS else {})
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        values = super().scheduled(progress)
+        return values | ({"temperature_teacher": 2.0} if values["temperature_teacher"] > self.limit else {})
 
 
-def rolled_back(module: Any) -> bool:
-    return any(factor < 1 for factor in module.eased.values())
+class HotterTeacher(HotTeacher):
+    """Needs to be cooled twice, with a lower rate in vain between."""
+
+    starts_at = 0.1
 
 
-def air_until_rolled_back(module: Any, batch: dict[str, Any]) -> None:
-    """Air from some step on."""
-    if module.trainer.global_step >= BEGINS and not rolled_back(module):
+class HottestTeacher(HotTeacher):
+    """Cannot be cooled in three rollbacks."""
+
+    starts_at = 0.2
+
+
+def drawn(module: Any) -> int:
+    """Return how many batches were drawn before this one; a rollback does not draw them again."""
+    module.batches = getattr(module, "batches", -1) + 1
+    return int(module.batches)
+
+
+def stretch_of_air(module: Any, batch: dict[str, Any]) -> None:
+    """Batches up to the alarm are air; they are not met again after a rollback."""
+    if BEGINS <= drawn(module) < RINGS["cls_features_lost"][0]:
         constant(module, batch)
 
 
-def lost_centre(module: Any, batch: dict[str, Any]) -> None:
-    """A centre that lets one prototype win."""
-    if module.trainer.global_step >= BEGINS and not rolled_back(module):
+# What these break once stays broken, unless a rollback mends it.
+
+
+def centre_breaks(module: Any, batch: dict[str, Any]) -> None:
+    if drawn(module) == BREAKS:
         module.centre.centre[..., 0] = -100.0
 
 
-def broken_teacher(module: Any, batch: dict[str, Any]) -> None:
+def patch_centre_breaks(module: Any, batch: dict[str, Any]) -> None:
+    if drawn(module) == BREAKS:
+        lost_patch_centre(module, batch)
+
+
+def teacher_breaks(module: Any, batch: dict[str, Any]) -> None:
     """Prototypes of the teacher that are no numbers; the guard withholds every step and cannot help."""
-    if module.trainer.global_step >= BEGINS and not rolled_back(module):
+    if drawn(module) == BREAKS:
         module.teacher["head"].prototypes.data.fill_(float("nan"))
 
 
 HARD: dict[str, dict[str, Any]] = {
     "cls_uniform": {"kind": HotTeacher, "temperature_student": 1.0},
-    "cls_peaked": {"kind": DINO, "edit": lost_centre},
-    "cls_features_lost": {"kind": DINO, "edit": air_until_rolled_back},
-    "non_finite": {"kind": DINO, "edit": broken_teacher},
+    "cls_peaked": {"kind": DINO, "edit": centre_breaks},
+    "cls_features_lost": {"kind": DINO, "edit": stretch_of_air},
+    "patch_peaked": {"kind": IBOT, "edit": patch_centre_breaks},
+    "non_finite": {"kind": DINO, "edit": teacher_breaks},
+}
+# The reports that may ring first: uniform outputs must have lasted, withheld steps are left out of the first report,
+# and its rows of patches, which come in unequal numbers, may all be from before.
+RINGS = {
+    "cls_uniform": (40,),
+    "cls_peaked": (30,),
+    "cls_features_lost": (30,),
+    "patch_peaked": (30, 40),
+    "non_finite": (40,),
 }
 
 
-def run_hard(name: str, policy: str, cache: Path, out: Path) -> tuple[Any, list[dict[str, Any]], L.Trainer]:
+def run_hard(
+    name: str, policy: str, cache: Path, out: Path, **given: Any
+) -> tuple[Any, list[dict[str, Any]], L.Trainer]:
     keep = RunCheckpoint(every_n_train_steps=5, dirpath=str(out / "checkpoints"))
     own = {
         "policy": policy,
@@ -224,7 +284,7 @@ def run_hard(name: str, policy: str, cache: Path, out: Path) -> tuple[Any, list[
         "min_information": 0.0,
         "grace": 0.1,
     }
-    settings = settings_of(HARD[name]["kind"], HARD[name]) | {"monitor": own}
+    settings = settings_of(HARD[name]["kind"], HARD[name]) | {"monitor": own} | given
     return train(cache=cache, out=out, callbacks=(keep,), **settings)
 
 
@@ -232,7 +292,7 @@ def run_hard(name: str, policy: str, cache: Path, out: Path) -> tuple[Any, list[
 def test_collapse__stops_a_run_that_collapses(name: str, tiny_cache: Path, tmp_path: Path) -> None:
     _, done, trainer = run_hard(name, "stop", tiny_cache, tmp_path)
     (stop,) = (one for one in done if one["action"] == "stop")
-    assert name in stop["alarms"] and BEGINS < stop["step"] == trainer.global_step < STEPS
+    assert name in stop["alarms"] and stop["step"] == trainer.global_step in RINGS[name]
     (monitor,) = (one for one in trainer.callbacks if isinstance(one, CollapseMonitor))
     assert stop["reason"] == monitor.stopped
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
@@ -243,8 +303,22 @@ def test_collapse__stops_a_run_that_collapses(name: str, tiny_cache: Path, tmp_p
 def test_collapse__rolls_a_run_back_that_collapses_and_it_recovers(name: str, tiny_cache: Path, tmp_path: Path) -> None:
     module, done, trainer = run_hard(name, "rollback", tiny_cache, tmp_path)
     (rollback,) = (one for one in done if one["action"] == "rollback")
-    assert name in rollback["alarms"] and rollback["to_step"] <= BEGINS < rollback["from_step"]
-    lowered = "temperature" if name in ("cls_uniform",) else "lr"
+    assert name in rollback["alarms"] and rollback["to_step"] <= BEGINS and rollback["from_step"] in RINGS[name]
+    lowered = "temperature" if name == "cls_uniform" else "lr"
     assert rollback["lowered"] == lowered and module.eased[lowered] < 1 and trainer.global_step == STEPS
     assert done[-1] == rollback, "no alarm after it"
     assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"), [(HotterTeacher, ""), (HottestTeacher, "max_rollbacks is 3, and as many were made")]
+)
+def test_collapse__is_rolled_back_until_it_is_cured_or_stopped(
+    kind: type[Any], ends: str, tiny_cache: Path, tmp_path: Path
+) -> None:
+    module, done, trainer = run_hard("cls_uniform", "rollback", tiny_cache, tmp_path, kind=kind)
+    assert [one["lowered"] for one in done if one["action"] == "rollback"] == ["temperature", "lr", "temperature"]
+    assert module.eased == {"temperature": pytest.approx(0.7**2), "lr": 0.5}
+    (monitor,) = (one for one in trainer.callbacks if isinstance(one, CollapseMonitor))
+    assert bool(monitor.stopped) == bool(ends) and ends in monitor.stopped
+    assert trainer.global_step == (RINGS["cls_uniform"][0] if ends else STEPS)

@@ -388,25 +388,38 @@ def test_rollback__in_half_precision_brings_back_weights_and_scale(
         assert scales[14] == scales[8] < scales[13]
 
 
+def two_ranks(way: str, cache: Path, out: Path) -> tuple[list[dict[str, Any]], list[bool]]:
+    """Return what was done in a run of two ranks of which one goes wrong, and after which batches they were alike."""
+    script = Path(__file__).with_name("one_goes_wrong.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, str(script), way, str(cache), str(out)],
+        capture_output=True, text=True, timeout=400, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(out / f"states{rank}.pt", weights_only=True) for rank in range(2)]
+    pairs = zip(*ranks, strict=True)
+    alike = [all(torch.equal(second[name], value) for name, value in first.items()) for first, second in pairs]
+    return [json.loads(line) for line in (out / "actions.jsonl").read_text().splitlines()], alike
+
+
 @pytest.mark.ddp
 def test_rollback__two_ranks_whose_teachers_drifted_apart_go_on_from_the_same_weights(
     tiny_cache: Path, tmp_path: Path
 ) -> None:
-    script = Path(__file__).with_name("one_goes_wrong.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, str(script), "teacher", str(tiny_cache), str(tmp_path)],
-        capture_output=True, text=True, timeout=400, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in (tmp_path / "actions.jsonl").read_text().splitlines()]
+    lines, alike = two_ranks("teacher", tiny_cache, tmp_path)
     assert [line["action"] for line in lines] == ["alarm", "rollback"] and lines[0]["alarm"] == "teacher_ranks"
     assert (lines[1]["from_step"], lines[1]["to_step"], lines[1]["lowered"]) == (6, 2, "lr")
-    ranks = [torch.load(tmp_path / f"states{rank}.pt", weights_only=True) for rank in range(2)]
-    assert len(ranks[0]) == len(ranks[1]) == 6 + 10 - 2
-    pairs = zip(*ranks, strict=True)
-    alike = [all(torch.equal(second[name], value) for name, value in first.items()) for first, second in pairs]
     assert alike == [True] * 4 + [False] * 2 + [True] * 8
+
+
+@pytest.mark.ddp
+def test_rollback__an_alarm_that_only_the_second_rank_has_rolls_both_back(tiny_cache: Path, tmp_path: Path) -> None:
+    lines, alike = two_ranks("centre", tiny_cache, tmp_path)
+    (line,) = lines  # the first rank, which writes them, had no alarm of its own
+    assert line["action"] == "rollback" and line["alarms"] == ["non_finite"]
+    assert (line["from_step"], line["to_step"], line["lowered"]) == (4, 2, "lr")
+    assert alike == [True] * 3 + [False] + [True] * 8
 
 
 def test_rollback__a_recipe_without_teacher_lowers_the_rate_alone() -> None:
