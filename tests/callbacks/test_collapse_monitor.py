@@ -336,6 +336,7 @@ trainer.fit(Toy(), loader)
 """
 
 
+@pytest.mark.slow
 def test_collapse_monitor__two_ranks_equal_their_joined_samples(tmp_path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)

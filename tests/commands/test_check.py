@@ -345,6 +345,7 @@ def test_run_check__every_rank_that_fails_is_named(monkeypatch: pytest.MonkeyPat
     assert finding.problem == "rank 0 on host0, rank 2 on host2: no room; rank 3 on host3: another"
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_check__a_run_directory_that_one_rank_cannot_write(tiny_cache: Path, tmp_path: Path) -> None:
     own = [[*options, "--trainer.default_root_dir"] for options in cache_of(tiny_cache, tiny_cache)]
