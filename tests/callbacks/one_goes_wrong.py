@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+# A process of its own, which pytest has not told where recipes.py lies; hence the imports below the line.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contracts"))
 
 import lightning.pytorch as L  # noqa: E402

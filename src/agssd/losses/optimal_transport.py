@@ -89,7 +89,7 @@ def log_sinkhorn(scores: Tensor, mass_rows: Tensor, mass_columns: Tensor, iterat
         mass_columns: (B, C) float32, of the same sum.
         iterations: pairs of normalisations.
     """
-    plan: Tensor = _LogSinkhorn.apply(scores, mass_rows, mass_columns, iterations)  # type: ignore[no-untyped-call]
+    plan: Tensor = _LogSinkhorn.apply(scores, mass_rows, mass_columns, iterations)  # type: ignore[no-untyped-call]  # torch
     return plan
 
 

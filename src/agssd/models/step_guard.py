@@ -64,7 +64,7 @@ class StepGuard:
         self.num_batches = 0
         self.on_device = stays_on_device(self.withheld.device, parameters)
         if self.on_device:
-            optimizer.found_inf = self.withheld  # type: ignore[attr-defined]
+            optimizer.found_inf = self.withheld  # type: ignore[attr-defined]  # torch sets and reads it, declared nowhere
         elif self.withheld:
             for parameter in parameters:
                 parameter.grad = None  # skipped altogether: a zero gradient would still move and decay the weights

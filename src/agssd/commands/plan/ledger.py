@@ -30,7 +30,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
         self.part = "other"
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
