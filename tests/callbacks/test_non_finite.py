@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,26 +145,13 @@ def test_non_finite__stops_with_a_report_after_so_many_in_a_row_or_in_all(tiny_c
     assert "3 in all" in total.stopped and "agssd replay" in total.stopped
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a file system of 256 KiB; skip where none can be mounted."""
-    place = tmp_path / "small"
-    place.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, text=True
-    )
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted by this user: {made.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def fill(folder: Path) -> None:
     with (folder / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
 
 
+@pytest.mark.parametrize("small_disk", ["256k"], indirect=True)
 @pytest.mark.parametrize("full", [True, False], ids=["full", "too-small"])
 def test_non_finite__a_full_disk_costs_the_capture_alone(
     full: bool, small_disk: Path, tiny_cache: Path, caplog: pytest.LogCaptureFixture

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,20 +146,7 @@ def test_rank_failure__an_endless_step_ends_the_job(launcher: str, job: Callable
     assert re.search(place, under_way.said), under_way.said[-4000:]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a file system of 1 MiB; skip where none can be mounted."""
-    place = tmp_path / "small"
-    place.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True
-    )
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted by this user: {made.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["1m"], indirect=True)
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_rank_failure__a_full_disk_ends_the_job(launcher: str, small_disk: Path, job: Callable[..., Job]) -> None:
     under_way = job(launcher, 0.2, *LONG, "--checkpoint.dirpath", str(small_disk / "saved"))
