@@ -24,10 +24,11 @@ import torch
 import yaml
 
 import agssd.cli
-from agssd import __version__, commands, run_state
+from agssd import __version__, commands
 from agssd.cli import TRAINING, main, refusal
-from agssd.resume_rules import changed_settings, differences
-from agssd.run_state import read_state, write_state
+from agssd.run import state as run_state
+from agssd.run.resume_rules import changed_settings, differences
+from agssd.run.state import read_state, write_state
 
 TOYS = Path(__file__).parent / "cli_toys"
 

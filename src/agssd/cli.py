@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from agssd import __version__
-from agssd.stop_signals import STOP
+from agssd.run.stop_signals import STOP
 
 if TYPE_CHECKING:
     from agssd.commands import Fit

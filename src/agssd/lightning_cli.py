@@ -23,7 +23,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from agssd import slurm
 from agssd.callbacks.actions import RunStopped
 from agssd.callbacks.best_checkpoint import BestCheckpoint
 from agssd.callbacks.collapse_monitor import CollapseMonitor
@@ -40,23 +39,23 @@ from agssd.callbacks.standing import StandingCallback
 from agssd.callbacks.throughput import Throughput
 from agssd.callbacks.view_panels import ViewPanels
 from agssd.callbacks.watchdog import Watchdog
-from agssd.checkpoints import BEST, call_last, check_whole, newest_checkpoint, read_checkpoint
 from agssd.command_line import refuse_missing_parts, refuse_repeated_cache, refuse_two_models
 from agssd.models.backbone import Backbone
-from agssd.resume_rules import changed_settings, refuse_missing, refuse_other_lineages
-from agssd.run_directory import (
-    CHECKPOINTS,
-    RunCSVLogger,
+from agssd.run import slurm
+from agssd.run.checkpoints import BEST, call_last, check_whole, newest_checkpoint, read_checkpoint
+from agssd.run.directory import (
     SaveRunConfig,
-    WandbRun,
     claim,
     default_run_directory,
     plain_config,
     run_of_checkpoint,
 )
-from agssd.run_state import METRICS, refuse_beside_another, settle_finished
-from agssd.stop_signals import STOP
-from agssd.tensorboard_run import RunTensorBoardLogger
+from agssd.run.metrics_file import RunCSVLogger
+from agssd.run.resume_rules import changed_settings, refuse_missing, refuse_other_lineages
+from agssd.run.state import CHECKPOINTS, METRICS, refuse_beside_another, settle_finished
+from agssd.run.stop_signals import STOP
+from agssd.run.tensorboard import RunTensorBoardLogger
+from agssd.run.wandb import WandbRun
 from agssd.transforms.crops import OverlapCrops
 
 STANDING: dict[str, type[Callback]] = {

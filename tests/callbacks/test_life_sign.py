@@ -16,7 +16,7 @@ from agssd.callbacks.actions import stop_run
 from agssd.callbacks.life_sign import LifeSign, commit_of_checkout, place_of
 from agssd.callbacks.preemption import Preempted, Preemption
 from agssd.callbacks.run_checkpoint import RunCheckpoint
-from agssd.run_state import STATE, lives, read_state
+from agssd.run.state import STATE, lives, read_state
 
 
 class At(pl.Callback):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.callbacks.preemption import EXIT_PREEMPTED, Preempted, Preemption
 from agssd.callbacks.run_checkpoint import RunCheckpoint
-from agssd.checkpoints import check_whole
+from agssd.run.checkpoints import check_whole
 
 
 def checkpoints(folder: Path) -> RunCheckpoint:

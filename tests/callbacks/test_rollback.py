@@ -19,10 +19,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from agssd.callbacks.collapse_alarms import Alarm
 from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.run_checkpoint import RunCheckpoint
-from agssd.checkpoints import HEALTHY, newest_checkpoint
 from agssd.methods.agssd import AGSSD
 from agssd.methods.dino import DINO
 from agssd.methods.simmim import SimMIM
+from agssd.run.checkpoints import HEALTHY, newest_checkpoint
 
 STEPS, EVERY = 24, 4
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from agssd.callbacks.run_checkpoint import RunCheckpoint, random_states, set_random_states
-from agssd.checkpoints import newest_checkpoint
+from agssd.run.checkpoints import newest_checkpoint
 
 
 class Noisy(pl.LightningModule):

@@ -17,7 +17,7 @@ import lightning.pytorch as L
 import pytest
 
 from agssd.callbacks.watchdog import EXIT_STALLED, Watchdog, _Watch
-from agssd.run_state import read_state
+from agssd.run.state import read_state
 
 pytestmark = pytest.mark.ddp
 LIMIT_S = 240  # for a machine that is slow to start two processes

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from agssd import resume_rules
 from agssd.cli import main
 from agssd.commands.compare import flat, group_of
+from agssd.run import resume_rules
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 0,

@@ -17,7 +17,7 @@ import yaml
 from agssd.cli import main
 from agssd.commands import _run_reader
 from agssd.commands._run_reader import newest_figures, read_curves
-from agssd.run_state import now, this_process, write_state
+from agssd.run.state import now, this_process, write_state
 
 
 def make_run(directory: Path, max_steps: int = 100, rows: list[dict[str, Any]] | None = None) -> Path:
@@ -44,7 +44,7 @@ def listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[s
 
 def dead() -> dict[str, Any]:
     """Return the identity of a process of this machine that has ended."""
-    code = "import json; from agssd.run_state import this_process; print(json.dumps(this_process()))"
+    code = "import json; from agssd.run.state import this_process; print(json.dumps(this_process()))"
     told: dict[str, Any] = json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
     return told
 

@@ -226,7 +226,7 @@ def test_submit__run_that_cannot_go_on_with_the_settings_or_is_finished_is_refus
 
 def parsed_config(line: list[str]) -> dict[str, Any]:
     from agssd.lightning_cli import ParsedFit
-    from agssd.run_directory import plain_config
+    from agssd.run.directory import plain_config
 
     fit = ParsedFit([*SUBMIT[1:3], "--config", SUBMIT[4], *line, "--trainer.default_root_dir", "elsewhere"])
     return plain_config(fit._parser("fit"), fit.settings)

@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from agssd.run_state import ACTIONS as ACTIONS
-from agssd.run_state import now
+from agssd.run.state import ACTIONS as ACTIONS
+from agssd.run.state import now
 
 _LOG = logging.getLogger(__name__)
 

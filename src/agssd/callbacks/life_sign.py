@@ -12,10 +12,10 @@ from typing import Any, ClassVar, cast
 import lightning.pytorch as pl
 
 import agssd
-from agssd import slurm
 from agssd.callbacks.preemption import Preempted
 from agssd.callbacks.standing import StandingCallback
-from agssd.run_state import State, now, this_process, write_state
+from agssd.run import slurm
+from agssd.run.state import State, now, this_process, write_state
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class LifeSign(StandingCallback):
     is one of ``finished``; ``preempted``, by SIGUSR1 or SIGTERM; ``stopped``, by a policy, with its report, or before
     its last step; ``interrupted``, by Ctrl-C; ``failed``, with the class of the exception and where it was raised: its
     message may name a file and is for the terminal. A process that is killed leaves ``running`` behind, and
-    :func:`agssd.run_state.lives` tells that it is not.
+    :func:`agssd.run.state.lives` tells that it is not.
 
     Args:
         every_s: seconds between two signs of life.

@@ -26,8 +26,8 @@ from agssd.evaluation.probe import (
 )
 from agssd.evaluation.probe_features import ProbeVolume, encode
 from agssd.models.backbone import Backbone, build_fresh
+from agssd.run.stop_signals import STOP
 from agssd.sharding import whole
-from agssd.stop_signals import STOP
 from agssd.types import HasBackbone, Triple
 
 _LOG = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from agssd import slurm
 from agssd.callbacks.actions import record_action
 from agssd.callbacks.standing import StandingCallback
 from agssd.distributed import world_size
-from agssd.stop_signals import STOP
+from agssd.run import slurm
+from agssd.run.stop_signals import STOP
 from agssd.types import Interruptible, SavesOnRequest
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on

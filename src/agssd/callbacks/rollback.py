@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from agssd.callbacks.actions import record_action, stop_run
 from agssd.callbacks.collapse_alarms import Alarm
 from agssd.callbacks.standing import log_figures
-from agssd.checkpoints import HEALTHY, LAST, CheckpointFiles, check_whole, is_local, read_checkpoint
+from agssd.run.checkpoints import HEALTHY, LAST, CheckpointFiles, check_whole, is_local, read_checkpoint
 from agssd.types import Easeable
 
 _LOG = logging.getLogger(__name__)

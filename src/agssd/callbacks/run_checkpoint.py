@@ -15,8 +15,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from agssd.checkpoints import HEALTHY, LAST, CheckpointFiles, is_local, list_checkpoints, read_checkpoint, set_aside
 from agssd.distributed import all_max
+from agssd.run.checkpoints import HEALTHY, LAST, CheckpointFiles, is_local, list_checkpoints, read_checkpoint, set_aside
 
 _STEP = re.compile(r"step(\d+)\.ckpt$")
 
@@ -37,7 +37,7 @@ class RunCheckpoint(ModelCheckpoint):
         mode: whether a small (``min``) or large (``max``) metric is good.
         dirpath: another place for the checkpoints.
         keep_last: how many of the newest to keep, at least 1, or -1 for all; a torn one is replaced by the one before.
-        in_background: write while training goes on, see :class:`agssd.checkpoints.CheckpointFiles`.
+        in_background: write while training goes on, see :class:`agssd.run.checkpoints.CheckpointFiles`.
 
     Raises:
         ValueError: for ``keep_last`` 0.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agssd.run_state import ACTIONS, CHECKPOINTS, CONFIG, METRICS, STATE, WANDB_ID, lives, read_state
+from agssd.run.state import ACTIONS, CHECKPOINTS, CONFIG, METRICS, STATE, WANDB_ID, lives, read_state
 from agssd.types import PROBE_FIGURES
 
 _PARTS_OF_A_RUN = {CHECKPOINTS, "wandb", "panels", "captures", "tensorboard"}  # no runs lie in them

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agssd.commands._run_reader import config_files, read_config, read_config_file, read_curves
-from agssd.run_state import METRICS
+from agssd.run.state import METRICS
 
 Curves = dict[str, dict[int, float]]
 # How the global batch is cut; KoLeo, Sinkhorn and InfoNCE couple the samples of a part.

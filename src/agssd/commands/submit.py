@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 def _new_directory(config: str) -> Path:
     import time
 
-    from agssd.run_directory import RUNS
+    from agssd.run.directory import RUNS
 
     return Path(RUNS) / Path(config).stem / time.strftime("%Y%m%d-%H%M%S")
 
@@ -195,7 +195,7 @@ def _quoted(name: str, value: str | None) -> str:
 
 
 def _submit(script: str, directory: Path, new: bool) -> int:
-    from agssd.run_directory import unused
+    from agssd.run.directory import unused
 
     directory.mkdir(parents=True, exist_ok=True)
     path = unused(directory / "submit.sh")

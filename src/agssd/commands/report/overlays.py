@@ -90,8 +90,8 @@ def load_segmentation(run: Run) -> SegmentationTask:
     Raises:
         ValueError: if there is no checkpoint, or it is none of a segmentation.
     """
-    from agssd.checkpoints import read_checkpoint
     from agssd.commands.export import find_checkpoint
+    from agssd.run.checkpoints import read_checkpoint
     from agssd.tasks.encoders import load_encoder
     from agssd.tasks.segmentation import SegmentationTask
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agssd.commands import _run_reader
-from agssd.run_state import ACTIONS, METRICS
+from agssd.run.state import ACTIONS, METRICS
 
 HIDDEN = "‹not shown›"
 # Settings that name files, people or places, whatever their text looks like.

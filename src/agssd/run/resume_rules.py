@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 
-from agssd.checkpoint_artifacts import without_paths
+from agssd.run.artifacts import without_paths
 
 # What a run computes, as long as it is not named below; all schedules are shares of trainer.max_steps.
 RESUMED_UNCHANGED = ("seed_everything", "trainer", "model", "backbone", "views", "data", "mask_ratio", "ema_teacher")

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from agssd.checkpoint_artifacts import without_paths
+from agssd.run.artifacts import without_paths
 
 TENSORBOARD = "tensorboard"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from agssd.checkpoints import read_checkpoint
+from agssd.run.checkpoints import read_checkpoint
 from agssd.whole_file import whole_file
 
 TAKEN_OUT = "<path>"

@@ -18,12 +18,12 @@ import pytest
 import torch
 import yaml
 
-from agssd.checkpoint_artifacts import TAKEN_OUT, send_checkpoint, without_paths
 from agssd.cli import main
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import overlap, seen_record
-from agssd.resume_rules import differences
-from agssd.run_directory import QuietWandbLogger
+from agssd.run.artifacts import TAKEN_OUT, send_checkpoint, without_paths
+from agssd.run.resume_rules import differences
+from agssd.run.wandb import QuietWandbLogger
 
 SECRET = "DOE_JOHN"
 
@@ -170,7 +170,7 @@ def test_artifacts__interrupted_run_sends_nothing_and_a_failure_does_not_end_it(
     assert not run.sent
     (tmp_path / "checkpoints/step00000007.ckpt").write_bytes(b"torn")
     said: list[str] = []
-    monkeypatch.setattr("agssd.run_directory.rank_zero_info", said.append)
+    monkeypatch.setattr("agssd.run.wandb.rank_zero_info", said.append)
     logger.finalize("success")
     assert not run.sent and "step00000007.ckpt" in said[0] and "not sent" in said[0]
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from agssd import run_state
-from agssd.run_state import STATE, lives, read_state, refuse_beside_another, this_process, write_state
+from agssd.run.state import STATE, lives, read_state, refuse_beside_another, this_process, write_state
 
-WRITER = "import json, sys; from agssd.run_state import this_process; print(json.dumps(this_process()), flush=True); "
+WRITER = "import json, sys; from agssd.run.state import this_process; print(json.dumps(this_process()), flush=True); "
 
 
 def started(then: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
@@ -64,7 +63,7 @@ def test_lives__process_of_another_machine_is_alive_until_silent(every_s: float,
 
 
 def test_lives__without_proc_silence_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_state, "_machine", lambda: None)
+    monkeypatch.setattr("agssd.run.state._machine", lambda: None)
     state = {**this_process(), "machine": None, "every_s": 30.0}
     assert lives(state, 60.0) and not lives(state, 600.0)
 

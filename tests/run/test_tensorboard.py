@@ -13,10 +13,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agssd import tensorboard_run
 from agssd.callbacks.standing import log_figures
-from agssd.run_directory import RunCSVLogger
-from agssd.tensorboard_run import RunTensorBoardLogger
+from agssd.run import tensorboard
+from agssd.run.metrics_file import RunCSVLogger
+from agssd.run.tensorboard import RunTensorBoardLogger
 
 
 def of_tensorboard(directory: Path) -> dict[str, list[tuple[int, float]]]:
@@ -116,6 +116,6 @@ def test_tensorboard__hyperparameters_hold_no_path(tmp_path: Path) -> None:
 
 
 def test_tensorboard__not_installed_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorboard_run, "find_spec", lambda name: None)
+    monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"agssd\[tensorboard\]"):
         RunTensorBoardLogger(tmp_path)

@@ -15,8 +15,8 @@ import fsspec
 import pytest
 import torch
 
-from agssd import checkpoints
-from agssd.checkpoints import CheckpointFiles, check_whole, newest_checkpoint, read_checkpoint
+from agssd.run import checkpoints
+from agssd.run.checkpoints import CheckpointFiles, check_whole, newest_checkpoint, read_checkpoint
 
 
 def state(step: int) -> dict[str, Any]:
