@@ -90,7 +90,7 @@ def main(way: str, cache: Path, out: Path) -> None:
     callbacks: list[L.Callback] = [
         Watchdog(stalled_s=30 if way.startswith("stop") else 8, lost_s=3, grace_s=2, beat_s=0.5),
         LifeSign(every_s=0.5), NonFinite(), Wrong(way, cache, out), states,
-        RunCheckpoint(every_n_train_steps=2 if watched else 6, dirpath=str(out / "checkpoints")),
+        RunCheckpoint(2 if watched else 6, dirpath=str(out / "checkpoints"), in_background=not watched),
     ]  # fmt: skip
     if watched:  # every alarm of figures is off: four samples show little
         never = {"min_entropy_batch": 0.0, "max_share": 2.0, "min_information": -1.0, "min_feature_std": 0.0}
