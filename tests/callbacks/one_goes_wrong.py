@@ -38,7 +38,7 @@ class Wrong(L.Callback):
         self.way, self.cache, self.out = way, cache, out
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        first = trainer.global_step == WRONG_AT and not (self.out / "WRONG").exists()
+        first = trainer.global_step == WRONG_AT + 2 and not (self.out / "WRONG").exists()
         if self.way == "centre" and first and trainer.global_rank == 1:  # this rank's monitor alone sees it
             (self.out / "WRONG").write_text(str(time.time()))
             pl_module.centre.centre[0] = float("inf")

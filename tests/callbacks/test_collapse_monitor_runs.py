@@ -288,7 +288,11 @@ def run_hard(
     return train(cache=cache, out=out, callbacks=(keep,), **settings)
 
 
-@pytest.mark.parametrize("name", HARD)
+# one is enough of what `make test` shows: stopping is the same for each alarm
+FIRST = [pytest.param(name, marks=pytest.mark.slow if number else ()) for number, name in enumerate(HARD)]
+
+
+@pytest.mark.parametrize("name", FIRST)
 def test_collapse__stops_a_run_that_collapses(name: str, tiny_cache: Path, tmp_path: Path) -> None:
     _, done, trainer = run_hard(name, "stop", tiny_cache, tmp_path)
     (stop,) = (one for one in done if one["action"] == "stop")
