@@ -70,7 +70,7 @@ def fit(
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("kind", [DINO, AGSSD], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [DINO, pytest.param(AGSSD, marks=pytest.mark.slow)], ids=["DINO", "AGSSD"])
 def test_rollback__equals_a_run_resumed_by_hand_with_the_lower_temperature(
     kind: type[Any], accumulate: int, tiny_cache: Path, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """One rank of two: runs every recipe, or every alternative of one, in one process group and keeps what came out.
 
-Started by ``test_recipes.py`` with RANK-like variables of the environment set: ``two_ranks.py CACHE OUT alternatives|defaults``.
+Started by ``test_recipes.py`` with RANK-like variables of the environment set:
+``two_ranks.py CACHE OUT alternatives|defaults``.
 """
 
 from __future__ import annotations

@@ -49,14 +49,14 @@ class CollapseMonitor(StandingCallback):
     with a report. ``rollback``: before the next step weights, teacher, centres, optimiser and step go back to the last
     healthy checkpoint, on every rank alike, with a lower teacher temperature or learning rate; the stream of samples
     goes on, so that others come. Healthy is a checkpoint that was saved with no alarm standing, before the first sample
-    of the next report was collected, and that report had none either; it is kept as ``checkpoints/healthy.ckpt``. Which of the two is lowered is the alarm's matter: for
-    uniform outputs the temperature first, else the learning rate, and the other one when the same alarm comes again.
-    Each action is a sentence, a line of ``actions.jsonl`` and a row of metrics (``collapse/rollbacks``,
-    ``collapse/eased_lr``, ``collapse/eased_temperature``). Without a healthy checkpoint, or after ``max_rollbacks``,
-    the run is stopped instead.
+    of the next report was collected, and that report had none either; it is kept as ``checkpoints/healthy.ckpt``. Which
+    of the two is lowered is the alarm's matter: for uniform outputs the temperature first, else the learning rate, and
+    the other one when the same alarm comes again. Each action is a sentence, a line of ``actions.jsonl`` and a row of
+    metrics (``collapse/rollbacks``, ``collapse/eased_lr``, ``collapse/eased_temperature``). Without a healthy
+    checkpoint, or after ``max_rollbacks``, the run is stopped instead.
 
-    An alarm speaks when it begins, not while it lasts, and counts for all ranks, whichever has it. During the first ``grace`` of the run only figures that are not
-    finite alarm, because a fresh network looks collapsed.
+    An alarm speaks when it begins, not while it lasts, and counts for all ranks, whichever has it. During the first
+    ``grace`` of the run only figures that are not finite alarm, because a fresh network looks collapsed.
 
     Source: docs/method.md (b) 1, (b) 2, (c); thresholds from CVA's ``cw_std`` and DINOv2-3D-Med where named, else
     ours. Deviates: ``uniform_steps`` is at most a tenth of the run, so that short runs can alarm at all; and a term
