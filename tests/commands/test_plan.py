@@ -120,7 +120,7 @@ def run_of(**changed: object) -> Run:
     settings: dict[str, object] = {
         "max_steps": 1000,
         "global_batch": 1024,
-        "largest": 24,
+        "largest": dict.fromkeys(GPUS, 24),
         "seconds_per_sample": 0.1,
         "gradient_bytes": 400,
         "buffer_bytes": 0,
@@ -138,7 +138,7 @@ def test_row__keeps_the_global_batch_and_what_fits() -> None:
     assert row(run_of(), 1).micro_batch == 16, "the largest divisor of 1024 up to 24"
     assert "cannot be divided" in row(run_of(global_batch=96), 64).refused
     assert "cannot be divided" in row(run_of(global_batch=8), 64).refused
-    assert "not even one" in row(run_of(largest=0), 1).refused
+    assert "not even one" in row(run_of(largest=dict.fromkeys(GPUS, 0)), 1).refused
 
 
 def test_row__gpu_hours_do_not_depend_on_the_number_where_communication_is_free() -> None:
@@ -159,10 +159,16 @@ def test_row__a_slow_link_costs_what_it_must_send() -> None:
 
 def test_row__buffers_are_sent_once_per_step_however_it_is_cut() -> None:
     for gpus in GPUS[1:]:
-        without = row(run_of(largest=1), gpus)
-        found = row(run_of(largest=1, buffer_bytes=70), gpus)
+        without = row(run_of(largest=dict.fromkeys(GPUS, 1)), gpus)
+        found = row(run_of(largest=dict.fromkeys(GPUS, 1), buffer_bytes=70), gpus)
         assert found.accumulate == 1024 // gpus and found.sent_bytes == without.sent_bytes + 70
     assert row(run_of(buffer_bytes=70), 1).sent_bytes == 0
+
+
+def test_row__sharded_weights_are_gathered_for_every_micro_batch() -> None:
+    for gpus in GPUS:
+        found = row(run_of(largest=dict.fromkeys(GPUS, 2), gathered_bytes=1000), gpus)
+        assert found.sent_bytes == round(1024 / gpus / 2 * (gpus - 1) / gpus * 1400)
 
 
 # ----------------------------------------------------------------- commands
@@ -262,3 +268,30 @@ def test_plan__largest_fits_and_one_more_does_not() -> None:
         )
 
     assert together(largest) <= 512 < together(largest + 1)
+
+
+@pytest.mark.slow
+def test_plan__fsdp2_holds_parts_and_what_it_gathers() -> None:
+    """On n devices 1/n of what stands, as tests/ddp/test_sharded.py finds, and the same gathered on any number."""
+
+    def parts(*arguments: str) -> dict[str, float]:
+        text = plan(*AGSSD, "--device", "cpu", *arguments)
+        found = re.findall(r"^  (weights|teacher|gradients|gathered parts.*?|together) +([\d.]+) MiB$", text, re.M)
+        return {name: float(value) for name, value in found}
+
+    sharded = ["--trainer.strategy", "agssd.sharding.ShardedStrategy", "--data.global_batch_size"]
+    one = parts("--data.global_batch_size", "2")
+    two = parts(*sharded, "4", "--trainer.devices", "2")
+    eight = parts(*sharded, "16", "--trainer.devices", "8")
+    for name in ("weights", "teacher"):
+        assert two[name] == pytest.approx(one[name] / 2, abs=0.1)
+        assert eight[name] == pytest.approx(one[name] / 8, abs=0.1)
+    assert two["gathered parts (FSDP2)"] == eight["gathered parts (FSDP2)"] > 0
+    assert eight["together"] < two["together"]
+    text = plan(*AGSSD, "--device", "cpu", *sharded, "1024", "--trainer.devices", "8", "--memory-gib", "0.2",
+                "--link-gb-s", "1", "--tflops", "1")  # fmt: skip
+    largest = [
+        int(size) for size in re.findall(r"(\d+) on \d+", text.split("by the number of GPUs: ")[1].split("\n")[0])
+    ]
+    assert len(largest) == len(GPUS) and largest == sorted(largest) and largest[-1] > largest[0]
+    assert "FSDP2 over a ring" in text and "planned as DDP" not in text

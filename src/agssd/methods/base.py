@@ -257,7 +257,7 @@ class PretrainModule(L.LightningModule, ABC):
         """
         if stage != "fit" or not self.compile_encoder:
             return
-        for encoder in self._encoders():
+        for encoder in self.encoders():
             encoder.compile_blocks()
 
     def configure_model(self) -> None:
@@ -273,11 +273,12 @@ class PretrainModule(L.LightningModule, ABC):
             raise ValueError("model.compile is true, which ShardedStrategy was never tried with; set it to false")
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         last_layers = [names[id(parameter)] for parameter in self.last_layers]
-        parts = [part for encoder in self._encoders() for part in encoder.shardable_parts()]
+        parts = [part for encoder in self.encoders() for part in encoder.shardable_parts()]
         shard(self.to(torch.device(self._device_mesh.device_type)), parts, _STEPS, self._device_mesh["data_parallel"])
         self.last_layers = tuple(self.get_parameter(name) for name in last_layers)
 
-    def _encoders(self) -> list[Backbone]:
+    def encoders(self) -> list[Backbone]:
+        """Return the student's encoder, and the teacher's where there is one."""
         networks = (self.student, self.teacher) if self.has_teacher else (self.student,)
         return [cast(Backbone, network["backbone"]) for network in networks]
 

@@ -144,12 +144,14 @@ class _Plan:
         self.channels = self.model.student["backbone"].in_channels
         self.batch = self._micro_batch()
         self.assumptions: list[str] = []
+        strategy = fit.settings.trainer.strategy
+        self.strategy = strategy if isinstance(strategy, str) else strategy.class_path
+        self.sharded = self.strategy.rpartition(".")[2] == "ShardedStrategy"
         self.forecast: Forecast = Forecast(self.model, step, self.channels, self.data.parent_vox)
 
-    def _micro_batch(self) -> int:
+    def _devices(self) -> int:
+        """Return how many devices the command line names, all machines together."""
         import torch
-
-        from agssd.data_modules.sampling import micro_batch_size
 
         trainer = self.fit.settings.trainer
         devices = trainer.devices
@@ -157,8 +159,12 @@ class _Plan:
             devices = int(devices)
         if devices in ("auto", -1):
             devices = max(torch.cuda.device_count(), 1) if self.device == "cuda" else 1
-        count = len(devices) if isinstance(devices, list) else int(devices)
-        return micro_batch_size(self.data.global_batch_size, count * trainer.num_nodes, self.step.accumulate)
+        return (len(devices) if isinstance(devices, list) else int(devices)) * int(trainer.num_nodes)
+
+    def _micro_batch(self) -> int:
+        from agssd.data_modules.sampling import micro_batch_size
+
+        return micro_batch_size(self.data.global_batch_size, self._devices(), self.step.accumulate)
 
     def show(self) -> None:
         """Print everything."""
@@ -170,7 +176,7 @@ class _Plan:
             "two; making views and the optimiser's step are not among them"
         )
         peak = self._memory()
-        measured = self._measured(peak)
+        measured = self._measured(self.forecast.memory(self.batch).total() if self.sharded else peak)
         largest = self._largest(peak)
         self._scaling(flops, largest, measured)
         print("\nassumptions")
@@ -192,8 +198,10 @@ class _Plan:
     def _memory(self) -> int:
         from agssd.commands.plan.forecast import PARTS
 
-        peak = self.forecast.memory(self.batch)
-        print(f"\nmemory at the peak of a step, {self.batch} sample(s) per micro-batch")
+        spread_over = self._devices() if self.sharded else None
+        peak = self.forecast.memory(self.batch, spread_over)
+        place = "" if spread_over is None else f", one of {spread_over} devices"
+        print(f"\nmemory at the peak of a step, {self.batch} sample(s) per micro-batch{place}")
         for part in PARTS:
             if peak[part]:
                 print(f"  {part:<27} {peak[part] / 2**20:>10.1f} MiB")
@@ -209,6 +217,11 @@ class _Plan:
             + (", with the optimiser's foreach form as on CUDA" if self.step.foreach else ""),
             "views are made from synthetic crops of 1 and 2 samples; any other batch is a straight line through both",
         ]
+        if spread_over is not None:
+            self.assumptions.append(
+                "FSDP2 holds weights, teacher, gradients and moments in equal parts, and whole: what is not a block of "
+                "the encoder, with its gradients, and of the largest block the weights, the gradients and the next one"
+            )
         if self.forecast.guessed:
             self.assumptions.append(f"{self.forecast.guessed} numbers that depend on the data were taken as 1")
         if self.model.compile_encoder:
@@ -224,16 +237,32 @@ class _Plan:
 
     def _bucket_bytes(self) -> int:
         """Return what DDP copies gradients into, unless they are views of its buckets."""
-        strategy, trainer = self.fit.settings.trainer.strategy, self.fit.settings.trainer
-        name = strategy if isinstance(strategy, str) else strategy.class_path
+        strategy, name = self.fit.settings.trainer.strategy, self.strategy
         if "ddp" not in name.lower():
-            if name not in ("auto", "single_device"):
+            if name not in ("auto", "single_device") and not self.sharded:
                 self.assumptions.append(f"trainer.strategy {name} is planned as DDP, every device holding everything")
             return 0
-        if trainer.devices in (1, "1") and trainer.num_nodes == 1:
+        if self._devices() == 1:
             return 0
         as_view = not isinstance(strategy, str) and strategy.init_args.get("gradient_as_bucket_view", False)
         return 0 if as_view else self._gradient_bytes()
+
+    def _gathered_bytes(self) -> int:
+        """Return what FSDP2 gathers per micro-batch: the student in both passes, the teacher in one."""
+        trained = self._gradient_bytes()
+        return trained + sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def _traffic(self) -> str:
+        of_losses = "what recipes gather for their losses is not counted"
+        if not self.sharded:
+            return (
+                "DDP over a ring: every GPU sends 2 (n - 1) / n times its gradients per step, in their own precision, "
+                f"and buffers once; {of_losses}"
+            )
+        return (
+            "FSDP2 over a ring: every GPU sends (n - 1) / n times, per micro-batch, the student's weights twice, the "
+            f"teacher's once and the gradients once, in full precision; {of_losses}"
+        )
 
     def _gradient_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
@@ -262,12 +291,13 @@ class _Plan:
             f"planned {100 * (peak / measured.bytes - 1):+.1f} %; {measured.seconds:.3f} s per micro-batch"
         )
         self.assumptions.append(
-            "measured with synthetic crops, reading excluded, on this machine: "
+            "measured with synthetic crops, reading excluded, on this machine"
+            + (", one device that holds everything, as did the plan it is held to: " if self.sharded else ": ")
             + ("resident memory above what libraries hold" if self.device == "cpu" else "torch's allocated memory")
         )
         return measured
 
-    def _largest(self, peak: int) -> int | None:
+    def _largest(self, peak: int) -> dict[int, int] | None:
         import torch
 
         gib = self.arguments.memory_gib
@@ -276,9 +306,16 @@ class _Plan:
         if gib is None:
             self.assumptions.append("every micro-batch is taken to fit (--memory-gib was not given)")
             return None
+        from agssd.commands.plan.scaling import GPUS
+
         budget = gib * _GIB * (1 - self.arguments.reserve) - self._bucket_bytes()
-        largest = self.forecast.largest(budget, {self.batch: peak})
-        print(f"\nlargest micro-batch in {gib:.4g} GiB: {largest} sample(s)")
+        if self.sharded:
+            largest = {gpus: self.forecast.largest(budget, {}, gpus) for gpus in GPUS}
+            told = ", ".join(f"{size} on {gpus}" for gpus, size in largest.items())
+            print(f"\nlargest micro-batch in {gib:.4g} GiB, by the number of GPUs: {told}")
+        else:
+            largest = dict.fromkeys(GPUS, self.forecast.largest(budget, {self.batch: peak}))
+            print(f"\nlargest micro-batch in {gib:.4g} GiB: {largest[1]} sample(s)")
         self.assumptions.append(
             f"{100 * self.arguments.reserve:.0f} % of the device's memory are kept free (--reserve) for the libraries' "
             "own, communication and fragmentation"
@@ -287,7 +324,7 @@ class _Plan:
 
     # ----------------------------------------------------------------- time
 
-    def _scaling(self, flops: float, largest: int | None, measured: Measured | None) -> None:
+    def _scaling(self, flops: float, largest: dict[int, int] | None, measured: Measured | None) -> None:
         from agssd.commands.plan.scaling import GPUS, Run, row
 
         seconds = None
@@ -310,6 +347,7 @@ class _Plan:
             buffers,
             None if link is None else link * 1e9,
             self._bytes_per_sample(),
+            self._gathered_bytes() if self.sharded else None,
         )
         print(f"\n{self.step.max_steps:,} steps of {self.data.global_batch_size} samples on")
         print(
@@ -321,8 +359,7 @@ class _Plan:
         if seconds is None:
             self.assumptions.append("the speed is not known: give --measure on such a device, or --tflops")
         self.assumptions += [
-            "DDP over a ring: every GPU sends 2 (n - 1) / n times its gradients per step, in their own precision, and "
-            "buffers once; what recipes gather for their losses is not counted",
+            self._traffic(),
             "communication takes no time (--link-gb-s was not given)"
             if link is None
             else f"each GPU sends {link} GB/s (--link-gb-s), and nothing of it hides behind the backward pass",

@@ -18,8 +18,9 @@ from agssd.types import Triple
 
 WEIGHTS, TEACHER, GRADIENTS, OPTIMISER = "weights", "teacher", "gradients", "optimiser"
 INPUTS, ENCODER, HEADS = "views and inputs", "encoder activations", "heads, logits, losses"
-BACKWARD = "backward temporaries"
-PARTS = (WEIGHTS, TEACHER, GRADIENTS, OPTIMISER, INPUTS, ENCODER, HEADS, BACKWARD)
+BACKWARD, GATHERED = "backward temporaries", "gathered parts (FSDP2)"
+STANDING = (WEIGHTS, TEACHER, GRADIENTS, OPTIMISER)  # what FSDP2 spreads
+PARTS = (WEIGHTS, TEACHER, GRADIENTS, OPTIMISER, INPUTS, ENCODER, HEADS, BACKWARD, GATHERED)
 _PART_OF_STAGE: dict[Stage, str] = {
     "views": INPUTS,
     "forward": HEADS,
@@ -96,10 +97,15 @@ class Forecast:
             loss.backward()
         return float(counter.get_total_flops() / batch)
 
-    def memory(self, batch: int) -> Counter[str]:
-        """Return bytes by part at the peak of an optimiser step with micro-batches of ``batch`` samples."""
+    def memory(self, batch: int, spread_over: int | None = None) -> Counter[str]:
+        """Return bytes by part at the peak of an optimiser step with micro-batches of ``batch`` samples.
+
+        Args:
+            batch: samples.
+            spread_over: devices on which FSDP2 spreads weights, teacher, gradients and moments; None for DDP.
+        """
         self._forget_gradients()
-        ledger = Ledger()
+        ledger = Ledger({} if spread_over is None else dict.fromkeys(STANDING, 1 / spread_over))
         model = self.model
         for tensor in (*model.parameters(), *model.buffers()):
             ledger.count(tensor, WEIGHTS)
@@ -136,7 +142,18 @@ class Forecast:
             for handle in handles:
                 handle.remove()
         self.guessed = max(self.guessed, ledger.guessed)
-        return ledger.peak
+        return ledger.peak if spread_over is None else ledger.peak + Counter({GATHERED: self._gathered()})
+
+    def _gathered(self) -> int:
+        """Return the bytes that FSDP2 holds whole beside the parts of a device.
+
+        A block with its gradient and the next one on its way; and what belongs to no block, for the whole of a step.
+        """
+        blocks = [part for encoder in self.model.encoders() for part in encoder.shardable_parts()]
+        in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
+        rest = [parameter for parameter in self.model.parameters() if id(parameter) not in in_blocks]
+        largest = max((sum(map(_bytes, block.parameters())) for block in blocks), default=0)
+        return sum(map(_bytes, rest)) + sum(_bytes(one) for one in rest if one.requires_grad) + 3 * largest
 
     def _encoder_parts(self) -> dict[nn.Module, str]:
         networks = [self.model.student, *([self.model.teacher] if self.model.has_teacher else [])]
@@ -146,17 +163,18 @@ class Forecast:
         for parameter in self.model.parameters():
             parameter.grad = None
 
-    def largest(self, budget: float, known: dict[int, int]) -> int:
+    def largest(self, budget: float, known: dict[int, int], spread_over: int | None = None) -> int:
         """Return the largest micro-batch whose peak is at most ``budget`` bytes, 0 if not even one sample fits.
 
         Args:
             budget: bytes.
             known: peaks in bytes by batch; what is found out is added.
+            spread_over: as in :meth:`memory`.
         """
 
         def peak(batch: int) -> int:
             if batch not in known:
-                known[batch] = self.memory(batch).total()
+                known[batch] = self.memory(batch, spread_over).total()
             return known[batch]
 
         if peak(1) > budget:
@@ -176,6 +194,10 @@ class Forecast:
 
 
 _MAX_BATCH = 4096
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _count_gradient(ledger: Ledger, parameter: Tensor) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, cast
@@ -22,14 +23,17 @@ class Ledger(TorchDispatchMode):
 
     Storages that several tensors share count once. What a kernel allocates for itself and frees again is not seen.
 
+    Args:
+        share: of the bytes of a part that this device holds, where it is not all of them.
+
     Attributes:
         part: to which new storages are counted.
-        live: bytes by part, now.
-        peak: bytes by part when their sum was largest, since :meth:`start`.
+        live: bytes by part, now; of all devices where a part is shared.
+        peak: bytes by part that this device held when their sum was largest, since :meth:`start`.
         guessed: numbers that an operation on fake tensors was asked for and that it cannot know; they read 1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: Mapping[str, float] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
         self.part = "other"
         self.live: Counter[str] = Counter()
@@ -37,10 +41,11 @@ class Ledger(TorchDispatchMode):
         self.guessed = 0
         self._largest = 0
         self._part_of: dict[int, tuple[str, int]] = {}
+        self._share = dict(share or {})
 
     def start(self) -> None:
         """Forget the peak so far."""
-        self.peak, self._largest = Counter(self.live), self.live.total()
+        self.peak, self._largest = self._held(), self._held().total()
 
     def count(self, tensor: Tensor, part: str) -> None:
         """Count the storage of ``tensor`` to ``part``, wherever it was counted before."""
@@ -54,8 +59,11 @@ class Ledger(TorchDispatchMode):
             weakref.finalize(storage, self._forget, key).atexit = False
         self._part_of[key] = part, size
         self.live[part] += size
-        if (total := self.live.total()) > self._largest:
-            self.peak, self._largest = Counter(self.live), total
+        if (total := self._held().total() if self._share else self.live.total()) > self._largest:
+            self.peak, self._largest = self._held(), total
+
+    def _held(self) -> Counter[str]:
+        return Counter({part: math.ceil(size * self._share.get(part, 1)) for part, size in self.live.items()})
 
     def _forget(self, key: int) -> None:
         part, size = self._part_of.pop(key)
