@@ -249,8 +249,7 @@ class _Plan:
 
     def _gathered_bytes(self) -> int:
         """Return what FSDP2 gathers per micro-batch: the student in both passes, the teacher in one."""
-        trained = self._gradient_bytes()
-        return trained + sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return self._gradient_bytes() + sum(int(p.numel() * p.element_size()) for p in self.model.parameters())
 
     def _traffic(self) -> str:
         of_losses = "what recipes gather for their losses is not counted"
