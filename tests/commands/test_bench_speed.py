@@ -122,6 +122,7 @@ def test_with_slurm__parts_add_up_to_the_whole(tmp_path: Path) -> None:
     assert 0 < saved.value < 60 and queued.value > 0 and started.value > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(missing()), reason="no SLURM on this machine")
 def test_with_slurm__a_job_that_fails_is_told_at_once(tmp_path: Path) -> None:
     config = _bench_preemption._write_config(torch.device("cpu"), tmp_path)  # whose cache is no cache

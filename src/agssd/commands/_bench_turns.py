@@ -25,6 +25,7 @@ class Turns(Callback):
         self._ending = self._ended = False
         self._steps = 0  # left of this turn
         self._began = self._took = (0.0, 0.0)
+        self._batches: list[Any] = []  # of the step under way
 
     def begin(self, fit: Callable[[], object]) -> None:
         """Start ``fit`` and wait until its first step could be taken."""
@@ -73,6 +74,12 @@ class Turns(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait for the first turn."""
         self._pause(trainer, pl_module.device)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Hold the batch till the next: freeing it, which every training does, is no hook's cost."""
+        self._batches = list(getattr(pl_module, "parents", None) or [])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
