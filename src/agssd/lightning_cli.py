@@ -25,20 +25,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from agssd.callbacks.actions import RunStopped
 from agssd.callbacks.best_checkpoint import BestCheckpoint
-from agssd.callbacks.collapse_monitor import CollapseMonitor
-from agssd.callbacks.data_stream import DataStream
-from agssd.callbacks.ema_teacher import EMATeacher
-from agssd.callbacks.life_sign import LifeSign
-from agssd.callbacks.mask_ratio import MaskRatioSchedule
-from agssd.callbacks.non_finite import NonFinite
-from agssd.callbacks.online_probe import OnlineProbe
+from agssd.callbacks.every_run import STANDING
 from agssd.callbacks.preemption import Preempted, Preemption
 from agssd.callbacks.progress import Progress
 from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.callbacks.standing import StandingCallback
-from agssd.callbacks.throughput import Throughput
-from agssd.callbacks.view_panels import ViewPanels
-from agssd.callbacks.watchdog import Watchdog
 from agssd.command_line import refuse_missing_parts, refuse_repeated_cache, refuse_two_models
 from agssd.models.backbone import Backbone
 from agssd.run import slurm
@@ -58,18 +49,6 @@ from agssd.run.tensorboard import RunTensorBoardLogger
 from agssd.run.wandb import WandbRun
 from agssd.transforms.crops import OverlapCrops
 
-STANDING: dict[str, type[Callback]] = {
-    "ema_teacher": EMATeacher,
-    "mask_ratio": MaskRatioSchedule,
-    "collapse_monitor": CollapseMonitor,
-    "non_finite": NonFinite,
-    "view_panels": ViewPanels,
-    "throughput": Throughput,
-    "data_stream": DataStream,
-    "online_probe": OnlineProbe,
-    "watchdog": Watchdog,
-    "life_sign": LifeSign,
-}
 _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning on newer torch
     r".*module\(s\) in eval mode at the start of training.*",  # the teacher, a frozen encoder

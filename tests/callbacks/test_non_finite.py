@@ -322,7 +322,7 @@ def test_replay__repeats_the_loss_of_the_step_bit_for_bit(tiny_cache: Path, tmp_
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)
             seen.append(loss.detach())
-            self._guard.local = self._guard.local * float("nan") if self.trainer.global_step == 5 else self._guard.local
+            self.guard.local = self.guard.local * float("nan") if self.trainer.global_step == 5 else self.guard.local
             return loss
 
     fit(Whole, tiny_cache, tmp_path, NonFinite(), config_of(AGSSD))

@@ -44,12 +44,12 @@ class Runs:
         where = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
         self.cluster.write_text(yaml.safe_dump({"trainer": where}))
 
-    def environment(self, step_s: float = 0.0) -> dict[str, str]:
-        """Return the variables of a process whose steps take ``step_s`` seconds."""
+    def environment(self, step_s: float = 0.0, **more: str) -> dict[str, str]:
+        """Return the variables of a process whose steps take ``step_s`` seconds, and ``more`` of them."""
         source = str(HERE.parents[1] / "src")
         paths = os.pathsep.join([str(HERE), source, os.environ.get("PYTHONPATH", "")])
         lean = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-        return {**os.environ, **lean, "PYTHONPATH": paths, "TOY_STEP_S": str(step_s)}
+        return {**os.environ, **lean, "PYTHONPATH": paths, "TOY_STEP_S": str(step_s), **more}
 
     def arguments(self, run: str, *more: str) -> list[str]:
         """Return ``fit`` and its arguments for the run of that name."""

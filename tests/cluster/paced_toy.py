@@ -1,4 +1,4 @@
-"""A student with a teacher whose steps take as long as TOY_STEP_S says, so that a test can strike between them."""
+"""A student with a teacher whose steps take as long as a test needs them to, so that it can strike between them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from agssd.models.ema import update_ema
+from agssd.run import slurm
+from agssd.run.stop_signals import STOP
 
 
 class PacedToy(L.LightningModule):
@@ -29,8 +31,13 @@ class PacedToy(L.LightningModule):
         update_ema(self.student, self.teacher, momentum)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Take TOY_STEP_S seconds over a step; TOY_ENDLESS=RANK:STEP never ends, TOY_RAISE=STEP fails on every rank."""
+        """Take TOY_STEP_S seconds over a step; TOY_ENDLESS=RANK:STEP never ends, TOY_RAISE=STEP fails on every rank.
+
+        TOY_HOLD=STEP ends in the first start of a SLURM job not before this rank is told to stop.
+        """
         time.sleep(float(os.environ.get("TOY_STEP_S", "0")))
+        while os.environ.get("TOY_HOLD") == str(self.global_step) and STOP.received is None and not slurm.restarts():
+            time.sleep(0.01)
         if os.environ.get("TOY_ENDLESS") == f"{self.global_rank}:{self.global_step}":
             endless()
         if os.environ.get("TOY_RAISE") == str(self.global_step):

@@ -17,6 +17,8 @@ from paced_runs import STEPS, Runs
 from agssd.commands._slurm_of_one_machine import OneMachine
 
 pytestmark = pytest.mark.ddp
+HOLD = 6  # the step
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "PREEMPTED", "TIMEOUT", "NODE_FAIL")
 
 
 def wait(until: Callable[[], object], what: str, log: Path, seconds: float = 240.0) -> None:
@@ -26,11 +28,12 @@ def wait(until: Callable[[], object], what: str, log: Path, seconds: float = 240
         time.sleep(0.2)
 
 
-def submit(runs: Runs, slurm: OneMachine, run: str, step_s: float, *flags: str) -> tuple[str, Path]:
-    """Submit a run; return its job and its log."""
+def submit(runs: Runs, slurm: OneMachine, run: str, *flags: str) -> tuple[str, Path]:
+    """Submit a run that stays in a step until it is told to stop, however long that takes; return its job and log."""
     command = [sys.executable, "-m", "agssd", "submit", "--config", str(runs.experiment), "--cluster"]
     command += [str(runs.cluster), "--trainer.default_root_dir", str(runs.folder / run), *flags]
-    environment = {**runs.environment(step_s), **{key: slurm.environment[key] for key in ("PATH", "SLURM_CONF")}}
+    of_slurm = {key: slurm.environment[key] for key in ("PATH", "SLURM_CONF")}
+    environment = runs.environment(TOY_HOLD=str(HOLD), **of_slurm)
     done = subprocess.run(command, env=environment, cwd=runs.folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = re.match(r"job (\d+), run directory ", done.stdout)
@@ -38,6 +41,11 @@ def submit(runs: Runs, slurm: OneMachine, run: str, step_s: float, *flags: str) 
     log = runs.folder / run / f"slurm-{found[1]}.log"
     assert f"squeue --job {found[1]}" in done.stdout and f"/slurm-{found[1]}.log" in done.stdout
     return found[1], log
+
+
+def wait_for_steps(runs: Runs, slurm: OneMachine, run: str, job: str, log: Path, steps: int) -> None:
+    wait(lambda: len(runs.steps(run)) >= steps or slurm.state(job) in ENDS, f"{steps} steps", log)
+    assert len(runs.steps(run)) >= steps, log.read_text()
 
 
 def hasten(slurm: OneMachine, job: str, log: Path, *changes: str) -> None:
@@ -49,18 +57,18 @@ def hasten(slurm: OneMachine, job: str, log: Path, *changes: str) -> None:
 def test_slurm__signalled_job_is_requeued_and_ends_like_an_undisturbed_one(
     runs: Runs, slurm: OneMachine, record_property: Callable[[str, object], None]
 ) -> None:
-    job, log = submit(runs, slurm, "signalled", 0.3, "--wandb.mode", "offline")
-    wait(lambda: len(runs.steps("signalled")) >= 3, "three steps", log)
+    job, log = submit(runs, slurm, "signalled", "--wandb.mode", "offline")
+    wait_for_steps(runs, slurm, "signalled", job, log, 3)
     slurm.call("scancel", "--signal=USR1", job, check=True)
     told = time.monotonic()
     wait(lambda: "back in the queue" in log.read_text(), "requeued", log)
     record_property("printed", f"SLURM: back in the queue {time.monotonic() - told:.1f} s after the signal")
     hasten(slurm, job, log)
-    wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), "the end", log)
+    wait(lambda: slurm.state(job) in ENDS, "the end", log)
     assert slurm.state(job) == "COMPLETED", log.read_text()
     said = log.read_text()
     ((stopped, seconds),) = re.findall(r"stopped after step (\d+), ([\d.]+) s after the signal; job", said)
-    assert 3 <= int(stopped) < STEPS and float(seconds) < 60 and "ends because of another" not in said
+    assert 3 <= int(stopped) <= HOLD + 1 and float(seconds) < 60 and "ends because of another" not in said
     assert f"SLURM job {job}, started for the 2. time" in said and f"step {stopped} of {STEPS}" in said
     runs.assert_equal("signalled", "undisturbed")
     folder = runs.folder / "signalled"
@@ -71,8 +79,8 @@ def test_slurm__signalled_job_is_requeued_and_ends_like_an_undisturbed_one(
 
 @pytest.mark.slow
 def test_slurm__cancelled_job_is_saved_and_stays_cancelled(runs: Runs, slurm: OneMachine) -> None:
-    job, log = submit(runs, slurm, "cancelled", 0.3, "--partition", "low", "--wandb.mode", "offline")
-    wait(lambda: len(runs.steps("cancelled")) >= 2, "two steps", log)
+    job, log = submit(runs, slurm, "cancelled", "--partition", "low", "--wandb.mode", "offline")
+    wait_for_steps(runs, slurm, "cancelled", job, log, 2)
     script = str(runs.folder / "cancelled/submit.sh")
     second = slurm.call("sbatch", "--parsable", script, check=True)  # the same run directory
     wait(lambda: slurm.fields(second).get("Reason") == "Dependency", "the second job waits for the first", log, 30)
@@ -87,25 +95,26 @@ def test_slurm__cancelled_job_is_saved_and_stays_cancelled(runs: Runs, slurm: On
 
 @pytest.mark.slow
 def test_slurm__job_that_is_preempted_without_grace_goes_on_by_itself(runs: Runs, slurm: OneMachine) -> None:
-    job, log = submit(runs, slurm, "preempted", 0.3, "--partition", "low", "--wandb.mode", "offline")
-    wait(lambda: len(runs.steps("preempted")) >= 2, "two steps", log)
-    first = slurm.call("sbatch", "--parsable", "--partition=high", "--exclusive", "--wrap=sleep 3", check=True)
+    job, log = submit(runs, slurm, "preempted", "--partition", "low", "--wandb.mode", "offline")
+    wait_for_steps(runs, slurm, "preempted", job, log, 2)
+    urgent = ["--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
+    first = slurm.call("sbatch", "--parsable", *urgent, check=True)
     wait(lambda: slurm.state(first) == "COMPLETED", "the job with priority", log)
     assert f"job {job} is back in the queue" in log.read_text(), log.read_text()
     assert slurm.state(job) == "PENDING"
     hasten(slurm, job, log)
-    wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "PREEMPTED", "TIMEOUT"), "the end", log)
+    wait(lambda: slurm.state(job) in ENDS, "the end", log)
     assert slurm.state(job) == "COMPLETED", log.read_text()
     runs.assert_equal("preempted", "undisturbed")
 
 
 @pytest.mark.slow
 def test_slurm__job_whose_time_is_up_goes_on_by_itself(runs: Runs, slurm: OneMachine) -> None:
-    # a signal within 30 s of the start, and time to start and save also where the machine is busy
-    job, log = submit(runs, slurm, "limited", 3.0, "--time", "3", "--signal-seconds", "150")
-    wait(lambda: "back in the queue" in log.read_text(), "requeued", log)
+    # SLURM looks every 30 s and signals up to 30 s early: 30 to 60 s after the start, so that the run listens by then
+    job, log = submit(runs, slurm, "limited", "--time", "3", "--signal-seconds", "120")
+    wait(lambda: log.is_file() and "back in the queue" in log.read_text(), "requeued", log)
     hasten(slurm, job, log, "TimeLimit=60")
-    wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), "the end", log)
+    wait(lambda: slurm.state(job) in ENDS, "the end", log)
     assert slurm.state(job) == "COMPLETED", log.read_text()
     assert log.read_text().count("back in the queue") == 1
     runs.assert_equal("limited", "undisturbed")

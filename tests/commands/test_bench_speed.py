@@ -12,7 +12,9 @@ import torch
 
 from agssd.commands import _bench_preemption
 from agssd.commands import bench_speed as bench
-from agssd.commands._bench_preemption import Seconds
+from agssd.commands._bench_probe import write_cache
+from agssd.commands._bench_rows import Figure
+from agssd.commands._slurm_of_one_machine import missing
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -78,17 +80,22 @@ def test_time_probe__seconds_of_probes_and_of_the_default_interval(
         assert probe > 0.5 and steps > 0
 
 
-def test_run__times_that_stand_alone_are_told_with_why_they_are_missing(
+def test_run__figures_that_stand_alone_are_told_with_why_they_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    times = [Seconds("signal to saved run", 1.25, "one process"), Seconds("requeued", None, "no SLURM here")]
-    monkeypatch.setattr(bench, "_cases", lambda *_: iter(times))
+    figures = [
+        Figure("signal to saved run", 1.25, "s", "one process"),
+        Figure("requeued", None, "s", "no SLURM here"),
+        Figure("CPU time", 0.456, "%", "of a step"),
+    ]
+    monkeypatch.setattr(bench, "_cases", lambda *_: iter(figures))
     assert bench.run(arguments("--rounds", "1", "--out", str(tmp_path))) == 0
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [row["seconds"] for row in rows] == [1.25, None]
+    assert [row["value"] for row in rows] == [1.25, None, 0.456]
     said = capsys.readouterr().out
     assert re.search(r"signal to saved run +1\.2 s +one process", said)
-    assert re.search(r"requeued +not measured +no SLURM here", said)
+    assert re.search(r"requeued +not measured: +no SLURM here", said)
+    assert re.search(r"CPU time +0\.46 % +of a step", said)
 
 
 @pytest.mark.slow
@@ -97,7 +104,29 @@ def test_time_preemption__a_run_is_saved_within_its_limit_and_goes_on(
 ) -> None:
     monkeypatch.setattr(_bench_preemption, "missing", lambda: "sbatch")
     saved, again, queued = _bench_preemption.time_preemption(torch.device("cpu"), tmp_path)
-    assert saved.seconds is not None and 0 < saved.seconds < 60
-    assert again.seconds is not None and again.seconds > 0
-    assert queued.seconds is None and "sbatch not found" in queued.note
+    assert saved.value is not None and 0 < saved.value < 60
+    assert again.value is not None and again.value > 0
+    assert queued.value is None and "sbatch not found" in queued.note
     assert len(list((tmp_path / "plain/checkpoints").glob("step*.ckpt"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason="no SLURM on this machine")
+def test_with_slurm__parts_add_up_to_the_whole(tmp_path: Path) -> None:
+    config = _bench_preemption._write_config(torch.device("cpu"), tmp_path)
+    write_cache(tmp_path / "preemption.h5")
+    saved, queued, waits, started, whole = _bench_preemption._with_slurm(config, tmp_path)
+    assert saved.value is not None and queued.value is not None and started.value is not None
+    assert waits.value is not None and 60 < waits.value < 200  # which it is spared
+    assert whole.value == pytest.approx(saved.value + queued.value + started.value)
+    assert 0 < saved.value < 60 and queued.value > 0 and started.value > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason="no SLURM on this machine")
+def test_with_slurm__a_job_that_fails_is_told_at_once(tmp_path: Path) -> None:
+    config = _bench_preemption._write_config(torch.device("cpu"), tmp_path)  # whose cache is no cache
+    (tmp_path / "preemption.h5").write_bytes(b"torn")
+    (figure,) = _bench_preemption._with_slurm(config, tmp_path)
+    assert figure.value is None
+    assert "ended before its first steps" in figure.note

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from agssd.models import step_guard
 from agssd.models.ema import update_ema
-from agssd.models.step_guard import StepGuard
+from agssd.models.step_guard import NoStepGuard, StepGuard
 
 
 class Net(nn.Module):
@@ -114,3 +114,17 @@ def test_step_guard__remembers_which_buffers_move_and_finds_them_where_they_are_
             net.count += 1
         assert float(net.count) == value
     assert len(walks) == 1
+
+
+def test_no_step_guard__leaves_gradients_and_buffers_to_the_optimiser_alone() -> None:
+    net, guard = Net(), NoStepGuard()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    (net.layer(torch.randn(4, 5)).sum() * float("nan")).backward()
+    nan = torch.tensor(float("nan"))
+    assert torch.isnan(guard.observe(nan, nan.reshape(1))).all()
+    guard.judge(optimizer)
+    with guard.keeping(net):
+        net.count += 1
+    optimizer.step()
+    assert guard.withheld is None and net.count == 1
+    assert all(torch.isnan(p).any() for p in net.parameters())

@@ -1,114 +1,231 @@
-"""What collapse monitor and step guard cost: steps with them beside steps without, in turn, in one run."""
+"""What watching costs: the steps of a training that is watched as by ``agssd fit``, beside those of a bare one."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from agssd.callbacks.collapse_monitor import CollapseMonitor
+from agssd.callbacks.ema_teacher import EMATeacher
+from agssd.callbacks.every_run import STANDING
+from agssd.callbacks.mask_ratio import MaskRatioSchedule
+from agssd.callbacks.online_probe import OnlineProbe
+from agssd.callbacks.preemption import Preemption
+from agssd.callbacks.progress import Progress
+from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.commands._bench_probe import bench_trainer, quiet, write_cache
+from agssd.commands._bench_turns import HookClock, Turns
+from agssd.data_modules.pretrain import PretrainDataModule
+from agssd.methods.dino import DINO
+from agssd.models.step_guard import NoStepGuard, StepGuard
+from agssd.models.vit import ViT
+from agssd.run.metrics_file import RunCSVLogger
+from agssd.transforms.crops import OverlapCrops
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback
-    from torch import Tensor
-
-STEPS = 100  # of each half of a round: the default interval between two reports
-
-
-class _NoGuard:
-    """Takes every step as it comes."""
-
-    withheld, on_device = None, False
-
-    def observe(self, local: Tensor, reduced: Tensor) -> Tensor:
-        """Do nothing."""
-        return reduced
-
-    def judge(self, *_: Any) -> None:
-        """Do nothing."""
-
-    @contextmanager
-    def keeping(self, *_: Any) -> Iterator[None]:
-        """Do nothing."""
-        yield
+_NEEDED = (EMATeacher, MaskRatioSchedule)  # by the training itself
+_WARM_UP = 20  # steps that do not count: they fill caches, and a run draws its first picture
+_TURN = 10  # steps of one side before the other's turn
+_REST_S = 30.0  # in which neither trains, the rhythm of the slowest thread
+_LOG_EVERY = 50  # Lightning's default and that of conf/trainer/base.yaml
 
 
-def time_monitoring(rounds: int, device: Any, folder: Path) -> list[tuple[float, float]]:
-    """Return per round the seconds of a step with the monitors and guards of a run, and without them.
+@dataclass
+class Monitoring:
+    """What was measured."""
 
-    Switched are collapse monitor, step guard, and the reports of throughput and data stream. The watchdog, with its
-    thread and hooks, and the clock of throughput run in both halves; loggers, life sign, panels and progress in
-    neither. Their cost is not in the figure.
+    pairs: list[tuple[float, float]]  # of each round: seconds of a step, watched and bare
+    shares: dict[str, float]  # CPU time of each part that watches, in % of that of a bare step
 
-    DINO at the size of conf/experiment/small.yaml, 16 samples per step; all with their defaults. A half round is
-    ``STEPS`` steps, among them one report and the micro-batches that it is made from.
+
+@dataclass
+class Side:
+    """One of the two trainings."""
+
+    trainer: Any
+    module: DINO
+    data: PretrainDataModule
+    turns: Turns
+
+    def begin(self) -> None:
+        """Set it up."""
+        self.turns.begin(lambda: self.trainer.fit(self.module, self.data))
+
+
+def rhythm() -> int:
+    """Return the least number of steps in which everything that watches comes up as often as in a long run."""
+    every = (getattr(callback, "every_n_steps", 1) for callback in _watching(1))
+    return math.lcm(_LOG_EVERY, *every)
+
+
+def time_monitoring(rounds: int, device: Any, folder: Path, steps: int | None = None) -> Monitoring:
+    """Let a watched and a bare training take turns, and measure the steps of both and what watching does within one.
+
+    DINO at the size of conf/experiment/small.yaml, 16 samples per step, gradients clipped, from the same weights with
+    the same samples. Watched is what ``agssd fit`` has by default in the log of a job: the standing callbacks, step
+    guard, lines of progress, ``metrics.csv``; checkpoint and preemption stand by. Not in it is what has rows of its
+    own, probe and saves, nor W&B, which is another process. Bare is Lightning with the recipe and its schedules.
+
+    Lines and signs of life come by the wall clock, which runs on in the other's turn: twice as often as they are due.
+    The threads of watchdog and life sign run in both sides' turns, so they are only in the CPU time, taken while both
+    trainings rest. The rest of the CPU time is that of the training loop's thread: in hooks, guard and log, and in the
+    steps that measure the gradient of each term, beyond the median of the others.
 
     Args:
-        rounds: how many, after one that does not count.
+        rounds: how many, after some steps that do not count.
         device: torch device.
-        folder: for the cache of simulated volumes.
+        folder: for the cache of simulated volumes and both runs.
+        steps: of each side in a round; by default one :func:`rhythm`.
     """
-    from agssd.callbacks.collapse_monitor import CollapseMonitor
-    from agssd.callbacks.data_stream import DataStream
-    from agssd.callbacks.ema_teacher import EMATeacher
-    from agssd.callbacks.non_finite import NonFinite
-    from agssd.callbacks.throughput import Throughput
-    from agssd.callbacks.watchdog import Watchdog
-    from agssd.data_modules.pretrain import PretrainDataModule
-    from agssd.methods.dino import DINO
-    from agssd.models.vit import ViT
-    from agssd.transforms.crops import OverlapCrops
-
+    steps = rhythm() if steps is None else steps
     cache = folder / "monitoring.h5"
     write_cache(cache)
     pairs: list[tuple[float, float]] = []
-    watching: list[Any] = [CollapseMonitor(every_n_steps=STEPS), NonFinite(), Throughput(), DataStream(), Watchdog()]
-    with quiet():
-        trainer = bench_trainer(
-            device,
-            max_steps=2 * (rounds + 1) * STEPS,
-            callbacks=[EMATeacher(), *watching, _switch(watching, pairs, device)],
-            default_root_dir=folder,
-            enable_checkpointing=False,
-        )
-        module = DINO(
-            ViT(1, 8, embed_dim=192, depth=4, num_heads=3),
-            OverlapCrops(size_vox=(32, 32, 32), scale=(0.4, 0.9), num_local=0),
-            num_prototypes=512,
-            head_hidden=512,
-            head_bottleneck=128,
-        )
-        trainer.fit(module, PretrainDataModule(str(cache), (40, 56, 40), 16, num_workers=2))
-    return pairs[1:]
+    bare_cpu_s = 0.0
+    with quiet(), (folder / "monitoring.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        clock, watched, bare = sides(device, cache, folder, _WARM_UP + rounds * steps)
+        try:
+            for side in (watched, bare):
+                side.begin()
+                side.turns.take(_WARM_UP)
+            clock.seconds.clear()
+            for _ in range(rounds):
+                (watched_s, _), (bare_s, cpu_s) = _round(watched, bare, steps)
+                pairs.append((watched_s / steps, bare_s / steps))
+                bare_cpu_s += cpu_s
+            counted = dict(clock.seconds) | {"gradients of the terms": _measuring(clock)}
+            resting = _cpu_at_rest()
+        finally:
+            for side in (watched, bare):
+                side.turns.end()
+    shares = {name: 100 * seconds / bare_cpu_s for name, seconds in counted.items()}
+    return Monitoring(pairs, shares | {"threads": 100 * resting})
 
 
-def _switch(watching: list[Any], pairs: list[tuple[float, float]], device: Any) -> Callback:
-    import torch
-    from lightning.pytorch import Callback
+def sides(device: Any, cache: Path, folder: Path, max_steps: int) -> tuple[HookClock, Side, Side]:
+    """Return the clock of what watches, the training that is watched, and the bare one."""
+    watching = _watching(max_steps)
+    clock = HookClock(watching)
+    watched = _side(
+        device,
+        cache,
+        callbacks=watching,
+        guard=_ClockedGuard(clock),
+        profiler=clock,
+        max_steps=max_steps,
+        logger=_ClockedLogger(folder / "watched", clock),
+        log_every_n_steps=_LOG_EVERY,
+        enable_progress_bar=True,
+        default_root_dir=folder / "watched",
+    )
+    bare = _side(
+        device,
+        cache,
+        callbacks=[],
+        guard=NoStepGuard(),
+        profiler=HookClock(),
+        max_steps=max_steps,
+        enable_checkpointing=False,
+        default_root_dir=folder / "bare",
+    )
+    return clock, watched, bare
 
-    class Switch(Callback):
-        began, with_s, guard = 0.0, 0.0, None
 
-        def on_train_start(self, trainer: Any, module: Any) -> None:
-            self.began = time.perf_counter()
+def _watching(max_steps: int) -> list[Callback]:
+    """Return everything that stands in a run and that a training does not need, at its defaults."""
+    standing = [kind() for kind in STANDING.values() if kind not in (*_NEEDED, OnlineProbe)]
+    progress = Progress("lines").callback()
+    assert progress is not None
+    return [*standing, RunCheckpoint(every_n_train_steps=max_steps + 1), Preemption(), progress]
 
-        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-            if trainer.global_step % STEPS:
-                return
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds = (time.perf_counter() - self.began) / STEPS
-            turn_on = not watching[0].active
-            if turn_on:
-                pairs.append((self.with_s, seconds))
-            self.with_s = seconds
-            self.guard, module._guard = module._guard, self.guard or _NoGuard()
-            module.parents = [] if turn_on else None
-            for callback in watching:
-                callback.active = turn_on
-                callback.on_step_restored(trainer.global_step)
-            self.began = time.perf_counter()
 
-    return Switch()
+def _side(device: Any, cache: Path, callbacks: list[Callback], guard: StepGuard, **settings: Any) -> Side:
+    torch.manual_seed(0)
+    module = DINO(
+        ViT(1, 8, embed_dim=192, depth=4, num_heads=3),
+        OverlapCrops(size_vox=(32, 32, 32), scale=(0.4, 0.9), num_local=0),
+        num_prototypes=512,
+        head_hidden=512,
+        head_bottleneck=128,
+    )
+    module.guard = guard
+    turns = Turns()
+    needed = [kind() for kind in _NEEDED]
+    trainer = bench_trainer(device, callbacks=[*needed, *callbacks, turns], gradient_clip_val=3.0, **settings)
+    return Side(trainer, module, PretrainDataModule(str(cache), (40, 56, 40), 16, num_workers=2), turns)
+
+
+def _round(watched: Side, bare: Side, steps: int) -> list[tuple[float, float]]:
+    """Return seconds and CPU seconds of ``steps`` steps of each side."""
+    took = [(0.0, 0.0), (0.0, 0.0)]
+    for number, start in enumerate(range(0, steps, _TURN)):
+        for which in (0, 1) if number % 2 else (1, 0):
+            seconds, cpu_s = (watched, bare)[which].turns.take(min(_TURN, steps - start))
+            took[which] = took[which][0] + seconds, took[which][1] + cpu_s
+    return took
+
+
+def _measuring(clock: HookClock) -> float:
+    """Return the CPU seconds of measuring gradients: of those training steps, beyond the median of the others."""
+    every = CollapseMonitor().every_n_steps
+    counted = list(enumerate(clock.training_steps, start=1))[_WARM_UP:]
+    measured = [seconds for number, seconds in counted if number % every == 0]
+    others = [seconds for number, seconds in counted if number % every]
+    return sum(measured) - len(measured) * median(others)
+
+
+def _cpu_at_rest() -> float:
+    """Return the share of one processor that this process takes while no training does."""
+    began, cpu_s = time.perf_counter(), time.process_time()
+    time.sleep(_REST_S)
+    return (time.process_time() - cpu_s) / (time.perf_counter() - began)
+
+
+class _ClockedGuard(StepGuard):
+    """The step guard, whose CPU time counts."""
+
+    def __init__(self, clock: HookClock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def observe(self, local: Tensor, reduced: Tensor) -> Tensor:
+        with self._clock.counting("step guard"):
+            return super().observe(local, reduced)
+
+    def judge(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        with self._clock.counting("step guard"):
+            return super().judge(optimizer)
+
+    @contextmanager
+    def keeping(self, module: nn.Module) -> Iterator[None]:
+        with self._clock.counting("step guard"):
+            kept = super().keeping(module)
+            kept.__enter__()
+        yield
+        with self._clock.counting("step guard"):
+            kept.__exit__(None, None, None)
+
+
+class _ClockedLogger(RunCSVLogger):
+    """``metrics.csv``, whose CPU time counts where no hook writes it."""
+
+    def __init__(self, directory: Path, clock: HookClock) -> None:
+        super().__init__(directory)
+        self._clock = clock
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        with self._clock.counting("metrics.csv"):
+            super().log_metrics(metrics, step)
+
+    def save(self) -> None:
+        with self._clock.counting("metrics.csv"):
+            super().save()

@@ -9,31 +9,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agssd.commands._bench_probe import quiet, write_cache
+from agssd.commands._bench_rows import Figure
 from agssd.commands._slurm_of_one_machine import OneMachine, missing
 
 _STEPS_BEFORE = 3  # of every start, before it is signalled
-_PATIENCE_S = 600
+_PATIENCE_S = 300  # for anything that is waited for
+_ONCE = "one process, one run"
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """One time, measured once; None where it could not be, and ``note`` says why."""
-
-    what: str
-    seconds: float | None
-    note: str
-
-
-def time_preemption(device: Any, folder: Path) -> Iterator[Seconds]:
+def time_preemption(device: Any, folder: Path) -> Iterator[Figure]:
     """Yield the times from a signal to the end of the saved run and to the first step afterwards, also under SLURM.
 
     DINO at the size of conf/experiment/small.yaml, 16 samples per step, one process, started by ``agssd fit``. SLURM is
-    one of this machine alone, started for this; the two minutes that it lets a requeued job wait are left out.
+    one of this machine alone, started for this; the two minutes that it lets a requeued job wait are not waited for.
 
     Args:
         device: torch device.
@@ -46,19 +38,7 @@ def time_preemption(device: Any, folder: Path) -> Iterator[Seconds]:
     with quiet():
         write_cache(folder / "preemption.h5")
     yield from _with_agssd_fit(config, folder / "plain")
-    what = "signal to first step of the requeued SLURM job"
-    if missing():
-        yield Seconds(what, None, f"no SLURM on this machine ({missing()} not found)")
-        return
-    cluster = OneMachine(folder / "slurm")
-    try:
-        cluster.start()
-        seconds = _with_slurm(cluster, config, folder / "queued")
-        yield Seconds(what, seconds, "without SLURM's own wait of two minutes")
-    except RuntimeError as error:
-        yield Seconds(what, None, str(error).partition("\n")[0])
-    finally:
-        cluster.stop()
+    yield from _with_slurm(config, folder)
 
 
 def _write_config(device: Any, folder: Path) -> Path:
@@ -88,13 +68,13 @@ def _write_config(device: Any, folder: Path) -> Path:
     return path
 
 
-def _with_agssd_fit(config: Path, directory: Path) -> Iterator[Seconds]:
+def _with_agssd_fit(config: Path, directory: Path) -> Iterator[Figure]:
     command = [sys.executable, "-m", "agssd", "fit", "--config", str(config)]
     command += ["--trainer.default_root_dir", str(directory)]
     said, _ = _run_until(command, directory, _STEPS_BEFORE)
-    yield Seconds("signal to saved run (at most 60 s)", _saved_after(said), "agssd fit, 1 process, step included")
+    yield Figure("signal to saved run (at most 60 s)", _saved_after(said), "s", f"agssd fit, step included; {_ONCE}")
     _, first_step_s = _run_until(command, directory, _steps(directory) + 1)
-    yield Seconds("start of the same command to its first step", first_step_s, "agssd fit, 1 process")
+    yield Figure("start of the same command to its first step", first_step_s, "s", f"agssd fit; {_ONCE}")
 
 
 def _run_until(command: list[str], directory: Path, steps: int) -> tuple[str, float]:
@@ -104,20 +84,46 @@ def _run_until(command: list[str], directory: Path, steps: int) -> tuple[str, fl
         began = time.monotonic()
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
-        _wait(lambda: process.poll() is not None or _steps(directory) >= steps, log)
+        _wait(lambda: process.poll() is not None or _steps(directory) >= steps, f"step {steps}", log)
         took_s = time.monotonic() - began
         if process.poll() is not None:
             raise RuntimeError(f"the run has ended too early:\n{log.read_text()[-2000:]}")
         process.send_signal(signal.SIGUSR1)
-        _wait(lambda: process.poll() is not None, log)
+        _wait(lambda: process.poll() is not None, "end after SIGUSR1", log)
     finally:
         process.kill()
         process.wait()
     return log.read_text(), took_s
 
 
-def _with_slurm(cluster: OneMachine, config: Path, directory: Path) -> float:
-    """Return the seconds from the signal to the first step of the job that SLURM has started again."""
+def _with_slurm(config: Path, folder: Path) -> Iterator[Figure]:
+    """Yield the parts of an interruption under SLURM and their sum, or why there are none."""
+    whole = "SLURM: signal to first step of requeued job"
+    if missing():
+        yield Figure(whole, None, "s", f"no SLURM on this machine ({missing()} not found)")
+        return
+    cluster = OneMachine(folder / "slurm")
+    try:
+        cluster.start()
+        saved_s, queued_s, waits_s, started_s = _requeued(cluster, config, folder / "queued")
+    except RuntimeError as error:
+        yield Figure(whole, None, "s", str(error).partition("\n")[0])
+        return
+    finally:
+        cluster.stop()
+    yield Figure("SLURM: signal to saved run (at most 60 s)", saved_s, "s", f"agssd submit, step included; {_ONCE}")
+    yield Figure("SLURM: saved run to job back in the queue", queued_s, "s", _ONCE)
+    yield Figure("SLURM: its own wait before it may start again", waits_s, "s", "as it says; not waited for here")
+    yield Figure("SLURM: from then to the first step", started_s, "s", f"SLURM's scheduling included; {_ONCE}")
+    yield Figure(whole, saved_s + queued_s + started_s, "s", "the above without SLURM's own wait")
+
+
+def _requeued(cluster: OneMachine, config: Path, directory: Path) -> tuple[float, float, float, float]:
+    """Signal a job; return seconds to its save, on to the queue, of SLURM's own wait, and from there to a step.
+
+    Raises:
+        RuntimeError: with what did not happen.
+    """
     overlay = config.with_name("one_process.yaml")
     overlay.write_text("trainer: {num_nodes: 1}\n")
     command = [sys.executable, "-m", "agssd", "submit", "--config", str(config), "--cluster", str(overlay)]
@@ -127,14 +133,28 @@ def _with_slurm(cluster: OneMachine, config: Path, directory: Path) -> float:
     if found is None:
         raise RuntimeError(f"agssd submit failed: {(done.stderr or done.stdout).strip()}")
     job, log = found[1], directory / f"slurm-{found[1]}.log"
-    _wait(lambda: _steps(directory) >= _STEPS_BEFORE, log)
+
+    def wait(until: Callable[[], bool], what: str) -> float:
+        def ended() -> bool:
+            return cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+        _wait(lambda: until() or ended(), what, log)
+        now = time.monotonic()
+        if not until():
+            raise RuntimeError(f"the job has ended before its {what}: {_last_line(log)}")
+        return now
+
+    wait(lambda: _steps(directory) >= _STEPS_BEFORE, "first steps")
     began = time.monotonic()
     cluster.call("scancel", "--signal=USR1", job, check=True)
-    _wait(lambda: cluster.state(job) == "PENDING", log)
-    saved = _steps(directory)
+    queued = wait(lambda: cluster.state(job) == "PENDING", "place in the queue")
+    saved_s, saved = _saved_after(log.read_text()), _steps(directory)
+    may_start = time.mktime(time.strptime(cluster.fields(job)["EligibleTime"], "%Y-%m-%dT%H:%M:%S"))
+    waits_s = max(0.0, may_start - time.time())
+    allowed = time.monotonic()
     cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=True)
-    _wait(lambda: _steps(directory) > saved, log)
-    return time.monotonic() - began
+    stepped = wait(lambda: _steps(directory) > saved, "first step after the requeue")
+    return saved_s, queued - began - saved_s, waits_s, stepped - allowed
 
 
 def _steps(directory: Path) -> int:
@@ -153,9 +173,14 @@ def _saved_after(said: str) -> float:
     return float(found[1])
 
 
-def _wait(until: Callable[[], bool], log: Path) -> None:
+def _wait(until: Callable[[], bool], what: str, log: Path) -> None:
     ends = time.monotonic() + _PATIENCE_S
     while not until():
         if time.monotonic() > ends:
-            raise RuntimeError(f"nothing for {_PATIENCE_S} s:\n{log.read_text()[-2000:] if log.is_file() else ''}")
+            raise RuntimeError(f"no {what} in {_PATIENCE_S} s: {_last_line(log)}")
         time.sleep(0.02)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text().split("\n") if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "the log is empty")

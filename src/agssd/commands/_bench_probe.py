@@ -66,19 +66,17 @@ def time_probe(rounds: int, device: Any, folder: Path) -> list[tuple[float, floa
 
 
 def bench_trainer(device: Any, **settings: Any) -> Any:
-    """Return a trainer for ``device`` that writes and shows nothing by itself."""
+    """Return a trainer for ``device`` that writes and shows nothing by itself, unless ``settings`` say so."""
     import lightning.pytorch as L
 
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1 if device.index is None or device.type == "cpu" else [device.index],
         precision="bf16-mixed",
         limit_val_batches=0,
         use_distributed_sampler=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
+        **{**silent, **settings},
     )
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel")
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_RANDOM = random.SystemRandom()  # another for every process, whatever is seeded
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/local/sbin"  # where Debian puts the daemons
 
 _CONF = """
@@ -22,11 +25,12 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 SlurmUser={user}
 SlurmdUser={user}
 StateSaveLocation={folder}/state
+FirstJobId={first_job}
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
@@ -65,15 +69,18 @@ def _end_with_parent() -> None:
 
 
 def _free_ports(number: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [taken.getsockname()[1] for taken in sockets]
-    for taken in sockets:
-        taken.close()
-    return ports
+    """Return ports that nobody listens at, outside of those that a system gives to outgoing connections."""
+    found: set[int] = set()
+    while len(found) < number:
+        port = _RANDOM.randrange(26_000, 32_000)
+        with suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            found.add(port)
+    return list(found)
 
 
 class OneMachine:
-    """The cluster: started by ``start``, asked by ``call``, ended by ``stop``.
+    """The cluster: started by ``start``, asked by ``call``, ended by ``stop``. Several may stand beside each other.
 
     Jobs of the partition ``high`` end those of ``low`` without grace; ``all`` is the default.
     """
@@ -93,7 +100,8 @@ class OneMachine:
         key = folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        conf = _CONF.format(host=host, folder=folder, user=getpass.getuser(), ports=_free_ports(2))
+        first_job = _RANDOM.randrange(1, 900) * 10  # ranks meet at a port by the job: another SLURM here needs another
+        conf = _CONF.format(host=host, folder=folder, user=getpass.getuser(), ports=_free_ports(2), first_job=first_job)
         (folder / "slurm.conf").write_text(conf)
         files = {
             "--socket": "munge.socket",
@@ -121,16 +129,25 @@ class OneMachine:
         assert callable(ready)
         ends = time.monotonic() + seconds
         while not ready():
-            if time.monotonic() > ends:
+            gone = any(daemon.poll() is not None for daemon in self._daemons)
+            if gone or time.monotonic() > ends:
                 logs = [f"{log.name}:\n{log.read_text()[-2000:]}" for log in sorted(self.folder.glob("*.[lo][ou]*"))]
-                raise RuntimeError(f"{what} is not ready after {seconds:.0f} s\n" + "\n".join(logs))
+                why = "as a daemon has ended" if gone else f"after {seconds:.0f} s"
+                raise RuntimeError(f"{what} is not ready {why}\n" + "\n".join(logs))
             time.sleep(0.1)
 
     def call(self, *command: str, check: bool = False) -> str:
-        """Return what a SLURM command prints, stripped."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        """Return what a SLURM command prints, stripped.
+
+        Raises:
+            RuntimeError: if it gives no answer in a minute, or fails and ``check`` is True.
+        """
+        try:
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{' '.join(command)}: no answer in 60 s") from error
         if check and done.returncode:
-            raise RuntimeError(f"{command}: {done.stderr}")
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
@@ -150,7 +167,7 @@ class OneMachine:
             ends = time.monotonic() + 30
             while "ING" in self.call("squeue", "-h", "-t", "all", "-o", "%T") and time.monotonic() < ends:
                 time.sleep(0.2)
-        except subprocess.TimeoutExpired:
+        except RuntimeError:
             pass  # the controller is gone, and the others go now
         finally:
             for daemon in reversed(self._daemons):

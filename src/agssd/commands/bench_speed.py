@@ -2,7 +2,8 @@
 
 Both sides of a row are timed in turn, round after round, so that whatever else the machine does meets both. A row gives
 the median time of each side and the median over rounds of their ratio; nothing is compared with another machine's run.
-What an interruption costs has no alternative: its times stand alone, in seconds of one run.
+What an interruption costs has no alternative: its times stand alone, in seconds of one run, and so does the CPU time of
+what watches a run, as a share of a step.
 """
 
 from __future__ import annotations
@@ -14,33 +15,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from agssd.commands._bench_preemption import Seconds, time_preemption
+from agssd.commands._bench_preemption import time_preemption
+from agssd.commands._bench_rows import Figure, Row, row_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK_CROP = 96
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison: what is done, in which way fast, in which way otherwise, and how long both take."""
-
-    what: str
-    ours: str
-    other: str
-    ours_ms: float
-    other_ms: float
-    ratio: float  # median over rounds of other / ours: above 1 means that ours is faster
-    ratio_low: float  # smallest of any round
-    ratio_high: float
 
 
 Case = tuple[str, str, Callable[[], object], str, Callable[[], object]]
@@ -82,21 +69,12 @@ def _bench(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     print(f"{describe(device)}, {arguments.rounds} rounds; ratio = other / ours, above 1 ours is faster")
     print(f"{'what':<46} {'ours':>22} {'ms':>9}   {'other':<24} {'ms':>9}  ratio (lowest to highest round)")
-    rows: list[Row | Seconds] = []
+    rows: list[Row | Figure] = []
     with TemporaryDirectory() as folder:
         for case in _cases(device, Path(folder), arguments.rounds):
-            if isinstance(case, Seconds):
-                rows.append(case)
-                told = "  not measured" if case.seconds is None else f"{case.seconds:>12.1f} s"
-                print(f"{case.what:<46} {told}   {case.note} (one run)", flush=True)
-                continue
-            row = case if isinstance(case, Row) else compare(case, arguments.rounds, device)
+            row = case if isinstance(case, (Row, Figure)) else compare(case, arguments.rounds, device)
             rows.append(row)
-            print(
-                f"{row.what:<46} {row.ours:>22} {row.ours_ms:>9.2f}   {row.other:<24} {row.other_ms:>9.2f}  "
-                f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})",
-                flush=True,
-            )
+            print(row, flush=True)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         report = {"machine": describe(device), "rounds": arguments.rounds, "rows": [asdict(row) for row in rows]}
@@ -121,21 +99,6 @@ def compare(case: Case, rounds: int, device: Any) -> Row:
     return row_of(what, ours, other, [(_seconds(run_ours, device), _seconds(run_other, device)) for _ in range(rounds)])
 
 
-def row_of(what: str, ours: str, other: str, pairs: list[tuple[float, float]]) -> Row:
-    """Return the row of pairs of seconds, ours and the other side's of each round."""
-    ratios = [second / first for first, second in pairs]
-    return Row(
-        what,
-        ours,
-        other,
-        1000 * median(first for first, _ in pairs),
-        1000 * median(second for _, second in pairs),
-        median(ratios),
-        min(ratios),
-        max(ratios),
-    )
-
-
 def _seconds(call: Callable[[], object], device: Any) -> float:
     import torch
 
@@ -147,14 +110,14 @@ def _seconds(call: Callable[[], object], device: Any) -> float:
     return time.perf_counter() - started
 
 
-def _cases(device: Any, folder: Path, rounds: int) -> Iterator[Case | Row | Seconds]:
+def _cases(device: Any, folder: Path, rounds: int) -> Iterator[Case | Row | Figure]:
     yield from _reading(folder)
     yield from _views(device)
     yield from _encoder(device)
     yield from _heads(device)
     yield from _teacher(device)
     yield _probe(device, folder, rounds)
-    yield _monitoring(device, folder, rounds)
+    yield from _monitoring(device, folder, rounds)
     yield from _saving(device, folder, rounds)
     yield from time_preemption(device, folder)
 
@@ -300,12 +263,16 @@ def _probe(device: Any, folder: Path, rounds: int) -> Row:
     return row_of(what, "linear-seg and knn-seg", other, time_probe(rounds, device, folder))
 
 
-def _monitoring(device: Any, folder: Path, rounds: int) -> Row:
-    """Steps with collapse monitor and step guard beside steps without them."""
-    from agssd.commands._bench_monitoring import STEPS, time_monitoring
+def _monitoring(device: Any, folder: Path, rounds: int) -> Iterator[Row | Figure]:
+    """Steps with everything that watches a run beside bare ones; rounds are long, so a third as many."""
+    from agssd.commands._bench_monitoring import rhythm, time_monitoring
 
-    what = "step with collapse monitor and guard (2 % at a ratio of 0.98)"
-    return row_of(what, f"monitored ({STEPS} steps)", "no monitor or guard", time_monitoring(rounds, device, folder))
+    found = time_monitoring(max(1, rounds // 3), device, folder)
+    what = "step of a watched run (2 % at a ratio of 0.98)"
+    yield row_of(what, f"watched ({rhythm()} steps)", "bare", found.pairs)
+    parts = sorted(found.shares.items(), key=lambda part: -part[1])
+    told = ", ".join(f"{name} {share:.2f}" for name, share in parts)
+    yield Figure("CPU time of what watches (at most 2 %)", sum(found.shares.values()), "%", f"of a bare step: {told}")
 
 
 def _saving(device: Any, folder: Path, rounds: int) -> Iterator[Row]:

@@ -57,6 +57,7 @@ class PretrainModule(L.LightningModule, ABC):
     step_figures: Tensor | None = None  # of the last optimiser step; see StepGuard.judge
     parents: list[Any] | None = None  # batches of the step under way as the loader gave them; None keeps none
     fixed_progress: float | None = None  # share of the run to compute at, whatever the trainer says
+    guard: StepGuard  # judges every optimiser step; another may take its place before a fit
     eased: dict[str, float]  # factors of scheduled numbers, "lr" and "temperature", 1 unless a rollback lowered them
 
     def __init__(
@@ -82,7 +83,7 @@ class PretrainModule(L.LightningModule, ABC):
         self.compile_encoder = compile
         self.gradient_norms = {}
         self.eased = {"lr": 1.0, "temperature": 1.0}
-        self._guard = StepGuard()
+        self.guard = StepGuard()
 
     @abstractmethod
     def make_views(self, batch: ParentBatch) -> Any:
@@ -154,8 +155,8 @@ class PretrainModule(L.LightningModule, ABC):
 
         After a step that was withheld, being not finite, it stays.
         """
-        withheld = self._guard.withheld
-        if withheld is not None and self._guard.on_device:
+        withheld = self.guard.withheld
+        if withheld is not None and self.guard.on_device:
             update_ema(self.student, self.teacher, momentum, unless=withheld)
         elif withheld is None or not withheld:
             update_ema(self.student, self.teacher, momentum)
@@ -331,7 +332,7 @@ class PretrainModule(L.LightningModule, ABC):
         loss = self.pretrain_loss(batch)
         with torch.autocast(self.device.type, enabled=False):  # a norm, not a step: in full precision
             self.gradient_norms = gradient_norms(loss, self.weights) if self.measure_gradients else {}
-        self._log_terms("train", self._guard.observe(loss.total, self._over_ranks(loss)))
+        self._log_terms("train", self.guard.observe(loss.total, self._over_ranks(loss)))
         self.log_dict({f"schedule/{name}": value for name, value in self._scheduled_now().items()})
         return loss.total
 
@@ -359,7 +360,7 @@ class PretrainModule(L.LightningModule, ABC):
         A step whose loss or gradient is not finite is withheld on every rank alike; schedules go on.
         """
         values = self._scheduled_now()  # taken at the step's end, so that the first step has a rate above 0
-        self.step_figures = self._guard.judge(optimizer)
+        self.step_figures = self.guard.judge(optimizer)
         for group, decay in zip(optimizer.param_groups, (values["weight_decay"], 0.0), strict=True):
             group["lr"] = values["lr"]
             group["weight_decay"] = decay
@@ -370,7 +371,7 @@ class PretrainModule(L.LightningModule, ABC):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step, then do what happens once per step, unless it was withheld."""
         super().optimizer_step(*args, **kwargs)
-        with self._guard.keeping(self):
+        with self.guard.keeping(self):
             self.after_optimizer_step()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

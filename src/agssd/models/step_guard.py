@@ -44,12 +44,13 @@ class StepGuard:
         self.num_batches += 1
         return self.reduced / self.num_batches
 
-    def judge(self, optimizer: torch.optim.Optimizer) -> Tensor:
+    def judge(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """Decide on the step whose gradients are complete; withhold it from ``optimizer`` if it is not finite.
 
         Returns:
             (3 + T,) float32 on the device: how many steps in a row are withheld with this one, 0 if it is taken; the
             norm of the gradient, this rank's loss, and the reduced losses; for the host to read when it costs nothing.
+            None where nothing was judged.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -83,6 +84,25 @@ class StepGuard:
         yield
         for buffer, before in kept:
             buffer.copy_(torch.where(self.withheld.bool(), before, buffer))
+
+
+class NoStepGuard(StepGuard):
+    """Judges nothing: every step is taken as Lightning alone takes it, and losses are those of the last micro-batch.
+
+    For a run without :class:`~agssd.callbacks.non_finite.NonFinite`, which needs the judgement.
+    """
+
+    def observe(self, local: Tensor, reduced: Tensor) -> Tensor:
+        """Return ``reduced`` as it is."""
+        return reduced
+
+    def judge(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the step be taken."""
+
+    @contextmanager
+    def keeping(self, module: nn.Module) -> Iterator[None]:
+        """Keep nothing."""
+        yield
 
 
 def stays_on_device(device: torch.device, parameters: Iterable[Tensor]) -> bool:
