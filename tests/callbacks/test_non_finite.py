@@ -291,6 +291,14 @@ def test_non_finite__a_step_read_late_is_captured_before_a_rollback(tiny_cache: 
         assert torch.equal(value, states.found[9][name]), name
 
 
+def test_non_finite__a_step_read_late_is_counted_in_the_checkpoint_after_it(tiny_cache: Path, tmp_path: Path) -> None:
+    keep = RunCheckpoint(every_n_train_steps=4, dirpath=str(tmp_path / "checkpoints"))
+    fit(spoiling(DINO, (3,)), tiny_cache, tmp_path, Late(), keep, steps=6, enable_checkpointing=True)
+    saved = torch.load(tmp_path / "checkpoints/step00000004.ckpt", weights_only=True)["callbacks"]
+    (counted,) = (state for state in saved.values() if "in_a_row" in state)
+    assert counted == {"in_a_row": 1, "total": 1}
+
+
 # ------------------------------------------------------------------ replay
 
 

@@ -14,6 +14,7 @@ import lightning.pytorch as L
 import pytest
 import recipes
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from agssd.callbacks.collapse_alarms import Alarm
@@ -62,7 +63,7 @@ def fit(
 ) -> Any:
     """Return module, data module, record and states after each step of a run with checkpoints."""
     module, data, record, states = recipes.build(kind), recipes.data_module(cache), recipes.Recorder(), recipes.States()
-    keep = RunCheckpoint(every_n_train_steps=every, dirpath=str(out / "checkpoints"), in_background=False)
+    keep = RunCheckpoint(every_n_train_steps=every, dirpath=str(out / "checkpoints"))
     settings: dict[str, Any] = {"max_steps": STEPS, "enable_checkpointing": True, "default_root_dir": out}
     trainer = recipes.trainer(monitor, record, states, *more, keep, **settings | given)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
@@ -387,6 +388,43 @@ def test_rollback__a_checkpoint_saved_within_the_window_of_a_report_is_not_healt
     assert [(one["from_step"], one["to_step"]) for one in monitor.rollback.done] == [(16, 4)]
 
 
+@pytest.mark.parametrize("cut_at", [5, 6, 7, 10])
+def test_rollback__goes_where_an_undisturbed_run_goes_however_it_was_cut(
+    cut_at: int, tiny_cache: Path, tmp_path: Path
+) -> None:
+    """Saves and reports every 4 steps, windows of 3 steps: a cut comes within a window, or between save and window."""
+
+    class Cut(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == cut_at:
+                next(one for one in trainer.callbacks if isinstance(one, RunCheckpoint)).save_before_next(trainer)
+                trainer.should_stop = True
+
+    def went(out: Path, *more: L.Callback, resume: Path | None = None) -> Seen:
+        monitor = Seen(broken_from=9, every_n_steps=4, window_steps=3)
+        fit(DINO, monitor, tiny_cache, out, max_steps=16, more=more, resume=resume)
+        return monitor
+
+    whole = went(tmp_path / "whole").rollback.done
+    assert [(one["from_step"], one["to_step"]) for one in whole] == [(12, 4)]
+    assert not went(tmp_path / "cut", Cut()).rollback.done
+    again = went(tmp_path / "cut", resume=tmp_path / f"cut/checkpoints/step{cut_at:08d}.ckpt")
+    assert again.rollback.done == whole
+    names = [sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) for run in ("whole", "cut")]
+    assert HEALTHY in names[1] and not any("candidate" in name for name in names[0] + names[1])
+
+
+def test_rollback__where_the_best_checkpoint_has_a_folder_of_its_own(tiny_cache: Path, tmp_path: Path) -> None:
+    monitor, best = Scripted({14: UNIFORM}), ModelCheckpoint(dirpath=str(tmp_path / "best"), save_top_k=0)
+    fit(DINO, monitor, tiny_cache, tmp_path, max_steps=16, more=[best])
+    assert [one["to_step"] for one in monitor.rollback.done] == [8]
+
+
+def test_rollback__only_where_it_may_be_is_a_healthy_checkpoint_kept(tiny_cache: Path, tmp_path: Path) -> None:
+    fit(DINO, Scripted({}, policy="stop"), tiny_cache, tmp_path, max_steps=16)
+    assert not (tmp_path / "checkpoints" / HEALTHY).exists()
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_rollback__in_half_precision_brings_back_weights_and_scale(
     precision: str, tiny_cache: Path, tmp_path: Path
@@ -480,7 +518,16 @@ def test_scheduled__the_temperature_reaches_the_targets(tiny_cache: Path) -> Non
         assert all(low < high for high, low in zip(entropies[:half], entropies[half:], strict=True)), kind
 
 
-@pytest.mark.parametrize("settings", [{"max_rollbacks": -1}, {"lr_factor": 1.0}, {"policies": {"peaked": "panic"}}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_rollbacks": -1},
+        {"lr_factor": 1.0},
+        {"policies": {"peaked": "panic"}},
+        {"policies": {"peeked": "stop"}},
+        {"policies": {"low_rank": "stop"}},
+    ],
+)
 def test_rollback__nonsense_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="collapse_monitor"):
         CollapseMonitor(**settings)

@@ -152,7 +152,7 @@ def test_run_directory__too_small(tiny_cache: Path, tmp_path: Path) -> None:
         (["--checkpoint.keep_last", "-1", "--checkpoint.monitor", "val/loss"], 40 + 1 + 1),
         (["--best_checkpoint.enabled", "false"], 2 + 1),
         (["--collapse_monitor.policy", "rollback"], 2 + 1 + 1 + 1),
-        (["--collapse_monitor.policies", '{"entropy": "rollback"}'], 2 + 1 + 1 + 1),
+        (["--collapse_monitor.policies", '{"uniform": "rollback"}'], 2 + 1 + 1 + 1),
     ],
 )
 def test_kept_checkpoints__are_those_that_a_run_keeps(tmp_path: Path, settings: list[str], count: int) -> None:

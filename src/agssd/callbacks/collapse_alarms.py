@@ -7,6 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 TERMS = ("cls", "patch")
+HARD = frozenset(
+    [
+        "non_finite",
+        "teacher_ranks",
+        *(f"{term}_{kind}" for term in TERMS for kind in ("uniform", "peaked", "features_lost")),
+    ]
+)  # names of the alarms that mean a lost run
 # Sample entropy, as a share of ln K, above which it is chance which prototype is the largest.
 _NEARLY_UNIFORM = 0.9
 _PEAKED_REMEDY = "make the views differ more, enlarge the batch or use Sinkhorn instead of centring"

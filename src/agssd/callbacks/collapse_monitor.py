@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from agssd.callbacks.actions import record_action, stop_run
-from agssd.callbacks.collapse_alarms import TERMS, Alarm, CollapseAlarms
+from agssd.callbacks.collapse_alarms import HARD, TERMS, Alarm, CollapseAlarms
 from agssd.callbacks.collapse_window import Window, rows_of
 from agssd.callbacks.rollback import Rollback
 from agssd.callbacks.standing import StandingCallback, log_figures, total_steps
@@ -66,7 +66,7 @@ class CollapseMonitor(StandingCallback):
         every_n_steps: optimiser steps between reports.
         min_samples: rows over all ranks that each figure is computed from.
         policy: what follows hard alarms: ``warn``, ``stop`` or ``rollback``.
-        policies: another policy for single alarms, by their name with or without the term, such as ``peaked: stop``.
+        policies: another policy for single hard alarms, by name with or without the term, such as ``peaked: stop``.
         max_rollbacks: after which the next one stops the run.
         temperature_factor: of the teacher's temperatures at a rollback.
         lr_factor: of the learning rate at a rollback.
@@ -118,11 +118,17 @@ class CollapseMonitor(StandingCallback):
         for name, chosen in (("policy", policy), *((f"policies.{k}", v) for k, v in (policies or {}).items())):
             if chosen not in get_args(Policy):
                 raise ValueError(f"collapse_monitor.{name} is {chosen!r}; choose {', '.join(get_args(Policy))}")
+        if unknown := sorted(set(policies or {}) - HARD - {_kind_of(name) for name in HARD}):
+            raise ValueError(
+                f"collapse_monitor.policies names {', '.join(unknown)}; what has a policy are the hard alarms: "
+                f"{', '.join(sorted(HARD))}"
+            )
         self.every_n_steps = every_n_steps
         self.min_samples = min_samples
         self.policy: Policy = policy
         self.policies = dict(policies or {})
         self.rollback = Rollback(max_rollbacks, {"temperature": temperature_factor, "lr": lr_factor})
+        self._may_roll_back = "rollback" in (policy, *self.policies.values())
         self.alarms = CollapseAlarms(
             grace=grace,
             uniform_margin=uniform_margin,
@@ -169,7 +175,7 @@ class CollapseMonitor(StandingCallback):
             ValueError: for a policy of rollback with a module that has nothing to lower.
         """
         super().setup(trainer, pl_module, stage)
-        if self.active and "rollback" in (self.policy, *self.policies.values()) and not isinstance(pl_module, Easeable):
+        if self.active and self._may_roll_back and not isinstance(pl_module, Easeable):
             raise ValueError(
                 f"collapse_monitor.policy is rollback, but {type(pl_module).__name__} does not implement "
                 "agssd.types.Easeable; choose warn or stop"
@@ -192,7 +198,6 @@ class CollapseMonitor(StandingCallback):
             self._window = Window(math.ceil(self.min_samples / trainer.world_size))
             self._before = None
             self._rows = None
-            self.rollback.let_go(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -224,7 +229,7 @@ class CollapseMonitor(StandingCallback):
             if observations is not None:
                 self._rows = rows_of(observations)
                 if self._window.needs_more(self._rows, to_go):
-                    if not self._window.counts:
+                    if not self._window.counts and self._may_roll_back:
                         self.rollback.note_newest(trainer)
                     self._before = self._window.copy() if self._before is None else self._before
                     self._window.collect(observations)
@@ -249,7 +254,8 @@ class CollapseMonitor(StandingCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report a rollback that no step is left for."""
         if self.active:
-            self.rollback.let_go(trainer)
+            if self._may_roll_back and trainer.global_step >= self._total:
+                self.rollback.let_go(trainer)
             self.rollback.end(trainer, self._total)
 
     def _is_withheld(self, module: pl.LightningModule) -> bool:
@@ -277,7 +283,8 @@ class CollapseMonitor(StandingCallback):
         for alarm in new if trainer.is_global_zero else ():
             _LOG.log(logging.ERROR if alarm.hard else logging.WARNING, "step %d: %s", self._step, alarm.sentence)
             record_action(trainer, "alarm", alarm=alarm.name, hard=alarm.hard, sentence=alarm.sentence)
-        self.rollback.judge_newest(trainer, self.state_key, was_quiet and not alarms)
+        if self._may_roll_back:
+            self.rollback.judge_newest(trainer, self.state_key, was_quiet and not alarms)
         self._act(trainer, module, [alarm for alarm in new if alarm.hard])
 
     def _act(self, trainer: pl.Trainer, module: pl.LightningModule, alarms: list[Alarm]) -> None:
@@ -292,8 +299,11 @@ class CollapseMonitor(StandingCallback):
             self.rollback.demand(trainer, cast(Easeable, module), wanted)
 
     def _policy_of(self, alarm: Alarm) -> Policy:
-        kind = alarm.name.partition("_")[2] if alarm.name.startswith(TERMS) else alarm.name
-        return self.policies.get(alarm.name, self.policies.get(kind, self.policy))
+        return self.policies.get(alarm.name, self.policies.get(_kind_of(alarm.name), self.policy))
+
+
+def _kind_of(alarm: str) -> str:
+    return alarm.partition("_")[2] if alarm.startswith(TERMS) else alarm
 
 
 def _without_empty(figures: dict[str, float], scalars: set[str]) -> dict[str, float]:

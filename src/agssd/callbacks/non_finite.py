@@ -135,7 +135,7 @@ class NonFinite(StandingCallback):
         if event is None:
             self._settle(trainer, pl_module)
 
-    def before_step_restored(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read what became of the last step while its weights are there."""
         self._settle(trainer, pl_module)
 

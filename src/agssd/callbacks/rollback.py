@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from agssd.callbacks.actions import record_action, stop_run
 from agssd.callbacks.collapse_alarms import Alarm
+from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.callbacks.standing import log_figures
-from agssd.run.checkpoints import HEALTHY, LAST, check_whole, is_local, read_checkpoint
+from agssd.run.checkpoints import HEALTHY, CheckpointFiles, check_whole, is_local, read_checkpoint
 from agssd.types import Easeable
+from agssd.whole_file import sync
 
 _LOG = logging.getLogger(__name__)
 _CANDIDATE = "healthy.candidate"  # in the folder of checkpoints, from the first sample of a report to its verdict
@@ -44,36 +43,32 @@ class Rollback:
         self.pending: dict[str, Any] = {}  # of the rollback that the next step begins with: alarms, lowered
         self.stopped = ""
         self._told = ""  # why the pending one is due
-        self._candidate: tuple[int, int] | None = None  # the file that the next report judges
-        self._judged: tuple[int, int] | None = None  # the last one that was judged
+        self._candidate: int | None = None  # the step of the checkpoint that the next report judges
+        self._judged: int | None = None  # the last one that was judged
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was done and what is still due."""
-        return {"rollbacks": [dict(one) for one in self.done], "pending": dict(self.pending)}
+        health = {"candidate": self._candidate, "judged": self._judged}
+        return {"rollbacks": [dict(one) for one in self.done], "pending": dict(self.pending), **health}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
         self.done, self.pending = list(state_dict.get("rollbacks", [])), dict(state_dict.get("pending", {}))
+        self._candidate, self._judged = state_dict.get("candidate"), state_dict.get("judged")
 
     # ---------------------------------------------------------------- health
 
     def note_newest(self, trainer: pl.Trainer) -> None:
-        """Hold on to the newest checkpoint that is on disk: what is measured from now on are weights like its own.
+        """Hold on to the newest checkpoint: what is measured from now on are weights like its own.
 
-        Called when the first sample of a report is collected. A checkpoint that is saved later could be broken already
-        while most of the report's samples are from before, so it has to wait for the next report.
+        Called on every rank when the first sample of a report is collected. A checkpoint that is saved later could be
+        broken already while most of the report's samples are from before, so it has to wait for the next report.
         """
-        folder = checkpoint_folder(trainer)
-        if not trainer.is_global_zero or folder is None:
+        keeper = _keeper(trainer)
+        if keeper is None or keeper.saved in (None, self._judged) or checkpoint_folder(trainer) is None:
             return
-        newest = folder / LAST
-        try:
-            mark = newest.stat().st_ino, newest.stat().st_mtime_ns
-            if mark != self._judged:
-                _link(newest.resolve(), folder / _CANDIDATE)
-                self._candidate = mark
-        except FileNotFoundError:  # none yet, or its turn to be removed was just now
-            self._candidate = None
+        self._candidate = keeper.saved
+        keeper.link_saved(trainer, _CANDIDATE)
 
     def judge_newest(self, trainer: pl.Trainer, monitor: str, healthy: bool) -> None:
         """Keep the checkpoint held on to as the healthy one if no alarm stood when it was saved, else let go of it.
@@ -83,33 +78,41 @@ class Rollback:
             monitor: key of the monitor's state in checkpoints.
             healthy: whether the report that followed it had no alarm.
         """
-        folder, self._judged = checkpoint_folder(trainer), self._candidate or self._judged
-        if folder is None or self._candidate is None:
+        folder, step, self._candidate = checkpoint_folder(trainer), self._candidate, None
+        if folder is None or step is None:
             return
-        held, self._candidate = folder / _CANDIDATE, None
-        try:
-            saved = read_checkpoint(str(held)) if healthy else {}
-        except ValueError as error:
-            _LOG.warning("%s; the healthy checkpoint stays the one before", error)
-            healthy = False
-        if healthy and (held.is_dir() or saved["callbacks"].get(monitor, {}).get("standing") == []):
-            if (folder / HEALTHY).is_dir():
-                _remove(folder / HEALTHY)
-            held.replace(folder / HEALTHY)
-        _remove(held)
+        self._judged = step
+        if not trainer.is_global_zero:
+            return
+        files, held = trainer.strategy.checkpoint_io, folder / _CANDIDATE
+        if isinstance(files, CheckpointFiles):
+            files.wait()  # asked for when the report's first sample was collected, so long on disk
+        if healthy and held.exists():  # else it was judged before an interruption
+            try:
+                saved = read_checkpoint(str(held))
+                if saved["global_step"] == step and saved["callbacks"].get(monitor, {}).get("standing") == []:
+                    held.replace(folder / HEALTHY)
+                    sync(folder)
+            except ValueError as error:
+                _LOG.warning("%s; the healthy checkpoint stays the one before", error)
+        held.unlink(missing_ok=True)
 
     def let_go(self, trainer: pl.Trainer) -> None:
-        """Let go of a checkpoint that no report has judged, also of a process before."""
+        """Let go of a checkpoint that no report has judged; called on every rank."""
         folder, self._candidate = checkpoint_folder(trainer), None
         if trainer.is_global_zero and folder is not None:
-            _remove(folder / _CANDIDATE)
+            files = trainer.strategy.checkpoint_io
+            if isinstance(files, CheckpointFiles):
+                files.wait()
+            (folder / _CANDIDATE).unlink(missing_ok=True)
 
     # -------------------------------------------------------------- rollback
 
     def demand(self, trainer: pl.Trainer, module: Easeable, alarms: list[Alarm]) -> None:
         """Roll back before the next step, or stop where that is not possible; called on every rank alike."""
         names, told = [alarm.name for alarm in alarms], "; ".join(alarm.sentence for alarm in alarms)
-        reason = trainer.strategy.broadcast(_why_not(checkpoint_folder(trainer), trainer.global_step))
+        own = _why_not(checkpoint_folder(trainer), trainer.global_step) if trainer.is_global_zero else ""
+        reason = trainer.strategy.broadcast(own)
         if len(self.done) >= self.max_rollbacks:
             self.stopped = f"{told}; collapse_monitor.max_rollbacks is {self.max_rollbacks}, and as many were made"
         elif reason:
@@ -140,6 +143,7 @@ class Rollback:
         """Go back, and return the step that was left; between two optimiser steps, on every rank alike."""
         pending, self.pending = self.pending, {}
         self.let_go(trainer)
+        self._judged = None
         folder, left = checkpoint_folder(trainer), trainer.global_step
         assert folder is not None
         step = restore_training(trainer, module, folder / HEALTHY)
@@ -161,10 +165,12 @@ class Rollback:
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path | None:
     """Return where the run's checkpoints lie, None if it writes none or not to a file system of this machine."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            return Path(callback.dirpath) if is_local(str(callback.dirpath)) else None
-    return None
+    keeper = _keeper(trainer)
+    return Path(str(keeper.dirpath)) if keeper is not None and is_local(str(keeper.dirpath)) else None
+
+
+def _keeper(trainer: pl.Trainer) -> RunCheckpoint | None:
+    return next((one for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint)), None)
 
 
 def _why_not(folder: Path | None, step: int) -> str:
@@ -190,8 +196,8 @@ def restore_training(trainer: pl.Trainer, module: pl.LightningModule, path: Path
     """
     strategy, left = trainer.strategy, trainer.global_step
     for callback in cast(Any, trainer).callbacks:
-        if hasattr(callback, "before_step_restored"):
-            callback.before_step_restored(trainer, module)
+        if hasattr(callback, "settle"):
+            callback.settle(trainer, module)
     checkpoint = strategy.load_checkpoint(path, weights_only=True)
     strategy.load_model_state_dict(checkpoint, strict=True)
     strategy.load_optimizer_state_dict(checkpoint)
@@ -213,23 +219,3 @@ def restore_training(trainer: pl.Trainer, module: pl.LightningModule, path: Path
             callback.on_step_restored(step)
     assert trainer.global_step == step
     return step
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source`` where the disk can link, else a copy; a folder is copied."""
-    _remove(target)
-    if source.is_dir():
-        shutil.copytree(source, target)  # what is in it may be written over
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or folder that may not be there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -16,7 +16,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from agssd.distributed import all_max, gather_objects
-from agssd.run.checkpoints import HEALTHY, LAST, CheckpointFiles, is_local, list_checkpoints, read_checkpoint, set_aside
+from agssd.run.checkpoints import (
+    HEALTHY,
+    LAST,
+    CheckpointFiles,
+    is_local,
+    link_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    set_aside,
+)
 
 _STEP = re.compile(r"step(\d+)\.ckpt$")
 
@@ -71,6 +80,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._random: tuple[int, dict[str, Any]] | None = None  # after a step, before anything of the next
         self._restored: dict[str, Any] | None = None
         self._asked_for = -1  # a step
+        self.saved: int | None = None  # step of the newest one of the rhythm: the same however often a run is cut
+        self._written: set[int] = set()  # steps of those that this process has asked for
 
     @property
     def state_key(self) -> str:
@@ -122,6 +133,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the checkpoint of the step just done and drop those that are no longer kept; called on every rank."""
+        for callback in cast(Any, trainer).callbacks:
+            if hasattr(callback, "settle"):  # what it knows of the step by now belongs into the file
+                callback.settle(trainer, trainer.lightning_module)
         step, figures = trainer.global_step, self._monitor_candidates(trainer)
         path = self.format_checkpoint_name(figures)
         if self.monitor in figures:
@@ -129,6 +143,9 @@ class RunCheckpoint(ModelCheckpoint):
         best = self._best()
         self.best_model_path = path if not best else self.format_checkpoint_name({"step": torch.tensor(best[0])})
         self.last_model_path = os.path.join(str(self.dirpath), LAST)
+        if self._every_n_train_steps < 1 or step % self._every_n_train_steps == 0:
+            self.saved = step
+        self._written.add(step)
         self._save_checkpoint(trainer, path)
         files = trainer.strategy.checkpoint_io
         if not isinstance(files, CheckpointFiles):
@@ -144,6 +161,14 @@ class RunCheckpoint(ModelCheckpoint):
                 self._scores.pop(old, None)
                 self._remove_checkpoint(trainer, self.format_checkpoint_name({"step": torch.tensor(old)}))
 
+    def link_saved(self, trainer: L.Trainer, name: str) -> None:
+        """Give the newest checkpoint of the rhythm a second name in its folder, if it is there or on its way."""
+        path = self.format_checkpoint_name({"step": torch.tensor(self.saved)})
+        if trainer.is_global_zero and (self.saved in self._written or os.path.exists(path)):
+            files = trainer.strategy.checkpoint_io
+            link = files.link if isinstance(files, CheckpointFiles) else link_checkpoint
+            link(path, os.path.join(str(self.dirpath), name))
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store what each rank alone knows."""
         noted = self._random
@@ -152,8 +177,8 @@ class RunCheckpoint(ModelCheckpoint):
         checkpoint["ranks"] = gather_objects(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the metric of every step that has one."""
-        return {"scores": dict(self._scores)}
+        """Return the metric of every step that has one, and the newest step of the rhythm."""
+        return {"scores": dict(self._scores), "saved": self.saved}
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         step, rhythm = trainer.global_step, self._every_n_train_steps
@@ -173,7 +198,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the metrics of an interrupted run."""
-        self._scores = dict(state_dict.get("scores", {}))
+        self._scores, self.saved = dict(state_dict.get("scores", {})), state_dict.get("saved")
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up what each rank alone knew, and put Lightning's counters where this cut of the batch has them."""

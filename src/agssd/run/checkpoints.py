@@ -68,7 +68,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def link(self, path: str | Path, name: str | Path) -> None:
         """Give the checkpoint ``path`` a second name too, without writing it again where that is possible."""
-        self._do(lambda: _link(str(path), str(name)))
+        self._do(lambda: link_checkpoint(str(path), str(name)))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
         """Return the checkpoint, on the CPU, as data only unless ``weights_only`` is False."""
@@ -132,7 +132,8 @@ class CheckpointFiles(TorchCheckpointIO):
             ) from error
 
 
-def _link(path: str, name: str) -> None:
+def link_checkpoint(path: str, name: str) -> None:
+    """Give the checkpoint ``path`` a second name, without writing it again where that is possible."""
     if path == name:
         return
     if not is_local(path):
@@ -183,7 +184,7 @@ def call_last(path: str, step: int) -> None:
     except ValueError:
         behind = True
     if behind:
-        _link(path, last)
+        link_checkpoint(path, last)
 
 
 def list_checkpoints(folder: str) -> list[str]:
