@@ -542,15 +542,22 @@ def test_init__refuses_impossible_settings(tiny_cache: Path, changes: dict[str, 
         module(tiny_cache, **changes)
 
 
-def test_resume__other_cases_at_the_same_place_are_refused(tiny_cache: Path) -> None:
+@pytest.mark.parametrize(
+    ("differing", "changed"),
+    [("cases", {"key": "f" * 16}), ("preparation", {"low": (0.25,)}), ("preparation", {"source_sha256": "f" * 64})],
+)
+def test_resume__a_cache_that_was_built_anew_at_the_same_place_is_refused(
+    differing: str, changed: dict[str, Any], tiny_cache: Path
+) -> None:
     data = module(tiny_cache)
     data.setup("validate")
     state = data.state_dict()
     assert data.train_crops is not None
     first = data.train_crops.caches[0]
-    first.cases = (replace(first.cases[0], key="f" * 16), *first.cases[1:])  # as a cache that was built anew
-    with pytest.raises(ValueError, match="another stream of samples: cases was"):
+    first.cases = (replace(first.cases[0], **changed), *first.cases[1:])
+    with pytest.raises(ValueError, match=f"another stream of samples: {differing} was"):
         data.load_state_dict(state)
+    data.load_state_dict({name: value for name, value in state.items() if name != differing})  # an early checkpoint
 
 
 def test_on_exception__bus_error_of_a_worker_is_explained(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

@@ -70,9 +70,10 @@ class Watchdog(StandingCallback):
     A rank that has finished, or has saved itself because it was told to stop, says so and is not waited for: the others
     may take their time to write and to close.
 
-    A process that is ended so exits with 75. Processes that Lightning has started on this machine are killed with it,
-    stopped ones too; torchrun (30 s later for a stopped one) and SLURM (``--kill-on-bad-exit=1``) do the same for
-    theirs. The strategy's ``timeout`` bounds single collectives besides and may stay at its default.
+    A process that is ended so exits with 75, one that hangs in a call that does not return to Python with 1. Processes
+    that Lightning has started on this machine are killed with it, stopped ones too; torchrun (30 s later for a stopped
+    one) and SLURM (``--kill-on-bad-exit=1``) do the same for theirs. The strategy's ``timeout`` bounds single
+    collectives besides and may stay at its default.
 
     Args:
         stalled_s: seconds without progress after which the job ends; longer than the slowest validation or probe, the

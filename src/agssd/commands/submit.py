@@ -213,7 +213,7 @@ def _submit(script: str, directory: Path, new: bool) -> int:
         (f"squeue --job {job}", "its state and start"),
         (f"tail -F {where}/slurm-{job}.log", "what it says"),
         (f"scancel --signal=USR1 {job}", "save at the next step and queue again"),
-        (f"scancel {job}", "end it; its last checkpoint stays"),
+        (f"scancel {job}", "save at the next step and end"),
     ):
         print(f"  {command}\n      {what}")
     print(f"\nA job that has ended, by failure or by its user, goes on with: sbatch {shlex.quote(str(path))}")

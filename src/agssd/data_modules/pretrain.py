@@ -331,13 +331,17 @@ class PretrainDataModule(L.LightningDataModule):
             "cases_per_cache": list(self.train_crops.mixture.sizes) if self.train_crops is not None else [],
             "samples_per_cache_and_block": self._counts_per_block(),
             "fold": None if self.fold is None else [self.num_folds, self.fold],
-            "cases": self._digest_of_cases(),
+            "cases": self._digest_of_cases("key"),
+            "preparation": self._digest_of_cases(
+                "source_sha256", "shape", "spacing_mm", "scale", "offset", "low", "high"
+            ),
         }
 
-    def _digest_of_cases(self) -> str:
-        """Return what tells a cache from one that was built anew at its place with as many cases."""
+    def _digest_of_cases(self, *facts: str) -> str:
+        """Return what tells a cache from one that was built anew at its place, with other cases or in another way."""
         crops = self.train_crops
-        rows = [] if crops is None else [crops.info(row).key for row in range(len(crops.rows))]
+        infos = [] if crops is None else [crops.info(row) for row in range(len(crops.rows))]
+        rows = [" ".join(str(getattr(info, fact)) for fact in facts) for info in infos]
         return hashlib.sha256(" ".join(rows).encode()).hexdigest()[:16]
 
     def _counts_per_block(self) -> list[int] | None:

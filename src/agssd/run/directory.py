@@ -1,7 +1,8 @@
 """The directory of a run: where it is, who may write to it, and its saved configuration.
 
-A run directory holds ``config.yaml`` (what ran), ``machine.json`` (where), ``metrics.csv``, ``checkpoints/`` and, by
-callback, ``panels/``.
+A run directory holds ``config.yaml`` (what ran), ``machine.json`` (where), ``metrics.csv``, ``state.json`` (what it is
+doing), ``actions.jsonl`` (what was done about it), ``checkpoints/``, ``wandb/`` and ``wandb_id``; where they were made
+``panels/``, ``captures/`` (steps that were not finite), ``tensorboard/``, and ``submit.sh`` with the logs of its jobs.
 Nothing in it is ever overwritten silently: a run in a used directory goes on from its newest checkpoint and appends.
 """
 
