@@ -6,7 +6,7 @@ import csv
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,9 +16,23 @@ from made_bench import bench, made_rows
 from agssd.cli import main
 from agssd.commands.bench import _share
 from agssd.commands.bench.cells import list_cells, read_subjects
+from agssd.commands.bench.probes import probe
 from agssd.commands.bench.results import Place, figures
-from agssd.commands.bench.settings import label_flags, read_settings
+from agssd.commands.bench.settings import (
+    Method,
+    Probe,
+    Readout,
+    kept_settings,
+    label_flags,
+    read_settings,
+    save_settings,
+)
 from agssd.commands.bench.tables import compare, markdown
+from agssd.data_modules.cache import VolumeCache
+from agssd.data_modules.probe_set import ProbeSet
+from agssd.evaluation.probe import READOUTS, run_readouts
+from agssd.evaluation.probe_features import encode
+from agssd.models.backbone import build_fresh
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,6 +146,12 @@ def test_tables__a_figure_with_a_missing_run_is_left_out_and_other_subjects_are_
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"equal_time": "scratch"}, "equal_time is 'scratch'"),
+        ({"readouts": {"knn": {"probe": "knn-cls", "window_vox": [8, 8, 8]}}, "backbone": "b.yaml"}, "ending in seg"),
+        ({"readouts": {"knn": {"probe": "knn-seg", "window_vox": [8, 8, 8]}}}, "name the encoder of scratch"),
+        ({"readouts": {"knn": {"probe": "knn-seg"}}, "backbone": "b.yaml"}, r"window_vox is \[\]"),
+        ({"readouts": {"knn": {"probe": "knn-seg", "steps": [3]}}, "backbone": "b.yaml"}, "give one of both"),
+        ({"readouts": {"knn": {"probe": "votes"}}}, "votes"),
         ({"methods": {"ours": {"pretrain": ["x"]}}}, "scratch"),
         ({"labels": ["0%"]}, "labels has '0%'"),
         ({"labels": [2, 2]}, "give each amount once"),
@@ -156,6 +176,108 @@ def test_read_settings__says_what_is_wrong(change: dict[str, Any], said: str, tm
     path.write_text(yaml.safe_dump(good | change))
     with pytest.raises(ValueError, match=said):
         read_settings(path, quick=False)
+
+
+def test_read_settings__lays_itself_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    base = {
+        "methods": {"scratch": {}, "ours": {"pretrain": ["--config", "../a.yaml"]}},
+        "readouts": {"full": {"fit": ["--config", "f.yaml"], "steps": [3]}},
+        "labels": [2],
+        "pretrain_steps": 1,
+        "quick": {"seeds": 2, "methods": {"ours": None}},
+    }
+    (tmp_path / "base" / "b.yaml").write_text(yaml.safe_dump(base))
+    path = tmp_path / "bench.yaml"
+    path.write_text(yaml.safe_dump({"base": "base/b.yaml", "labels": [8], "quick": {"seeds": 1}}))
+    found = read_settings(path, quick=False)
+    assert found.labels == [8] and found.seeds == 3
+    assert found.methods["ours"].pretrain[1] == str(tmp_path / "a.yaml")
+    assert found.readouts["full"].fit[1] == str(tmp_path / "base" / "f.yaml"), "relative to the file that says it"
+    quick = read_settings(path, quick=True)
+    assert quick.seeds == 1 and set(quick.methods) == {"scratch"}
+
+
+def _timed(out: Path, method: str, seed: int, seconds: list[float]) -> None:
+    folder = out / "pretraining" / method / f"seed{seed}"
+    folder.mkdir(parents=True)
+    (folder / "row.json").write_text("{}")
+    rows = [f"{step},{'' if value is None else value}" for step, value in enumerate([None, *seconds])]
+    (folder / "metrics.csv").write_text("step,throughput/s_per_step\n" + "\n".join(rows) + "\n")
+
+
+def test_equal_time__as_many_steps_as_fit_into_the_time_of_the_same_seed(tmp_path: Path) -> None:
+    settings = bench(equal_time="ours", pretrain_steps=1000)
+    assert list(settings.methods) == ["scratch", "unet", "ours", "rival", "rival-equal-time"]
+    assert settings.methods["rival-equal-time"].steps is None, "the 7 steps of the first are not those of equal time"
+
+    def twins() -> dict[int, tuple[int | None, tuple[str, ...]]]:
+        cells = list_cells(settings, "c.h5", tmp_path)
+        found = [c.pretraining for c in cells if c.method == "rival-equal-time"]
+        return {one.seed: (one.steps, one.command) for one in found if one is not None}
+
+    assert twins() == dict.fromkeys(range(3), (None, ()))
+    for seed in range(2):
+        _timed(tmp_path, "ours", seed, [0.4, 0.4, 9.0])  # a pause of the machine does not count
+    _timed(tmp_path, "rival", 0, [0.1])
+    _timed(tmp_path, "rival", 1, [0.8, 0.8])
+    steps = {seed: found[0] for seed, found in twins().items()}
+    assert steps == {0: 4000, 1: 500, 2: None}
+    command = twins()[0][1]
+    assert command[command.index("--trainer.max_steps") + 1] == "4000"
+    assert command[command.index("--trainer.default_root_dir") + 1].endswith("rival-equal-time/seed0")
+    assert kept_again(settings, tmp_path) == settings
+    _timed(tmp_path, "ours", 2, [0.4])
+    _timed(tmp_path, "rival", 2, [0.2])
+    rows = made_rows(list_cells(settings, "c.h5", tmp_path), {})
+    assert "rival 7; rival-equal-time 500 to 4000, the time of ours" in markdown(settings, rows)
+
+
+def kept_again(settings: Any, out: Path) -> Any:
+    save_settings(settings, out)
+    return kept_settings(out)
+
+
+def test_probe__names_are_those_of_agssd_probe() -> None:
+    assert set(get_args(Probe)) == set(READOUTS)
+
+
+@pytest.mark.parametrize("num_folds", [None, 2])
+@pytest.mark.parametrize(
+    ("figure", "kinds"), [("dice", ("knn-seg", "linear-seg")), ("accuracy", ("knn-cls", "linear-cls"))]
+)
+def test_probe__same_figures_as_the_readouts_alone_and_once_only(
+    figure: str, kinds: tuple[str, ...], num_folds: int | None, tiny_cache: Path, tmp_path: Path
+) -> None:
+    backbone = tmp_path / "encoder.yaml"
+    vit = {"in_channels": 1, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    backbone.write_text(yaml.safe_dump({"class_path": "agssd.models.vit.ViT", "init_args": vit}))
+    readouts = {name: Readout(probe=name, window_vox=[16, 16, 16]) for name in kinds}  # type: ignore[arg-type]
+    given = {"readouts": readouts, "figure": figure, "backbone": str(backbone), "num_folds": num_folds}
+    settings = bench(methods={"scratch": Method()}, labels=[2, "100%"], draws=2, **given)
+    cells = [c for c in list_cells(settings, str(tiny_cache), tmp_path) if c.seed == 1 and c.fold in (None, 1)]
+    assert len(cells) == 2 * (2 + 1) and not any(cell.fit for cell in cells)
+    probe(cells, settings, str(tiny_cache))
+    rows = [json.loads((cell.folder / "row.json").read_text()) for cell in cells]
+    data = ProbeSet(
+        VolumeCache(tiny_cache), num_folds, kinds=("label" if figure == "dice" else "class",), measured_on="test"
+    )
+    features = encode(build_fresh(yaml.safe_load(backbone.read_text()), 1), data.volumes(), (16, 16, 16), 0.5)
+    whole = data.folds[0 if num_folds is None else 1]
+    data.folds = (whole,)
+    expected = run_readouts(features, data, kinds)  # type: ignore[arg-type]
+    for row in rows:
+        assert set(row["subjects"]) == set(whole.held_out)
+        assert row["value"] == pytest.approx(np.mean(list(row["subjects"].values())))
+        if row["labels"] == "100%":
+            name = row["readout"].replace("-", "_") + ("_dice" if figure == "dice" else "_balanced_accuracy")
+            assert row["value"] == pytest.approx(expected.figures[name], abs=1e-6)
+    stamps = {cell: (cell.folder / "row.json").stat().st_mtime_ns for cell in cells}
+    probe(cells, settings, str(tiny_cache))
+    assert all((cell.folder / "row.json").stat().st_mtime_ns == stamp for cell, stamp in stamps.items())
+    backbone.write_text(yaml.safe_dump({"class_path": "agssd.models.vit.ViT", "init_args": vit | {"depth": 2}}))
+    with pytest.raises(ValueError, match="made with other settings"):
+        probe(cells, settings, str(tiny_cache))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "bench").glob("*.yaml")), ids=lambda path: path.stem)

@@ -44,6 +44,7 @@ def made_rows(cells: list[Cell], gain: dict[str, float], seed: int = 0) -> list[
         values = of_subject + of_draw[cell.draw] + gain.get(cell.method, 0.0) + rng.normal(0, 0.01, len(SUBJECTS))
         found = dict(zip(SUBJECTS, values.tolist(), strict=True))
         row = {"subjects": found, "value": float(values.mean()), "bench": "b", "commit": "c", "figure": "dice"}
+        row["pretraining_steps"] = 0 if cell.pretraining is None else cell.pretraining.steps
         names = ("method", "readout", "steps", "labels", "draw", "seed", "fold")
         rows.append(row | {name: getattr(cell, name) for name in names})
     return rows

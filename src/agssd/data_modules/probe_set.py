@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class ProbeSet:
     """Cases of a cache that have a label map or a class, and who is learnt from and measured on.
 
     With ``num_folds`` the subjects of the split "train" take turns; without, the split "train" is learnt from and "val"
-    measured on. The split "test" stays untouched either way.
+    measured on. The split "test" stays untouched unless it is asked for.
 
     Args:
         cache: open cache.
@@ -33,6 +33,7 @@ class ProbeSet:
         max_vox: read at most so many voxels per axis, from the middle of the volume; None for whole volumes.
         num_label_classes: with background; None for what the label maps hold.
         kinds: "label" and "class", what a case may count by.
+        measured_on: the split that is measured on without folds.
 
     Attributes:
         rows: of every case in a fold.
@@ -55,19 +56,20 @@ class ProbeSet:
         max_vox: int | None = None,
         num_label_classes: int | None = None,
         kinds: tuple[str, ...] = ("label", "class"),
+        measured_on: Literal["val", "test"] = "val",
     ) -> None:
         self.cache, self.max_vox, self.kinds = cache, max_vox, kinds
-        subjects = {split: self._subjects(split) for split in ("train", "val")}
+        subjects = {split: self._subjects(split) for split in ("train", measured_on)}
         if not subjects["train"]:
             what = "labelled case" if "label" in kinds else "case with a class"
             raise ValueError(f"{cache.path} has no {what} in its split 'train'; see agssd inspect {cache.path}")
         if num_folds is None:
-            if not subjects["val"]:
+            if not subjects[measured_on]:
                 raise ValueError(
-                    f"{cache.path} has no labelled case in its split 'val' to measure on; measure by folds of the "
-                    "split 'train' instead"
+                    f"{cache.path} has no labelled case in its split {measured_on!r} to measure on; measure by folds "
+                    "of the split 'train' instead"
                 )
-            turns = [(subjects["train"], subjects["val"])]
+            turns = [(subjects["train"], subjects[measured_on])]
         else:
             parts = fold_subjects(subjects["train"], num_folds)
             turns = [([s for other in parts if other is not held for s in other], held) for held in parts]
@@ -79,7 +81,7 @@ class ProbeSet:
 
         self.folds = tuple(Fold(drawn(rest, num_subjects), drawn(held, num_held_out)) for rest, held in turns)
         used = {subject for fold in self.folds for part in fold for subject in part}
-        splits = ("train",) if num_folds is not None else ("train", "val")
+        splits = ("train",) if num_folds is not None else ("train", measured_on)
         self.rows = [
             row
             for row, info in enumerate(cache.cases)

@@ -66,7 +66,7 @@ def linear_shares(learned: Sequence[ProbeVector], asked: Sequence[ProbeVector], 
     return torch.from_numpy(fitted.probabilities(queries)).float()
 
 
-_SHARES = {"knn": neighbour_shares, "linear": linear_shares}
+SHARES = {"knn": neighbour_shares, "linear": linear_shares}
 
 
 def probe_classification(
@@ -94,7 +94,7 @@ def probe_classification(
         asked = [case for case in cases if case.subject in set(fold.held_out)]
         if not learned or not asked:
             raise ValueError(f"fold {number} of the probe has no volume with a class to learn from or to predict")
-        found = _SHARES[kind](learned, asked, num_classes)
+        found = SHARES[kind](learned, asked, num_classes)
         shares.append(found)
         targets += [case.target for case in asked]
         hits = [float(guess == case.target) for guess, case in zip(found.argmax(1).tolist(), asked, strict=True)]

@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
         "agssd bench --config conf/bench/hippocampus.yaml --cache hippocampus.h5 --out runs/bench\n\n"
-        "Every cell is `agssd fit` and `agssd test`; a cell that is done is not done again, and one that was stopped\n"
-        "goes on, so the same command finishes a bench that was interrupted. --workers N runs cells side by side.\n"
+        "Every cell is `agssd fit` and `agssd test`, or a probe of frozen features; a cell that is done is not done\n"
+        "again, and one that was stopped goes on, so the same command finishes a bench that was interrupted.\n"
+        "--workers N runs cells side by side.\n"
         "On a cluster, an array of jobs shares the work (same arguments) and the second command makes the tables:\n"
         "  sbatch --array 0-15 --wrap 'agssd bench ... --share $SLURM_ARRAY_TASK_ID/16'\n"
         "  agssd bench ... --tables\n"
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not Path(args.cache).exists():
         raise ValueError(f"there is no cache {args.cache}; write one with `agssd prepare`, see {args.config}")
-    failed = [] if args.tables else _run(bench, ours, args.workers)
+    failed = [] if args.tables else _run(bench, ours, args)
+    cells = list_cells(bench, args.cache, args.out)  # what hung on the time of another may be known now
     rows = _tables(bench, cells, args)
     for name, reason in failed:
         print(f"error: {name}: {reason}", file=sys.stderr)
@@ -87,28 +89,65 @@ def _tell(bench: Bench, cells: Sequence[Cell], share: str | None) -> None:
         f"({sum(map(is_done, cells))} done){'' if share is None else f' in share {share}'}"
     )
     for one in pretrainings:
-        print("agssd " + " ".join(one.command))
-    for cell in cells[:3]:
+        if one.command:
+            print("agssd " + " ".join(one.command))
+        else:
+            print(f"{one.name}: as many steps as fit into the time of {bench.equal_time}, once that is done")
+    trained = [cell for cell in cells if cell.fit]
+    for cell in trained[:3]:
         print("agssd " + " ".join(cell.fit))
         print("agssd " + " ".join(cell.measure))
-    if len(cells) > 3:
-        print(f"... and {len(cells) - 3} cells more")
+    if len(trained) > 3:
+        print(f"... and {len(trained) - 3} cells more")
+    if len(trained) < len(cells):
+        print(f"and {len(cells) - len(trained)} cells of frozen features, those of an encoder all at once")
 
 
 def _pretrainings(cells: Sequence[Cell]) -> list[Pretraining]:
     return list(dict.fromkeys(cell.pretraining for cell in cells if cell.pretraining is not None))
 
 
-def _run(bench: Bench, cells: Sequence[Cell], workers: int) -> list[tuple[str, str]]:
+def _run(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> list[tuple[str, str]]:
     """Run every pretraining, then every cell whose pretraining is there; return what failed and why."""
-    from agssd.commands.bench.cells import is_done, pretrain, train_and_measure
+    from agssd.commands.bench.cells import is_done, list_cells, train_and_measure
+    from agssd.commands.bench.probes import probe
 
-    mark = bench.fingerprint()
-    first = {one.name: (pretrain, one, bench.threads) for one in _pretrainings(cells)}
-    failed = _work(first, workers)
+    failed, tried = _pretrain(bench, cells, args.workers)
+    if bench.equal_time is not None:
+        ours = {cell.folder for cell in cells}
+        cells = [cell for cell in list_cells(bench, args.cache, args.out) if cell.folder in ours]
+        failed += _pretrain(bench, cells, args.workers, tried)[0]
+        waiting = [one.name for one in _pretrainings(cells) if not one.command]
+        if waiting:
+            print(
+                f"{len(waiting)} pretrainings wait for the time of others ({waiting[0]}); give the same command again "
+                "when those are done",
+                file=sys.stderr,
+            )
     ready = [cell for cell in cells if cell.pretraining is None or is_done(cell.pretraining)]
-    second = {cell.name: (train_and_measure, cell, mark, bench.figure, bench.threads) for cell in ready}
-    return failed + _work(second, workers)
+    mark, threads = bench.fingerprint(), bench.threads
+    work: dict[str, tuple[Any, ...]] = {
+        cell.name: (train_and_measure, cell, mark, bench.figure, threads) for cell in ready if cell.fit
+    }
+    probes: dict[str, list[Cell]] = {}
+    for cell in ready:
+        if not cell.fit:
+            place = "" if cell.fold is None else f", fold {cell.fold}"
+            window = "x".join(map(str, bench.readouts[cell.readout].window_vox))
+            probes.setdefault(f"probes of {cell.method}, seed {cell.seed}{place}, window {window}", []).append(cell)
+    return failed + _work(
+        {name: (probe, group, bench, args.cache) for name, group in probes.items()} | work, args.workers
+    )
+
+
+def _pretrain(
+    bench: Bench, cells: Sequence[Cell], workers: int, before: Sequence[str] = ()
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Run the pretrainings whose steps are known and that are not ``before``; return failures and names."""
+    from agssd.commands.bench.cells import pretrain
+
+    known = [one for one in _pretrainings(cells) if one.command and one.name not in before]
+    return _work({one.name: (pretrain, one, bench.threads) for one in known}, workers), [one.name for one in known]
 
 
 def _work(tasks: dict[str, tuple[Any, ...]], workers: int) -> list[tuple[str, str]]:

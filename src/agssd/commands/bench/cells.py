@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from agssd.commands.bench.equal_time import clock_flags, steps_of
 from agssd.commands.bench.settings import Bench, Labels, fingerprint, label_flags
 
 ROW = "row.json"
@@ -30,7 +31,8 @@ class Pretraining:
     method: str
     seed: int
     fold: int | None
-    command: tuple[str, ...]  # after ``agssd``
+    steps: int | None  # None where they hang on the time of a pretraining that is not done
+    command: tuple[str, ...]  # after ``agssd``; empty while the steps are not known
 
     @property
     def name(self) -> str:
@@ -40,7 +42,7 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training of a task and its measurement."""
+    """One training of a task and its measurement, or one probe, which has no commands."""
 
     folder: Path
     method: str
@@ -67,7 +69,7 @@ def list_cells(bench: Bench, cache: str, out: Path) -> list[Cell]:
     return [
         _cell(bench, cache, out, method, readout, steps, labels, draw, seed, fold)
         for readout, one in bench.readouts.items()
-        for steps in one.steps
+        for steps in one.budgets
         for labels in bench.labels
         for draw in range(bench.draws_of(labels))
         for seed in range(bench.seeds)
@@ -93,7 +95,9 @@ def _cell(
     place = "" if fold is None else f"-fold{fold}"
     amount = str(labels).replace("%", "pct")
     folder = out / "cells" / readout / method / f"steps{steps}-labels{amount}-draw{draw}-seed{seed}{place}"
-    flags = [*its.fit.get(readout, bench.readouts[readout].fit), "--data.cache", cache, *_fold_flags(bench, fold)]
+    flags = [*its.fit.get(readout, bench.readouts[readout].fit), *bench.fit_common]
+    flags += ["--data.cache", cache, *_fold_flags(bench, fold)]
+    flags += ["--data.leakage", "warn"] if bench.leakage == "warn" else []
     flags += [*label_flags(labels), "--data.subset_seed", str(draw), "--data.seed", str(seed)]
     flags += ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder), "--trainer.max_steps"]
     flags += [str(steps)]
@@ -101,6 +105,7 @@ def _cell(
         flags += ["--model.encoder", str(pretraining.folder)]
     only_last = ["--trainer.limit_val_batches", "0", "--checkpoint.every_n_train_steps", str(steps)]
     kind = "test" if fold is None else "validate"
+    trains = bench.readouts[readout].probe is None
     last = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
     return Cell(
         folder=folder,
@@ -112,8 +117,8 @@ def _cell(
         seed=seed,
         fold=fold,
         pretraining=pretraining,
-        fit=("fit", *flags, *only_last, "--wandb.mode", "disabled"),
-        measure=(kind, *flags, *last),
+        fit=("fit", *flags, *only_last, "--wandb.mode", "disabled") if trains else (),
+        measure=(kind, *flags, *last) if trains else (),
         cases="test_cases.csv" if fold is None else "val_cases.csv",
     )
 
@@ -123,11 +128,14 @@ def _pretraining(bench: Bench, cache: str, out: Path, method: str, seed: int, fo
     if not its.pretrain:
         return None
     folder = out / "pretraining" / method / (f"seed{seed}" + ("" if fold is None else f"-fold{fold}"))
-    flags = [*its.pretrain, "--data.cache", cache, *_fold_flags(bench, fold)]
+    steps = steps_of(bench, method, folder)
+    if steps is None:
+        return Pretraining(folder, method, seed, fold, None, ())
+    flags = [*its.pretrain, *bench.pretrain_common, "--data.cache", cache, *_fold_flags(bench, fold)]
     flags += ["--seed_everything", str(seed), "--model.seed", str(seed), "--data.seed", str(seed)]
-    flags += ["--trainer.max_steps", str(its.steps or bench.pretrain_steps)]
+    flags += ["--trainer.max_steps", str(steps), *clock_flags(bench, steps)]
     flags += ["--trainer.default_root_dir", str(folder), "--wandb.mode", "disabled"]
-    return Pretraining(folder, method, seed, fold, ("fit", *flags))
+    return Pretraining(folder, method, seed, fold, steps, ("fit", *flags))
 
 
 def _fold_flags(bench: Bench, fold: int | None) -> list[str]:
@@ -143,7 +151,7 @@ def pretrain(one: Pretraining, threads: int) -> dict[str, Any]:
     Raises:
         ValueError: if it fails; the message names its log.
     """
-    return _once(one.folder, fingerprint(one.command), lambda: _timed(one, threads))
+    return once(one.folder, fingerprint(one.command), lambda: _timed(one, threads))
 
 
 def _timed(one: Pretraining, threads: int) -> dict[str, Any]:
@@ -170,27 +178,39 @@ def train_and_measure(cell: Cell, bench: str, figure: str, threads: int) -> dict
         started = time.perf_counter()
         _command(cell.fit, cell.folder, threads)
         _command(cell.measure, cell.folder, threads)
-        subjects = read_subjects(cell.folder / cell.cases, figure)
-        row = {
-            "method": cell.method,
-            "readout": cell.readout,
-            "steps": cell.steps,
-            "labels": cell.labels,
-            "draw": cell.draw,
-            "seed": cell.seed,
-            "fold": cell.fold,
-            "figure": figure,
-            "value": sum(subjects.values()) / len(subjects),
-            "subjects": subjects,
-            "seconds": time.perf_counter() - started,
-            "bench": bench,
-            "commit": _commit(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
+        row = row_of(cell, bench, figure, read_subjects(cell.folder / cell.cases, figure), started)
         shutil.rmtree(cell.folder / "checkpoints")  # hundreds of cells; the command in the row makes it again
         return row
 
-    return _once(cell.folder, fingerprint([cell.fit, cell.measure, before]), work)
+    return once(cell.folder, fingerprint([cell.fit, cell.measure, before]), work)
+
+
+def row_of(cell: Cell, bench: str, figure: str, subjects: dict[str, float], started: float) -> dict[str, Any]:
+    """Return the row of a cell.
+
+    Args:
+        cell: the cell.
+        bench: fingerprint of the settings.
+        figure: "dice" or "accuracy".
+        subjects: figure by subject.
+        started: of the work, by ``time.perf_counter``.
+    """
+    return {
+        "method": cell.method,
+        "readout": cell.readout,
+        "steps": cell.steps,
+        "labels": cell.labels,
+        "draw": cell.draw,
+        "seed": cell.seed,
+        "fold": cell.fold,
+        "figure": figure,
+        "value": sum(subjects.values()) / len(subjects),
+        "subjects": subjects,
+        "seconds": time.perf_counter() - started,
+        "bench": bench,
+        "commit": _commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def is_done(one: Pretraining | Cell) -> bool:
@@ -198,7 +218,12 @@ def is_done(one: Pretraining | Cell) -> bool:
     return (one.folder / ROW).is_file()
 
 
-def _once(folder: Path, mark: str, work: Any) -> dict[str, Any]:
+def once(folder: Path, mark: str, work: Any) -> dict[str, Any]:
+    """Return the row in a folder, after doing the work if there is none.
+
+    Raises:
+        ValueError: if there is one of other settings, or the work fails.
+    """
     path = folder / ROW
     if path.is_file():
         row = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -206,6 +231,7 @@ def _once(folder: Path, mark: str, work: Any) -> dict[str, Any]:
             raise ValueError(f"{folder} was made with other settings; remove it, or give another --out")
         return row
     row = {**work(), "mark": mark}
+    folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
@@ -263,14 +289,27 @@ def read_subjects(path: Path, figure: str) -> dict[str, float]:
             if values:
                 found.setdefault(case["subject"] or case["case"], []).append(sum(values) / len(values))
     else:
-        targets = [case["target"] for case in cases]
+        guesses = []
         for case in cases:
             scores = [float(v) for key, v in case.items() if key.startswith("probability")]
-            weight = len(targets) / (targets.count(case["target"]) * len(set(targets)))
-            right = scores.index(max(scores)) == int(case["target"])
-            found.setdefault(case["subject"] or case["case"], []).append(weight * right)
+            guesses.append((case["subject"] or case["case"], int(case["target"]), scores.index(max(scores))))
+        return balanced(guesses)
     if not found:
         raise ValueError(f"{path} has no {figure}")
+    return {subject: sum(values) / len(values) for subject, values in sorted(found.items())}
+
+
+def balanced(guesses: Sequence[tuple[str, int, int]]) -> dict[str, float]:
+    """Return by subject the mean over its volumes of 1 where the class was found, weighted for balanced accuracy.
+
+    Args:
+        guesses: subject, class and guessed class of each volume; a volume of a rare class weighs more.
+    """
+    targets = [target for _, target, _ in guesses]
+    found: dict[str, list[float]] = {}
+    for subject, target, guess in guesses:
+        weight = len(targets) / (targets.count(target) * len(set(targets)))
+        found.setdefault(subject, []).append(weight * (guess == target))
     return {subject: sum(values) / len(values) for subject, values in sorted(found.items())}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from agssd.commands.bench.results import figures, places
+from agssd.commands.bench.results import figures, heading, places
 from agssd.commands.bench.settings import Bench
 from agssd.evaluation.statistics import crossed_mean
 from agssd.whole_file import whole_file
@@ -37,7 +37,7 @@ def draw(bench: Bench, rows: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.errorbar(xs, means, bars, label=method, marker="o", markersize=4, linestyle=style, capsize=2)
         axis.set_xticks(range(len(columns)), [str(place.labels) for place in columns])
         axis.set_xlabel("labelled subjects")
-        axis.set_title(f"{readout}, {steps} steps", fontsize=10)
+        axis.set_title(heading(readout, steps), fontsize=10)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("Dice" if bench.figure == "dice" else "balanced accuracy")
     axes[0].legend(fontsize=8)

@@ -16,7 +16,7 @@ from agssd.commands.bench.settings import Bench, Labels
 from agssd.whole_file import whole_file
 
 _COLUMNS = ("readout", "steps", "labels", "draw", "seed", "fold", "method", "figure", "value")
-_OF_A_RUN = ("seconds", "pretraining_seconds", "bench", "commit", "time", "mark")
+_OF_A_RUN = ("seconds", "pretraining_steps", "pretraining_seconds", "bench", "commit", "time", "mark")
 
 
 class Place(NamedTuple):
@@ -27,17 +27,23 @@ class Place(NamedTuple):
     labels: Labels
 
 
+def heading(readout: str, steps: int) -> str:
+    """Return what to call a readout with its budget; a probe has none."""
+    return f"{readout}, {steps} steps" if steps else readout
+
+
 def read_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Return the rows of the cells that are done, with the seconds of their pretraining."""
+    """Return the rows of the cells that are done, with the steps and seconds of their pretraining."""
     rows = []
     for cell in cells:
         if not is_done(cell):
             continue
         row = json.loads((cell.folder / ROW).read_text(encoding="utf-8"))
         before = cell.pretraining
-        row["pretraining_seconds"] = (
-            json.loads((before.folder / ROW).read_text(encoding="utf-8"))["seconds"] if before is not None else 0.0
-        )
+        row |= {"pretraining_steps": 0, "pretraining_seconds": 0.0}
+        if before is not None:
+            done = json.loads((before.folder / ROW).read_text(encoding="utf-8"))
+            row |= {"pretraining_steps": before.steps, "pretraining_seconds": done["seconds"]}
         rows.append(row)
     return rows
 
@@ -62,7 +68,7 @@ def places(bench: Bench) -> list[Place]:
     return [
         Place(name, steps, labels)
         for name, one in bench.readouts.items()
-        for steps in one.steps
+        for steps in one.budgets
         for labels in bench.labels
     ]
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,9 @@ import yaml
 from agssd.whole_file import whole_file
 
 Labels = int | str | float
+Probe = Literal["linear-seg", "knn-seg", "knn-cls", "linear-cls"]  # those of `agssd probe`
 KEPT = "settings.json"
+EQUAL_TIME = "-equal-time"  # what the name of a method's second pretraining ends in
 _NAME = re.compile(r"[\w.+-]+")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
@@ -29,24 +31,39 @@ class Method:
         steps: optimiser steps of pretraining, None for those of the bench; more or fewer for equal time.
         fit: for a network of its own the command line of each readout that it takes part in, in place of the readout's;
             empty takes part in all.
+        time_of: the method whose second pretraining this is, of as many steps as fit into the time of
+            ``Bench.equal_time``; set by the bench.
     """
 
     pretrain: list[str] = field(default_factory=list)
     steps: int | None = None
     fit: dict[str, list[str]] = field(default_factory=dict)
+    time_of: str | None = None
 
 
 @dataclass
 class Readout:
     """One way to ask what an encoder is worth: a task trained on few labels and measured on whole volumes.
 
+    Either ``fit`` with ``steps``, or ``probe``.
+
     Args:
         fit: command line of ``agssd fit`` of a task without cache, encoder, labels, seeds, steps and run directory.
         steps: budgets of optimiser steps; each is a run of its own, since the schedule ends with it.
+        probe: a readout of ``agssd probe``, fitted to frozen features at its own settings: neighbours or linear, of
+            tokens (dice) or of volumes (accuracy).
+        window_vox: of those features, (D, H, W) in voxels, the size of view in pretraining.
     """
 
-    fit: list[str]
-    steps: list[int]
+    fit: list[str] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    probe: Probe | None = None
+    window_vox: list[int] = field(default_factory=list)
+
+    @property
+    def budgets(self) -> list[int]:
+        """The steps of each column group; of a probe one of 0, since it trains no network."""
+        return self.steps if self.probe is None else [0]
 
 
 @dataclass
@@ -63,6 +80,13 @@ class Bench:
         num_folds: measure on folds by subject inside the split ``train``, which pretraining leaves out too; None
             measures on the split ``test``.
         figure: "dice" of segmentation or "accuracy" (balanced) of classification.
+        equal_time: a method with ``pretrain``. Every other one gets a second pretraining, NAME-equal-time, of as many
+            steps as fit into the time that the steps of this one took with the same seed and fold. The clock of
+            ``throughput/s_per_step`` counts: without start, probes and validation.
+        backbone: YAML of the encoder, for ``scratch`` and its like in readouts that are a ``probe``.
+        pretrain_common: words at the end of every ``pretrain``.
+        fit_common: words at the end of every ``fit``.
+        leakage: "warn" goes on where cases to be measured look like copies of what was trained on.
         threads: of torch in each process.
 
     Raises:
@@ -77,6 +101,11 @@ class Bench:
     draws: int = 5
     num_folds: int | None = None
     figure: Literal["dice", "accuracy"] = "dice"
+    equal_time: str | None = None
+    backbone: str | None = None
+    pretrain_common: list[str] = field(default_factory=list)
+    fit_common: list[str] = field(default_factory=list)
+    leakage: Literal["error", "warn"] = "error"
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -92,7 +121,11 @@ class Bench:
                     f"methods.{name}.fit names {sorted(unknown)}; the readouts are {sorted(self.readouts)}"
                 )
         numbers = {"pretrain_steps": self.pretrain_steps, "seeds": self.seeds, "draws": self.draws}
-        numbers |= {f"readouts.{name}.steps": min(r.steps, default=0) for name, r in self.readouts.items()}
+        numbers |= {
+            f"readouts.{name}.steps": min(one.steps, default=0)
+            for name, one in self.readouts.items()
+            if one.probe is None
+        }
         numbers |= {f"methods.{name}.steps": m.steps for name, m in self.methods.items() if m.steps is not None}
         for name, value in numbers.items():
             if value < 1:
@@ -102,6 +135,45 @@ class Bench:
         self.labels = [_label(value) for value in self.labels]
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels is {self.labels}; give each amount once, such as [2, 8, 100%]")
+        for name, one in self.readouts.items():
+            if one.probe is not None:
+                self._check_probe(name, one)
+        self.methods = self._with_equal_time()
+
+    def _check_probe(self, name: str, one: Readout) -> None:
+        kind = "seg" if self.figure == "dice" else "cls"
+        if one.fit or one.steps:
+            raise ValueError(f"readouts.{name} has fit or steps and is a probe; give one of both")
+        if one.probe is not None and not one.probe.endswith(kind):
+            raise ValueError(
+                f"readouts.{name}.probe is {one.probe}, but {self.figure} is that of a probe ending in {kind}"
+            )
+        if len(one.window_vox) != 3:
+            raise ValueError(
+                f"readouts.{name}.window_vox is {one.window_vox}; give the size of view, such as [32, 32, 32]"
+            )
+        if self.backbone is None:
+            raise ValueError(f"readouts.{name} is a probe; name the encoder of scratch by backbone: YAML")
+        if users := [method for method, its in self.methods.items() if name in its.fit]:
+            raise ValueError(f"methods.{users[0]}.fit names {name}, which is a probe and trains no network")
+
+    def _with_equal_time(self) -> dict[str, Method]:
+        """Return the methods, each other than ``equal_time`` followed by its second pretraining."""
+        if self.equal_time is None:
+            return self.methods
+        if self.equal_time not in self.methods or not self.methods[self.equal_time].pretrain:
+            raise ValueError(f"equal_time is {self.equal_time!r}; name a method with pretrain")
+        found: dict[str, Method] = {}
+        for name, method in self.methods.items():
+            found[name] = method
+            if method.pretrain and name != self.equal_time and method.time_of is None:
+                twin = replace(method, steps=None, time_of=name)
+                if self.methods.get(name + EQUAL_TIME, twin) != twin:
+                    raise ValueError(
+                        f"methods.{name + EQUAL_TIME} is the name of what equal_time makes; choose another"
+                    )
+                found[name + EQUAL_TIME] = twin
+        return found
 
     def draws_of(self, labels: Labels) -> int:
         """Return how many draws of an amount there are: of all labels just one."""
@@ -128,6 +200,8 @@ def label_flags(labels: Labels) -> list[str]:
 def read_settings(path: Path, quick: bool) -> Bench:
     """Return the bench in a YAML file; words that name a YAML are paths relative to it.
 
+    A file may lay itself over another: ``base: OTHER.yaml``.
+
     Args:
         path: of the file.
         quick: lay what stands under ``quick`` over the rest.
@@ -137,22 +211,29 @@ def read_settings(path: Path, quick: bool) -> Bench:
     """
     from jsonargparse import ArgumentParser
 
-    if not path.is_file():
-        raise ValueError(f"there is no bench {path}; run from the repository, or name one as conf/bench/NAME.yaml")
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no settings of a bench")
+    found = _loaded(path)
     smaller = found.pop("quick", None)
     if quick and smaller is None:
         raise ValueError(f"{path} says nothing under 'quick'")
     settings = _over(found, smaller) if quick else found
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Bench)
-    settings = _resolved(path.parent, settings)
     try:
         return _bench(parser.parse_object(settings).as_dict())
     except Exception as error:  # jsonargparse raises several kinds
         raise ValueError(f"{path}: {str(error).strip()}") from error
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    """Return what a file says, laid over its base, with paths in place of words that name a YAML."""
+    if not path.is_file():
+        raise ValueError(f"there is no bench {path}; run from the repository, or name one as conf/bench/NAME.yaml")
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings of a bench")
+    found = _resolved(path.parent, found)
+    base = found.pop("base", None)
+    return found if base is None else dict(_over(_loaded(Path(base)), found))
 
 
 def save_settings(bench: Bench, out: Path) -> None:

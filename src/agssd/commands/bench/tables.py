@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agssd.commands.bench.results import Place, figures, places
+from agssd.commands.bench.results import Place, figures, heading, places
 from agssd.commands.bench.settings import Bench
 from agssd.evaluation.statistics import Interval, crossed_mean, holm, paired_difference
 
@@ -24,7 +24,7 @@ def markdown(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     compared = compare(bench, found)
     for (readout, steps), group in groupby(found, key=lambda place: place[:2]):
         columns = {place: found[place] for place in group}
-        parts.append(f"## {readout}, {steps} steps\n\n{_means(bench, columns)}")
+        parts.append(f"## {heading(readout, steps)}\n\n{_means(bench, columns)}")
         if here := {key: value for key, value in compared.items() if key[2] in columns}:
             parts.append(_differences(here, list(columns)))
     if compared:
@@ -43,10 +43,22 @@ def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     where = "the split test" if bench.num_folds is None else f"{bench.num_folds} folds of the split train"
     return (
         f"{what} on {where}; {bench.seeds} seeds, {bench.draws} draws of the labels (all labels: 1), "
-        f"{bench.pretrain_steps} steps of pretraining ({', '.join(pretrained) or 'none'}). Mean with 95 % "
+        f"{bench.pretrain_steps} steps of pretraining ({', '.join(pretrained) or 'none'}{_other_steps(bench, rows)}). "
+        "Mean with 95 % "
         f"interval over seeds, draws and subjects. {len(rows)} runs; settings {', '.join(sorted(marks))}; commit "
         f"{', '.join(sorted(commits))}."
     )
+
+
+def _other_steps(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
+    """Return which methods were pretrained for other numbers of steps, and why."""
+    told = []
+    for name, method in bench.methods.items():
+        steps = sorted({row["pretraining_steps"] for row in rows if row["method"] == name and method.pretrain})
+        if steps and steps != [bench.pretrain_steps]:
+            why = "" if method.time_of is None else f", the time of {bench.equal_time}"
+            told.append(f"{name} {' to '.join(map(str, dict.fromkeys((steps[0], steps[-1]))))}{why}")
+    return f"; {'; '.join(told)}" if told else ""
 
 
 def of_place(bench: Bench, rows: Sequence[dict[str, Any]], place: Place) -> _Figures:

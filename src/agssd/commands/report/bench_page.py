@@ -13,6 +13,7 @@ import agssd
 from agssd.commands._page import page
 from agssd.commands.bench.cells import list_cells
 from agssd.commands.bench.results import Place, places, read_rows
+from agssd.commands.bench.results import heading as heading_of
 from agssd.commands.bench.settings import KEPT, Bench, kept_settings
 from agssd.commands.bench.tables import ALPHA, compare, head, label, of_place
 from agssd.commands.report.write import check_name, joined_script, save
@@ -46,7 +47,7 @@ def write_bench(folder: Path, out: Path, title: str | None) -> str:
     parts, links = [], []
     for number, ((readout, steps), group) in enumerate(groupby(found, key=lambda place: place[:2])):
         here = {place: means[place] for place in group}
-        heading = escape(f"{readout}, {steps} steps")
+        heading = escape(heading_of(readout, steps))
         links.append(f'<li><a href="#part{number}">{heading}</a></li>')
         own = {key: value for key, value in compared.items() if key[2] in here}
         parts.append(f'<section id="part{number}"><h2>{heading}</h2>{_part(bench, here, own)}</section>')

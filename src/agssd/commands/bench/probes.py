@@ -1,0 +1,123 @@
+"""Readouts of a bench that train no network: neighbours and linear readouts of frozen features.
+
+All cells of one encoder are done at once, so that its features are computed once and not once a cell.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+
+from agssd.commands.bench.cells import Cell, balanced, once, row_of
+from agssd.commands.bench.settings import Bench, Labels, fingerprint
+from agssd.data_modules.agreement import cache_contract
+from agssd.data_modules.cache import VolumeCache
+from agssd.data_modules.leakage import check_leakage
+from agssd.data_modules.probe_set import ProbeSet
+from agssd.data_modules.subsets import nested_subset
+from agssd.evaluation.classification_probe import SHARES, ProbeVector
+from agssd.evaluation.contract import check_contract
+from agssd.evaluation.folds import Fold
+from agssd.evaluation.probe import all_finite
+from agssd.evaluation.probe_features import ProbeFeatures, encode
+from agssd.evaluation.segmentation_probe import NeighbourReadout, ProbeCase, linear_segmenter, probe_segmentation
+from agssd.models.backbone import build_fresh
+from agssd.tasks.encoders import load_encoder
+from agssd.types import Triple
+
+if TYPE_CHECKING:
+    from agssd.models.backbone import Backbone
+
+
+def probe(cells: Sequence[Cell], bench: Bench, cache: str) -> dict[str, Any]:
+    """Do the probes of one encoder, or find that they are done, and return how long that took.
+
+    Args:
+        cells: of one method, seed, fold and window.
+        bench: the settings.
+        cache: labelled cache.
+
+    Raises:
+        ValueError: if they were made with other settings, or an encoder or cache cannot serve.
+    """
+    started = time.perf_counter()
+    torch.set_num_threads(bench.threads)
+    frozen = _Frozen(cells[0], bench, cache)
+    for cell in cells:
+        before = None if cell.pretraining is None else fingerprint(cell.pretraining.command)
+        one = bench.readouts[cell.readout]
+        given = [one.probe, one.window_vox, cache, cell.labels, cell.draw, cell.seed, cell.fold, bench.num_folds]
+        given += [bench.leakage, before if before is not None else frozen.config]
+        once(cell.folder, fingerprint(given), partial(_measured, cell, bench, frozen))
+    return {"seconds": time.perf_counter() - started}
+
+
+def _measured(cell: Cell, bench: Bench, frozen: _Frozen) -> dict[str, Any]:
+    started = time.perf_counter()
+    subjects = frozen.figures(str(bench.readouts[cell.readout].probe), cell.labels, cell.draw)
+    return row_of(cell, bench.fingerprint(), bench.figure, subjects, started)
+
+
+class _Frozen:
+    """The features of one encoder on the volumes of a cache, computed when they are first needed."""
+
+    def __init__(self, cell: Cell, bench: Bench, cache: str) -> None:
+        self.cell, self.bench, self.cache = cell, bench, cache
+        d, h, w = bench.readouts[cell.readout].window_vox
+        self.window_vox: Triple = (d, h, w)
+        assert bench.backbone is not None  # or the settings are refused
+        self.config = yaml.safe_load(Path(bench.backbone).read_text(encoding="utf-8"))
+
+    @cached_property
+    def data(self) -> ProbeSet:
+        kind = "label" if self.bench.figure == "dice" else "class"
+        return ProbeSet(VolumeCache(self.cache), self.bench.num_folds, kinds=(kind,), measured_on="test")
+
+    @cached_property
+    def fold(self) -> Fold:
+        return self.data.folds[self.cell.fold or 0]
+
+    def _encoder(self) -> Backbone:
+        cell, cache = self.cell, self.data.cache
+        if cell.pretraining is None:
+            encoder, told = build_fresh(self.config, cell.seed), str(self.bench.backbone)
+        else:
+            encoder, told = load_encoder(cell.pretraining.folder), str(cell.pretraining.folder)
+        contract = cache_contract([cache.cases[row] for row in self.data.rows])
+        if contract["channels"] != encoder.in_channels:
+            raise ValueError(f"{cache.path} has {contract['channels']} channel(s), {told} takes {encoder.in_channels}")
+        check_contract(encoder.contract, contract, told, None)
+        held = [(0, row) for row in self.data.rows if cache.cases[row].subject in set(self.fold.held_out)]
+        part = "test" if cell.fold is None else "val"
+        check_leakage(encoder.contract, told, [cache], {part: held}, self.bench.leakage)
+        return encoder.eval()
+
+    @cached_property
+    def features(self) -> list[ProbeFeatures]:
+        found = encode(self._encoder(), self.data.volumes(), self.window_vox, 0.5)
+        if not all_finite(found):
+            raise ValueError(f"the features of {self.cell.method} are not finite: its weights have diverged")
+        return found
+
+    def figures(self, readout: str, labels: Labels, draw: int) -> dict[str, float]:
+        """Return by measured subject the Dice over its classes, or its weighted accuracy; see ``balanced``."""
+        count = labels if isinstance(labels, int) else None
+        share = None if isinstance(labels, int) else float(str(labels).rstrip("%")) / 100
+        fold = Fold(tuple(nested_subset(self.fold.learned, count, share, draw)), self.fold.held_out)
+        if readout.endswith("seg"):
+            cases = [ProbeCase(f.subject, f.tokens, f.labels) for f in self.features if f.labels is not None]
+            fit = NeighbourReadout if readout == "knn-seg" else linear_segmenter
+            found = probe_segmentation(cases, [fold], self.data.num_label_classes, fit)
+            return {name: float(np.nanmean(dice)) for name, dice in sorted(found.items()) if not np.isnan(dice).all()}
+        vectors = [ProbeVector(f.subject, f.cls, f.target) for f in self.features if f.target is not None]
+        learned = [case for case in vectors if case.subject in set(fold.learned)]
+        asked = [case for case in vectors if case.subject in set(fold.held_out)]
+        guesses = SHARES[readout.removesuffix("-cls")](learned, asked, self.data.num_targets).argmax(1).tolist()
+        return balanced([(case.subject, case.target, guess) for case, guess in zip(asked, guesses, strict=True)])
