@@ -178,24 +178,31 @@ def test_read_settings__says_what_is_wrong(change: dict[str, Any], said: str, tm
         read_settings(path, quick=False)
 
 
-def test_read_settings__lays_itself_over_its_base(tmp_path: Path) -> None:
+def test_read_settings__lays_itself_over_its_bases(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    base = {
-        "methods": {"scratch": {}, "ours": {"pretrain": ["--config", "../a.yaml"]}},
-        "readouts": {"full": {"fit": ["--config", "f.yaml"], "steps": [3]}},
-        "labels": [2],
+    methods = {
+        "methods": {"scratch": {}, "ours": {"pretrain": ["--config", "../a.yaml"]}, "rival": {"pretrain": ["x"]}},
         "pretrain_steps": 1,
         "quick": {"seeds": 2, "methods": {"ours": None}},
     }
-    (tmp_path / "base" / "b.yaml").write_text(yaml.safe_dump(base))
+    readouts = {
+        "methods": {"unet": {"fit": {"full": ["y"]}}},
+        "readouts": {"full": {"fit": ["--config", "f.yaml"], "steps": [3]}, "half": {"fit": ["z"], "steps": [3]}},
+        "labels": [2],
+        "quick": {"methods": {"unet": None}},
+    }
+    for name, content in {"m": methods, "r": readouts}.items():
+        (tmp_path / "base" / f"{name}.yaml").write_text(yaml.safe_dump(content))
     path = tmp_path / "bench.yaml"
-    path.write_text(yaml.safe_dump({"base": "base/b.yaml", "labels": [8], "quick": {"seeds": 1}}))
+    own = {"base": ["base/m.yaml", "base/r.yaml"], "labels": [8], "readouts": {"half": None}, "quick": {"seeds": 1}}
+    path.write_text(yaml.safe_dump(own))
     found = read_settings(path, quick=False)
-    assert found.labels == [8] and found.seeds == 3
+    assert found.labels == [8] and found.seeds == 3 and set(found.readouts) == {"full"}
+    assert set(found.methods) == {"scratch", "ours", "rival", "unet"}
     assert found.methods["ours"].pretrain[1] == str(tmp_path / "a.yaml")
     assert found.readouts["full"].fit[1] == str(tmp_path / "base" / "f.yaml"), "relative to the file that says it"
     quick = read_settings(path, quick=True)
-    assert quick.seeds == 1 and set(quick.methods) == {"scratch"}
+    assert quick.seeds == 1 and set(quick.methods) == {"scratch", "rival"}, "what each base takes out of the small form"
 
 
 def _timed(out: Path, method: str, seed: int, seconds: list[float]) -> None:

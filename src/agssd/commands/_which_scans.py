@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, others: str = "") -> None:
-    """Declare the sources and how they are understood; ``others`` is said of what else SOURCE may be."""
+    """Declare the sources and which scans of them are meant; ``others`` is said of what else SOURCE may be."""
     parser.add_argument(
         "source",
         nargs="+",
@@ -28,13 +28,6 @@ def add_source_arguments(parser: argparse.ArgumentParser, others: str = "") -> N
         help="where public sets are, or are downloaded to once; default: the folder downloads beside the result",
     )
     parser.add_argument("--modality", choices=("ct", "mri", "auto"), default="auto", help="default: decide per file")
-    parser.add_argument(
-        "--spacing-mm",
-        type=_millimetres,
-        nargs="+",
-        metavar="S",
-        help="voxel size, one number or three in the order superior, anterior, right; default 1.5 for CT, 1.0 for MRI",
-    )
     parser.add_argument(
         "--labels",
         action="append",
@@ -54,10 +47,27 @@ def add_source_arguments(parser: argparse.ArgumentParser, others: str = "") -> N
         help="of 4D files and DICOM series of several volumes take volume I, from 0; otherwise they are refused",
     )
     parser.add_argument("--pet", action="store_true", help="take DICOM PET too, stored as MRI is (no SUV)")
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how scans are prepared."""
+    parser.add_argument(
+        "--spacing-mm",
+        type=_millimetres,
+        nargs="+",
+        metavar="S",
+        help="voxel size, one number or three in the order superior, anterior, right; default 1.5 for CT, 1.0 for MRI",
+    )
     parser.add_argument(
         "--unshear",
         action="store_true",
         help="resample grids whose axes are not at right angles, as under gantry tilt; otherwise they are refused",
+    )
+    parser.add_argument(
+        "--label-groups",
+        type=Path,
+        metavar="FILE.yaml",
+        help="groups of label values, `kidneys: [2, 3]`; the n-th becomes class n, values in none background",
     )
 
 
@@ -65,7 +75,7 @@ def plan_of(args: argparse.Namespace, downloads: Path) -> tuple[list[Path], Plan
     """Return the sources, public sets by their place, and the plan of all of them with its notes.
 
     Args:
-        args: parsed from ``add_source_arguments``.
+        args: parsed from :func:`add_source_arguments`.
         downloads: where public sets go unless ``--download-dir`` names another place.
 
     Raises:
@@ -83,9 +93,11 @@ def plan_of(args: argparse.Namespace, downloads: Path) -> tuple[list[Path], Plan
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """Return how the scans are to be prepared."""
+    from agssd.scans.label_groups import read_label_groups
     from agssd.scans.prepare import Recipe
 
-    return Recipe(spacing_mm=_spacing(args.spacing_mm), unshear=args.unshear)
+    groups = None if args.label_groups is None else read_label_groups(args.label_groups)
+    return Recipe(_spacing(args.spacing_mm), args.unshear, groups)
 
 
 def _millimetres(text: str) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agssd.commands._forecast import FORECAST_FROM, bytes_text, check_room, prepare_sample, sample_of_parts
-from agssd.commands._which_scans import add_source_arguments, plan_of, recipe_of
+from agssd.commands._which_scans import add_recipe_arguments, add_source_arguments, plan_of, recipe_of
 
 if TYPE_CHECKING:
     from agssd.data_modules.build_folder import BuildFolder, Shard
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``agssd prepare``."""
     add_source_arguments(parser)
+    add_recipe_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="CACHE", help="cache file to write, used as given")
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes; the result does not depend on it"

@@ -21,6 +21,7 @@ from agssd.scans.read import canonical_geometry
 _KIND_OF_IMAGE = re.compile(
     r"^(image|img|scan|volume|vol|orig|raw|ct|mri?|t1\w*|t2\w*|flair|pd|dwi|adc|swi)$", re.IGNORECASE
 )
+_NUMBERED = re.compile(r"^[A-Za-z]+(\d+)$")
 _DATASET_FOLDER = re.compile(r"^(images|labels)(tr|ts|va)?$", re.IGNORECASE)
 
 
@@ -124,7 +125,8 @@ def _pair(
 
     By its name a label belongs to the image of the same name in another folder; else to the image of its folder, or of
     a folder beside that, whose name is the longest beginning of its own, up to a mark that is no letter or digit; else
-    to those that its BIDS name names, or that differ from it in the last word only and lie on its grid. Of several
+    to those that its BIDS name names, or that differ from it in the last word only and lie on its grid; else to the one
+    in a folder beside its own that has the same number after other letters, and its grid. Of several
     labels that claim an image the one with the shortest name has it. What is left belongs by its grid to the images of
     its folder that have no label yet, if they are one subject's; a note says so.
 
@@ -159,6 +161,8 @@ def _pair(
                 image for image in by_folder[label.parent] if _trunk(image) and _trunk(image) == _trunk(label, True)
             ]
             owners = [image for image in alike if _same_grid(image, label)]
+        if not owners:  # img/img0001.nii, label/label0001.nii
+            owners = _numbered(label, by_parent[label.parent.parent])
         free = [image for image in owners if image not in chosen]
         if not owners:
             left.append(label)
@@ -197,6 +201,19 @@ def _longest(label: Path, images: Sequence[Path]) -> list[Path]:
         default=0,
     )
     return [image for image in images if length and stem_of(image) == stem[:length]]
+
+
+def _numbered(label: Path, images: Sequence[Path]) -> list[Path]:
+    """Return the one image of another folder whose name is letters and the label's number, and which has its grid."""
+    number = _NUMBERED.match(stem_of(label))
+    if number is None:
+        return []
+    alike = [
+        image
+        for image in images
+        if image.parent != label.parent and (other := _NUMBERED.match(stem_of(image))) and other[1] == number[1]
+    ]
+    return alike if len(alike) == 1 and _same_grid(alike[0], label) else []
 
 
 def _same_grid(one: Path, two: Path) -> bool:

@@ -16,6 +16,7 @@ from agssd.scans.angles import MAX_SHEAR_VOXELS, nearest_square, perpendicular, 
 from agssd.scans.case import PreparedCase, RefusedError
 from agssd.scans.dicom import Series
 from agssd.scans.foreground import constant_background, ct_foreground, mri_foreground, stripped_foreground
+from agssd.scans.label_groups import LabelGroups, grouped
 from agssd.scans.perceptual import perceptual_hash
 from agssd.scans.read import Scan, looks_like_labels, read_scan
 from agssd.types import Triple
@@ -42,10 +43,12 @@ class Recipe:
         spacing_mm: of the stored voxels (D, H, W), or None for ``DEFAULT_SPACING_MM`` of the modality.
         unshear: resample grids without right angles (gantry tilt) instead of refusing them, where taking them for
             right-angled would move a voxel by more than half a voxel.
+        label_groups: label values that make up class 1, class 2, ... of the stored maps; None keeps values as they are.
     """
 
     spacing_mm: Spacing | None = None
     unshear: bool = False
+    label_groups: LabelGroups | None = None
 
 
 @dataclass
@@ -93,7 +96,7 @@ def prepare_case(
         _check_hounsfield(first.array)
         for item in volumes:  # padding far below air must not be mixed into what lies beside it
             item.array = np.maximum(item.array, CT_CLIP_HU[0])
-    labels = None if label is None else _read_label(label, first, recipe.unshear)
+    labels = None if label is None else _read_label(label, first, recipe)
 
     target = recipe.spacing_mm or (DEFAULT_SPACING_MM[modality],) * 3
     grid = target_grid(first, (target[2], target[1], target[0]))
@@ -306,9 +309,9 @@ def _read_image(path: Path, volume: int | None, series: Series | None, sheared: 
     return scan
 
 
-def _read_label(path: Path, image: Volume, sheared: bool) -> Volume:
+def _read_label(path: Path, image: Volume, recipe: Recipe) -> Volume:
     try:
-        scan = read_scan(path, sheared=sheared)
+        scan = read_scan(path, sheared=recipe.unshear)
     except RefusedError as error:
         raise RefusedError(f"its label {path}: {error}") from error
     array = scan.array
@@ -320,6 +323,8 @@ def _read_label(path: Path, image: Volume, sheared: bool) -> Volume:
         raise RefusedError(f"its label {path} holds values above 32767, up to {int(array.max())}")
     volume = right_angled(canonical(scan), nearest=True)
     volume.array = volume.array.astype(np.uint8 if array.max() < 256 else np.int16)
+    if recipe.label_groups is not None:
+        volume.array = grouped(volume.array, recipe.label_groups)
     return _on_same_grid(volume, image, path, "its label")
 
 

@@ -150,7 +150,7 @@ def write_cohort(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> Path:
-    """Write the cohort as NIfTI with a manifest for ``agssd prepare`` and return the manifest.
+    """Write simulated heads as NIfTI with a manifest for ``agssd prepare`` and return the manifest.
 
     Args:
         folder: where ``images/``, ``labels/`` and ``manifest.csv`` go.
@@ -159,21 +159,48 @@ def write_cohort(
         seed: of the cohort; subject n depends on (seed, n) alone.
         progress: called after every subject with the number done and the number of all.
     """
+    template = load_template(spacing_mm)
+
+    def make(rng: np.random.Generator) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+        return simulate_subject(template, draw_parameters(rng))
+
+    return write_subjects(folder, counts, make, template.affine, "mri", seed, progress)
+
+
+def write_subjects(
+    folder: Path,
+    counts: Mapping[str, int],
+    make: Callable[[np.random.Generator], tuple[NDArray[np.int16], NDArray[np.uint8]]],
+    affine: NDArray[np.float64],
+    modality: str,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, count: None,
+) -> Path:
+    """Write simulated subjects as :func:`write_cohort` does.
+
+    Args:
+        folder: where ``images/``, ``labels/`` and ``manifest.csv`` go.
+        counts: subjects of each split, in the order in which they are numbered.
+        make: image and label map of a subject from its random numbers.
+        affine: (4, 4) voxel to world mm of all of them.
+        modality: "ct" or "mri".
+        seed: of the cohort; subject n depends on (seed, n) alone.
+        progress: called after every subject with the number done and the number of all.
+    """
     import nibabel as nib
 
-    template = load_template(spacing_mm)
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     splits = [split for split, count in counts.items() for _ in range(count)]
     rows = []
     for number, split in enumerate(splits):
         subject = f"sim{number:03d}"
-        image, label = simulate_subject(template, draw_parameters(np.random.default_rng((seed, number))))
+        image, label = make(np.random.default_rng((seed, number)))
         for name, array in (("images", image), ("labels", label)):
-            nifti = nib.Nifti1Image(array, template.affine)
+            nifti = nib.Nifti1Image(array, affine)
             nifti.header.set_xyzt_units("mm")
             nib.save(nifti, folder / name / f"{subject}.nii.gz")
-        rows.append([f"images/{subject}.nii.gz", subject, "mri", f"labels/{subject}.nii.gz", split])
+        rows.append([f"images/{subject}.nii.gz", subject, modality, f"labels/{subject}.nii.gz", split])
         progress(number + 1, len(splits))
     manifest = folder / "manifest.csv"
     with manifest.open("w", newline="") as file:

@@ -83,6 +83,7 @@ class Bench:
         equal_time: a method with ``pretrain``. Every other one gets a second pretraining, NAME-equal-time, of as many
             steps as fit into the time that the steps of this one took with the same seed and fold. The clock of
             ``throughput/s_per_step`` counts: without start, probes and validation.
+        num_classes: of the tasks, with background for segmentation; None leaves what their YAML says.
         backbone: YAML of the encoder, for ``scratch`` and its like in readouts that are a ``probe``.
         pretrain_common: words at the end of every ``pretrain``.
         fit_common: words at the end of every ``fit``.
@@ -102,6 +103,7 @@ class Bench:
     num_folds: int | None = None
     figure: Literal["dice", "accuracy"] = "dice"
     equal_time: str | None = None
+    num_classes: int | None = None
     backbone: str | None = None
     pretrain_common: list[str] = field(default_factory=list)
     fit_common: list[str] = field(default_factory=list)
@@ -200,7 +202,7 @@ def label_flags(labels: Labels) -> list[str]:
 def read_settings(path: Path, quick: bool) -> Bench:
     """Return the bench in a YAML file; words that name a YAML are paths relative to it.
 
-    A file may lay itself over another: ``base: OTHER.yaml``.
+    A file may lay itself over others: ``base: OTHER.yaml``, or a list in which the later is over the earlier.
 
     Args:
         path: of the file.
@@ -232,8 +234,12 @@ def _loaded(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no settings of a bench")
     found = _resolved(path.parent, found)
-    base = found.pop("base", None)
-    return found if base is None else dict(_over(_loaded(Path(base)), found))
+    bases = found.pop("base", [])
+    below: dict[str, Any] = {}
+    for above in [*map(_loaded, map(Path, [bases] if isinstance(bases, str) else bases)), found]:
+        smaller = _over(below.pop("quick", None), above.pop("quick", None) or {}, keep_none=True)
+        below = _over(below, above) | ({"quick": smaller} if smaller else {})
+    return below
 
 
 def save_settings(bench: Bench, out: Path) -> None:
@@ -261,12 +267,17 @@ def _bench(plain: dict[str, Any]) -> Bench:
     return Bench(methods, readouts, **plain)
 
 
-def _over(below: Any, above: Any) -> Any:
-    """Return ``above`` laid over ``below``: dictionaries are joined, anything else is replaced; None removes."""
+def _over(below: Any, above: Any, keep_none: bool = False) -> Any:
+    """Return ``above`` laid over ``below``: dictionaries are joined, anything else is replaced; None removes.
+
+    With ``keep_none`` a None stays, to remove something from what the result is laid over later.
+    """
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    joined = {key: _over(below.get(key), above[key]) if key in above else below[key] for key in {**below, **above}}
-    return {key: value for key, value in joined.items() if value is not None or key not in above}
+    joined = {
+        key: _over(below.get(key), above[key], keep_none) if key in above else below[key] for key in {**below, **above}
+    }
+    return {key: value for key, value in joined.items() if value is not None or keep_none or key not in above}
 
 
 def _resolved(folder: Path, value: Any) -> Any:

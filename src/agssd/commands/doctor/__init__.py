@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agssd.commands._which_scans import add_source_arguments, plan_of, recipe_of
+from agssd.commands._which_scans import add_recipe_arguments, add_source_arguments, plan_of, recipe_of
 
 if TYPE_CHECKING:
     from agssd.commands.doctor.across import Found, Member
@@ -45,6 +45,7 @@ class _Quarantine:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``agssd doctor``."""
     add_source_arguments(parser, others="; or one cache")
+    add_recipe_arguments(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write report.html and findings.csv there, in place of older ones"
     )

@@ -1,0 +1,250 @@
+"""The shipped benches on small made data in the layout of each set: the commands of their heads, and one tiny cell."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from agssd.cli import main
+from agssd.commands.bench.cells import list_cells, pretrain, train_and_measure
+from agssd.commands.bench.probes import probe
+from agssd.commands.bench.settings import read_settings
+from agssd.data_modules.cache import VolumeCache
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHES = sorted((ROOT / "conf" / "bench").glob("*.yaml"))
+Shape = tuple[int, int, int]
+SHAPE = (44, 48, 40)
+
+
+def save(path: Path, array: np.ndarray, spacing: tuple[float, ...] = (1.5, 1.5, 2.0)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([*spacing, 1.0])), path)
+
+
+def made(seed: int, values: list[int], ct: bool = True, shape: Shape = SHAPE) -> tuple[np.ndarray, np.ndarray]:
+    """Return a body with a brick of each value, brighter the higher the value, and its label map."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    body = ((grid / rng.uniform(0.85, 0.95, 3)[:, None, None, None]) ** 2).sum(0) < 1
+    label = np.zeros(shape, np.uint8)
+    places = [(x, y, z) for z in (10, 17, 24) for y in (13, 21, 29) for x in (12, 19, 26)]
+    for value, (x, y, z) in zip(values, places, strict=False):
+        x, y, z = np.add((x, y, z), rng.integers(-1, 2, 3))
+        label[x : x + 4, y : y + 5, z : z + 4] = value
+    tissue = 40 + 15.0 * np.searchsorted(values, label) * (label > 0) + rng.normal(0, 12, shape)
+    image = np.where(body, tissue, -1000) if ct else np.where(body, 300 + tissue, 0)
+    return np.rint(image).astype(np.int16), label
+
+
+def decathlon(folder: Path, count: int, values: list[int], ct: bool, stem: str, more: dict[str, Any]) -> None:
+    entries = []
+    for number in range(1, count + 1):
+        name = f"{stem}_{number:04d}.nii.gz"
+        image, label = made(number, values, ct)
+        save(folder / "imagesTr" / name, image)
+        save(folder / "labelsTr" / name, label)
+        entries.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
+    listing = {"modality": {"0": "CT" if ct else "MRI"}, "training": entries, "test": [], **more}
+    (folder / "dataset.json").write_text(json.dumps(listing))
+
+
+def hippocampus(folder: Path) -> None:
+    held = {"suggested_split": {"train": [f"{n:04d}" for n in range(1, 7)], "val": ["0007", "0008"]}}
+    decathlon(folder / "HIPPOCAMPUS", 8, [1, 2], False, "hippocampus", held)
+    for number in range(1, 9, 2):  # half of them with a smaller structure
+        path = folder / "HIPPOCAMPUS" / "labelsTr" / f"hippocampus_{number:04d}.nii.gz"
+        label = np.asanyarray(nib.load(path).dataobj).copy()
+        label[:, :, 12:] = 0
+        save(path, label)
+
+
+def btcv(folder: Path) -> None:
+    for number in range(1, 7):
+        image, label = made(number, list(range(1, 14)))
+        save(folder / "BTCV" / "Training" / "img" / f"img{number:04d}.nii.gz", image)
+        save(folder / "BTCV" / "Training" / "label" / f"label{number:04d}.nii.gz", label)
+
+
+def spleen(folder: Path) -> None:
+    decathlon(folder / "downloads" / "msd-Task09_Spleen", 6, [1], True, "spleen", {})
+
+
+def amos(folder: Path) -> None:
+    decathlon(folder / "AMOS", 6, list(range(1, 16)), True, "amos", {"validation": []})
+    image, label = made(9, list(range(1, 16)))
+    save(folder / "AMOS" / "imagesVa" / "amos_0008.nii.gz", image)
+    save(folder / "AMOS" / "labelsVa" / "amos_0008.nii.gz", label)
+    image, label = made(7, list(range(1, 16)), ct=False)
+    save(folder / "AMOS" / "imagesVa" / "amos_0507.nii.gz", image)
+    save(folder / "AMOS" / "labelsVa" / "amos_0507.nii.gz", label)
+
+
+def luna16(folder: Path) -> None:
+    sitk: Any = import_module("SimpleITK")
+    for number in range(6):
+        image, label = made(number, [3, 4, 5])
+        for place, array in (("subset0", image), ("seg-lungs-LUNA16", label)):
+            file = sitk.GetImageFromArray(array.transpose(2, 1, 0))
+            file.SetSpacing((1.5, 1.5, 2.0))
+            path = folder / "LUNA16" / place / f"1.3.6.1.4.1.{number}.mhd"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sitk.WriteImage(file, str(path))
+
+
+def brats(folder: Path) -> None:
+    for number in range(6):
+        name = f"BraTS2021_{number:05d}"
+        for place, contrast in enumerate(("flair", "t1", "t1ce", "t2", "seg")):
+            image, label = made(10 * number + place, [1, 2, 4], ct=False)
+            _, label = made(10 * number, [1, 2, 4])
+            save(
+                folder / "BRATS" / name / f"{name}_{contrast}.nii.gz", label if contrast == "seg" else image, (1, 1, 1)
+            )
+
+
+def medmnist3d(folder: Path) -> None:
+    place = folder / "downloads" / "medmnist3d-organ"
+    lines = ["path,subject,modality,class,split"]
+    for split, count in (("train", 12), ("val", 2), ("test", 11)):
+        for number in range(count):
+            image, _ = made(len(lines), [number % 11 + 1], ct=False)
+            path = f"images/{split}{number:05d}.nii"
+            save(place / path, (image[8:36, 10:38, 6:34] // 4).astype(np.uint8), (1, 1, 1))
+            lines.append(f"{path},{split}{number},mri,{number % 11},{split}")
+    (place / "manifest.csv").write_text("\n".join(lines) + "\n")
+
+
+def adni(folder: Path) -> None:
+    lines = ["path,subject,class"]
+    for number in range(12):
+        image, _ = made(number, [1, 2], ct=False)
+        save(folder / "t1" / f"{number}.nii.gz", image, (1, 1, 1))
+        save(folder / "t1" / f"{number}_later.nii.gz", (image + 3 * (image > 0)).astype(np.int16), (1, 1, 1))
+        lines += [f"t1/{number}{visit}.nii.gz,S_{number:04d},{('AD', 'CN')[number % 2]}" for visit in ("", "_later")]
+    (folder / "adni.csv").write_text("\n".join(lines) + "\n")
+
+
+def ct_organs(folder: Path) -> None:
+    image, label = made(1, [1, 2, 5, 6, 18, 21, 52, 25, 75, 80, 10])
+    save(folder / "SCANS" / "totalseg_ct.nii.gz", image, (4, 4, 4))
+    save(folder / "SCANS" / "totalseg_ct_seg.nii.gz", label, (4, 4, 4))
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "hippocampus": hippocampus,
+    "hippocampus_size": hippocampus,
+    "btcv": btcv,
+    "msd_spleen": spleen,
+    "amos": amos,
+    "luna16": luna16,
+    "brats": brats,
+    "medmnist3d": medmnist3d,
+    "adni": adni,
+    "ct_organs": ct_organs,
+    "heads": lambda folder: None,
+}
+SMALLER = {"--subjects 24 4 16": "--subjects 4 1 2", "--spacing-mm 2.5": "--spacing-mm 5"}
+CASES = {"btcv": 6, "msd_spleen": 6, "amos": 7, "luna16": 6, "brats": 6, "medmnist3d": 25, "adni": 24, "hippocampus": 8}
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Return the commands in the head of a bench up to its own, each without ``agssd``."""
+    head = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    for full, small in SMALLER.items():
+        head = head.replace(full, small)
+    lines = re.sub(r"\\\n#\s+", "", head).splitlines()
+    found = [shlex.split(line[1:])[1:] for line in lines if line.startswith("#   agssd ")]
+    return found[: [words[0] for words in found].index("bench") + 1]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return where the data of benches have been made so far."""
+    return {}
+
+
+@pytest.fixture
+def bench_words(
+    request: pytest.FixtureRequest,
+    places: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[str]:
+    """Return the words of the bench's own command, in a folder where those before it have been run."""
+    path: Path = request.param
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    found = commands(path)
+    if path.stem not in places:
+        folder = tmp_path_factory.mktemp(path.stem)
+        (folder / "conf").symlink_to(ROOT / "conf")
+        monkeypatch.chdir(folder)
+        MAKERS[path.stem](folder)
+        for words in found[:-1]:
+            assert main(words) in (0, 3), words
+        places[path.stem] = folder
+    monkeypatch.chdir(places[path.stem])
+    return found[-1]
+
+
+parametrised = pytest.mark.parametrize("bench_words", BENCHES, ids=lambda path: path.stem, indirect=True)
+
+
+@parametrised
+def test_commands__make_the_cache_that_the_bench_reads(
+    bench_words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, cache = Path(bench_words[bench_words.index("--config") + 1]), bench_words[bench_words.index("--cache") + 1]
+    settings = read_settings(config, quick=True)
+    cases = VolumeCache(cache).cases
+    assert len(cases) == CASES.get(config.stem, len(cases))
+    if settings.figure == "dice":
+        values = {value for case in cases for value in case.label_values or ()}
+        assert max(values) == (settings.num_classes or 3) - 1, "as many classes as the bench has"
+    else:
+        assert len(VolumeCache(cache).class_names) == (settings.num_classes or 2)
+        assert all(case.class_index is not None for case in cases)
+    for quick in ([], ["--quick"]):
+        assert main([*bench_words, *quick, "--dry-run"]) == 0
+        told = capsys.readouterr().out
+        assert "agssd fit" in told and "0 done" in told
+
+
+@pytest.mark.slow
+@parametrised
+def test_bench__one_tiny_cell_of_each_kind(bench_words: list[str], tmp_path: Path) -> None:
+    config, cache = Path(bench_words[bench_words.index("--config") + 1]), bench_words[bench_words.index("--cache") + 1]
+    quick = read_settings(config, quick=True)
+    readouts = {name: replace(one, steps=one.steps and [1]) for name, one in quick.readouts.items()}
+    small = ["--data.num_workers", "0", "--trainer.precision", "32-true"]
+    settings = replace(
+        quick,
+        labels=["100%"],
+        pretrain_steps=1,
+        seeds=1,
+        draws=1,
+        readouts=readouts,
+        pretrain_common=[*quick.pretrain_common, *small, "--data.global_batch_size", "2"],
+        fit_common=[*quick.fit_common, *small, "--data.global_batch_size", "2"],
+    )
+    cells = [cell for cell in list_cells(settings, cache, tmp_path) if cell.method == "agssd" and not cell.fold]
+    assert cells[0].pretraining is not None
+    pretrain(cells[0].pretraining, 1)
+    trained = next(cell for cell in cells if cell.fit)
+    row = train_and_measure(trained, settings.fingerprint(), settings.figure, 1)
+    assert row["subjects"] and all(0 <= value <= 20 for value in row["subjects"].values())
+    frozen = [cell for cell in cells if not cell.fit]
+    if frozen:
+        probe(frozen, settings, cache)
+        measured = [set(json.loads((cell.folder / "row.json").read_text())["subjects"]) for cell in frozen]
+        assert all(found == set(row["subjects"]) for found in measured)
