@@ -16,6 +16,7 @@ from made_bench import bench, made_rows
 from agssd.cli import main
 from agssd.commands.bench import _share
 from agssd.commands.bench.cells import list_cells, read_subjects
+from agssd.commands.bench.equal_time import seconds_per_step
 from agssd.commands.bench.probes import probe
 from agssd.commands.bench.results import Place, figures
 from agssd.commands.bench.settings import (
@@ -343,3 +344,47 @@ def test_bench__runs_goes_on_and_refuses_another_setting(
     path.write_text(yaml.safe_dump(settings))
     assert main(command) == 1
     assert "was made with other settings" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench__equal_time_and_probes_from_beginning_to_end(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    conf = ROOT / "conf"
+    small = ["--config", str(conf / "experiment" / "small.yaml"), "--model"]
+    settings = {
+        "methods": {
+            "scratch": {},
+            "simmim": {"pretrain": [*small, str(conf / "method" / "simmim.yaml")]},
+            "mae": {"pretrain": [*small, str(conf / "method" / "mae.yaml"), "--model.decoder_dim", "96"]},
+        },
+        "readouts": {"knn": {"probe": "knn-seg", "window_vox": [32, 32, 32]}},
+        "backbone": str(conf / "backbone" / "vit_tiny_p8.yaml"),
+        "pretrain_common": ["--data.num_workers", "0", "--data.global_batch_size", "2"],
+        "equal_time": "mae",
+        "labels": [2, "100%"],
+        "pretrain_steps": 6,
+        "seeds": 1,
+        "draws": 1,
+    }
+    path, out = tmp_path / "bench.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(settings))
+    command = ["bench", "--config", str(path), "--cache", str(tiny_cache), "--out", str(out)]
+    assert main([*command, "--share", "0/3"]) == main([*command, "--share", "1/3"]) == 0, capfd.readouterr().err
+    assert main([*command, "--share", "1/4"]) == 0, "simmim's part"
+    assert main(command) == 0, capfd.readouterr().err
+    with (out / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 2
+    steps = {row["method"]: int(row["pretraining_steps"]) for row in rows}
+    assert steps["scratch"] == 0 and steps["simmim"] == steps["mae"] == 6
+    speed = {name: seconds_per_step(out / "pretraining" / name / "seed0") for name in ("simmim", "mae")}
+    assert steps["simmim-equal-time"] == round(6 * speed["mae"] / speed["simmim"])
+    log = (out / "pretraining" / "simmim-equal-time" / "seed0" / "metrics.csv").read_text()
+    assert (
+        len(log.splitlines()) > 1
+        and f"simmim-equal-time {steps['simmim-equal-time']}" in (out / "tables.md").read_text()
+    )
+    made = {row: row.stat().st_mtime_ns for row in out.rglob("row.json")}
+    assert main(command) == 0 and all(row.stat().st_mtime_ns == stamp for row, stamp in made.items()), "nothing twice"

@@ -14,6 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import yaml
 
 from agssd.cli import main
 from agssd.commands.bench.cells import list_cells, pretrain, train_and_measure
@@ -60,12 +61,12 @@ def decathlon(folder: Path, count: int, values: list[int], ct: bool, stem: str, 
 
 
 def hippocampus(folder: Path) -> None:
-    held = {"suggested_split": {"train": [f"{n:04d}" for n in range(1, 7)], "val": ["0007", "0008"]}}
-    decathlon(folder / "HIPPOCAMPUS", 8, [1, 2], False, "hippocampus", held)
-    for number in range(1, 9, 2):  # half of them with a smaller structure
+    held = {"suggested_split": {"train": [f"{n:04d}" for n in range(1, 9)], "val": [f"{n:04d}" for n in range(9, 13)]}}
+    decathlon(folder / "HIPPOCAMPUS", 12, [1, 2], False, "hippocampus", held)
+    for number in range(1, 13):  # every third with a smaller or larger share of label 1
         path = folder / "HIPPOCAMPUS" / "labelsTr" / f"hippocampus_{number:04d}.nii.gz"
         label = np.asanyarray(nib.load(path).dataobj).copy()
-        label[:, :, 12:] = 0
+        label[(label == 1 + number % 2) & (np.indices(label.shape)[1] > 14) & (number % 3 > 0)] = 0
         save(path, label)
 
 
@@ -143,7 +144,7 @@ def ct_organs(folder: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "hippocampus": hippocampus,
-    "hippocampus_size": hippocampus,
+    "hippocampus_head": hippocampus,
     "btcv": btcv,
     "msd_spleen": spleen,
     "amos": amos,
@@ -154,8 +155,17 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "ct_organs": ct_organs,
     "heads": lambda folder: None,
 }
-SMALLER = {"--subjects 24 4 16": "--subjects 4 1 2", "--spacing-mm 2.5": "--spacing-mm 5"}
-CASES = {"btcv": 6, "msd_spleen": 6, "amos": 7, "luna16": 6, "brats": 6, "medmnist3d": 25, "adni": 24, "hippocampus": 8}
+SMALLER = {"--subjects 24 4 16": "--subjects 4 1 2", "--spacing-mm 2.5": "--spacing-mm 3"}
+CASES = {
+    "btcv": 6,
+    "msd_spleen": 6,
+    "amos": 7,
+    "luna16": 6,
+    "brats": 6,
+    "medmnist3d": 25,
+    "adni": 24,
+    "hippocampus": 12,
+}
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -200,6 +210,20 @@ def bench_words(
 parametrised = pytest.mark.parametrize("bench_words", BENCHES, ids=lambda path: path.stem, indirect=True)
 
 
+def test_bases__each_is_laid_under_a_bench() -> None:
+    found: set[Path] = set()
+
+    def follow(path: Path) -> None:
+        bases = yaml.safe_load(path.read_text()).get("base", [])
+        for base in [bases] if isinstance(bases, str) else bases:
+            found.add(path.parent / base)
+            follow(path.parent / base)
+
+    for path in BENCHES:
+        follow(path)
+    assert found == set((ROOT / "conf" / "bench" / "base").glob("*.yaml"))
+
+
 @parametrised
 def test_commands__make_the_cache_that_the_bench_reads(
     bench_words: list[str], capsys: pytest.CaptureFixture[str]
@@ -227,6 +251,7 @@ def test_bench__one_tiny_cell_of_each_kind(bench_words: list[str], tmp_path: Pat
     quick = read_settings(config, quick=True)
     readouts = {name: replace(one, steps=one.steps and [1]) for name, one in quick.readouts.items()}
     small = ["--data.num_workers", "0", "--trainer.precision", "32-true"]
+    no_probe = ["--online_probe.at_start", "false", "--online_probe.at_end", "false"]
     settings = replace(
         quick,
         labels=["100%"],
@@ -234,7 +259,7 @@ def test_bench__one_tiny_cell_of_each_kind(bench_words: list[str], tmp_path: Pat
         seeds=1,
         draws=1,
         readouts=readouts,
-        pretrain_common=[*quick.pretrain_common, *small, "--data.global_batch_size", "2"],
+        pretrain_common=[*quick.pretrain_common, *small, *no_probe, "--data.global_batch_size", "2"],
         fit_common=[*quick.fit_common, *small, "--data.global_batch_size", "2"],
     )
     cells = [cell for cell in list_cells(settings, cache, tmp_path) if cell.method == "agssd" and not cell.fold]

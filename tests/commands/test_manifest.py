@@ -59,27 +59,30 @@ def test_channels__one_case_a_person_in_the_order_asked_for(tmp_path: Path, caps
     assert all(case.channels == 4 and case.label_values for case in VolumeCache(cache).cases)
 
 
-def test_class_by__label_volume_in_mm3_against_the_median_outside_test(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("measure", ["label-volume", "share-of-label-1"])
+def test_class_by__thirds_of_what_is_not_in_test(
+    measure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)
-    counts = rng.permutation(np.arange(20, 90, 10))
+    counts, ones = rng.permutation(np.arange(100, 210, 10)), rng.permutation(np.arange(10, 98, 8))
     lines = ["path,subject,label_path,split"]
-    for number, count in enumerate(counts):
+    for number, (count, share) in enumerate(zip(counts, ones, strict=True)):
         label = np.zeros(16 * 18 * 20, np.uint8)
-        label[rng.choice(label.size, count, replace=False)] = rng.integers(1, 3, count)
+        label[:count], label[: round(count * share / 100)] = 2, 1
         save(tmp_path / f"{number}.nii", head(number))
-        save(tmp_path / f"{number}_l.nii", label.reshape(16, 18, 20))
-        lines.append(f"{number}.nii,p{number},{number}_l.nii,{'test' if number < 2 else ''}")
+        save(tmp_path / f"{number}_l.nii", rng.permutation(label).reshape(16, 18, 20))
+        lines.append(f"{number}.nii,p{number},{number}_l.nii,{'test' if number < 3 else ''}")
     save(tmp_path / "x.nii", head(99))
     lines.append("x.nii,px,,")
     (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
     out = tmp_path / "size.csv"
-    assert main(["manifest", str(tmp_path / "m.csv"), "--class-by", "label-volume", "--out", str(out)]) == 3
+    assert main(["manifest", str(tmp_path / "m.csv"), "--class-by", measure, "--out", str(out)]) == 3
     told = capsys.readouterr().out
-    middle = np.median(counts[2:])
-    assert f"of 5 cases is {2 * middle:.0f} mm3" in told and "it has no label" in told
-    assert [row["class"] for row in rows_of(out)] == ["large" if count > middle else "small" for count in counts]
+    values = 2.0 * counts if measure == "label-volume" else np.round(counts * ones / 100) / counts
+    low, high = np.quantile(values[3:], [1 / 3, 2 / 3])
+    assert f"of 8 cases part at {low:.4g} and {high:.4g}" in told and "it has no label" in told
+    expected = {f"p{n}": "large" if v > high else "small" for n, v in enumerate(values) if not low <= v <= high}
+    assert {row["subject"]: row["class"] for row in rows_of(out)} == expected and 5 <= len(expected) < 11
     assert main(["prepare", str(out), "--modality", "mri", "--spacing-mm", "1", "1", "2", "--out", f"{out}.h5"]) == 0
     assert VolumeCache(Path(f"{out}.h5")).class_names == ("large", "small")
     assert main(["manifest", str(tmp_path / "m.csv"), "--out", str(out)]) == 2

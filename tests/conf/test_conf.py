@@ -161,7 +161,7 @@ def test_conf__no_file_is_orphaned() -> None:
     for path in FILES:
         inside = str(path.relative_to(CONF))
         others = "\n".join(text for other, text in texts.items() if other != path)
-        assert inside in others or path.parent.name in ("experiment", "cluster", "method"), (
+        assert inside in others or path.parent.name in ("experiment", "cluster", "method", "bench", "base"), (
             f"nothing names conf/{inside}"
         )
 

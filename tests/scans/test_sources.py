@@ -30,13 +30,11 @@ def _subjects(plan: Plan) -> dict[str, str]:
     return {job.paths[0].name: job.subject for job in plan.jobs}
 
 
-def test_stem_of__drops_extension_and_channel() -> None:
-    assert [stem_of(Path(name)) for name in ("a.nii.gz", "a.b.nrrd", "case_0001.nii", "scan_2021.nii.gz")] == [
-        "a",
-        "a.b",
-        "case",
-        "scan_2021",
-    ]
+def test_stem_of__drops_extension_and_channel(tmp_path: Path) -> None:
+    names = {"a.nii.gz": "a", "a.b.nrrd": "a.b", "case_0000.nii": "case", "scan_2021.nii.gz": "scan_2021"}
+    names |= {"case_0001.nii": "case", "case_0002.nii.gz": "case_0002", "amos_0001.nii.gz": "amos_0001"}
+    _touch(tmp_path, "case_0000.nii")
+    assert {name: stem_of(tmp_path / name) for name in names} == names
     assert suffix_of(Path("A.NII.GZ")) == ".nii.gz"
 
 
@@ -295,3 +293,31 @@ def test_plan__shared_hippocampus_keeps_its_split_by_subject(shared_data: Path) 
     test = {job.subject for job in plan.jobs if job.split == "test"}
     assert len(test) == 25 and sum(job.split == "test" for job in plan.jobs) == 39
     assert not test & {job.subject for job in plan.jobs if job.split is None}
+
+
+def test_plan__numbers_after_other_letters_pair_on_one_grid_alone(tmp_path: Path) -> None:
+    for number in (1, 2, 12):
+        _image(tmp_path / f"img/img{number:04d}.nii.gz")
+    for number in (1, 2, 3):
+        _image(tmp_path / f"label/label{number:04d}.nii.gz", (6, 7, 9) if number == 2 else (6, 7, 8))
+    _image(tmp_path / "img/other0012.nii.gz")
+    _image(tmp_path / "label/label0012.nii.gz")
+    plan = plan_sources([tmp_path], labels=["label/*"])
+    found = {job.paths[0].name: job.label and job.label.name for job in plan.jobs}
+    assert found == {
+        "img0001.nii.gz": "label0001.nii.gz",
+        "img0002.nii.gz": None,  # another grid
+        "img0012.nii.gz": None,  # two images of the number
+        "other0012.nii.gz": None,
+    }
+    assert {path.name for path, _ in plan.refused} == {f"label{number:04d}.nii.gz" for number in (2, 3, 12)}
+
+
+def test_plan__numbered_cases_are_no_channels(tmp_path: Path) -> None:
+    names = [f"amos_{number:04d}.nii.gz" for number in (1, 2, 99, 100)]
+    for name in names:
+        _image(tmp_path / "imagesVa" / name)
+        _image(tmp_path / "labelsVa" / name)
+    plan = plan_sources([tmp_path], labels=["labelsVa/*"])
+    assert _subjects(plan) == {name: name.removesuffix(".nii.gz") for name in names}
+    assert all(job.label == tmp_path / "labelsVa" / job.paths[0].name for job in plan.jobs) and len(plan.jobs) == 4

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +13,9 @@ from typing import TYPE_CHECKING
 from agssd.commands._which_scans import add_source_arguments, plan_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from agssd.scans.jobs import Job, Plan
 
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files of one person as channels (BraTS):\n"
         "  agssd manifest BRATS --labels '*_seg.nii.gz' --channels flair t1 t1ce t2 --modality mri --out brats.csv\n"
         "classes of a classification from what is labelled:\n"
-        "  agssd manifest HIPPOCAMPUS --labels 'labelsTr/*' --class-by label-volume --out size.csv\n"
+        "  agssd manifest HIPPOCAMPUS --labels 'labelsTr/*' --class-by share-of-label-1 --out head.csv\n"
         "then: agssd prepare brats.csv --out brats.h5"
     )
     add_source_arguments(parser)
@@ -38,9 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--class-by",
-        choices=("label-volume",),
-        help="column class: 'large' where all that is labelled takes more mm3 than the median of the cases that are "
-        "not in split test, else 'small'; what has no label is refused",
+        choices=tuple(MEASURES),
+        help="column class: 'large' and 'small' by all that is labelled in mm3, or by the share of label 1 in it: "
+        "above the upper and below the lower third of the cases that are not in split test. What lies between is left "
+        "out, what has no label refused",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="manifest to write")
 
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.channels:
         plan.jobs = join_channels(plan, args.channels)
     if args.class_by is not None:
-        plan.jobs = classes_by_volume(plan)
+        plan.jobs = classes_by(plan, args.class_by)
     for note in plan.notes:
         print(f"note: {note}")
     for path, reason in plan.refused:
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         kinds[job.class_name] += 1
     told = ", ".join(f"{count} {name}" for name, count in sorted(kinds.items(), key=str) if name is not None)
     print(f"{args.out}: {len(plan.jobs)} cases of {len({job.subject for job in plan.jobs})} subjects", end="")
-    print(f"; {told}" if told else "", file=sys.stdout)
+    print(f"; {told}" if told else "")
     return 3 if plan.refused else 0
 
 
@@ -103,31 +105,53 @@ def join_channels(plan: Plan, words: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def classes_by_volume(plan: Plan) -> list[Job]:
-    """Return the labelled jobs with the class "large" or "small" by the volume of all labels; see ``--class-by``."""
+def classes_by(plan: Plan, measure: str) -> list[Job]:
+    """Return the jobs of the upper and the lower third by a name in ``MEASURES``, with their class."""
     import numpy as np
 
     from agssd.scans.case import RefusedError
     from agssd.scans.read import read_scan
 
-    volumes: list[tuple[Job, float]] = []
+    found: list[tuple[Job, float]] = []
     for job in plan.jobs:
         if job.label is None:
-            plan.refused.append((job.paths[0], "it has no label, by whose volume it would be classed"))
+            plan.refused.append((job.paths[0], "it has no label, by which it would be classed"))
             continue
         try:
             scan = read_scan(job.label)
+            voxel_mm3 = abs(float(np.linalg.det(scan.affine[:3, :3])))
+            found.append((job, MEASURES[measure](np.rint(scan.array).astype(np.int64), voxel_mm3)))
         except RefusedError as error:
             plan.refused.append((job.paths[0], f"its label {job.label}: {error}"))
-            continue
-        voxel_mm3 = abs(float(np.linalg.det(scan.affine[:3, :3])))
-        volumes.append((job, float(np.count_nonzero(np.rint(scan.array))) * voxel_mm3))
-    if not volumes:
+    if not found:
         return []
-    known = [volume for job, volume in volumes if job.split != "test"] or [volume for _, volume in volumes]
-    middle = statistics.median(known)
-    plan.notes.append(f"the median labelled volume of {len(known)} cases is {middle:.0f} mm3; more is 'large'")
-    return [replace(job, class_name="large" if volume > middle else "small") for job, volume in volumes]
+    known = [value for job, value in found if job.split != "test"] or [value for _, value in found]
+    low, high = np.quantile(known, [1 / 3, 2 / 3])
+    between = sum(low <= value <= high for _, value in found)
+    plan.notes.append(
+        f"the thirds by {measure} of {len(known)} cases part at {low:.4g} and {high:.4g}; {between} between are left "
+        "out"
+    )
+    return [
+        replace(job, class_name="large" if value > high else "small")
+        for job, value in found
+        if not low <= value <= high
+    ]
+
+
+def _volume(label: NDArray[np.int64], voxel_mm3: float) -> float:
+    return float((label > 0).sum()) * voxel_mm3
+
+
+def _share(label: NDArray[np.int64], voxel_mm3: float) -> float:
+    from agssd.scans.case import RefusedError
+
+    if not (label > 0).any():
+        raise RefusedError("nothing is labelled")
+    return float((label == 1).sum() / (label > 0).sum())
+
+
+MEASURES = {"label-volume": _volume, "share-of-label-1": _share}
 
 
 def write_manifest(out: Path, jobs: Sequence[Job]) -> None:

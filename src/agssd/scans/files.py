@@ -27,10 +27,17 @@ def suffix_of(path: Path) -> str:
 
 
 def stem_of(path: Path) -> str:
-    """Return the file name without its extension and without ``.igs`` or nnU-Net's channel number ``_0000``."""
-    stem = path.name[: len(path.name) - len(suffix_of(path))]
+    """Return the file name without its extension and without ``.igs`` or nnU-Net's channel number.
+
+    ``_0000`` is one; ``_0001`` to ``_0099`` are where the file of ``_0000`` lies beside, else they number cases.
+    """
+    suffix = suffix_of(path)
+    stem = path.name[: len(path.name) - len(suffix)]
     head, _, tail = stem.rpartition("_")
-    return head if head and len(tail) == 4 and tail.isdigit() and int(tail) < 100 else stem
+    if not head or len(tail) != 4 or not tail.isdigit() or int(tail) >= 100:
+        return stem
+    first = path.with_name(f"{head}_0000{path.name[len(stem) :]}")
+    return head if tail == "0000" or first.exists() else stem
 
 
 def is_dicom(path: Path) -> bool:
