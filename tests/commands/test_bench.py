@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -348,10 +349,14 @@ def test_bench__runs_goes_on_and_refuses_another_setting(
 
 @pytest.mark.slow
 def test_bench__equal_time_and_probes_from_beginning_to_end(
-    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    make_cache: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     conf = ROOT / "conf"
+    cache = make_cache(tmp_path / "c.h5", splits=["train"] * 5 + ["val", "test", "test"])
     small = ["--config", str(conf / "experiment" / "small.yaml"), "--model"]
     settings = {
         "methods": {
@@ -370,7 +375,7 @@ def test_bench__equal_time_and_probes_from_beginning_to_end(
     }
     path, out = tmp_path / "bench.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(settings))
-    command = ["bench", "--config", str(path), "--cache", str(tiny_cache), "--out", str(out)]
+    command = ["bench", "--config", str(path), "--cache", str(cache), "--out", str(out)]
     assert main([*command, "--share", "0/3"]) == main([*command, "--share", "1/3"]) == 0, capfd.readouterr().err
     assert main([*command, "--share", "1/4"]) == 0, "simmim's part"
     assert main(command) == 0, capfd.readouterr().err

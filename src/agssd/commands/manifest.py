@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,10 +67,8 @@ def run(args: argparse.Namespace) -> int:
     if not plan.jobs:
         raise ValueError("no scan to write; no manifest was written")
     write_manifest(args.out, plan.jobs)
-    kinds = defaultdict(int)
-    for job in plan.jobs:
-        kinds[job.class_name] += 1
-    told = ", ".join(f"{count} {name}" for name, count in sorted(kinds.items(), key=str) if name is not None)
+    kinds = Counter(job.class_name for job in plan.jobs if job.class_name is not None)
+    told = ", ".join(f"{count} {name}" for name, count in sorted(kinds.items()))
     print(f"{args.out}: {len(plan.jobs)} cases of {len({job.subject for job in plan.jobs})} subjects", end="")
     print(f"; {told}" if told else "")
     return 3 if plan.refused else 0
