@@ -251,9 +251,9 @@ def test_probe__names_are_those_of_agssd_probe() -> None:
     assert set(get_args(Probe)) == set(READOUTS)
 
 
-@pytest.mark.parametrize("num_folds", [None, 2])
 @pytest.mark.parametrize(
-    ("figure", "kinds"), [("dice", ("knn-seg", "linear-seg")), ("accuracy", ("knn-cls", "linear-cls"))]
+    ("figure", "kinds", "num_folds"),
+    [("dice", ("knn-seg", "linear-seg"), None), ("accuracy", ("knn-cls", "linear-cls"), 2)],
 )
 def test_probe__same_figures_as_the_readouts_alone_and_once_only(
     figure: str, kinds: tuple[str, ...], num_folds: int | None, tiny_cache: Path, tmp_path: Path
