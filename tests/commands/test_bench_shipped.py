@@ -21,6 +21,7 @@ from agssd.commands.bench.cells import list_cells, pretrain, train_and_measure
 from agssd.commands.bench.probes import probe
 from agssd.commands.bench.settings import read_settings
 from agssd.data_modules.cache import VolumeCache
+from agssd.lightning_cli import ParsedFit
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHES = sorted((ROOT / "conf" / "bench").glob("*.yaml"))
@@ -273,3 +274,28 @@ def test_bench__one_tiny_cell_of_each_kind(bench_words: list[str], tmp_path: Pat
         probe(frozen, settings, cache)
         measured = [set(json.loads((cell.folder / "row.json").read_text())["subjects"]) for cell in frozen]
         assert all(found == set(row["subjects"]) for found in measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
+def test_full_form__every_kind_of_command_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    settings = read_settings(path, quick=False)
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    for cell in list_cells(settings, "c.h5", tmp_path):
+        if cell.pretraining is None and cell.fit:
+            found.setdefault((cell.method, cell.readout), cell.fit)
+        elif cell.pretraining is not None and cell.pretraining.command:
+            found.setdefault((cell.method, "pretraining"), cell.pretraining.command)
+    assert {name for name, its in settings.methods.items() if its.time_of is None} == {name for name, _ in found}
+    for words in found.values():
+        fit = ParsedFit(list(words[1:]))
+        fit.build()
+        assert type(fit.model).__name__ in (
+            "AGSSD",
+            "MAE",
+            "IBOT",
+            "SegmentationTask",
+            "ClassificationTask",
+            "UNetTask",
+        )

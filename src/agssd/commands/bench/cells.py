@@ -98,7 +98,6 @@ def _cell(
     flags = [*its.fit.get(readout, bench.readouts[readout].fit), *bench.fit_common]
     flags += ["--data.cache", cache, *_fold_flags(bench, fold)]
     flags += [] if bench.num_classes is None else ["--model.num_classes", str(bench.num_classes)]
-    flags += ["--data.leakage", "warn"] if bench.leakage == "warn" else []
     flags += [*label_flags(labels), "--data.subset_seed", str(draw), "--data.seed", str(seed)]
     flags += ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder), "--trainer.max_steps"]
     flags += [str(steps)]

@@ -54,7 +54,7 @@ def probe(cells: Sequence[Cell], bench: Bench, cache: str) -> dict[str, Any]:
         before = None if cell.pretraining is None else fingerprint(cell.pretraining.command)
         one = bench.readouts[cell.readout]
         given = [one.probe, one.window_vox, cache, cell.labels, cell.draw, cell.seed, cell.fold, bench.num_folds]
-        given += [bench.leakage, before if before is not None else frozen.config]
+        given.append(frozen.config if before is None else before)
         once(cell.folder, fingerprint(given), partial(_measured, cell, bench, frozen))
     return {"seconds": time.perf_counter() - started}
 
@@ -96,7 +96,7 @@ class _Frozen:
         check_contract(encoder.contract, contract, told, None)
         held = [(0, row) for row in self.data.rows if cache.cases[row].subject in set(self.fold.held_out)]
         part = "test" if cell.fold is None else "val"
-        check_leakage(encoder.contract, told, [cache], {part: held}, self.bench.leakage)
+        check_leakage(encoder.contract, told, [cache], {part: held}, "error")
         return encoder.eval()
 
     @cached_property

@@ -87,7 +87,6 @@ class Bench:
         backbone: YAML of the encoder, for ``scratch`` and its like in readouts that are a ``probe``.
         pretrain_common: words at the end of every ``pretrain``.
         fit_common: words at the end of every ``fit``.
-        leakage: "warn" goes on where cases to be measured look like copies of what was trained on.
         threads: of torch in each process.
 
     Raises:
@@ -107,7 +106,6 @@ class Bench:
     backbone: str | None = None
     pretrain_common: list[str] = field(default_factory=list)
     fit_common: list[str] = field(default_factory=list)
-    leakage: Literal["error", "warn"] = "error"
     threads: int = 1
 
     def __post_init__(self) -> None:
