@@ -97,12 +97,12 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     parser.epilog = "Everything else on the command line is that of `agssd fit`; see `agssd fit --help`."
     own, of_fit = parser.parse_known_args(arguments)
 
-    def parse(*more: str, before: Sequence[str] = ()) -> Fit:
+    def parse(*more: str, before: Sequence[str] = (), new_directory: Path | None = None) -> Fit:
         _import_training()
         from agssd.lightning_cli import FinishedRun, ParsedFit
 
         try:
-            return ParsedFit([*before, *of_fit, *more])
+            return ParsedFit([*before, *of_fit, *more], new_directory)
         except FinishedRun as nothing_left:
             raise ValueError(str(nothing_left)) from nothing_left
 

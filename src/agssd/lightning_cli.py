@@ -158,7 +158,7 @@ class AgssdCLI(LightningCLI):
         elif of_checkpoint is not None:
             self.run_directory = of_checkpoint
         else:
-            self.run_directory = default_run_directory(config.model.class_path.rpartition(".")[2].lower())
+            self.run_directory = self._new_directory(config.model.class_path.rpartition(".")[2].lower())
         config.trainer.default_root_dir = str(self.run_directory)
         refuse_other_lineages(given, subcommand)
         if given == "best":
@@ -168,6 +168,10 @@ class AgssdCLI(LightningCLI):
             self._go_on(config, given)
         elif given and given.partition(":")[0] not in ("last", "registry"):
             refuse_missing(given)
+
+    def _new_directory(self, label: str) -> Path:
+        """Return the directory of a run that names none."""
+        return default_run_directory(label)
 
     def _go_on(self, config: Namespace, given: str) -> None:
         folder = config.checkpoint.dirpath or str(self.run_directory / CHECKPOINTS)
@@ -345,12 +349,17 @@ class ParsedFit(AgssdCLI):
 
     Args:
         args: the command line after ``agssd fit``.
+        new_directory: of a run whose command line names none; by default as ``fit`` would call it.
     """
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], new_directory: Path | None = None) -> None:
         """Parse."""
+        self._given_directory = new_directory
         super().__init__(["fit", *args])
         self.settings = self.config[self.subcommand]
+
+    def _new_directory(self, label: str) -> Path:
+        return self._given_directory or super()._new_directory(label)
 
     def _settle(self) -> str:
         """Write nothing."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from agssd.cli import main
 from agssd.commands import submit
@@ -77,6 +78,12 @@ CONF = Path(__file__).parents[2] / "conf"
 TRAINER = {"trainer": {"devices": 2, "num_nodes": 1, "accelerator": "cpu"}, "data": {"init_args": {"num_workers": 3}}}
 
 
+def parsed_as_little(arguments: list[str], new_directory: Path) -> SimpleNamespace:
+    """Stand in for the parser of ``fit``."""
+    named = dict(zip(arguments, arguments[1:], strict=False)).get("--trainer.default_root_dir", new_directory)
+    return SimpleNamespace(settings=SimpleNamespace(as_dict=lambda: TRAINER), run_directory=Path(named))
+
+
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the path of a program called sbatch that is the only one there is; the test writes it."""
@@ -135,8 +142,7 @@ def test_submit__cluster_file_that_fit_would_refuse_is_refused_and_nothing_is_le
 def test_submit__script_is_kept_only_if_sbatch_takes_it(
     sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parsed = SimpleNamespace(settings=SimpleNamespace(as_dict=lambda: TRAINER))
-    monkeypatch.setattr("agssd.lightning_cli.ParsedFit", lambda arguments: parsed)
+    monkeypatch.setattr("agssd.lightning_cli.ParsedFit", parsed_as_little)
     line = ["submit", "--config", "a.yaml", "--cluster", "c.yaml", "--trainer.default_root_dir", "my runs/ct"]
     write_program(sbatch, "echo 'invalid partition' >&2; exit 1")
     assert main(line) == 2
@@ -163,8 +169,7 @@ SUBMIT = [
 def test_submit__run_directories_of_the_same_second_differ_and_one_that_is_refused_is_gone(
     sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parsed = SimpleNamespace(settings=SimpleNamespace(as_dict=lambda: TRAINER))
-    monkeypatch.setattr("agssd.lightning_cli.ParsedFit", lambda arguments: parsed)
+    monkeypatch.setattr("agssd.lightning_cli.ParsedFit", parsed_as_little)
     monkeypatch.setattr("time.strftime", lambda form, *given: "now")
     write_program(sbatch, "echo 42")
     assert main(SUBMIT) == main(SUBMIT) == 0
@@ -188,7 +193,7 @@ def test_submit__missing_cache_is_refused_before_the_job_waits(
     assert main([*SUBMIT, "--data.cache", "[here.h5,none.h5]"]) == 2
     (tmp_path / "here.h5").touch()
     assert main([*SUBMIT, "--data.cache", "[here.h5,none.h5]"]) == 2
-    first, second = capsys.readouterr().err.splitlines()[-2:]
+    first, second = (line for line in capsys.readouterr().err.splitlines() if "data.cache" in line)
     assert "data.cache is here.h5, which does not exist" in first and "data.cache is none.h5" in second
     assert not (tmp_path / "runs").exists() and not (tmp_path / "submitted").exists()
 
@@ -222,6 +227,39 @@ def test_submit__run_that_cannot_go_on_with_the_settings_or_is_finished_is_refus
     store(7)
     assert main(line) == 0
     assert (tmp_path / "run/submit.sh").is_file()
+
+
+@pytest.mark.parametrize("by", ["its config.yaml", "its checkpoint", "the command line"])
+def test_submit__a_run_that_is_named_goes_on_where_it_is(
+    by: str, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AGSSD_RUN_STAMP", "of another")  # as where `agssd submit` is typed inside of a job
+    write_program(sbatch, "echo 42")
+    (tmp_path / "ct.h5").touch()
+    run = tmp_path / "runs/ct"
+    (run / "checkpoints").mkdir(parents=True)
+    config = parsed_config(["--data.cache", "ct.h5"])
+    saved = {"global_step": 7, "state_dict": {}, "loops": {}, "optimizer_states": [], "config": config}
+    torch.save(saved, run / "checkpoints/step00000007.ckpt")
+    more = ["--data.cache", "ct.h5"]
+    if by == "its config.yaml":
+        config["trainer"]["default_root_dir"] = "runs/ct"
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        more = ["--config", "runs/ct/config.yaml"]
+    elif by == "its checkpoint":
+        more += ["--ckpt_path", "runs/ct/checkpoints/step00000007.ckpt"]
+    else:
+        more += ["--trainer.default_root_dir", "runs/ct"]
+    line = SUBMIT[:1] + SUBMIT[3:] if by == "its config.yaml" else SUBMIT
+    assert main([*line, *more]) == 0
+    assert capsys.readouterr().out.startswith(f"job 42, run directory {run}\n")
+    assert f"--trainer.default_root_dir {run}\n" in (run / "submit.sh").read_text()
+    assert [path.name for path in run.parent.iterdir()] == ["ct"]
+    fresh = [word for word in more if not word.startswith("--trainer.default") and word != "runs/ct"]
+    if by == "the command line":
+        assert main([*SUBMIT, *fresh]) == 0
+        (new,) = (tmp_path / "runs/agssd_small").iterdir()
+        assert new.name != "of another", "a directory of its own, whatever job this is typed in"
 
 
 def parsed_config(line: list[str]) -> dict[str, Any]:

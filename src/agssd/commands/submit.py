@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trainer.default_root_dir",
         dest="run_directory",
         metavar="DIR",
-        help="the run directory, also of every requeue (default: runs/EXPERIMENT/TIME)",
+        help="the run directory, also of every requeue (default: the configuration's, or runs/EXPERIMENT/TIME)",
     )
     for name in _SBATCH:
         parser.add_argument(f"--{name}", metavar="X", help=f"sbatch --{name}")
@@ -73,8 +73,11 @@ def run(args: argparse.Namespace) -> int:
     if args.signal_seconds < 1:
         raise ValueError(f"--signal-seconds is {args.signal_seconds}; it must be at least 1")
     configs = [word for file in (*args.config, args.cluster) for word in ("--config", file)]
-    directory = Path(args.run_directory or _new_directory(args.config[0])).absolute()
-    settings = args.fit("--trainer.default_root_dir", str(directory), before=configs).settings.as_dict()
+    named = [] if args.run_directory is None else ["--trainer.default_root_dir", args.run_directory]
+    fresh = _new_directory(args.config[0])
+    parsed = args.fit(*named, before=configs, new_directory=fresh)
+    new, directory = parsed.run_directory == fresh, parsed.run_directory.absolute()
+    settings = parsed.settings.as_dict()
     data: dict[str, Any] = (settings.get("data") or {}).get("init_args") or {}
 
     def script() -> str:
@@ -86,9 +89,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _refuse_missing_cache(data.get("cache") or [])
     script()  # refuses before anything is made
-    if args.run_directory is None:
+    if new:
         directory = _made(directory)
-    return _submit(script(), directory, new=args.run_directory is None)
+    return _submit(script(), directory, new)
 
 
 def _new_directory(config: str) -> Path:
