@@ -65,11 +65,11 @@ smoke: $(STAMP) ## Run the demo in its short form
 conf: $(STAMP) ## Check conf/: every file parses and builds, agssd_small trains a few steps
 	$(PYTEST) tests/conf
 
-bench: $(STAMP) ## Time the hot paths against their alternatives, side by side, on the CPU
-	$(BIN)/agssd bench-speed --device cpu --out $(BENCH_OUT)
+bench: $(STAMP) ## Time the hot paths against their alternatives, side by side, on the CPU (half an hour or more on 2 cores; less with BENCH_FLAGS="--rounds 3")
+	$(BIN)/agssd bench-speed --device cpu --out $(BENCH_OUT) $(BENCH_FLAGS)
 
 bench-gpu: $(STAMP) ## The same on a CUDA device
-	$(BIN)/agssd bench-speed --device cuda --out $(BENCH_OUT)
+	$(BIN)/agssd bench-speed --device cuda --out $(BENCH_OUT) $(BENCH_FLAGS)
 
 bench-data: $(STAMP) ## Compare crops and training views per second with other data engines
 	$(BIN)/agssd bench-data --out $(BENCH_OUT) $(BENCH_FLAGS)

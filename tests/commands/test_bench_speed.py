@@ -3,7 +3,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,19 @@ def test_run__writes_the_table_it_prints(
     assert report["machine"] in capsys.readouterr().out
 
 
+def test_run__rows_before_one_that_fails_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cases(*_: Any) -> Iterator[Figure]:
+        yield Figure("first", 1.0, "s", "")
+        yield Figure("second", 2.0, "s", "")
+        raise RuntimeError("the third cannot be had")
+
+    monkeypatch.setattr(bench, "_cases", cases)
+    with pytest.raises(RuntimeError, match="the third"):
+        bench.run(arguments("--rounds", "1", "--out", str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+    assert [row["what"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == ["first", "second"]
+
+
 def test_time_probe__seconds_of_probes_and_of_the_default_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +111,45 @@ def test_run__figures_that_stand_alone_are_told_with_why_they_are_missing(
     assert re.search(r"signal to saved run +1\.2 s +one process", said)
     assert re.search(r"requeued +not measured: +no SLURM here", said)
     assert re.search(r"CPU time +0\.46 % +of a step", said)
+
+
+@pytest.mark.parametrize(
+    ("starts", "measured"), [(["exit 1"], []), (["stopped after step 3, 0.5 s after the signal"], [0.5])]
+)
+def test_with_agssd_fit__a_run_that_fails_has_no_figure_and_says_why(
+    starts: list[str], measured: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first start does what it is told to, or neither does."""
+
+    def run_until(command: list[str], directory: Path, steps: int) -> tuple[str, float]:
+        if not starts or starts[0] == "exit 1":
+            raise RuntimeError("the run has ended before step 3: MemoryError\nand more")
+        return starts.pop(), 1.0
+
+    monkeypatch.setattr(_bench_preemption, "_run_until", run_until)
+    *whole, failed = _bench_preemption._with_agssd_fit(tmp_path / "none.yaml", tmp_path / "run")
+    assert [figure.value for figure in whole] == measured
+    assert failed.value is None and failed.note == "the run has ended before step 3: MemoryError"
+
+
+def test_run_until__a_process_that_ends_too_early_is_told_with_its_last_words(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('no cache\\n')"]
+    with pytest.raises(RuntimeError, match="^the run has ended before step 3: no cache$"):
+        _bench_preemption._run_until(command, tmp_path / "run", 3)
+
+
+def test_saved_after__seconds_or_the_last_words() -> None:
+    assert _bench_preemption._saved_after("x\nstopped after step 7, 1.25 s after the signal\n") == 1.25
+    with pytest.raises(RuntimeError, match="^the run did not save itself; the last it said: killed$"):
+        _bench_preemption._saved_after("step 7\nkilled\n\n")
+
+
+@pytest.mark.parametrize("told", [{}, {"EligibleTime": "Unknown"}])
+def test_may_start__an_answer_without_a_time_is_told(told: dict[str, str]) -> None:
+    with pytest.raises(RuntimeError, match=rf"EligibleTime is {told.get('EligibleTime', 'missing')}"):
+        _bench_preemption._may_start(told)
+    now = time.strftime("%Y-%m-%dT%H:%M:%S")
+    assert abs(_bench_preemption._may_start({"EligibleTime": now}) - time.time()) < 5
 
 
 @pytest.mark.slow

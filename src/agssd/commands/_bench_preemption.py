@@ -31,8 +31,7 @@ def time_preemption(device: Any, folder: Path) -> Iterator[Figure]:
         device: torch device.
         folder: for the cache of simulated volumes and the runs.
 
-    Raises:
-        RuntimeError: if a run does not do what it should.
+    What a run does not do as it should has no figure and says why.
     """
     config = _write_config(device, folder)
     with quiet():
@@ -71,10 +70,15 @@ def _write_config(device: Any, folder: Path) -> Path:
 def _with_agssd_fit(config: Path, directory: Path) -> Iterator[Figure]:
     command = [sys.executable, "-m", "agssd", "fit", "--config", str(config)]
     command += ["--trainer.default_root_dir", str(directory)]
-    said, _ = _run_until(command, directory, _STEPS_BEFORE)
-    yield Figure("signal to saved run (at most 60 s)", _saved_after(said), "s", f"agssd fit, step included; {_ONCE}")
-    _, first_step_s = _run_until(command, directory, _steps(directory) + 1)
-    yield Figure("start of the same command to its first step", first_step_s, "s", f"agssd fit; {_ONCE}")
+    what, note = "signal to saved run (at most 60 s)", f"agssd fit, step included; {_ONCE}"
+    try:
+        said, _ = _run_until(command, directory, _STEPS_BEFORE)
+        yield Figure(what, _saved_after(said), "s", note)
+        what, note = "start of the same command to its first step", f"agssd fit; {_ONCE}"
+        _, first_step_s = _run_until(command, directory, _steps(directory) + 1)
+        yield Figure(what, first_step_s, "s", note)
+    except RuntimeError as error:
+        yield Figure(what, None, "s", str(error).partition("\n")[0])
 
 
 def _run_until(command: list[str], directory: Path, steps: int) -> tuple[str, float]:
@@ -87,7 +91,7 @@ def _run_until(command: list[str], directory: Path, steps: int) -> tuple[str, fl
         _wait(lambda: process.poll() is not None or _steps(directory) >= steps, f"step {steps}", log)
         took_s = time.monotonic() - began
         if process.poll() is not None:
-            raise RuntimeError(f"the run has ended too early:\n{log.read_text()[-2000:]}")
+            raise RuntimeError(f"the run has ended before step {steps}: {_last_line(log)}")
         process.send_signal(signal.SIGUSR1)
         _wait(lambda: process.poll() is not None, "end after SIGUSR1", log)
     finally:
@@ -149,12 +153,24 @@ def _requeued(cluster: OneMachine, config: Path, directory: Path) -> tuple[float
     cluster.call("scancel", "--signal=USR1", job, check=True)
     queued = wait(lambda: cluster.state(job) == "PENDING", "place in the queue")
     saved_s, saved = _saved_after(log.read_text()), _steps(directory)
-    may_start = time.mktime(time.strptime(cluster.fields(job)["EligibleTime"], "%Y-%m-%dT%H:%M:%S"))
-    waits_s = max(0.0, may_start - time.time())
+    waits_s = max(0.0, _may_start(cluster.fields(job)) - time.time())
     allowed = time.monotonic()
     cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=True)
     stepped = wait(lambda: _steps(directory) > saved, "first step after the requeue")
     return saved_s, queued - began - saved_s, waits_s, stepped - allowed
+
+
+def _may_start(fields: dict[str, str]) -> float:
+    """Return from when on SLURM may start a job, in seconds as of ``time.time``.
+
+    Raises:
+        RuntimeError: if it does not say so.
+    """
+    told = fields.get("EligibleTime", "")
+    try:
+        return time.mktime(time.strptime(told, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError as error:
+        raise RuntimeError(f"SLURM does not say when the job may start: EligibleTime is {told or 'missing'}") from error
 
 
 def _steps(directory: Path) -> int:
@@ -169,7 +185,8 @@ def _steps(directory: Path) -> int:
 def _saved_after(said: str) -> float:
     found = re.search(r"stopped after step \d+, ([\d.]+) s after the signal", said)
     if found is None:
-        raise RuntimeError(f"the run did not save itself:\n{said[-2000:]}")
+        last = next((line.strip() for line in reversed(said.split("\n")) if line.strip()), "nothing")
+        raise RuntimeError(f"the run did not save itself; the last it said: {last}")
     return float(found[1])
 
 

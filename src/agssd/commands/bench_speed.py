@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agssd.commands._bench_preemption import time_preemption
 from agssd.commands._bench_rows import Figure, Row, row_of
+from agssd.whole_file import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,15 +71,16 @@ def _bench(arguments: argparse.Namespace) -> None:
     print(f"{describe(device)}, {arguments.rounds} rounds; ratio = other / ours, above 1 ours is faster")
     print(f"{'what':<46} {'ours':>22} {'ms':>9}   {'other':<24} {'ms':>9}  ratio (lowest to highest round)")
     rows: list[Row | Figure] = []
+    report = {"machine": describe(device), "rounds": arguments.rounds}
     with TemporaryDirectory() as folder:
         for case in _cases(device, Path(folder), arguments.rounds):
             row = case if isinstance(case, (Row, Figure)) else compare(case, arguments.rounds, device)
             rows.append(row)
             print(row, flush=True)
+            if arguments.out:  # after each: a later one may fail, and all take long
+                with whole_file(arguments.out / "bench.json") as temporary:
+                    temporary.write_text(json.dumps(report | {"rows": [asdict(one) for one in rows]}, indent=1) + "\n")
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        report = {"machine": describe(device), "rounds": arguments.rounds, "rows": [asdict(row) for row in rows]}
-        (arguments.out / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
         print(f"written: {arguments.out / 'bench.json'}")
 
 
