@@ -23,6 +23,7 @@ from agssd.commands._bench_turns import HookClock, Turns
 from agssd.lightning_cli import AgssdCLI
 from agssd.models.step_guard import NoStepGuard, StepGuard
 from agssd.run.directory import SaveRunConfig
+from agssd.run.wandb import QuietWandbLogger
 
 CPU = torch.device("cpu")
 SCHEDULES = {EMATeacher, MaskRatioSchedule}
@@ -62,7 +63,7 @@ def test_sides__watched_has_all_that_a_run_of_fit_has_and_bare_none(
             "class_path": "agssd.data_modules.pretrain.PretrainDataModule",
             "init_args": {"cache": str(cache), "parent_vox": [40, 56, 40], "global_batch_size": 2},
         },
-        "wandb": {"mode": "disabled"},
+        "wandb": {"mode": "offline"},  # the default where there is no account
         "progress": {"mode": "lines"},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
@@ -74,7 +75,8 @@ def test_sides__watched_has_all_that_a_run_of_fit_has_and_bare_none(
         rhythms = {c.every_n_steps for t in (run, watched.trainer) for c in t.callbacks if type(c) is kind}
         assert rhythms == {kind().every_n_steps}
     assert watched.trainer.log_every_n_steps == run.log_every_n_steps
-    assert [type(logger) for logger in run.loggers] == [type(watched.trainer.loggers[0]).__mro__[1]]
+    assert [type(logger) for logger in run.loggers] == [type(one).__mro__[1] for one in watched.trainer.loggers]
+    assert QuietWandbLogger in [type(logger) for logger in run.loggers], "W&B is on by default"
     assert bare.trainer.loggers == []
     assert isinstance(watched.module.guard, StepGuard) and not isinstance(watched.module.guard, NoStepGuard)
     assert type(bare.module.guard) is NoStepGuard
@@ -100,7 +102,9 @@ def test_time_monitoring__both_sides_learn_the_same_in_turn(tmp_path: Path, monk
     found = monitoring.time_monitoring(2, CPU, tmp_path, steps=3)
     clock, watched, bare = built
     assert len(found.pairs) == 2 and all(second > 0 for pair in found.pairs for second in pair)
-    assert {"CollapseMonitor", "NonFinite", "ViewPanels", "step guard", "metrics.csv", "threads"} <= found.shares.keys()
+    parts = {"CollapseMonitor", "NonFinite", "ViewPanels", "step guard", "metrics.csv", "W&B", "threads"}
+    assert parts <= found.shares.keys() and found.shares["W&B"] > 0
+    assert list((tmp_path / "watched/wandb").glob("offline-run-*/*.wandb")), "W&B did log"
     assert "EMATeacher" not in found.shares and max(found.shares, key=found.shares.__getitem__) == "CollapseMonitor"
     assert clock.seconds["CollapseMonitor"] > 6 * 0.2
     assert watched.trainer.global_step == bare.trainer.global_step == 7

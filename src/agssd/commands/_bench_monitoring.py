@@ -30,6 +30,7 @@ from agssd.methods.dino import DINO
 from agssd.models.step_guard import NoStepGuard, StepGuard
 from agssd.models.vit import ViT
 from agssd.run.metrics_file import RunCSVLogger
+from agssd.run.wandb import QuietWandbLogger
 from agssd.transforms.crops import OverlapCrops
 
 _NEEDED = (EMATeacher, MaskRatioSchedule)  # by the training itself
@@ -72,8 +73,9 @@ def time_monitoring(rounds: int, device: Any, folder: Path, steps: int | None = 
 
     DINO at the size of conf/experiment/small.yaml, 16 samples per step, gradients clipped, from the same weights with
     the same samples. Watched is what ``agssd fit`` has by default in the log of a job: the standing callbacks, step
-    guard, lines of progress, ``metrics.csv``; checkpoint and preemption stand by. Not in it is what has rows of its
-    own, probe and saves, nor W&B, which is another process. Bare is Lightning with the recipe and its schedules.
+    guard, lines of progress, ``metrics.csv``, W&B; checkpoint and preemption stand by. Not in it is what has rows of
+    its own, probe and saves. W&B is offline, as without an account, so that nothing leaves this machine; its own
+    process, which works beside both trainings, is in no CPU time. Bare is Lightning with the recipe and its schedules.
 
     Lines and signs of life come by the wall clock, which runs on in the other's turn: twice as often as they are due.
     The threads of watchdog and life sign run in both sides' turns, so they are only in the CPU time, taken while both
@@ -107,6 +109,9 @@ def time_monitoring(rounds: int, device: Any, folder: Path, steps: int | None = 
         finally:
             for side in (watched, bare):
                 side.turns.end()
+            for logger in watched.trainer.loggers:
+                if isinstance(logger, QuietWandbLogger):
+                    logger.interrupt()  # ends W&B's process, which would write into the folder till then
     shares = {name: 100 * seconds / bare_cpu_s for name, seconds in counted.items()}
     return Monitoring(pairs, shares | {"threads": 100 * resting})
 
@@ -122,7 +127,7 @@ def sides(device: Any, cache: Path, folder: Path, max_steps: int) -> tuple[HookC
         guard=_ClockedGuard(clock),
         profiler=clock,
         max_steps=max_steps,
-        logger=_ClockedLogger(folder / "watched", clock),
+        logger=[_ClockedCSV(folder / "watched", clock), _ClockedWandb(folder / "watched", clock)],
         log_every_n_steps=_LOG_EVERY,
         enable_progress_bar=True,
         default_root_dir=folder / "watched",
@@ -215,7 +220,7 @@ class _ClockedGuard(StepGuard):
             kept.__exit__(None, None, None)
 
 
-class _ClockedLogger(RunCSVLogger):
+class _ClockedCSV(RunCSVLogger):
     """``metrics.csv``, whose CPU time counts where no hook writes it."""
 
     def __init__(self, directory: Path, clock: HookClock) -> None:
@@ -229,3 +234,15 @@ class _ClockedLogger(RunCSVLogger):
     def save(self) -> None:
         with self._clock.counting("metrics.csv"):
             super().save()
+
+
+class _ClockedWandb(QuietWandbLogger):
+    """W&B, offline, whose CPU time counts where no hook sends to it; pictures count for the hook that draws them."""
+
+    def __init__(self, directory: Path, clock: HookClock) -> None:
+        super().__init__(directory, "agssd", None, directory.name, online=False)
+        self._clock = clock
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        with self._clock.counting("W&B"):
+            super().log_metrics(metrics, step)
