@@ -18,6 +18,7 @@ from agssd.callbacks.collapse_monitor import CollapseMonitor
 from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.callbacks.run_checkpoint import RunCheckpoint
 from agssd.methods.agssd import AGSSD
+from agssd.methods.base import PretrainModule
 from agssd.methods.dino import DINO
 from agssd.methods.dinov2 import DINOv2
 from agssd.methods.ibot import IBOT
@@ -197,7 +198,7 @@ BEGINS = 25
 BREAKS = 26  # not where a checkpoint is saved, which is when the next batch has come
 
 
-class HotTeacher(DINO):
+class Heated(PretrainModule):
     """Has a teacher from some step on whose outputs are uniform while the temperature in use is above a limit."""
 
     starts_at, limit = 0.06, 0.05
@@ -209,6 +210,19 @@ class HotTeacher(DINO):
     def scheduled(self, progress: float) -> dict[str, float]:
         values = super().scheduled(progress)
         return values | ({"temperature_teacher": 2.0} if values["temperature_teacher"] > self.limit else {})
+
+
+class HotTeacher(Heated, DINO):
+    """Needs to be cooled once."""
+
+
+class HotPatchTeacher(Heated, DINOv2):
+    """The same, its patches' outputs too; the student's are as flat, but only then."""
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        values = super().scheduled(progress)
+        self.temperature_student = 1.0 if values["temperature_teacher"] > 1 else 0.04
+        return values
 
 
 class HotterTeacher(HotTeacher):
@@ -258,7 +272,14 @@ HARD: dict[str, dict[str, Any]] = {
     "cls_uniform": {"kind": HotTeacher, "temperature_student": 1.0},
     "cls_peaked": {"kind": DINO, "edit": centre_breaks},
     "cls_features_lost": {"kind": DINO, "edit": stretch_of_air},
+    "patch_uniform": {
+        "kind": HotPatchTeacher,
+        "temperature_teacher": (0.04, 0.04),
+        "temperature_student": 0.04,
+        "monitor": {"uniform_margin": 0.02, "max_gradient_ratio": 1e6},
+    },
     "patch_peaked": {"kind": IBOT, "edit": patch_centre_breaks},
+    "patch_features_lost": {"kind": Placeless, "edit": stretch_of_air},
     "non_finite": {"kind": DINO, "edit": teacher_breaks},
 }
 # The reports that may ring first: uniform outputs must have lasted, withheld steps are left out of the first report,
@@ -267,7 +288,9 @@ RINGS = {
     "cls_uniform": (40,),
     "cls_peaked": (30,),
     "cls_features_lost": (30,),
+    "patch_uniform": (40, 50),
     "patch_peaked": (30, 40),
+    "patch_features_lost": (30,),
     "non_finite": (40,),
 }
 
@@ -284,7 +307,8 @@ def run_hard(
         "min_information": 0.0,
         "grace": 0.1,
     }
-    settings = settings_of(HARD[name]["kind"], HARD[name]) | {"monitor": own} | given
+    settings = settings_of(HARD[name]["kind"], HARD[name])
+    settings |= {"monitor": own | settings.get("monitor", {})} | given
     return train(cache=cache, out=out, callbacks=(keep,), **settings)
 
 
@@ -308,7 +332,7 @@ def test_collapse__rolls_a_run_back_that_collapses_and_it_recovers(name: str, ti
     module, done, trainer = run_hard(name, "rollback", tiny_cache, tmp_path)
     (rollback,) = (one for one in done if one["action"] == "rollback")
     assert name in rollback["alarms"] and rollback["to_step"] <= BEGINS and rollback["from_step"] in RINGS[name]
-    lowered = "temperature" if name == "cls_uniform" else "lr"
+    lowered = "temperature" if name.endswith("_uniform") else "lr"
     assert rollback["lowered"] == lowered and module.eased[lowered] < 1 and trainer.global_step == STEPS
     assert done[-1] == rollback, "no alarm after it"
     assert all(value.isfinite().all() for value in module.state_dict().values())
