@@ -51,7 +51,7 @@ def wait_for_steps(runs: Runs, slurm: OneMachine, run: str, job: str, log: Path,
 def hasten(slurm: OneMachine, job: str, log: Path, *changes: str) -> None:
     """Let a requeued job start at once, where SLURM makes it wait two minutes."""
     wait(lambda: slurm.state(job) == "PENDING", "pending", log)
-    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now", *changes, check=True)
+    slurm.start_now(job, *changes)
 
 
 def test_slurm__signalled_job_is_requeued_and_ends_like_an_undisturbed_one(

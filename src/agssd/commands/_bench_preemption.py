@@ -154,8 +154,8 @@ def _requeued(cluster: OneMachine, config: Path, directory: Path) -> tuple[float
     queued = wait(lambda: cluster.state(job) == "PENDING", "place in the queue")
     saved_s, saved = _saved_after(log.read_text()), _steps(directory)
     waits_s = max(0.0, _may_start(cluster.fields(job)) - time.time())
+    cluster.start_now(job)
     allowed = time.monotonic()
-    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=True)
     stepped = wait(lambda: _steps(directory) > saved, "first step after the requeue")
     return saved_s, queued - began - saved_s, waits_s, stepped - allowed
 
