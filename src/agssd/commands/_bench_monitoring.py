@@ -45,6 +45,7 @@ class Monitoring:
     """What was measured."""
 
     pairs: list[tuple[float, float]]  # of each round: seconds of a step, watched and bare
+    cpu_pairs: list[tuple[float, float]]  # the same in CPU seconds of the training loop
     shares: dict[str, float]  # CPU time of each part that watches, in % of that of a bare step
 
 
@@ -92,7 +93,7 @@ def time_monitoring(rounds: int, device: Any, folder: Path, steps: int | None = 
     cache = folder / "monitoring.h5"
     write_cache(cache)
     pairs: list[tuple[float, float]] = []
-    bare_cpu_s = 0.0
+    cpu_pairs: list[tuple[float, float]] = []
     with quiet(), (folder / "monitoring.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         clock, watched, bare = sides(device, cache, folder, _WARM_UP + rounds * steps)
         try:
@@ -101,9 +102,9 @@ def time_monitoring(rounds: int, device: Any, folder: Path, steps: int | None = 
                 side.turns.take(_WARM_UP)
             clock.seconds.clear()
             for _ in range(rounds):
-                (watched_s, _), (bare_s, cpu_s) = _round(watched, bare, steps)
+                (watched_s, watched_cpu_s), (bare_s, bare_cpu_s) = _round(watched, bare, steps)
                 pairs.append((watched_s / steps, bare_s / steps))
-                bare_cpu_s += cpu_s
+                cpu_pairs.append((watched_cpu_s / steps, bare_cpu_s / steps))
             counted = dict(clock.seconds) | {"gradients of the terms": _measuring(clock)}
             resting = _cpu_at_rest()
         finally:
@@ -112,8 +113,9 @@ def time_monitoring(rounds: int, device: Any, folder: Path, steps: int | None = 
             for logger in watched.trainer.loggers:
                 if isinstance(logger, QuietWandbLogger):
                     logger.interrupt()  # ends W&B's process, which would write into the folder till then
-    shares = {name: 100 * seconds / bare_cpu_s for name, seconds in counted.items()}
-    return Monitoring(pairs, shares | {"threads": 100 * resting})
+    of_bare_s = steps * sum(bare_s for _, bare_s in cpu_pairs)
+    shares = {name: 100 * seconds / of_bare_s for name, seconds in counted.items()}
+    return Monitoring(pairs, cpu_pairs, shares | {"threads": 100 * resting})
 
 
 def sides(device: Any, cache: Path, folder: Path, max_steps: int) -> tuple[HookClock, Side, Side]:
