@@ -5,7 +5,9 @@ Shape legend, used in every docstring of the package:
 - ``B`` samples, ``C`` channels, ``D, H, W`` voxels; D is slowest and runs inferior to superior,
   H posterior to anterior, W left to right (S, A, R increasing).
 - ``N`` tokens of a view (without [CLS]), ``G = (D', H', W')`` its token grid, ``E`` embedding size, ``K`` prototypes.
-- Every triple (shape, spacing, crop) follows tensor order. ``mask`` is bool and True means hidden from the encoder.
+- Every triple (shape, spacing, crop) follows tensor order. In 2D, where samples are frames of ultrasound or other
+  pictures, D, D' and the first of every triple are not there: images are (B, C, H, W).
+- ``mask`` is bool and True means hidden from the encoder.
 
 This module imports torch for the type checker only.
 """
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor, nn
 
-Triple = tuple[int, int, int]
+Size = tuple[int, ...]  # one number per axis of space, tensor order: (D, H, W), or (H, W) in 2D
+Triple = tuple[int, int, int]  # where there are always three, as in the cache
 # Figures of a probe, of which the first that is measured stands for it; AUROC is not among them, for it is NaN where
 # one class is held out.
 PROBE_FIGURES = (
@@ -67,7 +70,7 @@ class Features(NamedTuple):
 
     cls: Tensor  # (B, E); a backbone without [CLS] pools its tokens
     tokens: Tensor  # (B, N, E), N in raster order of grid
-    grid: Triple
+    grid: Size
     levels: list[Tensor]  # intermediate maps (B, E_i, D_i, H_i, W_i) for decoders, shallow to deep; may be empty
 
 

@@ -17,7 +17,7 @@ from agssd.models.heads import ProjectionHead
 from agssd.transforms.crops import OverlapCrops, box_share, box_views, extract
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.views import parent_image
-from agssd.types import Features, LossTerms, Observations, ParentBatch, Triple, ViewPanel
+from agssd.types import Features, LossTerms, Observations, ParentBatch, Size, ViewPanel
 
 _TRIES = 10
 _POINTS_PER_AXIS = 4  # at which a part of a crop is read
@@ -290,7 +290,7 @@ def _norm(vectors: Tensor) -> Tensor:
     return (vectors.square().sum(-1) + 1e-12).sqrt()
 
 
-def _part(tokens: Tensor, grid: Triple, side: Tensor) -> Tensor:
+def _part(tokens: Tensor, grid: Size, side: Tensor) -> Tensor:
     """Return (B, E): mean of the tokens (B, N, E) in the half-sized box that touches the surface at ``side`` (B, 3)."""
     points = token_centres((_POINTS_PER_AXIS,) * 3, side.device)
     return sample_tokens(tokens, grid, side[:, None] / 2 + points / 2).mean(1)

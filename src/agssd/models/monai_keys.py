@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from agssd.models.vit import LAYER_NORM_EPS, ViT
-from agssd.types import Triple
+from agssd.types import Size
 
 BLOCK_KEYS = {  # ours -> MONAI's, behind "blocks.<i>."
     "norm1.weight": "norm1.weight",
@@ -37,7 +37,7 @@ PATCH = "patch_embedding.patch_embeddings"
 POSITION = "patch_embedding.position_embeddings"
 
 
-def to_monai(backbone: ViT, grid: Triple, *, class_token: bool, drop_cls: bool = False) -> dict[str, Tensor]:
+def to_monai(backbone: ViT, grid: Size, *, class_token: bool, drop_cls: bool = False) -> dict[str, Tensor]:
     """Return the state dict of a MONAI ViT (``proj_type="conv"``, ``qkv_bias=True``) with the weights of ``backbone``.
 
     Args:
@@ -127,11 +127,10 @@ def load_into_monai(backbone: ViT, network: nn.Module, *, drop_cls: bool = False
             module.eps = LAYER_NORM_EPS
 
 
-def _grid_of(count: int, feat_size: object, backbone: ViT) -> Triple:
+def _grid_of(count: int, feat_size: object, backbone: ViT) -> Size:
     """Return the token grid of a MONAI network: its own ``feat_size`` (UNETR), the stored table's, or a cube."""
     if isinstance(feat_size, tuple | list) and len(feat_size) == 3:
-        d, h, w = (int(s) for s in feat_size)
-        return d, h, w
+        return tuple(int(s) for s in feat_size)
     if backbone.position_grid is not None and count == torch.Size(backbone.position_grid).numel():
         return backbone.position_grid
     edge = round(count ** (1 / 3))
@@ -142,7 +141,7 @@ def _grid_of(count: int, feat_size: object, backbone: ViT) -> Triple:
     return edge, edge, edge
 
 
-def from_monai(state: Mapping[str, Tensor], num_heads: int, grid: Triple | None = None) -> ViT:
+def from_monai(state: Mapping[str, Tensor], num_heads: int, grid: Size | None = None) -> ViT:
     """Return our ViT with the weights of a MONAI ViT or UNETR; its outputs equal MONAI's up to LayerNorm's eps.
 
     The position table is kept as such (``position_grid``) and resampled for other grids. Parts that are no encoder

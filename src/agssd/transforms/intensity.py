@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from agssd.geometry import per_sample
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.separable import smooth
 
@@ -23,18 +25,14 @@ def to_model_range(image: Tensor, low: Tensor, high: Tensor, is_ct: Tensor) -> T
     Source: CT [R: S2DC, SPECTRE], MRI [R: 3DINO].
 
     Args:
-        image: (B, C, D, H, W) float32, HU for CT, source units for MRI.
+        image: (B, C, [D,] H, W) float32, HU for CT, source units for MRI.
         low: (B, C) float32, the intensity that maps to the low end (CT: -1000 HU).
         high: (B, C) float32, the intensity that maps to the high end (CT: 1000 HU).
         is_ct: (B,) bool.
     """
-    low, high = low[:, :, None, None, None], high[:, :, None, None, None]
+    low, high = per_sample(low, image), per_sample(high, image)
     unit = ((image - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    return torch.where(is_ct[:, None, None, None, None], unit, unit * 2 - 1)
-
-
-def _per_view(values: Tensor) -> Tensor:
-    return values[:, None, None, None, None]
+    return torch.where(per_sample(is_ct, image), unit, unit * 2 - 1)
 
 
 class Appearance:
@@ -98,7 +96,7 @@ class Appearance:
         """Return the views with a new appearance.
 
         Args:
-            image: (B*V, C, D, H, W) float32 in the model's range, views of a sample next to each other.
+            image: (B*V, C, [D,] H, W) float32 in the model's range, views of a sample next to each other.
             is_ct: (B*V,) bool.
             random: keyed by the B samples.
             views: V.
@@ -109,20 +107,21 @@ class Appearance:
 
         floor = torch.where(is_ct, 0.0, -1.0)
         span = torch.where(is_ct, 1.0, 2.0)
-        unit = (image - _per_view(floor)) / _per_view(span)
+        unit = (image - per_sample(floor, image)) / per_sample(span, image)
 
         power = torch.where(draw() < self.prob_gamma, self.gamma ** draw(-1.0, 1.0), torch.ones_like(span))
         # A smooth monotone change: x + a sin(pi x) + b sin(2 pi x), with a and b too small to turn its slope.
         chosen = (draw() < self.prob_histogram).float()
         first, second = chosen * draw(-0.05, 0.05), chosen * draw(-0.025, 0.025)
-        unit = unit.clamp(1e-4, 1) ** _per_view(power)
-        unit = unit + _per_view(first) * (torch.pi * unit).sin() + _per_view(second) * (2 * torch.pi * unit).sin()
+        unit = unit.clamp(1e-4, 1) ** per_sample(power, unit)
+        first, second = per_sample(first, unit), per_sample(second, unit)
+        unit = unit + first * (torch.pi * unit).sin() + second * (2 * torch.pi * unit).sin()
 
         chosen, sharpen, width = draw() < self.prob_blur, draw() < 0.5, draw(0.3, 1.0) * self.blur_vox
         amount = torch.where(sharpen, -0.5, 1.0)
 
         def blur(x: Tensor, amount: Tensor, width: Tensor) -> Tensor:
-            return x + _per_view(amount) * (smooth(x, width[:, None].expand(-1, 3)) - x)
+            return x + per_sample(amount, x) * (smooth(x, width[:, None].expand(-1, x.ndim - 2)) - x)
 
         unit = apply_where(chosen, blur, unit, amount, width)
         chosen, keep = (draw() < self.prob_gibbs) & ~is_ct, draw(0.5, 0.9)
@@ -132,10 +131,10 @@ class Appearance:
         keys = random.split(views)
 
         def add_noise(x: Tensor, level: Tensor, keys: Tensor) -> Tensor:
-            return x + _per_view(level) * KeyedRandom.from_keys(keys).normal(*x.shape[1:])
+            return x + per_sample(level, x) * KeyedRandom.from_keys(keys).normal(*x.shape[1:])
 
         unit = apply_where(chosen, add_noise, unit, level, keys)
-        return unit.clamp(0, 1) * _per_view(span) + _per_view(floor)
+        return unit.clamp(0, 1) * per_sample(span, unit) + per_sample(floor, unit)
 
 
 def apply_where(chosen: Tensor, change: Callable[..., Tensor], image: Tensor, *settings: Tensor) -> Tensor:
@@ -144,21 +143,19 @@ def apply_where(chosen: Tensor, change: Callable[..., Tensor], image: Tensor, *s
     On the CPU only the chosen views are computed; on a device all are, since selecting would make the host wait.
     """
     if image.device.type != "cpu":
-        return torch.where(_per_view(chosen), change(image, *settings), image)
+        return torch.where(per_sample(chosen, image), change(image, *settings), image)
     index = chosen.nonzero()[:, 0]
     return image.index_copy(0, index, change(image[index], *(x[index] for x in settings))) if len(index) else image
 
 
 def _cut_frequencies(image: Tensor, keep: Tensor) -> Tensor:
-    """Return the images (B, C, D, H, W) without frequencies above ``keep`` (B,) of Nyquist; 2 keeps all."""
-    spectrum = torch.fft.rfftn(image, dim=(-3, -2, -1))
-    depth, height, width = image.shape[-3:]
-    device = image.device
-    radius = (
-        (torch.fft.fftfreq(depth, device=device)[:, None, None] * 2) ** 2
-        + (torch.fft.fftfreq(height, device=device)[None, :, None] * 2) ** 2
-        + (torch.fft.rfftfreq(width, device=device)[None, None, :] * 2) ** 2
-    ).sqrt()
-    passed = radius[None, None] <= _per_view(keep)
-    filtered: Tensor = torch.fft.irfftn(spectrum * passed, s=(depth, height, width), dim=(-3, -2, -1))
+    """Return the images (B, C, [D,] H, W) without frequencies above ``keep`` (B,) of Nyquist; 2 keeps all."""
+    *others, last = image.shape[2:]
+    dims = tuple(range(2, image.ndim))
+    spectrum = torch.fft.rfftn(image, dim=dims)
+    frequencies = [torch.fft.fftfreq(n, device=image.device) for n in others]
+    frequencies.append(torch.fft.rfftfreq(last, device=image.device))
+    squares = torch.meshgrid(*((2 * frequency) ** 2 for frequency in frequencies), indexing="ij")
+    radius = reduce(torch.add, squares).sqrt()
+    filtered: Tensor = torch.fft.irfftn(spectrum * (radius <= per_sample(keep, image)), s=image.shape[2:], dim=dims)
     return filtered

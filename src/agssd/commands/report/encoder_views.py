@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from agssd.commands.report.run_files import Run, short_key
 from agssd.commands.report.volumes import Layer, as_grey, shrink_factor, shrunk, viewer
-from agssd.types import Triple
+from agssd.types import Size, Triple
 
 if TYPE_CHECKING:
     from agssd.data_modules.cache import CaseInfo, VolumeCache
@@ -45,7 +45,7 @@ class Encoded:
     start: Triple
     image: Floats
     body: NDArray[np.bool_]
-    grid: Triple
+    grid: Size
     inside: NDArray[np.bool_]
     tokens: Floats
     attention: Floats | None
@@ -124,7 +124,7 @@ def components(cases: Sequence[Encoded]) -> tuple[list[Floats], list[float]]:
     return found, [float(value) / total for value in values[::-1][:3]]
 
 
-def case_viewer(number: int, case: Encoded, patch: Triple) -> str:
+def case_viewer(number: int, case: Encoded, patch: Size) -> str:
     """Return the viewer of one case."""
     factor = shrink_factor(case.image.shape)
     image, body = shrunk(case.image, factor), shrunk(case.body, factor, average=False)
@@ -148,7 +148,7 @@ def case_viewer(number: int, case: Encoded, patch: Triple) -> str:
     return viewer(number, title, as_grey(image.astype(np.float32), body), (d, h, w), start, layers, 0, body)
 
 
-def write_nifti(case: Encoded, patch: Triple, folder: Path) -> list[Path]:
+def write_nifti(case: Encoded, patch: Size, folder: Path) -> list[Path]:
     """Write ``KEY_pca.nii.gz`` and ``KEY_attention.nii.gz`` on the source's own voxels and return their paths.
 
     The components are (i, j, k, 3) float32 in [0, 1], attention is (i, j, k) float32, mean over heads, 1 = no
@@ -184,7 +184,7 @@ class _Placed:
         self.source_affine, self.source_shape = info.source_affine, info.source_shape
 
 
-def _moved(affine: Sequence[Sequence[float]], start: Triple, step: Triple) -> list[list[float]]:
+def _moved(affine: Sequence[Sequence[float]], start: Triple, step: Size) -> list[list[float]]:
     """Return the affine of blocks of ``step`` voxels, the first of which begins at voxel ``start``."""
     block = np.diag([*map(float, step), 1.0])
     block[:3, 3] = [first + (size - 1) / 2 for first, size in zip(start, step, strict=True)]
