@@ -35,20 +35,20 @@ PROBE_FIGURES = (
 class ParentBatch(TypedDict):
     """One parent crop per sample, as the pretraining data module delivers it.
 
-    ``image`` (B, C, D, H, W) int16 as stored; ``image * scale + offset`` is HU for CT and the source's own units,
+    ``image`` (B, C, [D,] H, W) int16 as stored; ``image * scale + offset`` is HU for CT and the source's own units,
     clipped to the stored percentiles, for MRI. Voxels outside the volume hold the volume's lowest stored value.
     """
 
-    image: Tensor  # (B, C, D, H, W) int16
-    foreground: Tensor  # (B, 1, D, H, W) uint8, 1 = body; 0 in padding
+    image: Tensor  # (B, C, [D,] H, W) int16
+    foreground: Tensor  # (B, 1, [D,] H, W) uint8, 1 = body; 0 in padding
     scale: Tensor  # (B, C) float32
     offset: Tensor  # (B, C) float32
     low: Tensor  # (B, C) float32: intensity that maps to the low end of the model's range (CT: -1000 HU)
     high: Tensor  # (B, C) float32: intensity that maps to the high end (CT: 1000 HU)
     edge_q99: Tensor  # (B, C) float32: 99th percentile of the edge magnitude inside the foreground, 0 if flat
     is_ct: Tensor  # (B,) bool
-    spacing_mm: Tensor  # (B, 3) float32
-    centre_mm: Tensor  # (B, 3) float32: centre of the crop minus centre of the volume
+    spacing_mm: Tensor  # (B, d) float32
+    centre_mm: Tensor  # (B, d) float32: centre of the crop minus centre of the volume
     sample: Tensor  # (B,) int64: position in the endless stream; the key of every random draw
     case: Tensor  # (B,) int64: row in the list of cases of the data module, of the case that was read
     broken: Tensor  # (B, 4) int64: rows drawn before it that could not be read (data.on_broken quarantine), else -1
@@ -57,21 +57,21 @@ class ParentBatch(TypedDict):
 class LabelledBatch(TypedDict, total=False):
     """What the downstream data module delivers: intensities already in the model's range."""
 
-    image: Tensor  # (B, C, D, H, W) float32
-    foreground: Tensor  # (B, 1, D, H, W) bool
-    label: Tensor  # (B, 1, D, H, W) int64, segmentation
+    image: Tensor  # (B, C, [D,] H, W) float32
+    foreground: Tensor  # (B, 1, [D,] H, W) bool
+    label: Tensor  # (B, 1, [D,] H, W) int64, segmentation
     target: Tensor  # (B,) int64, classification
-    spacing_mm: Tensor  # (B, 3) float32
+    spacing_mm: Tensor  # (B, d) float32
     case: Tensor  # (B,) int64
 
 
 class Features(NamedTuple):
-    """What every backbone returns for a volume (B, C, D, H, W)."""
+    """What every backbone returns for a volume (B, C, D, H, W) or frames (B, C, H, W)."""
 
     cls: Tensor  # (B, E); a backbone without [CLS] pools its tokens
     tokens: Tensor  # (B, N, E), N in raster order of grid
     grid: Size
-    levels: list[Tensor]  # intermediate maps (B, E_i, D_i, H_i, W_i) for decoders, shallow to deep; may be empty
+    levels: list[Tensor]  # intermediate maps (B, E_i, [D_i,] H_i, W_i) for decoders, shallow to deep; may be empty
 
 
 class LossTerms(NamedTuple):
@@ -99,17 +99,17 @@ class Observations(TypedDict, total=False):
 class ViewPanel(TypedDict, total=False):
     """One sample's views for a picture, all float32 in the model's range unless said otherwise."""
 
-    globals: Tensor  # (2, D, H, W) inputs after appearance augmentation
-    clean: Tensor  # (2, D, H, W) clean global views
-    locals: Tensor  # (L, d, h, w)
-    edges: Tensor  # (2, D, H, W) in [0, 1]
-    mask: Tensor  # (2, D', H', W') bool
-    reconstruction: Tensor  # (2, D, H, W) prediction where masked, clean elsewhere
-    overlap_box: Tensor  # (2, 3, 2) float: overlap in voxels of each global view, [start, end) per axis
+    globals: Tensor  # (2, [D,] H, W) inputs after appearance augmentation
+    clean: Tensor  # (2, [D,] H, W) clean global views
+    locals: Tensor  # (L, [d,] h, w)
+    edges: Tensor  # (2, [D,] H, W) in [0, 1]
+    mask: Tensor  # (2, *grid) bool
+    reconstruction: Tensor  # (2, [D,] H, W) prediction where masked, clean elsewhere
+    overlap_box: Tensor  # (2, d, 2) float: overlap in voxels of each global view, [start, end) per axis
     true_box: Tensor  # (V, 3, 2) float: a place in voxels of each picture that the module is to find, [start, end)
     predicted_box: Tensor  # (V, 3, 2) float: where it believes that place to be
     origin: Tensor  # (V, 3) float: where the vectors to the middles of both boxes start
-    attention: Tensor  # (2, heads, D', H', W') teacher attention of [CLS], last block
+    attention: Tensor  # (2, heads, *grid) teacher attention of [CLS], last block
 
 
 @runtime_checkable

@@ -46,7 +46,13 @@ class Appearance:
         blur_vox: largest standard deviation of the blur in voxels.
         prob_noise: share of views with Gaussian noise.
         noise: largest standard deviation of the noise, in units of the model's range.
-        prob_gibbs: share of MRI views whose highest spatial frequencies are cut.
+        prob_gibbs: share of views other than CT whose highest spatial frequencies are cut; 0 for ultrasound.
+        prob_speckle: share of views with multiplicative speckle, for ultrasound as the next two; their form is ours.
+        speckle: largest standard deviation of the speckle, as a share of the intensity.
+        prob_depth_gain: share of views whose gain changes smoothly along H, the depth.
+        depth_gain: largest logarithm of each of the two parts of that change.
+        prob_shadow: share of views with one acoustic shadow: a slanted band that begins at some depth.
+        shadow: largest share of the intensity that it takes away.
 
     Raises:
         ValueError: if a share is no probability, or a strength is below the one that changes nothing.
@@ -62,14 +68,30 @@ class Appearance:
         prob_noise: float = 0.3,
         noise: float = 0.05,
         prob_gibbs: float = 0.1,
+        prob_speckle: float = 0.0,
+        speckle: float = 0.4,
+        prob_depth_gain: float = 0.0,
+        depth_gain: float = 0.4,
+        prob_shadow: float = 0.0,
+        shadow: float = 0.8,
     ) -> None:
         shares = {"gamma": prob_gamma, "histogram": prob_histogram, "blur": prob_blur, "noise": prob_noise}
+        shares |= {"speckle": prob_speckle, "depth_gain": prob_depth_gain, "shadow": prob_shadow}
         for name, share in (shares | {"gibbs": prob_gibbs}).items():
             if not 0 <= share <= 1:
                 raise ValueError(f"appearance.prob_{name} is {share}; give a probability, 0 to 1")
-        for name, strength, least in (("gamma", gamma, 1), ("blur_vox", blur_vox, 0), ("noise", noise, 0)):
+        strengths = {
+            "blur_vox": blur_vox,
+            "noise": noise,
+            "speckle": speckle,
+            "depth_gain": depth_gain,
+            "shadow": shadow,
+        }
+        for name, strength, least in (("gamma", gamma, 1), *((name, value, 0) for name, value in strengths.items())):
             if strength < least:
                 raise ValueError(f"appearance.{name} is {strength}; give at least {least}, which changes nothing")
+        if shadow > 1:
+            raise ValueError(f"appearance.shadow is {shadow}; give a share, 0 to 1")
         self.prob_gamma = prob_gamma
         self.gamma = gamma
         self.prob_histogram = prob_histogram
@@ -78,6 +100,12 @@ class Appearance:
         self.prob_noise = prob_noise
         self.noise = noise
         self.prob_gibbs = prob_gibbs
+        self.prob_speckle = prob_speckle
+        self.speckle = speckle
+        self.prob_depth_gain = prob_depth_gain
+        self.depth_gain = depth_gain
+        self.prob_shadow = prob_shadow
+        self.shadow = shadow
 
     @classmethod
     def of(cls, settings: Mapping[str, float] | None) -> Appearance:
@@ -134,6 +162,16 @@ class Appearance:
             return x + per_sample(level, x) * KeyedRandom.from_keys(keys).normal(*x.shape[1:])
 
         unit = apply_where(chosen, add_noise, unit, level, keys)
+        if self.prob_depth_gain:
+            first, second = draw(-self.depth_gain, self.depth_gain), draw(-self.depth_gain, self.depth_gain)
+            unit = apply_where(draw() < self.prob_depth_gain, change_depth_gain, unit, first, second)
+        if self.prob_shadow:
+            place = (draw(), draw(-0.3, 0.3), draw(0.02, 0.1), draw(0.0, 0.7), draw(0.3, 1.0) * self.shadow)
+            unit = apply_where(draw() < self.prob_shadow, cast_shadow, unit, *place)
+        if self.prob_speckle:
+            unit = apply_where(
+                draw() < self.prob_speckle, add_speckle, unit, draw(0.0, self.speckle), random.split(views)
+            )
         return unit.clamp(0, 1) * per_sample(span, unit) + per_sample(floor, unit)
 
 
@@ -146,6 +184,39 @@ def apply_where(chosen: Tensor, change: Callable[..., Tensor], image: Tensor, *s
         return torch.where(per_sample(chosen, image), change(image, *settings), image)
     index = chosen.nonzero()[:, 0]
     return image.index_copy(0, index, change(image[index], *(x[index] for x in settings))) if len(index) else image
+
+
+def change_depth_gain(unit: Tensor, bow: Tensor, slope: Tensor) -> Tensor:
+    """Return images (B, ..., H, W) times ``exp(bow sin(pi u) + slope (2 u - 1))``, u from 0 to 1 along H; (B,) each."""
+    u = torch.linspace(0, 1, unit.shape[-2], device=unit.device)[:, None]
+    bow, slope = per_sample(bow, unit), per_sample(slope, unit)
+    return unit * (bow * (torch.pi * u).sin() + slope * (2 * u - 1)).exp()
+
+
+def cast_shadow(unit: Tensor, centre: Tensor, slant: Tensor, width: Tensor, start: Tensor, depth: Tensor) -> Tensor:
+    """Return images (B, ..., H, W) darkened in a band along H.
+
+    Args:
+        unit: (B, ..., H, W) float32 in [0, 1].
+        centre: (B,) of the band at the top, as a share of W.
+        slant: (B,) how far it moves over all of H, as a share of W.
+        width: (B,) of the band, as a share of W.
+        start: (B,) where it begins, as a share of H.
+        depth: (B,) share of the intensity that it takes away.
+    """
+    down = torch.linspace(0, 1, unit.shape[-2], device=unit.device)[:, None]
+    across = torch.linspace(0, 1, unit.shape[-1], device=unit.device)
+    centre, slant, width, start, depth = (per_sample(x, unit) for x in (centre, slant, width, start, depth))
+    band = (-(((across - centre - slant * down) / width) ** 4)).exp()
+    return unit * (1 - depth * band * ((down - start) / 0.03).sigmoid())
+
+
+def add_speckle(unit: Tensor, level: Tensor, keys: Tensor) -> Tensor:
+    """Return images (B, ..., H, W) times ``1 + level n``, n normal, with grains of about two pixels; (B,) each."""
+    grain = KeyedRandom.from_keys(keys).normal(*unit.shape[1:])
+    grain = smooth(grain, grain.new_ones(len(grain), grain.ndim - 2))
+    grain = grain / per_sample(grain.flatten(1).std(1), grain)
+    return unit * (1 + per_sample(level, unit) * grain).clamp_min(0)
 
 
 def _cut_frequencies(image: Tensor, keep: Tensor) -> Tensor:

@@ -1,0 +1,97 @@
+"""Frames from files to batches: `agssd prepare --modality us`, its cache, and parent crops of single frames."""
+
+from __future__ import annotations
+
+import csv
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fans import fan, save_dicom, save_sequence, written
+from PIL import Image
+
+from agssd.cli import main
+from agssd.data_modules.build import chunk_fractions
+from agssd.data_modules.cache import VolumeCache
+from agssd.data_modules.pretrain import PretrainDataModule
+
+PARENT = (96, 128)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ultrasound")
+    for person in range(5):
+        frames, inside = fan(7, seed=person)
+        save_sequence(folder / f"s{person}.mha", np.stack([written(frame) for frame in frames]))
+        Image.fromarray(fan(1, seed=10 + person)[0][0]).save(folder / f"p{person}.png")
+        Image.fromarray((inside * 255).astype(np.uint8)).save(folder / f"p{person}_mask.png")
+    save_dicom(folder / "cine.dcm", fan(4, seed=20)[0], False, (0, 239, 0, 319))
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(folder / "black.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cache") / "us.h5"
+    arguments = ["prepare", str(sources), "--modality", "us", "--labels", "*_mask.png", "--out", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["agssd", *arguments])
+        assert main([*arguments, "--key-map", str(out.with_suffix(".csv"))]) == 3  # the black picture is refused
+    return out
+
+
+def test_prepare__each_file_is_a_case_of_frames(cache: Path) -> None:
+    found = VolumeCache(cache)
+    assert len(found) == 11 and {info.modality for info in found.cases} == {"us"}
+    assert sorted(info.shape[0] for info in found.cases) == [1] * 5 + [4] + [7] * 5
+    assert all(info.spatial_dims == 2 for info in found.cases)
+    assert [info.in_mm for info in found.cases if info.shape[0] == 4] == [True]
+    assert sum(info.label_values == (0, 1) for info in found.cases) == 5
+    for row, info in enumerate(found.cases):
+        foreground = found.read_whole(row, "foreground")
+        assert 0.3 < foreground.mean() < 0.7
+        np.testing.assert_allclose(found.foreground_chunks(row), chunk_fractions(foreground))
+        whole = found.read_whole(row)
+        assert np.array_equal(found.read(row, (0, 30, 200), (1, 50, 90)), whole[:, :1, 30:80, 200:290])
+        assert info.perceptual_hash is None
+
+
+def test_prepare__subject_of_a_cine_is_its_patient_and_no_name_is_in_the_cache(cache: Path) -> None:
+    with cache.with_suffix(".csv").open() as file:
+        subjects = {Path(row["path"]).name: row["subject"] for row in csv.DictReader(file)}
+    assert subjects["cine.dcm"] == "PATIENT-7" and subjects["s3.mha"] == "s3"
+    data = cache.read_bytes()
+    assert b"PATIENT" not in data and b"Doe" not in data and b"cine" not in data
+
+
+def test_train_dataloader__samples_are_parts_of_one_frame(cache: Path) -> None:
+    data = PretrainDataModule(str(cache), PARENT, 4, num_workers=0)
+    data.setup("fit")
+    assert data.train_crops is not None
+    for batch in islice(iter(data.train_dataloader()), 5):
+        assert batch["image"].shape == (4, 1, *PARENT) and batch["foreground"].shape == (4, 1, *PARENT)
+        assert batch["spacing_mm"].shape == batch["centre_mm"].shape == (4, 2)
+        for image, row in zip(batch["image"], batch["case"].tolist(), strict=True):
+            whole = torch.from_numpy(data.caches[0].read_whole(data.train_crops.rows[row][1]))[0]
+            windows = whole.unfold(1, PARENT[0], 1).unfold(2, PARENT[1], 1)
+            corner = windows[..., 0, 0] == image[0, 0, 0]  # few places are compared whole
+            assert any(torch.equal(windows[tuple(place)], image[0]) for place in corner.nonzero().tolist())
+
+
+def test_setup__refuses_a_crop_of_other_axes(cache: Path, tiny_cache: Path) -> None:
+    with pytest.raises(ValueError, match=r"the cases of .* are frames; give two \(H, W\)"):
+        PretrainDataModule(str(cache), (32, 32, 32), 4).setup("predict")
+    with pytest.raises(ValueError, match=r"the cases of .* are volumes; give three numbers"):
+        PretrainDataModule(str(tiny_cache), (32, 32), 4).setup("predict")
+    with pytest.raises(ValueError, match="is a volume, .* is a sequence of frames|a sequence of frames, .* a volume"):
+        PretrainDataModule([str(cache), str(tiny_cache)], (32, 32), 4).setup("predict")
+
+
+def test_contract__says_pixels_where_no_file_knows_millimetres(cache: Path) -> None:
+    data = PretrainDataModule(str(cache), PARENT, 4)
+    data.setup("predict")
+    assert data.contract["spacing_mm"] is None and data.contract["modality"] == "us"
+    assert data.contract["intensity"]["us"]["range"] == [-1.0, 1.0]
