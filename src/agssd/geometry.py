@@ -231,8 +231,13 @@ def overlap_grid(affine_a: Tensor, affine_b: Tensor, box: Tensor, points_per_axi
 def rotation_from_6d(vectors: Tensor) -> Tensor:
     """Return (..., 3, 3) rotations whose first two columns are nearest to the two vectors (..., 6), by Gram-Schmidt.
 
+    From one vector (..., 2) the (..., 2, 2) rotation whose first column is nearest to it.
+
     Source: Zhou et al., CVPR 2019, arXiv 1812.07035, eq. 15.
     """
+    if vectors.shape[-1] == 2:
+        first = F.normalize(vectors, dim=-1)
+        return torch.stack([first, torch.stack([-first[..., 1], first[..., 0]], -1)], -1)
     first = F.normalize(vectors[..., :3], dim=-1)
     second = vectors[..., 3:]
     second = F.normalize(second - (first * second).sum(-1, keepdim=True) * first, dim=-1)

@@ -167,7 +167,7 @@ class MAE(PretrainModule):
 
     def pretrain_loss(self, views: Views) -> LossTerms:
         """Return the MSE of the voxels of hidden patches that hold body."""
-        clean = views.clean.flatten(0, 1)  # (2B, C, D, H, W)
+        clean = views.clean.flatten(0, 1)  # (2B, C, [D,] H, W)
         body = body_of(views.foreground.flatten(0, 1), self.patch)  # (2B, N)
         target = patches_of(clean, self.patch)  # (2B, N, P)
         if self.norm_pix:
