@@ -706,7 +706,7 @@ sys.exit(agssd.cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("settles_s", ["0", "1"])
+@pytest.mark.parametrize("settles_s", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_fit__told_together_with_the_wandb_service_saves_itself_and_says_so(
     conf: Path, tmp_path: Path, settles_s: str
 ) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 _ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
 
 
@@ -47,6 +49,15 @@ def all_max(x: Tensor) -> Tensor:
         x = x.detach().clone()
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
+
+
+def gather_objects(own: T) -> list[T]:
+    """Return what every rank has, rank by rank; pickled, so for small things and seldom."""
+    if world_size() == 1:
+        return [own]
+    found: list[T | None] = [None] * world_size()
+    dist.all_gather_object(found, own)
+    return cast("list[T]", found)
 
 
 def gather_rows(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Wrong(L.Callback):
         self.way, self.cache, self.out = way, cache, out
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        first = trainer.global_step == WRONG_AT and not (self.out / "WRONG").exists()
+        first = trainer.global_step == WRONG_AT + 2 and not (self.out / "WRONG").exists()
         if self.way == "centre" and first and trainer.global_rank == 1:  # this rank's monitor alone sees it
             (self.out / "WRONG").write_text(str(time.time()))
             pl_module.centre.centre[0] = float("inf")
@@ -90,7 +90,7 @@ def main(way: str, cache: Path, out: Path) -> None:
     callbacks: list[L.Callback] = [
         Watchdog(stalled_s=30 if way.startswith("stop") else 8, lost_s=3, grace_s=2, beat_s=0.5),
         LifeSign(every_s=0.5), NonFinite(), Wrong(way, cache, out), states,
-        RunCheckpoint(every_n_train_steps=2 if watched else 6, dirpath=str(out / "checkpoints")),
+        RunCheckpoint(2 if watched else 6, dirpath=str(out / "checkpoints"), in_background=not watched),
     ]  # fmt: skip
     if watched:  # every alarm of figures is off: four samples show little
         never = {"min_entropy_batch": 0.0, "max_share": 2.0, "min_information": -1.0, "min_feature_std": 0.0}

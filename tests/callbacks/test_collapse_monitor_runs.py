@@ -288,7 +288,11 @@ def run_hard(
     return train(cache=cache, out=out, callbacks=(keep,), **settings)
 
 
-@pytest.mark.parametrize("name", HARD)
+# the others only in `make test-slow`: what follows an alarm is the same for each
+FIRST = [pytest.param(name, marks=pytest.mark.slow if number else ()) for number, name in enumerate(HARD)]
+
+
+@pytest.mark.parametrize("name", FIRST)
 def test_collapse__stops_a_run_that_collapses(name: str, tiny_cache: Path, tmp_path: Path) -> None:
     _, done, trainer = run_hard(name, "stop", tiny_cache, tmp_path)
     (stop,) = (one for one in done if one["action"] == "stop")
@@ -299,7 +303,7 @@ def test_collapse__stops_a_run_that_collapses(name: str, tiny_cache: Path, tmp_p
     assert saved["global_step"] == stop["step"], "what is there to look at is kept"
 
 
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("name", FIRST)
 def test_collapse__rolls_a_run_back_that_collapses_and_it_recovers(name: str, tiny_cache: Path, tmp_path: Path) -> None:
     module, done, trainer = run_hard(name, "rollback", tiny_cache, tmp_path)
     (rollback,) = (one for one in done if one["action"] == "rollback")

@@ -270,7 +270,7 @@ def test_non_finite__a_step_read_late_is_captured_before_a_rollback(tiny_cache: 
     class Broken(Reports):
         def _report(self, trainer: Any, module: Any) -> None:
             if self.rollback.done or trainer.global_step < 10:
-                self.rollback.keep_healthy(trainer, self.state_key)
+                self.rollback.judge_newest(trainer, self.state_key, healthy=True)
             else:
                 self.rollback.demand(trainer, module, [Alarm("non_finite", True, "broken")])
 

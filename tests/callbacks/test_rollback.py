@@ -62,7 +62,7 @@ def fit(
 ) -> Any:
     """Return module, data module, record and states after each step of a run with checkpoints."""
     module, data, record, states = recipes.build(kind), recipes.data_module(cache), recipes.Recorder(), recipes.States()
-    keep = RunCheckpoint(every_n_train_steps=every, dirpath=str(out / "checkpoints"))
+    keep = RunCheckpoint(every_n_train_steps=every, dirpath=str(out / "checkpoints"), in_background=False)
     settings: dict[str, Any] = {"max_steps": STEPS, "enable_checkpointing": True, "default_root_dir": out}
     trainer = recipes.trainer(monitor, record, states, *more, keep, **settings | given)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
@@ -70,7 +70,7 @@ def fit(
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("kind", [DINO, AGSSD], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [DINO, pytest.param(AGSSD, marks=pytest.mark.slow)], ids=["DINO", "AGSSD"])
 def test_rollback__equals_a_run_resumed_by_hand_with_the_lower_temperature(
     kind: type[Any], accumulate: int, tiny_cache: Path, tmp_path: Path
 ) -> None:
@@ -361,6 +361,32 @@ def test_rollback__a_checkpoint_under_alarm_is_not_healthy(tiny_cache: Path, tmp
     assert early.rollback.done[0]["to_step"] == 4
 
 
+class Seen(CollapseMonitor):
+    """Sees alarms once most of a report's samples are of broken weights."""
+
+    def __init__(self, broken_from: int, every_n_steps: int, window_steps: int) -> None:
+        super().__init__(every_n_steps, window_steps * 2 * recipes.GLOBAL_BATCH, policy="rollback")
+
+        def diagnose(figures: Any, prototypes: Any, step: int, total: int) -> list[Alarm]:
+            broken = step - max(broken_from, step - window_steps)
+            return [UNIFORM] if broken > window_steps / 2 and not self.rollback.done else []
+
+        self.alarms.diagnose = diagnose  # type: ignore[method-assign]
+
+    @property
+    def state_key(self) -> str:
+        return "CollapseMonitor"
+
+
+def test_rollback__a_checkpoint_saved_within_the_window_of_a_report_is_not_healthy_by_it(
+    tiny_cache: Path, tmp_path: Path
+) -> None:
+    """Weights break at step 7 and are saved at 7; the report at 8 is of steps 5 to 8 and sees mostly sound ones."""
+    monitor = Seen(broken_from=7, every_n_steps=8, window_steps=4)
+    fit(DINO, monitor, tiny_cache, tmp_path, every=1, max_steps=18)
+    assert [(one["from_step"], one["to_step"]) for one in monitor.rollback.done] == [(16, 4)]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_rollback__in_half_precision_brings_back_weights_and_scale(
     precision: str, tiny_cache: Path, tmp_path: Path
@@ -403,6 +429,7 @@ def two_ranks(way: str, cache: Path, out: Path) -> tuple[list[dict[str, Any]], l
     return [json.loads(line) for line in (out / "actions.jsonl").read_text().splitlines()], alike
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_rollback__two_ranks_whose_teachers_drifted_apart_go_on_from_the_same_weights(
     tiny_cache: Path, tmp_path: Path
@@ -416,10 +443,11 @@ def test_rollback__two_ranks_whose_teachers_drifted_apart_go_on_from_the_same_we
 @pytest.mark.ddp
 def test_rollback__an_alarm_that_only_the_second_rank_has_rolls_both_back(tiny_cache: Path, tmp_path: Path) -> None:
     lines, alike = two_ranks("centre", tiny_cache, tmp_path)
-    (line,) = lines  # the first rank, which writes them, had no alarm of its own
+    alarm, line = lines  # written by the first rank, which had no alarm of its own
+    assert alarm["action"] == "alarm" and alarm["alarm"] == "non_finite" and "not finite" in alarm["sentence"]
     assert line["action"] == "rollback" and line["alarms"] == ["non_finite"]
-    assert (line["from_step"], line["to_step"], line["lowered"]) == (4, 2, "lr")
-    assert alike == [True] * 3 + [False] + [True] * 8
+    assert (line["from_step"], line["to_step"], line["lowered"]) == (6, 2, "lr")
+    assert alike == [True] * 5 + [False] + [True] * 8
 
 
 def test_rollback__a_recipe_without_teacher_lowers_the_rate_alone() -> None:

@@ -323,6 +323,7 @@ def test_check__weights_in_parts(tiny_cache: Path, tmp_path: Path) -> None:
     assert "2 ranks over gloo" in table and "finite on all 2" in table
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_check__a_rank_that_fails_in_a_step_is_named_where_the_loss_gathers(tiny_cache: Path, tmp_path: Path) -> None:
     recipe = ["--config", str(CONF / "experiment" / "small.yaml"), "--model", str(CONF / "method" / "moco_v3.yaml")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ PLACES = {
 
 def names(paths: list[Path]) -> list[str]:
     return [str(path.relative_to(CONF).with_suffix("")) for path in paths]
+
+
+def first_quick(values: Sequence[Any]) -> list[Any]:
+    """Return the values as parameters of which all but the first are left to `make test-slow`."""
+    return [pytest.param(value, marks=pytest.mark.slow if number else ()) for number, value in enumerate(values)]
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -137,7 +142,7 @@ def test_overlay__says_where_and_never_what(overlay: Path) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=names(OVERLAYS))
-@pytest.mark.parametrize("experiment", PRETRAINING, ids=names(PRETRAINING))
+@pytest.mark.parametrize("experiment", first_quick(PRETRAINING), ids=names(PRETRAINING))
 def test_overlay__merges_into_every_experiment(overlay: Path, experiment: Path, only_parse: list[Any]) -> None:
     with pytest.raises(Parsed):
         AgssdCLI(arguments(experiment, "--config", str(overlay)))
@@ -189,7 +194,7 @@ def test_experiment_without_method__is_that_of_agssd_without_what_is_its_methods
     assert content(CONF / f"experiment/{name}.yaml") == whole
 
 
-@pytest.mark.parametrize("name", WITHOUT_METHOD)
+@pytest.mark.parametrize("name", first_quick(WITHOUT_METHOD))
 @pytest.mark.parametrize("method", METHODS, ids=names(METHODS))
 def test_method__keeps_its_own_settings_in_every_experiment(
     method: Path, name: str, only_build: list[AgssdCLI]
@@ -257,7 +262,7 @@ def test_readme__lists_every_method_once() -> None:
 
 
 @pytest.mark.parametrize("second", BACKBONES, ids=names(BACKBONES))
-@pytest.mark.parametrize("first", BACKBONES, ids=names(BACKBONES))
+@pytest.mark.parametrize("first", first_quick(BACKBONES), ids=names(BACKBONES))
 def test_backbone__replaces_another_without_a_trace(first: Path, second: Path, only_parse: list[Any]) -> None:
     with pytest.raises(Parsed):
         AgssdCLI(arguments(CONF / "experiment/ct.yaml", "--backbone", str(first), "--backbone", str(second)))

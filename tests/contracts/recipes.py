@@ -92,6 +92,11 @@ def variants(kind: type[PretrainModule]) -> list[dict[str, Any]]:
     return found
 
 
+def cases(alternatives: bool) -> list[tuple[type[PretrainModule], dict[str, Any]]]:
+    """Return every recipe with its defaults, or with each of its alternatives."""
+    return [(kind, variant) for kind in find_recipes() for variant in variants(kind) if bool(variant) == alternatives]
+
+
 def refusal(kind: type[PretrainModule], variant: dict[str, Any]) -> str | None:
     """Return why a variant does not take the second family of encoders, or None if it does."""
     try:

@@ -25,8 +25,10 @@ from agssd.types import Observable
 RECIPES = recipes.find_recipes()
 CASES = [(kind, variant) for kind in RECIPES for variant in recipes.variants(kind)]
 every_recipe = pytest.mark.parametrize("kind", RECIPES, ids=lambda kind: kind.__name__)
-every_variant = pytest.mark.parametrize(
-    ("kind", "variant"), CASES, ids=[f"{kind.__name__}-{recipes.name_of(variant)}" for kind, variant in CASES]
+NAMES = [f"{kind.__name__}-{recipes.name_of(variant)}" for kind, variant in CASES]
+every_variant = pytest.mark.parametrize(("kind", "variant"), CASES, ids=NAMES)
+every_variant_trained = pytest.mark.parametrize(  # what is not the default only in `make test-slow`
+    ("kind", "variant"), [pytest.param(*case, marks=pytest.mark.slow if case[1] else ()) for case in CASES], ids=NAMES
 )
 ON_SECOND = [kind for kind, variant in CASES if variant == {"backbone": recipes.SECOND}]
 ON_VIT = [(kind, variant) for kind, variant in CASES if "backbone" not in variant]
@@ -149,7 +151,7 @@ def test_recipe__losses_are_finite_at_every_step(kind: type[PretrainModule], run
     assert all(math.isfinite(value) for step in record.losses for value in step.values())
 
 
-@every_variant
+@every_variant_trained
 def test_recipe__loss_falls_while_targets_stand_still(
     kind: type[PretrainModule], variant: dict[str, Any], tiny_cache: Path, halfway: None
 ) -> None:
@@ -195,10 +197,11 @@ def test_recipe__interrupted_and_resumed_equals_undisturbed(
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "variant"),
     [case for case in CASES if case[1]],
-    ids=[f"{kind.__name__}-{recipes.name_of(variant)}" for kind, variant in CASES if variant],
+    ids=[name for name, case in zip(NAMES, CASES, strict=True) if case[1]],
 )
 def test_recipe__alternatives_resume_too(
     kind: type[PretrainModule], variant: dict[str, Any], tiny_cache: Path, tmp_path: Path
@@ -358,7 +361,7 @@ def test_recipe__same_seed_gives_same_views_however_the_batch_is_cut(
     assert any(not torch.equal(other[name], whole[name]) for name in whole)
 
 
-@every_variant
+@every_variant_trained
 def test_recipe__accumulating_four_micro_batches_equals_one_batch_unless_declared(
     kind: type[PretrainModule], variant: dict[str, Any], tiny_cache: Path
 ) -> None:

@@ -122,7 +122,7 @@ def _build_and_die(arguments: tuple[object, ...], moment: int) -> None:
     _build(arguments)
 
 
-@pytest.mark.parametrize("in_shards", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize("in_shards", [pytest.param(False, marks=pytest.mark.slow), True], ids=["file", "folder"])
 def test_build__killed_at_any_step_is_completed_to_the_same_bytes(
     scans: Path, tmp_path: Path, undisturbed: dict[bool, str], in_shards: bool, request: pytest.FixtureRequest
 ) -> None:
@@ -147,6 +147,7 @@ def test_build__killed_at_any_step_is_completed_to_the_same_bytes(
     assert completed_from >= (100 if everything else 15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_shards", [False, True], ids=["file", "folder"])
 def test_build__killed_at_random_moments_is_completed_to_the_same_bytes(
     scans: Path, tmp_path: Path, undisturbed: dict[bool, str], in_shards: bool, request: pytest.FixtureRequest

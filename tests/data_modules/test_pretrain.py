@@ -51,7 +51,12 @@ def fake_trainer(rank: int = 0, world: int = 1, accumulate: int = 1, step: int =
 
 def batches(data: PretrainDataModule, count: int) -> list[dict[str, torch.Tensor]]:
     data.setup("fit")
-    return list(islice(iter(data.train_dataloader()), count))
+    loader: Any = data.train_dataloader()
+    try:
+        return list(islice(iter(loader), count))
+    finally:
+        if loader._iterator is not None:  # collected together with its queues it would wait for its workers in vain
+            loader._iterator._shutdown_workers()
 
 
 def test_train_dataloader__delivers_parent_batches_as_stored(tiny_cache: Path) -> None:

@@ -13,14 +13,6 @@ from launch import launch
 pytestmark = pytest.mark.ddp
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """Return what each of two ranks got, one persistent process group for all runs."""
-    out = tmp_path_factory.mktemp("two_ranks")
-    launch("two_ranks.py", out, str(tiny_cache), str(out))
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
 def compare(alone: dict[str, Any], first: dict[str, Any], second: dict[str, Any]) -> None:
     """Hold two ranks to each other, and to one process on the joined batch."""
     joined = [[*a, *b] for a, b in zip(first["samples"], second["samples"], strict=True)]
@@ -32,9 +24,12 @@ def compare(alone: dict[str, Any], first: dict[str, Any], second: dict[str, Any]
 
 
 # One test for all, so that tests spread over processes do not start one group each.
-def test_recipes__two_ranks_equal_one_process_on_the_joined_batch(two_ranks: Any, tiny_cache: Path) -> None:
-    cases = [(kind, variant) for kind in recipes.find_recipes() for variant in recipes.variants(kind)]
-    assert len(cases) == len(two_ranks[0]) == len(two_ranks[1]) > 1
+@pytest.mark.parametrize("which", ["defaults", pytest.param("alternatives", marks=pytest.mark.slow)])
+def test_recipes__two_ranks_equal_one_process_on_the_joined_batch(which: str, tiny_cache: Path, tmp_path: Path) -> None:
+    launch("two_ranks.py", tmp_path, str(tiny_cache), str(tmp_path), which)
+    two_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    cases = recipes.cases(which == "alternatives")
+    assert len(cases) == len(two_ranks[0]) == len(two_ranks[1]) > 10
     failed = []
     for (kind, variant), first, second in zip(cases, *two_ranks, strict=True):
         try:

@@ -17,7 +17,7 @@ from agssd.callbacks.collapse_alarms import TERMS, Alarm, CollapseAlarms
 from agssd.callbacks.collapse_window import Window, rows_of
 from agssd.callbacks.rollback import Rollback
 from agssd.callbacks.standing import StandingCallback, log_figures, total_steps
-from agssd.distributed import all_max
+from agssd.distributed import all_max, gather_objects
 from agssd.evaluation.collapse import attention_figures
 from agssd.sharding import gathered
 from agssd.types import Easeable, GradientMeasured, Observable, StepJudged, TeacherStudent
@@ -48,15 +48,15 @@ class CollapseMonitor(StandingCallback):
     What follows a hard alarm when it begins is its policy. ``warn``: the sentence. ``stop``: the run ends at this step
     with a report. ``rollback``: before the next step weights, teacher, centres, optimiser and step go back to the last
     healthy checkpoint, on every rank alike, with a lower teacher temperature or learning rate; the stream of samples
-    goes on, so that others come. Healthy is a checkpoint that was saved with no alarm standing and followed by a report
-    without one; it is kept as ``checkpoints/healthy.ckpt``. Which of the two is lowered is the alarm's matter: for
-    uniform outputs the temperature first, else the learning rate, and the other one when the same alarm comes again.
-    Each action is a sentence, a line of ``actions.jsonl`` and a row of metrics (``collapse/rollbacks``,
-    ``collapse/eased_lr``, ``collapse/eased_temperature``). Without a healthy checkpoint, or after ``max_rollbacks``,
-    the run is stopped instead.
+    goes on, so that others come. Healthy is a checkpoint that was saved with no alarm standing, before the first sample
+    of the next report was collected, and that report had none either; it is kept as ``checkpoints/healthy.ckpt``. Which
+    of the two is lowered is the alarm's matter: for uniform outputs the temperature first, else the learning rate, and
+    the other one when the same alarm comes again. Each action is a sentence, a line of ``actions.jsonl`` and a row of
+    metrics (``collapse/rollbacks``, ``collapse/eased_lr``, ``collapse/eased_temperature``). Without a healthy
+    checkpoint, or after ``max_rollbacks``, the run is stopped instead.
 
-    An alarm speaks when it begins, not while it lasts. During the first ``grace`` of the run only figures that are not
-    finite alarm, because a fresh network looks collapsed.
+    An alarm speaks when it begins, not while it lasts, and counts for all ranks, whichever has it. During the first
+    ``grace`` of the run only figures that are not finite alarm, because a fresh network looks collapsed.
 
     Source: docs/method.md (b) 1, (b) 2, (c); thresholds from CVA's ``cw_std`` and DINOv2-3D-Med where named, else
     ours. Deviates: ``uniform_steps`` is at most a tenth of the run, so that short runs can alarm at all; and a term
@@ -192,6 +192,7 @@ class CollapseMonitor(StandingCallback):
             self._window = Window(math.ceil(self.min_samples / trainer.world_size))
             self._before = None
             self._rows = None
+            self.rollback.let_go(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -223,6 +224,8 @@ class CollapseMonitor(StandingCallback):
             if observations is not None:
                 self._rows = rows_of(observations)
                 if self._window.needs_more(self._rows, to_go):
+                    if not self._window.counts:
+                        self.rollback.note_newest(trainer)
                     self._before = self._window.copy() if self._before is None else self._before
                     self._window.collect(observations)
         if not stepped:
@@ -246,6 +249,7 @@ class CollapseMonitor(StandingCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report a rollback that no step is left for."""
         if self.active:
+            self.rollback.let_go(trainer)
             self.rollback.end(trainer, self._total)
 
     def _is_withheld(self, module: pl.LightningModule) -> bool:
@@ -264,7 +268,8 @@ class CollapseMonitor(StandingCallback):
             on_device |= _teacher_figures(module)
         stacked = torch.stack([value.to(module.device, torch.float32) for value in on_device.values()])
         figures = _without_empty(dict(zip(on_device, stacked.tolist(), strict=True)), self._window.scalars)
-        alarms = self.alarms.diagnose(figures, self._window.num_prototypes, self._step, self._total)
+        own = self.alarms.diagnose(figures, self._window.num_prototypes, self._step, self._total)
+        alarms = list({alarm.name: alarm for found in reversed(gather_objects(own)) for alarm in found}.values())
         figures["alarms"] = float(len(alarms))
         log_figures(trainer, {f"collapse/{name}": value for name, value in figures.items()})
         new = [alarm for alarm in alarms if alarm.name not in self._standing]
@@ -272,18 +277,14 @@ class CollapseMonitor(StandingCallback):
         for alarm in new if trainer.is_global_zero else ():
             _LOG.log(logging.ERROR if alarm.hard else logging.WARNING, "step %d: %s", self._step, alarm.sentence)
             record_action(trainer, "alarm", alarm=alarm.name, hard=alarm.hard, sentence=alarm.sentence)
-        if was_quiet and not alarms:
-            self.rollback.keep_healthy(trainer, self.state_key)
+        self.rollback.judge_newest(trainer, self.state_key, was_quiet and not alarms)
         self._act(trainer, module, [alarm for alarm in new if alarm.hard])
 
     def _act(self, trainer: pl.Trainer, module: pl.LightningModule, alarms: list[Alarm]) -> None:
-        """Do what the policies say about new hard alarms, on every rank alike, as the first that has one sees them."""
+        """Do what the policies say about new hard alarms; called on every rank alike."""
         wanted = [alarm for alarm in alarms if self._policy_of(alarm) != "warn"]
-        own = trainer.global_rank if wanted else trainer.world_size
-        first = -int(all_max(torch.tensor(-own, device=module.device)))
-        if first == trainer.world_size:
+        if not wanted:
             return
-        wanted = trainer.strategy.broadcast(wanted, first)
         if any(self._policy_of(alarm) == "stop" for alarm in wanted):
             self.rollback.stopped = "; ".join(alarm.sentence for alarm in wanted)
             stop_run(trainer, self.rollback.stopped, alarms=[alarm.name for alarm in wanted])

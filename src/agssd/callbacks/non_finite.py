@@ -14,6 +14,7 @@ from torch import Tensor
 
 from agssd.callbacks.actions import record_action, stop_run
 from agssd.callbacks.standing import StandingCallback, log_figures, total_steps
+from agssd.distributed import gather_objects
 from agssd.evaluation.finite import Finding, first_non_finite, random_state_of
 from agssd.sharding import is_sharded, whole
 from agssd.types import ParentBatch, StepJudged
@@ -275,11 +276,7 @@ def _of_first_rank(
 ) -> tuple[str | None, dict[str, str] | None]:
     """Return name and finding of the first capture of any rank; called on every rank alike."""
     own = (capture.name if capture else None, finding.plain() if finding else None)
-    if trainer.world_size == 1:
-        return own
-    every: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(every, own)
-    return next((one for one in every if one[0]), own)
+    return next((one for one in gather_objects(own) if one[0]), own)
 
 
 def _write(path: Path, content: dict[str, Any]) -> bool:

@@ -14,10 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from agssd.callbacks.actions import record_action, stop_run
 from agssd.callbacks.collapse_alarms import Alarm
 from agssd.callbacks.standing import log_figures
-from agssd.run.checkpoints import HEALTHY, LAST, CheckpointFiles, check_whole, is_local, read_checkpoint
+from agssd.run.checkpoints import HEALTHY, LAST, check_whole, is_local, read_checkpoint
 from agssd.types import Easeable
 
 _LOG = logging.getLogger(__name__)
+_CANDIDATE = "healthy.candidate"  # in the folder of checkpoints, from the first sample of a report to its verdict
 
 
 class Rollback:
@@ -43,7 +44,8 @@ class Rollback:
         self.pending: dict[str, Any] = {}  # of the rollback that the next step begins with: alarms, lowered
         self.stopped = ""
         self._told = ""  # why the pending one is due
-        self._seen: tuple[int, int] | None = None  # the newest checkpoint that was looked at
+        self._candidate: tuple[int, int] | None = None  # the file that the next report judges
+        self._judged: tuple[int, int] | None = None  # the last one that was judged
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was done and what is still due."""
@@ -55,37 +57,52 @@ class Rollback:
 
     # ---------------------------------------------------------------- health
 
-    def keep_healthy(self, trainer: pl.Trainer, monitor: str) -> None:
-        """Keep the newest checkpoint as healthy if no alarm stood when it was saved; at a report without alarm.
+    def note_newest(self, trainer: pl.Trainer) -> None:
+        """Hold on to the newest checkpoint that is on disk: what is measured from now on are weights like its own.
+
+        Called when the first sample of a report is collected. A checkpoint that is saved later could be broken already
+        while most of the report's samples are from before, so it has to wait for the next report.
+        """
+        folder = checkpoint_folder(trainer)
+        if not trainer.is_global_zero or folder is None:
+            return
+        newest = folder / LAST
+        try:
+            mark = newest.stat().st_ino, newest.stat().st_mtime_ns
+            if mark != self._judged:
+                _link(newest.resolve(), folder / _CANDIDATE)
+                self._candidate = mark
+        except FileNotFoundError:  # none yet, or its turn to be removed was just now
+            self._candidate = None
+
+    def judge_newest(self, trainer: pl.Trainer, monitor: str, healthy: bool) -> None:
+        """Keep the checkpoint held on to as the healthy one if no alarm stood when it was saved, else let go of it.
 
         Args:
             trainer: of the run.
             monitor: key of the monitor's state in checkpoints.
+            healthy: whether the report that followed it had no alarm.
         """
-        folder, files = checkpoint_folder(trainer), trainer.strategy.checkpoint_io
-        if not trainer.is_global_zero or folder is None:
+        folder, self._judged = checkpoint_folder(trainer), self._candidate or self._judged
+        if folder is None or self._candidate is None:
             return
-        if isinstance(files, CheckpointFiles):
-            files.wait()  # asked for at the last report or before, so long on disk
-        newest = folder / LAST
-        if not newest.exists():
-            return
-        mark = (newest.stat().st_ino, newest.stat().st_mtime_ns)
-        if mark == self._seen:
-            return
-        self._seen = mark
+        held, self._candidate = folder / _CANDIDATE, None
         try:
-            saved = read_checkpoint(str(newest))
+            saved = read_checkpoint(str(held)) if healthy else {}
         except ValueError as error:
             _LOG.warning("%s; the healthy checkpoint stays the one before", error)
-            return
-        if newest.is_file() and saved["callbacks"].get(monitor, {}).get("standing") != []:
-            return
-        partial = folder / f"{HEALTHY}.partial"
-        _link(newest.resolve(), partial)
-        if (folder / HEALTHY).is_dir():
-            shutil.rmtree(folder / HEALTHY)
-        partial.replace(folder / HEALTHY)
+            healthy = False
+        if healthy and (held.is_dir() or saved["callbacks"].get(monitor, {}).get("standing") == []):
+            if (folder / HEALTHY).is_dir():
+                _remove(folder / HEALTHY)
+            held.replace(folder / HEALTHY)
+        _remove(held)
+
+    def let_go(self, trainer: pl.Trainer) -> None:
+        """Let go of a checkpoint that no report has judged, also of a process before."""
+        folder, self._candidate = checkpoint_folder(trainer), None
+        if trainer.is_global_zero and folder is not None:
+            _remove(folder / _CANDIDATE)
 
     # -------------------------------------------------------------- rollback
 
@@ -122,6 +139,7 @@ class Rollback:
     def carry_out(self, trainer: pl.Trainer, module: pl.LightningModule) -> int:
         """Go back, and return the step that was left; between two optimiser steps, on every rank alike."""
         pending, self.pending = self.pending, {}
+        self.let_go(trainer)
         folder, left = checkpoint_folder(trainer), trainer.global_step
         assert folder is not None
         step = restore_training(trainer, module, folder / HEALTHY)
@@ -199,9 +217,7 @@ def restore_training(trainer: pl.Trainer, module: pl.LightningModule, path: Path
 
 def _link(source: Path, target: Path) -> None:
     """Make ``target`` the same file as ``source`` where the disk can link, else a copy; a folder is copied."""
-    if target.is_dir():
-        shutil.rmtree(target)
-    target.unlink(missing_ok=True)
+    _remove(target)
     if source.is_dir():
         shutil.copytree(source, target)  # what is in it may be written over
         return
@@ -209,3 +225,11 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder that may not be there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

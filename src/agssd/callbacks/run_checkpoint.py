@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from agssd.distributed import all_max
+from agssd.distributed import all_max, gather_objects
 from agssd.run.checkpoints import HEALTHY, LAST, CheckpointFiles, is_local, list_checkpoints, read_checkpoint, set_aside
 
 _STEP = re.compile(r"step(\d+)\.ckpt$")
@@ -149,11 +149,7 @@ class RunCheckpoint(ModelCheckpoint):
         noted = self._random
         own = {"random": noted[1] if noted is not None and noted[0] == trainer.global_step else random_states()}
         own |= {name: callback.rank_state() for name, callback in _with_rank_state(trainer)}
-        ranks: list[Any] = [own]
-        if trainer.world_size > 1:
-            ranks = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, own)
-        checkpoint["ranks"] = ranks
+        checkpoint["ranks"] = gather_objects(own)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the metric of every step that has one."""

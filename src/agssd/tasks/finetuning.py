@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
-from agssd.distributed import world_size
+from agssd.distributed import gather_objects
 from agssd.evaluation.contract import check_contract
 from agssd.models.backbone import Backbone
 from agssd.schedules import warmup_cosine
@@ -189,8 +189,4 @@ def warmed_up(optimizer: torch.optim.Optimizer, trainer: L.Trainer, warmup: floa
 
 def gather_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of all ranks; every rank gets the same list."""
-    if world_size() == 1:
-        return rows
-    parts: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
+    return [row for part in gather_objects(rows) for row in part]
