@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fans import fan, save_dicom, save_sequence, written
-from PIL import Image
+from fans import save_folder
 
 from agssd.cli import main
 from agssd.data_modules.build import chunk_fractions
@@ -21,22 +20,10 @@ PARENT = (96, 128)
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ultrasound")
-    for person in range(5):
-        frames, inside = fan(7, seed=person)
-        save_sequence(folder / f"s{person}.mha", np.stack([written(frame) for frame in frames]))
-        Image.fromarray(fan(1, seed=10 + person)[0][0]).save(folder / f"p{person}.png")
-        Image.fromarray((inside * 255).astype(np.uint8)).save(folder / f"p{person}_mask.png")
-    save_dicom(folder / "cine.dcm", fan(4, seed=20)[0], False, (0, 239, 0, 319))
-    Image.fromarray(np.zeros((64, 64), np.uint8)).save(folder / "black.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cache(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sources = save_folder(tmp_path_factory.mktemp("ultrasound"))
     out = tmp_path_factory.mktemp("cache") / "us.h5"
-    arguments = ["prepare", str(sources), "--modality", "us", "--labels", "*_mask.png", "--out", str(out)]
+    arguments = ["prepare", str(sources), "--modality", "us", "--labels", "*_mask.*", "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["agssd", *arguments])
         assert main([*arguments, "--key-map", str(out.with_suffix(".csv"))]) == 3  # the black picture is refused
@@ -49,7 +36,7 @@ def test_prepare__each_file_is_a_case_of_frames(cache: Path) -> None:
     assert sorted(info.shape[0] for info in found.cases) == [1] * 5 + [4] + [7] * 5
     assert all(info.spatial_dims == 2 for info in found.cases)
     assert [info.in_mm for info in found.cases if info.shape[0] == 4] == [True]
-    assert sum(info.label_values == (0, 1) for info in found.cases) == 5
+    assert sum(info.label_values == (0, 1) for info in found.cases) == 10
     for row, info in enumerate(found.cases):
         foreground = found.read_whole(row, "foreground")
         assert 0.3 < foreground.mean() < 0.7

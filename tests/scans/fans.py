@@ -75,3 +75,16 @@ def save_dicom(path: Path, frames: np.ndarray, colour: bool = False, region: tup
     data.PixelData = frames.tobytes()
     pydicom.dcmwrite(path, data)
     return path
+
+
+def save_folder(folder: Path) -> Path:
+    """Write sequences, pictures and a cine of five and one persons, with masks ``*_mask.*``, and one black picture."""
+    for person in range(5):
+        frames, inside = fan(7, seed=person)
+        save_sequence(folder / f"s{person}.mha", np.stack([written(frame) for frame in frames]))
+        save_sequence(folder / f"s{person}_mask.mha", np.repeat(inside[None].astype(np.uint8), 7, 0))
+        Image.fromarray(fan(1, seed=10 + person)[0][0]).save(folder / f"p{person}.png")
+        Image.fromarray((inside * 255).astype(np.uint8)).save(folder / f"p{person}_mask.png")
+    save_dicom(folder / "cine.dcm", fan(4, seed=20)[0], False, (0, 239, 0, 319))
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(folder / "black.png")
+    return folder

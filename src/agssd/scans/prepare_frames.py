@@ -59,15 +59,18 @@ def prepare_frames(paths: Sequence[Path], label: Path | None = None, recipe: Rec
         notes.append("its pixels have no size in mm: lengths are in pixels")
     image, scale, offset, low, high = store_by_percentiles(array, foreground)
     mm = (1.0, float(spacing[0]), float(spacing[1]))
+    source = frames.spacing_mm or (1.0, 1.0)
+    affine = np.diag([*mm, 1.0])[[2, 1, 0, 3]]  # of pixel (t, h, w): x to the right, y downwards, the frame
+    affine[:2, 3] = (mm[2] - source[1]) / 2, (mm[1] - source[0]) / 2  # both grids begin at the picture's corner
     return PreparedCase(
         image=image[None],
         foreground=foreground,
         label=labels,
         modality="us",
         spacing_mm=mm,
-        affine=np.diag([*mm, 1.0])[[2, 1, 0, 3]],
+        affine=affine,
         source_shape=(frames.array.shape[2], frames.array.shape[1], frames.array.shape[0]),
-        source_affine=np.diag([*(frames.spacing_mm or (1.0, 1.0))[::-1], 1.0, 1.0]),
+        source_affine=np.diag([*source[::-1], 1.0, 1.0]),
         source_sha256=frames.sha256,
         scale=(scale,),
         offset=(offset,),

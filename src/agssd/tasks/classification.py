@@ -16,6 +16,7 @@ from agssd.models.backbone import Backbone
 from agssd.tasks.finetuning import DownstreamTask, gather_rows
 from agssd.types import LabelledBatch, Size
 
+MAX_FRAMES = 16  # of a sequence that is classified, evenly spread
 Pooling = Literal["cls", "mean", "cls_mean", "attentive"]
 
 
@@ -186,7 +187,13 @@ class ClassificationTask(DownstreamTask):
         Args:
             image: (1, C, [D,] H, W) float32.
             foreground: (1, 1, [D,] H, W) bool; the whole volume where it is empty.
+
+        Of a sequence (1, C, T, H, W) these are the windows of at most 16 evenly spread frames.
         """
+        if image.ndim == len(self.crop_vox) + 3:
+            count = image.shape[2]
+            frames = torch.linspace(0, count - 1, min(count, MAX_FRAMES)).round().long().tolist()
+            return torch.cat([self.windows(image[:, :, t], foreground[:, :, t]) for t in frames], 1)
         where = foreground[0, 0].nonzero()
         if len(where):
             low, high = where.amin(0).tolist(), (where.amax(0) + 1).tolist()

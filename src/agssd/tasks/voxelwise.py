@@ -52,8 +52,11 @@ class VoxelTask(L.LightningModule):
     def segment(self, image: Tensor) -> Tensor:
         """Return class probabilities (B, num_classes, [D,] H, W) of volumes of any size, by sliding windows.
 
-        Volumes smaller than the window are padded with their lowest intensity, and the padding is cut off again.
+        Frames of sequences (B, C, T, H, W) are segmented one by one. Volumes smaller than the window are padded with
+        their lowest intensity, and the padding is cut off again.
         """
+        if image.ndim == len(self.crop_vox) + 3:
+            return torch.stack([self.segment(frame) for frame in image.unbind(2)], 2)
         scores = sliding_window_inference(
             image,
             self.crop_vox,
@@ -76,7 +79,7 @@ class VoxelTask(L.LightningModule):
 
     def _evaluate(self, batch: LabelledBatch, surface: bool) -> None:
         prediction = self.segment(batch["image"]).argmax(1)
-        label = batch["label"][:, 0]
+        label = batch["label"][:, 0]  # of frames (B, T, H, W)
         for index in range(len(prediction)):
             row: dict[str, Any] = {"case": int(batch["case"][index])}
             row["dice"] = dice_per_class(prediction[index], label[index], self.num_classes).tolist()
