@@ -18,7 +18,7 @@ RECIPES = recipes.find_recipes()
 every_recipe = pytest.mark.parametrize("kind", RECIPES, ids=lambda kind: kind.__name__)
 
 
-def build(kind: type[PretrainModule]) -> Any:
+def build(kind: type[PretrainModule], **given: Any) -> Any:
     """A small module of the recipe for frames, the same weights every time."""
     torch.manual_seed(0)
     encoder = ViT(1, 8, depth=2, embed_dim=48, num_heads=3, drop_path=0.3, spatial_dims=2)
@@ -27,7 +27,7 @@ def build(kind: type[PretrainModule]) -> Any:
     settings = {name: value for name, value in recipes.SMALL.items() if name in named}
     if "base_grid" in named:
         settings["base_grid"] = (2, 2)
-    return kind(**settings, backbone=encoder, views=views)
+    return kind(**settings | {"backbone": encoder, "views": views} | given)
 
 
 def parents(count: int = 4, shape: tuple[int, int] = (56, 48)) -> dict[str, torch.Tensor]:
@@ -87,6 +87,14 @@ def test_recipe__loss_is_the_mean_over_samples_however_the_batch_is_cut(kind: ty
         whole = module.pretrain_loss(module.make_views(batch)).total
         parts = [module.pretrain_loss(module.make_views(recipes.take(batch, slice(k, k + 2)))).total for k in (0, 2)]
     torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-5, atol=1e-6)
+
+
+@every_recipe
+def test_recipe__views_and_encoder_of_other_axes_are_refused_when_it_is_built(kind: type[PretrainModule]) -> None:
+    with pytest.raises(ValueError, match="takes 3 axes of space; give sizes of 3 numbers|give 2 numbers"):
+        build(kind, backbone=recipes.encoder("vit", 0.0))
+    with pytest.raises(ValueError, match="takes 2 axes of space|give 3 numbers"):
+        build(kind, views=recipes.OverlapCrops((24, 24, 24), local_size_vox=(16, 16, 16)))
 
 
 def test_export__encoder_of_frames_comes_back_for_other_patches(tmp_path: Any) -> None:

@@ -217,12 +217,19 @@ class Backbone(nn.Module, ABC):
         return self.depth + 1
 
     def token_grid(self, shape: tuple[int, ...]) -> Size:
-        """Return the token grid of an input of ``shape`` (..., [D,] H, W).
+        """Return the token grid of an input of ``shape`` (B, C, [D,] H, W) or ([D,] H, W).
 
         Raises:
-            ValueError: if a size is zero or not divisible by the patch.
+            ValueError: if a size is zero or not divisible by the patch, or the number of axes is not the encoder's.
         """
-        size = tuple(shape[-len(self.patch_size) :])
+        dims = self.spatial_dims
+        if len(shape) not in (dims, dims + 2):
+            other = 5 - dims
+            raise ValueError(
+                f"sizes are {tuple(shape)}, but this {type(self).__name__} takes {dims} axes of space; give sizes of "
+                f"{dims} numbers, or an encoder for {other} (a ViT with spatial_dims: {other})"
+            )
+        size = tuple(shape[-dims:])
         if any(s == 0 or s % p for s, p in zip(size, self.patch_size, strict=True)):
             fit = tuple(max(1, s // p) * p for s, p in zip(size, self.patch_size, strict=True))
             raise ValueError(

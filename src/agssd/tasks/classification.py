@@ -133,7 +133,7 @@ class ClassificationTask(DownstreamTask):
             raise ValueError(f"class_weights has {len(class_weights)} entries for num_classes={num_classes}")
         self.num_classes = num_classes
         self.crop_vox: Size = tuple(int(n) for n in crop_vox)
-        self.backbone.token_grid((self.backbone.in_channels, *self.crop_vox))  # refuses a window that does not fit
+        self.backbone.token_grid(self.crop_vox)  # refuses a window that does not fit
         self.pooling, self.class_weights, self.label_smoothing = pooling, class_weights, label_smoothing
         self.sw_batch_size = sw_batch_size
         size = self.backbone.embed_dim

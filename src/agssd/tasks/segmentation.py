@@ -78,7 +78,7 @@ class SegmentationTask(VoxelTask, DownstreamTask):
         )
         self.save_hyperparameters(ignore=["backbone"], logger=False)
         self.set_up_voxels(num_classes, crop_vox, sw_overlap, sw_batch_size, surface_tolerance_mm)
-        self.backbone.token_grid((self.backbone.in_channels, *self.crop_vox))  # refuses a window that does not fit
+        self.backbone.token_grid(self.crop_vox)  # refuses a window that does not fit
         self.decoder: nn.Module
         if decoder == "linear":
             self.decoder = LinearDecoder(self.backbone.embed_dim, self.backbone.patch_size, num_classes)
