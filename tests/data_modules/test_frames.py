@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from itertools import islice
 from pathlib import Path
 
@@ -11,27 +10,16 @@ import pytest
 import torch
 from fans import save_folder
 
-from agssd.cli import main
 from agssd.data_modules.build import chunk_fractions
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.pretrain import PretrainDataModule
+from agssd.scans.sources import plan_sources
 
 PARENT = (96, 128)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sources = save_folder(tmp_path_factory.mktemp("ultrasound"))
-    out = tmp_path_factory.mktemp("cache") / "us.h5"
-    arguments = ["prepare", str(sources), "--modality", "us", "--labels", "*_mask.*", "--out", str(out)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["agssd", *arguments])
-        assert main([*arguments, "--key-map", str(out.with_suffix(".csv"))]) == 3  # the black picture is refused
-    return out
-
-
-def test_prepare__each_file_is_a_case_of_frames(cache: Path) -> None:
-    found = VolumeCache(cache)
+def test_prepare__each_file_is_a_case_of_frames(frames_cache: Path) -> None:
+    found = VolumeCache(frames_cache)
     assert len(found) == 11 and {info.modality for info in found.cases} == {"us"}
     assert sorted(info.shape[0] for info in found.cases) == [1] * 5 + [4] + [7] * 5
     assert all(info.spatial_dims == 2 for info in found.cases)
@@ -46,16 +34,25 @@ def test_prepare__each_file_is_a_case_of_frames(cache: Path) -> None:
         assert info.perceptual_hash is None
 
 
-def test_prepare__subject_of_a_cine_is_its_patient_and_no_name_is_in_the_cache(cache: Path) -> None:
-    with cache.with_suffix(".csv").open() as file:
-        subjects = {Path(row["path"]).name: row["subject"] for row in csv.DictReader(file)}
-    assert subjects["cine.dcm"] == "PATIENT-7" and subjects["s3.mha"] == "s3"
-    data = cache.read_bytes()
-    assert b"PATIENT" not in data and b"Doe" not in data and b"cine" not in data
+def test_plan__subject_of_a_cine_is_its_patient_and_masks_belong_to_their_pictures(tmp_path: Path) -> None:
+    plan = plan_sources([save_folder(tmp_path)], ["*_mask.*"], modality="us")
+    found = {job.paths[0].name: job for job in plan.jobs}
+    assert len(found) == 12 and not plan.refused and {job.modality for job in plan.jobs} == {"us"}
+    assert found["cine.dcm"].subject == "PATIENT-7" and found["s3.mha"].subject == "s3"
+    labels = {name: job.label.name for name, job in found.items() if job.label}
+    assert labels == {
+        f"{kind}{k}.{end}": f"{kind}{k}_mask.{end}" for k in range(5) for kind, end in (("s", "mha"), ("p", "png"))
+    }
+    assert not plan_sources([tmp_path / "p1.png"], modality="us").refused
 
 
-def test_train_dataloader__samples_are_parts_of_one_frame(cache: Path) -> None:
-    data = PretrainDataModule(str(cache), PARENT, 4, num_workers=0)
+def test_prepare__no_name_is_in_the_cache(frames_cache: Path) -> None:
+    data = frames_cache.read_bytes()
+    assert not any(name in data for name in (b"PATIENT", b"Doe", b"DOE", b"cine"))
+
+
+def test_train_dataloader__samples_are_parts_of_one_frame(frames_cache: Path) -> None:
+    data = PretrainDataModule(str(frames_cache), PARENT, 4, num_workers=0)
     data.setup("fit")
     assert data.train_crops is not None
     for batch in islice(iter(data.train_dataloader()), 5):
@@ -68,17 +65,17 @@ def test_train_dataloader__samples_are_parts_of_one_frame(cache: Path) -> None:
             assert any(torch.equal(windows[tuple(place)], image[0]) for place in corner.nonzero().tolist())
 
 
-def test_setup__refuses_a_crop_of_other_axes(cache: Path, tiny_cache: Path) -> None:
+def test_setup__refuses_a_crop_of_other_axes(frames_cache: Path, tiny_cache: Path) -> None:
     with pytest.raises(ValueError, match=r"the cases of .* are frames; give two \(H, W\)"):
-        PretrainDataModule(str(cache), (32, 32, 32), 4).setup("predict")
+        PretrainDataModule(str(frames_cache), (32, 32, 32), 4).setup("predict")
     with pytest.raises(ValueError, match=r"the cases of .* are volumes; give three numbers"):
         PretrainDataModule(str(tiny_cache), (32, 32), 4).setup("predict")
     with pytest.raises(ValueError, match="is a volume, .* is a sequence of frames|a sequence of frames, .* a volume"):
-        PretrainDataModule([str(cache), str(tiny_cache)], (32, 32), 4).setup("predict")
+        PretrainDataModule([str(frames_cache), str(tiny_cache)], (32, 32), 4).setup("predict")
 
 
-def test_contract__says_pixels_where_no_file_knows_millimetres(cache: Path) -> None:
-    data = PretrainDataModule(str(cache), PARENT, 4)
+def test_contract__says_pixels_where_no_file_knows_millimetres(frames_cache: Path) -> None:
+    data = PretrainDataModule(str(frames_cache), PARENT, 4)
     data.setup("predict")
     assert data.contract["spacing_mm"] is None and data.contract["modality"] == "us"
     assert data.contract["intensity"]["us"]["range"] == [-1.0, 1.0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from fans import save_folder
+from fans import fan, save_dicom
 
-from agssd.cli import main
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.downstream import ClassificationDataModule, SegmentationDataModule
 from agssd.data_modules.probe_set import ProbeSet
@@ -32,22 +30,6 @@ def encoder() -> ViT:
     return ViT(1, 16, depth=2, embed_dim=48, num_heads=3, spatial_dims=2)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten labelled cases of ten persons; of the sequences two are of class "b"."""
-    folder = save_folder(tmp_path_factory.mktemp("ultrasound"))
-    rows = [("path", "subject", "label_path", "class", "modality", "split")]
-    for person in range(5):
-        split = ("train", "train", "train", "val", "test")[person]
-        rows.append((f"s{person}.mha", f"a{person}", f"s{person}_mask.mha", "ab"[person % 2], "us", split))
-        rows.append((f"p{person}.png", f"b{person}", f"p{person}_mask.png", "ba"[person % 2], "us", split))
-    with (folder / "list.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    out = tmp_path_factory.mktemp("cache") / "us.h5"
-    assert main(["prepare", str(folder / "list.csv"), "--out", str(out)]) == 0
-    return out
-
-
 def trainer(folder: Path, steps: int = 2) -> L.Trainer:
     return L.Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
@@ -58,9 +40,9 @@ def trainer(folder: Path, steps: int = 2) -> L.Trainer:
 
 @pytest.mark.parametrize("kind", ["unetr", "linear", "unet"])
 def test_segmentation__learns_from_parts_of_frames_and_segments_sequences(
-    kind: str, cache: Path, tmp_path: Path
+    kind: str, frames_cache: Path, tmp_path: Path
 ) -> None:
-    data = SegmentationDataModule(str(cache), global_batch_size=4, flip_axes=[1], num_workers=0)
+    data = SegmentationDataModule(str(frames_cache), global_batch_size=4, flip_axes=[1], num_workers=0)
     task: Any
     if kind == "unet":
         task = UNetTask(2, CROP, channels=(4, 8))
@@ -86,7 +68,6 @@ def test_segment__of_a_sequence_is_that_of_each_frame() -> None:
 
 
 def test_write_prediction__resampled_frames_come_back_on_the_source(tmp_path: Path) -> None:
-    from fans import fan, save_dicom
 
     from agssd.evaluation.predictions import to_source_grid
     from agssd.scans.prepare import Recipe
@@ -106,8 +87,8 @@ def test_write_prediction__resampled_frames_come_back_on_the_source(tmp_path: Pa
     assert (back[:, :119] == 1).all() and (back[:, 121:] == 0).all()
 
 
-def test_classification__looks_at_windows_of_several_frames(cache: Path, tmp_path: Path) -> None:
-    data = ClassificationDataModule(str(cache), global_batch_size=4, num_workers=0)
+def test_classification__looks_at_windows_of_several_frames(frames_cache: Path, tmp_path: Path) -> None:
+    data = ClassificationDataModule(str(frames_cache), global_batch_size=4, num_workers=0)
     task = ClassificationTask(2, CROP, encoder())
     run = trainer(tmp_path)
     run.fit(task, data)
@@ -118,8 +99,8 @@ def test_classification__looks_at_windows_of_several_frames(cache: Path, tmp_pat
     assert torch.equal(windows[0, 0], sequence[0, :, 0]) and torch.equal(windows[0, -1], sequence[0, :, -1])
 
 
-def test_probe__takes_frames_of_sequences_each_with_its_own_label(cache: Path) -> None:
-    data = ProbeSet(VolumeCache(cache))
+def test_probe__takes_frames_of_sequences_each_with_its_own_label(frames_cache: Path) -> None:
+    data = ProbeSet(VolumeCache(frames_cache))
     volumes = list(data.volumes())
     assert len(volumes) == 4 * 7 + 4  # of 7 frames all are taken
     features = encode(encoder().eval(), volumes, (64, 64), 0.5)
@@ -138,15 +119,3 @@ def test_surface_dice__of_frames_is_the_mean_over_those_that_hold_the_class() ->
     alone = [surface_dice_per_class(shifted[t], label[t], 2, (0.5, 0.5), 1.0) for t in range(3)]
     assert alone[0] == 1 and alone[1] < 1 and alone[2].isnan()
     torch.testing.assert_close(found, (alone[0] + alone[1]) / 2)
-
-
-def test_online_probe__runs_beside_pretraining_on_frames(cache: Path, tmp_path: Path) -> None:
-    conf = Path(__file__).resolve().parents[2] / "conf"
-    arguments = ["fit", "--config", str(conf / "experiment/ultrasound_small.yaml"), "--model",
-                 str(conf / "method/simmim.yaml"), "--data.cache", str(cache), "--trainer.default_root_dir",
-                 str(tmp_path), "--trainer.max_steps", "1", "--data.global_batch_size", "2", "--data.num_workers", "0",
-                 "--trainer.accelerator", "cpu", "--online_probe.linear_steps", "2"]  # fmt: skip
-    assert main(arguments) == 0
-    with (tmp_path / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert any(row.get("probe/linear_seg_dice") for row in rows)
