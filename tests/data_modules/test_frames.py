@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,9 @@ def test_prepare__each_file_is_a_case_of_frames(frames_cache: Path) -> None:
     assert all(info.spatial_dims == 2 for info in found.cases)
     assert [info.in_mm for info in found.cases if info.shape[0] == 4] == [True]
     assert sum(info.label_values == (0, 1) for info in found.cases) == 10
+    with h5py.File(frames_cache) as file:
+        chunks = {file["cases"][info.key]["image"].chunks for info in found.cases}
+    assert chunks == {(1, 1, 128, 128)}  # a frame is read without its neighbours
     for row, info in enumerate(found.cases):
         foreground = found.read_whole(row, "foreground")
         assert 0.3 < foreground.mean() < 0.7
@@ -55,14 +59,17 @@ def test_train_dataloader__samples_are_parts_of_one_frame(frames_cache: Path) ->
     data = PretrainDataModule(str(frames_cache), PARENT, 4, num_workers=0)
     data.setup("fit")
     assert data.train_crops is not None
+    spacings = set()
     for batch in islice(iter(data.train_dataloader()), 5):
         assert batch["image"].shape == (4, 1, *PARENT) and batch["foreground"].shape == (4, 1, *PARENT)
         assert batch["spacing_mm"].shape == batch["centre_mm"].shape == (4, 2)
+        spacings |= {tuple(round(mm, 3) for mm in row) for row in batch["spacing_mm"].tolist()}
         for image, row in zip(batch["image"], batch["case"].tolist(), strict=True):
             whole = torch.from_numpy(data.caches[0].read_whole(data.train_crops.rows[row][1]))[0]
             windows = whole.unfold(1, PARENT[0], 1).unfold(2, PARENT[1], 1)
             corner = windows[..., 0, 0] == image[0, 0, 0]  # few places are compared whole
             assert any(torch.equal(windows[tuple(place)], image[0]) for place in corner.nonzero().tolist())
+    assert spacings == {(1.0, 1.0), (0.3, 0.2)}
 
 
 def test_setup__refuses_a_crop_of_other_axes(frames_cache: Path, tiny_cache: Path) -> None:

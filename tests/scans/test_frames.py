@@ -68,6 +68,15 @@ def test_prepare_frames__keeps_no_text_outside_the_sector(tmp_path: Path) -> Non
     assert any("pixels" in note for note in case.notes)
 
 
+def test_prepare_frames__a_page_of_text_is_no_sector(tmp_path: Path) -> None:
+    page = np.zeros((240, 320), np.uint8)
+    for row in range(10, 230, 20):
+        page = written(page, (10, row))
+    Image.fromarray(page).save(tmp_path / "a.png")
+    with pytest.raises(RefusedError, match="no sector found"):
+        prepare_frames([tmp_path / "a.png"])
+
+
 def test_prepare_frames__coloured_marks_are_no_tissue(tmp_path: Path) -> None:
     frames, _ = fan(1)
     place = (110, 120)
@@ -146,6 +155,10 @@ def test_read_frames__says_why_a_file_is_none(tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match=reason):
             read_frames(tmp_path / name)
     dicom = pydicom.dcmread(save_dicom(tmp_path / "a.dcm", frames))
+    dicom.PixelData = dicom.PixelData[:1000]
+    dicom.save_as(tmp_path / "short.dcm")
+    with pytest.raises(RefusedError, match="damaged, or of a compression that is not decoded"):
+        read_frames(tmp_path / "short.dcm")
     dicom.Modality = "CT"
     dicom.save_as(tmp_path / "ct.dcm")
     with pytest.raises(RefusedError, match="its header says CT, --modality says us"):

@@ -154,7 +154,7 @@ def _read_dicom(data: bytes) -> Frames:
     except RefusedError:
         raise
     except Exception as error:  # what pydicom and its decoders raise on damaged bytes is of many types
-        raise RefusedError(f"truncated or damaged: {_first_line(error)}") from error
+        raise RefusedError(f"damaged, or of a compression that is not decoded: {_first_line(error)}") from error
     if array.ndim == (3 if colours else 2):
         array = array[None]
     grey, drawn = _without_colour(array)
