@@ -82,6 +82,12 @@ def test_write_prediction__resampled_frames_come_back_on_the_source(tmp_path: Pa
     class Place:
         key, affine, source_affine, source_shape = "k", case.affine, case.source_affine, case.source_shape
 
+    for corner in (0, 1):  # both grids span the picture
+        h, w = case.image.shape[2:]
+        cached = case.affine @ [0, corner * h - 0.5, corner * w - 0.5, 1]
+        np.testing.assert_allclose(
+            cached, case.source_affine @ [corner * 320 - 0.5, corner * 240 - 0.5, 0, 1], atol=0.05
+        )
     back = to_source_grid(half, Place())
     assert back.shape == (320, 240, 2)
     assert (back[:, :119] == 1).all() and (back[:, 121:] == 0).all()
