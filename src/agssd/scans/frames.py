@@ -137,9 +137,8 @@ def _read_dicom(data: bytes) -> Frames:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-            kind = (words(dataset, "Modality") or [""])[0]
-            if kind not in ("US", "IVUS"):
-                raise RefusedError(f"its header says {kind or 'nothing of a modality'}, --modality says us")
+            if not {"US", "IVUS"} & set(words(dataset, "Modality")):
+                raise RefusedError("its header names another modality than ultrasound; --modality says us")
             array = dataset.pixel_array  # colours are turned to RGB
             colours = int(dataset.get("SamplesPerPixel") or 1) > 1
             palette = words(dataset, "PhotometricInterpretation") == ["PALETTE COLOR"]
