@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import os
 import shutil
@@ -140,6 +141,27 @@ def spoil_cache() -> Callable[[Path, list[str], Path], Path]:
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a cache of 8 subjects, MRI 40x56x40 at 1 mm, labels 0 to 2, 2 classes, 5 train, 2 val, 1 test."""
     return build_cache(tmp_path_factory.mktemp("cache") / "tiny.h5")
+
+
+@pytest.fixture(scope="session")
+def frames_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sequences and pictures of ultrasound with masks, of five persons each in two classes, and a cine; see fans.py."""
+    from fans import save_folder
+
+    from agssd.cli import main
+
+    folder = save_folder(tmp_path_factory.mktemp("ultrasound"))
+    rows = [("path", "subject", "label_path", "class", "modality", "split")]
+    for person in range(5):
+        split = ("train", "train", "train", "val", "test")[person]
+        rows.append((f"s{person}.mha", f"a{person}", f"s{person}_mask.mha", "ab"[person % 2], "us", split))
+        rows.append((f"p{person}.png", f"b{person}", f"p{person}_mask.png", "ba"[person % 2], "us", split))
+    rows += [("cine.dcm", "PATIENT-7", "", "", "us", "train"), ("black.png", "PATIENT-8", "", "", "us", "train")]
+    with (folder / "list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    out = tmp_path_factory.mktemp("frames") / "us.h5"
+    assert main(["prepare", str(folder / "list.csv"), "--out", str(out)]) == 3  # the black picture is refused
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -760,3 +760,10 @@ def test_fit__two_processes_reach_the_weights_of_one(
             rows = [row["data/replaced_samples"] for row in csv.DictReader(file) if row.get("data/replaced_samples")]
         replaced.append([float(row) for row in rows])
     assert replaced[0] == replaced[1] and replaced[0][-1] == 3  # summed over ranks
+
+
+def test_changed_settings__what_early_checkpoints_do_not_name_is_what_it_was_then() -> None:
+    saved = {"backbone": {"class_path": "agssd.models.vit.ViT", "init_args": {"depth": 4}}}
+    for dims, changes in ((3, 0), (2, 1)):
+        given = {"backbone": {"class_path": "agssd.models.vit.ViT", "init_args": {"depth": 4, "spatial_dims": dims}}}
+        assert len(changed_settings(saved | {"trainer": {}}, given | {"trainer": {}}, {})) == changes

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from agssd import __version__
 from agssd.models.backbone import Backbone
-from agssd.types import HasBackbone, Triple
+from agssd.types import HasBackbone, Size
 
 FILE_NAME = "backbone.safetensors"
 FORMAT = "agssd-backbone"
@@ -101,7 +101,7 @@ def load_backbone(
     path: str | Path,
     *,
     in_channels: int | None = None,
-    patch_size: int | Triple | None = None,
+    patch_size: int | Size | None = None,
     trust_class: bool = False,
 ) -> Backbone:
     """Return the encoder of an exported file, in eval mode, strictly loaded; its ``contract`` says what it expects.
@@ -112,9 +112,9 @@ def load_backbone(
         path: ``backbone.safetensors`` or the directory that holds it.
         in_channels: ask for another channel count. Every new channel gets the mean kernel of the old ones times
             old / new count, so a volume repeated over channels gives the response of the mean kernel.
-        patch_size: ask for another patch. The kernel is resized so that a trilinearly resized patch keeps its
+        patch_size: ask for another patch. The kernel is resized so that a linearly resized patch keeps its
             embedding: exactly when the patch grows, in least squares when it shrinks (source: [R: FlexiViT]
-            pseudo-inverse resize, in 3D and per axis).
+            pseudo-inverse resize, per axis).
         trust_class: allow a class outside ``agssd``, which imports the module the file names.
 
     Raises:
@@ -142,17 +142,17 @@ def weights_digest(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def resize_kernel(kernel: Tensor, patch_size: Triple) -> Tensor:
+def resize_kernel(kernel: Tensor, patch_size: Size) -> Tensor:
     """Return a patch-embedding kernel (E, C, *patch_size) that embeds resized patches like ``kernel`` the originals.
 
     Args:
-        kernel: (E, C, d, h, w).
-        patch_size: new (d, h, w).
+        kernel: (E, C, [d,] h, w).
+        patch_size: new ([d,] h, w).
     """
     out = kernel.double()
     for axis, (old, new) in enumerate(zip(kernel.shape[2:], patch_size, strict=True), start=2):
         if old != new:
-            unit = torch.eye(old, dtype=torch.float64)[None]  # columns: responses of trilinear resizing along one axis
+            unit = torch.eye(old, dtype=torch.float64)[None]  # columns: responses of linear resizing along one axis
             resize = F.interpolate(unit, size=new, mode="linear", align_corners=False)[0].T  # (new, old)
             out = torch.movedim(torch.movedim(out, axis, -1) @ torch.linalg.pinv(resize), -1, axis)
     return out.to(kernel.dtype).contiguous()
@@ -259,7 +259,7 @@ def _adapt(
     contract: dict[str, Any],
     weights: dict[str, Tensor],
     in_channels: int | None,
-    patch_size: int | Triple | None,
+    patch_size: int | Size | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Return config and weights for the channels and patch asked for, and what they were before."""
     config, own_patch = contract["backbone"], tuple(contract["patch_size"])
@@ -275,21 +275,21 @@ def _adapt(
             raise ValueError(f"in_channels is {in_channels}; use at least 1")
         changes["channels"] = kernel.shape[1]
         mean = kernel.mean(1, keepdim=True) * (kernel.shape[1] / in_channels)
-        kernel = mean.repeat(1, in_channels, 1, 1, 1)
+        kernel = mean.repeat(1, in_channels, *[1] * len(own_patch))
         init_args["in_channels"] = in_channels
     if patch_size is not None:
-        d, h, w = (patch_size,) * 3 if isinstance(patch_size, int) else patch_size
-        if min(d, h, w) < 1:
-            raise ValueError(f"patch_size is {(d, h, w)}; use at least 1 per axis")
-        if (d, h, w) != own_patch:
+        new_patch = (patch_size,) * len(own_patch) if isinstance(patch_size, int) else tuple(patch_size)
+        if min(new_patch) < 1 or len(new_patch) != len(own_patch):
+            raise ValueError(f"patch_size is {new_patch}; use at least 1 per axis, on {len(own_patch)} axes")
+        if new_patch != own_patch:
             if own_patch != tuple(kernel.shape[2:]) or tuple(init_args.get("patch_size", ())) != own_patch:
                 raise ValueError(
-                    f"{kind.__name__} has tokens of {own_patch} voxels and cannot be adapted to {(d, h, w)}; load it "
+                    f"{kind.__name__} has tokens of {own_patch} voxels and cannot be adapted to {new_patch}; load it "
                     "without patch_size"
                 )
             changes["patch_size"] = list(kernel.shape[2:])
-            kernel = resize_kernel(kernel, (d, h, w))
-            init_args["patch_size"] = [d, h, w]
+            kernel = resize_kernel(kernel, new_patch)
+            init_args["patch_size"] = list(new_patch)
     return {**config, "init_args": init_args}, {**weights, kind.input_weight: kernel}, changes
 
 

@@ -5,7 +5,9 @@ Shape legend, used in every docstring of the package:
 - ``B`` samples, ``C`` channels, ``D, H, W`` voxels; D is slowest and runs inferior to superior,
   H posterior to anterior, W left to right (S, A, R increasing).
 - ``N`` tokens of a view (without [CLS]), ``G = (D', H', W')`` its token grid, ``E`` embedding size, ``K`` prototypes.
-- Every triple (shape, spacing, crop) follows tensor order. ``mask`` is bool and True means hidden from the encoder.
+- Every triple (shape, spacing, crop) follows tensor order. In 2D, where samples are frames of ultrasound or other
+  pictures, D, D' and the first of every triple are not there: images are (B, C, H, W).
+- ``mask`` is bool and True means hidden from the encoder.
 
 This module imports torch for the type checker only.
 """
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor, nn
 
-Triple = tuple[int, int, int]
+Size = tuple[int, ...]  # one number per axis of space, tensor order: (D, H, W), or (H, W) in 2D
+Triple = tuple[int, int, int]  # where there are always three, as in the cache
 # Figures of a probe, of which the first that is measured stands for it; AUROC is not among them, for it is NaN where
 # one class is held out.
 PROBE_FIGURES = (
@@ -32,20 +35,20 @@ PROBE_FIGURES = (
 class ParentBatch(TypedDict):
     """One parent crop per sample, as the pretraining data module delivers it.
 
-    ``image`` (B, C, D, H, W) int16 as stored; ``image * scale + offset`` is HU for CT and the source's own units,
+    ``image`` (B, C, [D,] H, W) int16 as stored; ``image * scale + offset`` is HU for CT and the source's own units,
     clipped to the stored percentiles, for MRI. Voxels outside the volume hold the volume's lowest stored value.
     """
 
-    image: Tensor  # (B, C, D, H, W) int16
-    foreground: Tensor  # (B, 1, D, H, W) uint8, 1 = body; 0 in padding
+    image: Tensor  # (B, C, [D,] H, W) int16
+    foreground: Tensor  # (B, 1, [D,] H, W) uint8, 1 = body; 0 in padding
     scale: Tensor  # (B, C) float32
     offset: Tensor  # (B, C) float32
     low: Tensor  # (B, C) float32: intensity that maps to the low end of the model's range (CT: -1000 HU)
     high: Tensor  # (B, C) float32: intensity that maps to the high end (CT: 1000 HU)
     edge_q99: Tensor  # (B, C) float32: 99th percentile of the edge magnitude inside the foreground, 0 if flat
     is_ct: Tensor  # (B,) bool
-    spacing_mm: Tensor  # (B, 3) float32
-    centre_mm: Tensor  # (B, 3) float32: centre of the crop minus centre of the volume
+    spacing_mm: Tensor  # (B, d) float32
+    centre_mm: Tensor  # (B, d) float32: centre of the crop minus centre of the volume
     sample: Tensor  # (B,) int64: position in the endless stream; the key of every random draw
     case: Tensor  # (B,) int64: row in the list of cases of the data module, of the case that was read
     broken: Tensor  # (B, 4) int64: rows drawn before it that could not be read (data.on_broken quarantine), else -1
@@ -54,21 +57,21 @@ class ParentBatch(TypedDict):
 class LabelledBatch(TypedDict, total=False):
     """What the downstream data module delivers: intensities already in the model's range."""
 
-    image: Tensor  # (B, C, D, H, W) float32
-    foreground: Tensor  # (B, 1, D, H, W) bool
-    label: Tensor  # (B, 1, D, H, W) int64, segmentation
+    image: Tensor  # (B, C, [D,] H, W) float32
+    foreground: Tensor  # (B, 1, [D,] H, W) bool
+    label: Tensor  # (B, 1, [D,] H, W) int64, segmentation
     target: Tensor  # (B,) int64, classification
-    spacing_mm: Tensor  # (B, 3) float32
+    spacing_mm: Tensor  # (B, d) float32
     case: Tensor  # (B,) int64
 
 
 class Features(NamedTuple):
-    """What every backbone returns for a volume (B, C, D, H, W)."""
+    """What every backbone returns for a volume (B, C, D, H, W) or frames (B, C, H, W)."""
 
     cls: Tensor  # (B, E); a backbone without [CLS] pools its tokens
     tokens: Tensor  # (B, N, E), N in raster order of grid
-    grid: Triple
-    levels: list[Tensor]  # intermediate maps (B, E_i, D_i, H_i, W_i) for decoders, shallow to deep; may be empty
+    grid: Size
+    levels: list[Tensor]  # intermediate maps (B, E_i, [D_i,] H_i, W_i) for decoders, shallow to deep; may be empty
 
 
 class LossTerms(NamedTuple):
@@ -96,17 +99,17 @@ class Observations(TypedDict, total=False):
 class ViewPanel(TypedDict, total=False):
     """One sample's views for a picture, all float32 in the model's range unless said otherwise."""
 
-    globals: Tensor  # (2, D, H, W) inputs after appearance augmentation
-    clean: Tensor  # (2, D, H, W) clean global views
-    locals: Tensor  # (L, d, h, w)
-    edges: Tensor  # (2, D, H, W) in [0, 1]
-    mask: Tensor  # (2, D', H', W') bool
-    reconstruction: Tensor  # (2, D, H, W) prediction where masked, clean elsewhere
-    overlap_box: Tensor  # (2, 3, 2) float: overlap in voxels of each global view, [start, end) per axis
+    globals: Tensor  # (2, [D,] H, W) inputs after appearance augmentation
+    clean: Tensor  # (2, [D,] H, W) clean global views
+    locals: Tensor  # (L, [d,] h, w)
+    edges: Tensor  # (2, [D,] H, W) in [0, 1]
+    mask: Tensor  # (2, *grid) bool
+    reconstruction: Tensor  # (2, [D,] H, W) prediction where masked, clean elsewhere
+    overlap_box: Tensor  # (2, d, 2) float: overlap in voxels of each global view, [start, end) per axis
     true_box: Tensor  # (V, 3, 2) float: a place in voxels of each picture that the module is to find, [start, end)
     predicted_box: Tensor  # (V, 3, 2) float: where it believes that place to be
     origin: Tensor  # (V, 3) float: where the vectors to the middles of both boxes start
-    attention: Tensor  # (2, heads, D', H', W') teacher attention of [CLS], last block
+    attention: Tensor  # (2, heads, *grid) teacher attention of [CLS], last block
 
 
 @runtime_checkable

@@ -158,3 +158,32 @@ def test_from_monai__misfits_named() -> None:
         from_monai({n: v for n, v in state.items() if n != "blocks.1.mlp.linear2.bias"}, 4, (2, 4, 3))
     with pytest.raises(ValueError, match="MONAI ViT or UNETR"):
         from_monai({}, 4)
+
+
+@pytest.mark.parametrize("classification", [False, True])
+def test_frames__there_and_back(classification: bool) -> None:
+    model, x = perturbed(class_token=classification, spatial_dims=2), torch.randn(2, 1, 32, 32)
+    network = monai_vit(classification, img_size=(32, 32), spatial_dims=2)
+    load_into_monai(model, network)  # 16 tokens: a square
+    with torch.no_grad():
+        theirs = network.norm(network(x)[1][-1])
+        torch.testing.assert_close(model(x).tokens, theirs[:, int(classification) :], rtol=1e-5, atol=1e-5)
+        back = from_monai(network.state_dict(), num_heads=4).eval()
+        assert back.spatial_dims == 2
+        torch.testing.assert_close(back(x).tokens, model(x).tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_frames__unetr_decodes_our_levels() -> None:
+    x = torch.randn(1, 1, 32, 48)
+    flat = perturbed(class_token=False, patch_size=16, depth=12, spatial_dims=2)
+    network = UNETR(1, 3, (32, 48), feature_size=4, hidden_size=48, mlp_dim=192, num_heads=4, qkv_bias=True,
+                    spatial_dims=2).eval()  # fmt: skip
+    network.vit = MonaiEncoder(flat)
+    with torch.no_grad():
+        own = network(x)
+        plain = UNETR(1, 3, (32, 48), feature_size=4, hidden_size=48, mlp_dim=192, num_heads=4, qkv_bias=True,
+                      spatial_dims=2).eval()  # fmt: skip
+        plain.load_state_dict({name: value for name, value in network.state_dict().items() if "vit." not in name},
+                              strict=False)  # fmt: skip
+        load_into_monai(flat, plain)
+        torch.testing.assert_close(plain(x), own, rtol=1e-4, atol=1e-4)

@@ -415,3 +415,38 @@ def test_compile_blocks__equals_eager(backend: str) -> None:
     sum(f.tokens.square().sum() for f in eager).backward()
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_frames__equal_volumes_of_one_slice_but_for_their_positions(rotary):
+    torch.manual_seed(0)
+    flat = ViT(patch_size=8, size="tiny", depth=2, position_scale=0.0, spatial_dims=2)
+    deep = ViT(patch_size=(1, 8, 8), size="tiny", depth=2, position_scale=0.0)
+    state = flat.state_dict()
+    state["patch_weight"] = state["patch_weight"].unsqueeze(2)
+    deep.load_state_dict(state)
+    x = torch.randn(2, 1, 24, 40)
+    found, wanted = flat(x), deep(x[:, :, None])
+    assert found.grid == (3, 5)
+    torch.testing.assert_close(found.tokens, wanted.tokens)
+    torch.testing.assert_close(found.levels[0], wanted.levels[0][:, :, 0])
+    if rotary:
+        turned = ViT(patch_size=8, size="tiny", depth=2, position_scale=0.0, rotary=True, spatial_dims=2)
+        turned.load_state_dict(flat.state_dict())
+        assert not torch.allclose(turned(x).tokens, found.tokens, atol=1e-3)
+
+
+def test_frames__positions_of_a_small_grid_are_those_of_the_large_one_resampled():
+    large, small = sincos_position((12, 8), 64), sincos_position((4, 8), 64)
+    middle = large.view(4, 3, 8, 64)[:, 1]  # three rows to one: the middle row has its centre
+    torch.testing.assert_close(small.view(4, 8, 64), middle)
+    assert len(large.unique(dim=0)) == 96
+
+
+def test_frames__refuse_volumes_and_sizes_of_three_numbers():
+    with pytest.raises(ValueError, match="patch_size .* spatial_dims is 2; give 2 numbers"):
+        ViT(patch_size=(8, 8, 8), size="tiny", spatial_dims=2)
+    with pytest.raises(ValueError, match=r"expected \(B, C, H, W\)"):
+        ViT(patch_size=8, size="tiny", depth=1, spatial_dims=2)(torch.zeros(1, 1, 8, 8, 8))
+    with pytest.raises(ValueError, match="spatial_dims is 4"):
+        ViT(patch_size=8, size="tiny", spatial_dims=4)

@@ -52,7 +52,7 @@ def test_sample__overlap_of_every_experiment_holds_over_100_000_draws(parent, se
     monkeypatch.setattr(crops, "box_share", lambda mask, low, high: torch.ones(low.shape[:2]))
     overlap, target = [], []
     for part in torch.arange(100_000).split(20_000):
-        drawn = views.sample(ones(parent).expand(len(part), -1, -1, -1, -1), part, 0)
+        drawn = views.sample(ones(parent).expand(len(part), *[-1] * (len(parent) + 1)), part, 0)
         overlap.append(drawn.overlap)
         target.append(drawn.target_overlap)
         for geometry in filter(None, (drawn.globals, drawn.locals)):

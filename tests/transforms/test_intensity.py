@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agssd.transforms import intensity
-from agssd.transforms.intensity import Appearance, to_model_range
+from agssd.transforms.intensity import Appearance, add_speckle, cast_shadow, change_depth_gain, to_model_range
 from agssd.transforms.keyed_random import KeyedRandom
 
 OFF = {"prob_gamma": 0.0, "prob_histogram": 0.0, "prob_blur": 0.0, "prob_noise": 0.0, "prob_gibbs": 0.0}
@@ -162,3 +162,70 @@ def test_appearance__settings_that_are_unknown_or_out_of_range_are_refused_by_na
     for name, value in {"contrast": 1.0, "prob_blur": 1.5, "prob_gibbs": -0.1, "gamma": 0.9, "noise": -1.0}.items():
         with pytest.raises(ValueError, match=rf"appearance\.{name} is "):
             Appearance.of({name: value})
+
+
+# ------------------------------------------------------------------ ultrasound
+
+
+def ultrasound(count: int = 6, shape: tuple[int, ...] = (64, 80)) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    image = 0.3 + 0.2 * torch.rand(count, 1, *shape, generator=generator)
+    image[..., :10] = 0  # the screen beside the sector
+    return image
+
+
+def test_change_depth_gain__is_one_factor_per_row_that_follows_its_formula():
+    image = ultrasound()
+    bow, slope = torch.linspace(-0.4, 0.4, 6), torch.linspace(0.3, -0.3, 6)
+    gain = change_depth_gain(image, bow, slope)[..., 10:] / image[..., 10:]
+    torch.testing.assert_close(gain, gain[..., :1].expand_as(gain))
+    torch.testing.assert_close(gain[:, 0, 0, 0], (-slope).exp())  # the top: sin 0 = 0, u = 0
+    torch.testing.assert_close(gain[:, 0, -1, 0], slope.exp())
+    assert torch.equal(change_depth_gain(image, 0 * bow, 0 * slope), image)
+
+
+def test_cast_shadow__darkens_a_slanted_band_below_its_start_and_nothing_else():
+    image = torch.ones(1, 1, 100, 200)
+    dark = 1 - cast_shadow(image, *(torch.tensor([x]) for x in (0.3, 0.2, 0.05, 0.4, 0.7)))[0, 0]
+    assert dark[:30].max() < 0.05 and dark[60:].amax(1).min() > 0.65 and dark.max() <= 0.7
+    middle = (dark * torch.arange(200)).sum(1) / dark.sum(1)
+    rows = torch.tensor([60, 80, 99])
+    torch.testing.assert_close(middle[rows] / 199, 0.3 + 0.2 * rows / 99, atol=0.02, rtol=0)
+    assert (dark[80] > 0.35).sum() == pytest.approx(2 * 0.05 * 200, abs=4)
+
+
+def test_add_speckle__has_its_level_grows_with_intensity_and_leaves_the_screen_black():
+    image = torch.full((4, 1, 128, 128), 0.2)
+    image[..., 64:] = 0.6
+    image[:, :, :20] = 0
+    level = torch.tensor([0.0, 0.1, 0.2, 0.3])
+    found = add_speckle(image, level, torch.arange(4))
+    assert torch.equal(found[0], image[0]) and (found[:, :, :20] == 0).all()
+    for row in (1, 2, 3):
+        low, high = found[row, 0, 20:, :64], found[row, 0, 20:, 64:]
+        assert low.std() / 0.2 == pytest.approx(level[row].item(), rel=0.2)
+        assert (high.std() / low.std()).item() == pytest.approx(3, rel=0.2)
+        grain = low - low.mean()
+        neighbours = (grain[:, 1:] * grain[:, :-1]).mean() / grain.square().mean()
+        assert 0.6 < neighbours < 0.95  # grains are larger than a pixel
+
+
+def test_appearance_of_ultrasound__depends_on_seed_and_sample_alone_and_stays_in_range():
+    settings = {"prob_speckle": 1.0, "prob_depth_gain": 1.0, "prob_shadow": 1.0, "prob_gibbs": 0.0}
+    appearance = Appearance.of(settings)
+    image, is_ct, sample = 2 * ultrasound() - 1, torch.zeros(6, dtype=torch.bool), torch.arange(6)
+    whole = appearance(image, is_ct, KeyedRandom(0, sample, "a"), 1)
+    assert whole.min() >= -1 and whole.max() <= 1
+    for row in range(6):
+        alone = appearance(image[row : row + 1], is_ct[:1], KeyedRandom(0, sample[row : row + 1], "a"), 1)
+        torch.testing.assert_close(alone[0], whole[row])
+    plain = Appearance.of({"prob_gibbs": 0.0})(image, is_ct, KeyedRandom(0, sample, "a"), 1)
+    assert (whole - plain).abs().flatten(1).mean(1).min() > 0.01  # each of them is changed
+
+
+@pytest.mark.parametrize(
+    "settings", [{"prob_shadow": 1.5}, {"shadow": 1.2}, {"speckle": -0.1}, {"depth_gain": -1.0}, {"prob_speckle": -1}]
+)
+def test_appearance_of_ultrasound__settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=f"appearance.{next(iter(settings))} is"):
+        Appearance.of(settings)

@@ -28,7 +28,7 @@ from agssd.evaluation.probe_features import ProbeVolume, encode
 from agssd.models.backbone import Backbone, build_fresh
 from agssd.run.stop_signals import STOP
 from agssd.sharding import whole
-from agssd.types import HasBackbone, Triple
+from agssd.types import HasBackbone, Size
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class OnlineProbe(StandingCallback):
         num_folds: int | None = None,
         num_subjects: int = 16,
         num_held_out: int = 16,
-        window_vox: Triple | None = None,
+        window_vox: Size | None = None,
         overlap: float = 0.0,
         max_vox: int | None = None,
         linear_steps: int = 60,
@@ -191,9 +191,9 @@ class OnlineProbe(StandingCallback):
     def _encoder_of(module: pl.LightningModule) -> Backbone:
         return cast(Backbone, cast(HasBackbone, module).backbone)
 
-    def _window(self, encoder: Backbone) -> Triple:
+    def _window(self, encoder: Backbone) -> Size:
         patch = encoder.patch_size
-        window = self.window_vox or (4 * patch[0], 4 * patch[1], 4 * patch[2])
+        window = self.window_vox or tuple(4 * n for n in patch)
         if any(w < p or w % p for w, p in zip(window, patch, strict=True)):
             raise ValueError(
                 f"online_probe.window_vox is {list(window)}, no multiple of the encoder's patch {list(patch)}"

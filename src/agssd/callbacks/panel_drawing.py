@@ -1,7 +1,8 @@
 """Drawing of :class:`agssd.types.ViewPanel`: one array of pixels, one integer number of pixels per voxel, and labels.
 
 Slices go through the middle of the overlap box. Up is superior (coronal, sagittal) or anterior (axial); axes follow the
-view's own frame, which its random orientation may have turned.
+view's own frame, which its random orientation may have turned. Frames are drawn as volumes of one slice, first row
+on top.
 """
 
 from __future__ import annotations
@@ -98,6 +99,9 @@ def _blocks(panel: ViewPanel, index: int) -> list[tuple[str, list[list[_Tile]]]]
     base = arrays.get("clean", arrays.get("globals"))
     if base is None:
         raise ValueError("a ViewPanel needs 'clean' or 'globals' to be drawn")
+    if base.ndim == 3:  # (views, H, W)
+        arrays = {key: _as_volume(key, value, base.shape[1]) for key, value in arrays.items()}
+        base = _as_volume("clean", base, base.shape[1])
     window = _window(base)
     factor = math.ceil(_TILE / max(base.shape[1:]))
     names = ("crop 2", "crop 3") if "predicted_box" in arrays else ("view A", "view B")
@@ -124,7 +128,8 @@ def _view_row(
     centre = [int(np.clip(np.floor(box[axis].mean()), 0, size - 1)) if box is not None else size // 2
               for axis, size in enumerate(clean.shape)]  # fmt: skip
     tiles = []
-    for axis, plane in enumerate(_PLANES):
+    flat = clean.shape[0] == 1
+    for axis, plane in enumerate(("frame",) if flat else _PLANES):
         pixels = _upscaled(_grey(_slice(clean, axis, centre[axis]), window), factor)
         if box is not None:
             draw_box(pixels, np.delete(box, axis, 0), np.delete(clean.shape, axis))
@@ -135,7 +140,7 @@ def _view_row(
                 start = np.delete(arrays["origin"][view], axis)
                 for ends, colour in ((np.delete(box, axis, 0), BOX_COLOUR), (predicted, _PREDICTED_COLOUR)):
                     draw_line(pixels, start, ends.mean(1), np.delete(clean.shape, axis), colour)
-        tiles.append(_Tile(pixels, f"{plane} {centre[axis]}"))
+        tiles.append(_Tile(pixels, plane if flat else f"{plane} {centre[axis]}"))
     depth = centre[0]
 
     def axial(volume: _Floats) -> _Floats:
@@ -209,6 +214,16 @@ def draw_line(
 def _array(tensor: Tensor) -> _Floats:
     values: _Floats = tensor.detach().float().cpu().numpy()
     return np.nan_to_num(values, posinf=0.0, neginf=0.0)
+
+
+def _as_volume(key: str, values: _Floats, height: int) -> _Floats:
+    """Return what belongs to frames of ``height`` rows as what belongs to volumes of one slice, whose rows point up."""
+    if key == "origin":  # (V, 2)
+        return np.stack([np.full(len(values), 0.5), height - values[:, 0], values[:, 1]], 1).astype(np.float32)
+    if key.endswith("_box"):  # (V, 2, 2), [start, end) per axis
+        slab = np.broadcast_to(np.array([0, 1], np.float32), values[:, 0].shape)
+        return np.stack([slab, height - values[:, 0, ::-1], values[:, 1]], 1)
+    return np.expand_dims(values[..., ::-1, :], -3)
 
 
 def _window(volumes: _Floats) -> tuple[float, float]:

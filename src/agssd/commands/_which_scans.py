@@ -27,7 +27,13 @@ def add_source_arguments(parser: argparse.ArgumentParser, others: str = "") -> N
         metavar="DIR",
         help="where public sets are, or are downloaded to once; default: the folder downloads beside the result",
     )
-    parser.add_argument("--modality", choices=("ct", "mri", "auto"), default="auto", help="default: decide per file")
+    parser.add_argument(
+        "--modality",
+        choices=("ct", "mri", "us", "auto"),
+        default="auto",
+        help="default: decide per file; us: frames "
+        "of ultrasound, from pictures (PNG, JPEG), sequences (MetaImage, NRRD) and DICOM, for 2D encoders",
+    )
     parser.add_argument(
         "--labels",
         action="append",

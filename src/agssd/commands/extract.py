@@ -75,15 +75,16 @@ def extract(
         arrays = [resample_to_source(v, info, order, low) for v, low in zip(volumes, outside, strict=True)]
         affine = info.source_affine
     save_nifti(arrays[0] if len(arrays) == 1 else np.stack(arrays, -1), affine, out)
-    return f"written {out}: {what} of case {info.key}" + _error(info.scale, what, cached_grid, _same_voxels(info))
+    return f"written {out}: {what} of case {info.key}" + _error(info, what, cached_grid, _same_voxels(info))
 
 
-def _error(scale: tuple[float, ...], what: str, cached_grid: bool, same_voxels: bool) -> str:
+def _error(info: CaseInfo, what: str, cached_grid: bool, same_voxels: bool) -> str:
     if what != "image":
         return ""
-    step = max(scale) / 2
+    step = max(info.scale) / 2
+    where = "stored range" if info.spatial_dims == 3 else "stored range and the sector"
     grid = "" if cached_grid or same_voxels else ", and interpolated from the cache's spacing"
-    return f"; stored values are within {step:.3g} of the source's inside the stored range{grid}"
+    return f"; stored values are within {step:.3g} of the source's inside the {where}{grid}"
 
 
 def _same_voxels(info: CaseInfo) -> bool:

@@ -65,7 +65,7 @@ def _row(cache: VolumeCache, case: CaseInfo) -> tuple[str, ...]:
     return (
         case.key,
         "x".join(map(str, case.shape)),
-        "x".join(f"{size:.3g}" for size in case.spacing_mm),
+        "x".join(f"{size:.3g}" for size in case.spacing_mm[-case.spatial_dims :]) if case.in_mm else "in pixels",
         case.modality,
         str(case.channels),
         labels,
@@ -80,7 +80,8 @@ def draw(cache: VolumeCache, path: Path, count: int) -> list[str]:
     """Draw ``count`` cases, one row each: three planes through the middle of the body, and return their keys.
 
     The outline of the foreground is blue, labels are coloured. Up is superior or anterior, to the right lies the
-    patient's right or front. Keys are the salted ones of the cache; nothing else names a case.
+    patient's right or front. Of sequences the first, the middle and the last frame are drawn as they are. Keys are the
+    salted ones of the cache; nothing else names a case.
 
     Args:
         cache: open cache.
@@ -114,25 +115,28 @@ def draw(cache: VolumeCache, path: Path, count: int) -> list[str]:
         else:
             middle = [(low + high) // 2 for low, high in info.foreground_box]
         top = max(info.label_values or (1,))
-        for axis, (place, name) in enumerate(zip(places, ("axial", "coronal", "sagittal"), strict=True)):
+        planes = [(axis, middle[axis], name) for axis, name in enumerate(("axial", "coronal", "sagittal"))]
+        if info.spatial_dims == 2:
+            planes = [(0, frame, "frame") for frame in (0, (info.shape[0] - 1) // 2, info.shape[0] - 1)]
+        for place, (axis, index, name) in zip(places, planes, strict=True):
             up, right = [i for i in range(3) if i != axis]
             settings = {"origin": "lower", "aspect": info.spacing_mm[up] / info.spacing_mm[right]}
-            place.imshow(
-                np.take(image, middle[axis], axis), cmap="gray", vmin=info.low[0], vmax=info.high[0], **settings
-            )
-            cut = np.take(body, middle[axis], axis)
+            if info.spatial_dims == 2:
+                settings["origin"] = "upper"
+            place.imshow(np.take(image, index, axis), cmap="gray", vmin=info.low[0], vmax=info.high[0], **settings)
+            cut = np.take(body, index, axis)
             if cut.min() < cut.max():
                 place.contour(cut, levels=[0.5], colors="tab:cyan", linewidths=0.8)
             if label is not None:
-                values = np.ma.masked_equal(np.take(label, middle[axis], axis), 0)
+                values = np.ma.masked_equal(np.take(label, index, axis), 0)
                 place.imshow(
                     values, cmap="tab10" if top < 10 else "turbo", vmin=0, vmax=max(top, 9), alpha=0.5, **settings
                 )
             place.set_axis_off()
-            place.set_title(f"{name} {middle[axis]}", fontsize=8, loc="left")
-        spacing = "x".join(f"{size:.3g}" for size in info.spacing_mm)
-        head = f"{info.key}, {info.modality}, {info.split}, {spacing} mm"
-        places[0].set_title(f"{head}\naxial {middle[0]}", fontsize=8, loc="left")
+            place.set_title(f"{name} {index}", fontsize=8, loc="left")
+        spacing = "x".join(f"{size:.3g}" for size in info.spacing_mm[-info.spatial_dims :])
+        head = f"{info.key}, {info.modality}, {info.split}, {f'{spacing} mm' if info.in_mm else 'in pixels'}"
+        places[0].set_title(f"{head}\n{planes[0][2]} {planes[0][1]}", fontsize=8, loc="left")
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         figure.savefig(partial, format="png")

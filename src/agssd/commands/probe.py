@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from agssd.data_modules.cache import VolumeCache
     from agssd.data_modules.probe_set import ProbeSet
     from agssd.models.backbone import Backbone
-    from agssd.types import Triple
+    from agssd.types import Size
 
 RANDOM = "random"
 TITLES = {
@@ -283,18 +283,18 @@ def _seen(backbone: Backbone, data: ProbeSet) -> dict[str, int] | None:
     return None if found is None else {"subjects": len(found.subjects), "near_duplicates": len(found.duplicates)}
 
 
-def _window(given: Sequence[int] | None, backbone: Backbone) -> Triple | None:
+def _window(given: Sequence[int] | None, backbone: Backbone) -> Size | None:
     from agssd.models.slices import SliceEncoder
 
     if isinstance(backbone, SliceEncoder):
         return None  # whole slices
     patch = backbone.patch_size
     if given is None:
-        return (4 * patch[0], 4 * patch[1], 4 * patch[2])
-    if len(given) not in (1, 3):
-        raise ValueError(f"--window-vox takes one number or three, got {list(given)}")
-    sizes = list(given) * 3 if len(given) == 1 else list(given)
-    return (sizes[0], sizes[1], sizes[2])
+        return tuple(4 * n for n in patch)
+    if len(given) not in (1, len(patch)):
+        count = {2: "two", 3: "three"}[len(patch)]
+        raise ValueError(f"--window-vox takes one number or {count}, got {list(given)}")
+    return tuple(given) * len(patch) if len(given) == 1 else tuple(given)
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -9,12 +9,15 @@ from typing import Any
 
 from agssd.data_modules.cache import CaseInfo, VolumeCache
 from agssd.scans.prepare import CT_RANGE_HU, MRI_PERCENTILES, same_spacing
+from agssd.types import Size
 
 _LOG = logging.getLogger(__name__)
 
 
 def check_agreement(caches: Sequence[VolumeCache], modality: str | None = None) -> None:
-    """Refuse caches whose cases differ in channels or spacing.
+    """Refuse caches whose cases differ in channels or spacing, or of which some are volumes and some frames.
+
+    Frames may differ in spacing: each view knows its own.
 
     Args:
         caches: open caches.
@@ -37,12 +40,17 @@ def check_agreement(caches: Sequence[VolumeCache], modality: str | None = None) 
             f"case {case.key} ({case.modality})" if inside else f"{place.path} (case {case.key}, {case.modality})"
             for place, case in ((first_cache, first), (cache, info))
         )
+        if info.spatial_dims != first.spatial_dims:
+            raise ValueError(
+                f"{who} disagree: {here} is {_kind(first)}, {there} is {_kind(info)}; prepare and train on them "
+                "separately"
+            )
         if info.channels != first.channels:
             raise ValueError(
                 f"{who} disagree in channels: {here} has {first.channels}, {there} has {info.channels}; "
                 + ("prepare one cache for each number" if inside else "train on them separately")
             )
-        if not same_spacing(info.spacing_mm, first.spacing_mm):
+        if info.spatial_dims == 3 and not same_spacing(info.spacing_mm, first.spacing_mm):
             if info.modality != first.modality:
                 remedy = (
                     "run `agssd prepare` once per --modality and train on one (a downstream task may choose with "
@@ -56,6 +64,22 @@ def check_agreement(caches: Sequence[VolumeCache], modality: str | None = None) 
                 f"{who} disagree in spacing: {here} has {list(first.spacing_mm)} mm, {there} has "
                 f"{list(info.spacing_mm)} mm; {remedy}"
             )
+
+
+def check_dims(cache: VolumeCache, argument: str, size: Size) -> None:
+    """Refuse a size that has another number of axes than the cases of a cache.
+
+    Raises:
+        ValueError: naming the argument, the cache and the remedy.
+    """
+    info = cache.cases[0]
+    if len(size) != info.spatial_dims:
+        kind, wanted = ("volumes", "three numbers (D, H, W)") if info.spatial_dims == 3 else ("frames", "two (H, W)")
+        raise ValueError(f"{argument} is {list(size)}, but the cases of {cache.path} are {kind}; give {wanted}")
+
+
+def _kind(info: CaseInfo) -> str:
+    return "a volume" if info.spatial_dims == 3 else "a sequence of frames"
 
 
 def warn_of_subjects(caches: Sequence[VolumeCache]) -> None:
@@ -99,9 +123,13 @@ def cache_contract(cases: Sequence[CaseInfo]) -> dict[str, Any]:
         "ct": {"rule": "window", "low": CT_RANGE_HU[0], "high": CT_RANGE_HU[1], "range": [0.0, 1.0]},
         "mri": {"rule": "foreground_percentiles", "percentiles": list(MRI_PERCENTILES), "range": [-1.0, 1.0]},
     }
+    rules["us"] = rules["mri"]
+    first = cases[0]
+    spacing = first.spacing_mm[-first.spatial_dims :]
+    one_spacing = all(info.in_mm and same_spacing(info.spacing_mm, first.spacing_mm) for info in cases)
     return {
-        "spacing_mm": [float(s) for s in cases[0].spacing_mm],
-        "orientation": "SAR",
+        "spacing_mm": [float(s) for s in spacing] if first.spatial_dims == 3 or one_spacing else None,
+        "orientation": "SAR" if first.spatial_dims == 3 else "IR",
         "modality": modalities[0] if len(modalities) == 1 else "mixed",
         "intensity": {modality: rules[modality] for modality in modalities},
         "channels": int(cases[0].channels),

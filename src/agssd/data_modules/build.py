@@ -246,7 +246,7 @@ def write_arrays(group: Any, case: PreparedCase, layout: str, compression: Mappi
         layout: one of ``LAYOUTS``.
         compression: what ``filter_arguments`` returned; for ``"chunks"``.
     """
-    chunk = chunk_shape(case.foreground.shape)
+    chunk = chunk_shape(case.foreground.shape, case.spatial_dims)
     arrays = {"image": (case.image, (1, *chunk)), "foreground": (case.foreground, chunk)}
     if case.label is not None:
         arrays["label"] = (case.label, chunk)
@@ -280,6 +280,8 @@ def case_info(case: PreparedCase, key: str, subject: str, split: str | None) -> 
         fill=tuple(int(channel.min()) for channel in case.image),
         edge_q99=case.edge_q99,
         perceptual_hash=case.perceptual_hash,
+        spatial_dims=case.spatial_dims,
+        in_mm=case.in_mm,
         foreground_fraction=float(np.count_nonzero(case.foreground) / case.foreground.size),
         foreground_box=bounding_box(case.foreground),
         label_values=None if case.label is None else tuple(int(value) for value in np.unique(case.label)),
@@ -302,12 +304,16 @@ def resolve_splits(infos: Sequence[CaseInfo], splits: Mapping[str, str] | None =
     return done
 
 
-def chunk_shape(shape: Sequence[int]) -> tuple[int, ...]:
+def chunk_shape(shape: Sequence[int], spatial_dims: int = 3) -> tuple[int, ...]:
     """Return the chunk of an array: 32 voxels a side, and a whole axis of at most 48 voxels at once.
+
+    Of frames it is 128 pixels a side of one frame, because one frame is read at a time.
 
     The latter reads the 194 shared hippocampus crops in 0.10 ms each, where eight chunks, mostly empty, took 0.29 ms
     and 14 % more disk (2-core x86-64 CPU, 2026-11-21).
     """
+    if spatial_dims == 2:
+        return (1, *(min(n, 4 * CHUNK) for n in shape[1:]))
     return tuple(n if n <= 3 * CHUNK // 2 else CHUNK for n in shape)
 
 

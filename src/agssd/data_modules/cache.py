@@ -2,9 +2,10 @@
 
 Layout of the file: ``/cases/<key>`` holds ``image`` (C, D, H, W) int16, ``foreground`` (D, H, W) uint8, optionally
 ``label`` (D, H, W) uint8 or int16, all in compressed chunks of 32 voxels a side, and ``foreground_chunks``
-(cD, cH, cW) float32, the share of foreground in each chunk. ``image_extents`` and the like say where the chunks lie in
-the file (``agssd.data_modules.chunk_reader``); a file without them is read through HDF5. ``/index`` is one JSON text
-with every ``CaseInfo``, so that opening costs one read however many cases there are. The attribute
+(cD, cH, cW) float32, the share of foreground in each chunk. Of frames the first axis counts
+them, and a chunk is part of one frame. ``image_extents`` and the like say where the chunks lie in the file
+(``agssd.data_modules.chunk_reader``); a file without them is read through HDF5. ``/index`` is one JSON text with every
+``CaseInfo``, so that opening costs one read however many cases there are. The attribute
 ``salt_fingerprint`` tells which salt made the keys; caches of early versions have none. ``agssd.data_modules.build``
 writes it.
 
@@ -72,6 +73,10 @@ class CaseInfo:
         class_index: row in ``VolumeCache.class_names``, or None without a class.
         perceptual_hash: of the first channel, see ``agssd.scans.perceptual``; None where it would tell nothing, and in
             caches of early versions.
+        spatial_dims: 3 for a volume. 2 for a picture or a sequence of frames: D then counts frames, which all are in
+            one split, the first spacing says nothing, and H runs downwards in the picture, W to its right.
+        in_mm: whether ``spacing_mm`` is in mm; False where the source does not say how large its pixels are, and
+            lengths are in pixels.
     """
 
     key: str
@@ -96,6 +101,8 @@ class CaseInfo:
     label_values: tuple[int, ...] | None = None
     class_index: int | None = None
     perceptual_hash: str | None = None
+    spatial_dims: int = 3
+    in_mm: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists, numbers and strings."""

@@ -17,16 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from agssd.data_modules.agreement import cache_contract, check_agreement, warn_of_subjects
+from agssd.data_modules.agreement import cache_contract, check_agreement, check_dims, warn_of_subjects
 from agssd.data_modules.cache import CaseInfo, VolumeCache
 from agssd.data_modules.labelled import Item, LabelledVolumes, Row
 from agssd.data_modules.leakage import check_leakage, record_after
 from agssd.data_modules.sampling import MicroBatches, micro_batch_size
 from agssd.data_modules.subsets import check_fold, fold_subjects, nested_subset
 from agssd.data_modules.workers import outlive_signals
+from agssd.geometry import per_sample
 from agssd.transforms.intensity import Appearance, to_model_range
 from agssd.transforms.keyed_random import KeyedRandom
-from agssd.types import LabelledBatch, Triple
+from agssd.types import LabelledBatch, Size
 
 
 class DownstreamDataModule(L.LightningDataModule):
@@ -38,16 +39,17 @@ class DownstreamDataModule(L.LightningDataModule):
     Args:
         cache: one path or several, written by ``agssd prepare``.
         global_batch_size: crops per optimiser step over all devices and accumulated batches.
-        crop_vox: training crop (D, H, W) in voxels; None takes the task's ``crop_vox``, so that it is stated once.
+        crop_vox: training crop (D, H, W) in voxels, (H, W) for caches of frames; None takes the task's ``crop_vox``,
+            so that it is stated once.
         num_classes: classes of the task; None takes the task's ``num_classes``.
-        modality: keep only "ct" or "mri".
+        modality: keep only "ct", "mri" or "us".
         num_subjects: labelled training subjects to use; subsets of one ``subset_seed`` are nested.
         label_fraction: the same as a share of the training subjects.
         subset_seed: which draw of labelled subjects.
         num_folds: cut the ``train`` split by subject into this many folds, independent of every seed.
         fold: the fold that becomes the validation set; the stored ``val`` split is then left alone.
-        flip_axes: axes (0 = D, 1 = H, 2 = W) along which training crops are mirrored half of the time. Mirroring W
-            exchanges left and right: leave it out where classes have a side.
+        flip_axes: axes (0 = D, 1 = H, 2 = W; of frames 0 = H, 1 = W) along which training crops are mirrored half of
+            the time. Mirroring W exchanges left and right: leave it out where classes have a side.
         appearance: random intensities (gamma, histogram, blur, noise, Gibbs) in training.
         seed: of the order of training crops and of augmentation.
         predict_split: split that ``agssd predict`` runs on; "all" for every case. Labels are not needed.
@@ -67,9 +69,9 @@ class DownstreamDataModule(L.LightningDataModule):
         self,
         cache: str | list[str],
         global_batch_size: int = 8,
-        crop_vox: Triple | None = None,
+        crop_vox: Size | None = None,
         num_classes: int | None = None,
-        modality: Literal["ct", "mri"] | None = None,
+        modality: Literal["ct", "mri", "us"] | None = None,
         num_subjects: int | None = None,
         label_fraction: float | None = None,
         subset_seed: int = 0,
@@ -126,6 +128,7 @@ class DownstreamDataModule(L.LightningDataModule):
             self.caches = caches
             self.rows = [(i, case) for i, cache in enumerate(caches) for case in cache.select(modality=self.modality)]
             self._take_from_task()
+            self._check_axes()
             self.members = self._choose()
             self._check_cases()
         check_data = getattr(getattr(self.trainer, "lightning_module", None), "check_data", None)
@@ -158,6 +161,12 @@ class DownstreamDataModule(L.LightningDataModule):
         for name in ("crop_vox", "num_classes"):
             if getattr(self, name) is None:
                 raise ValueError(f"data.{name} is not given and the model has no {name}; set --data.{name}")
+
+    def _check_axes(self) -> None:
+        assert self.crop_vox is not None
+        check_dims(self.caches[0], "data.crop_vox", self.crop_vox)
+        if any(axis >= len(self.crop_vox) for axis in self.flip_axes):
+            raise ValueError(f"data.flip_axes is {list(self.flip_axes)}; axes of frames are 0 (H) and 1 (W)")
 
     def case_info(self, case: int) -> CaseInfo:
         """Return what the cache knows about the case number of a batch."""
@@ -284,7 +293,7 @@ class DownstreamDataModule(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: Item, dataloader_idx: int) -> LabelledBatch:
         """Return intensities in the model's range, augmented while training."""
         image = batch["image"].float()
-        scale, offset = (batch[name][:, :, None, None, None] for name in ("scale", "offset"))
+        scale, offset = (per_sample(batch[name], image) for name in ("scale", "offset"))
         image = to_model_range(image * scale + offset, batch["low"], batch["high"], batch["is_ct"])
         foreground = batch["foreground"].bool()
         label = batch["label"].long() if "label" in batch else None
@@ -308,9 +317,9 @@ class DownstreamDataModule(L.LightningDataModule):
         return ready
 
     def _flip(self, volume: Tensor, flips: Tensor) -> Tensor:
-        """Mirror samples (B, C, D, H, W) along the permitted axes where ``flips`` (B, 3) says so."""
+        """Mirror samples (B, C, [D,] H, W) along the permitted axes where ``flips`` (B, 3) says so."""
         for axis in self.flip_axes:
-            volume = torch.where(flips[:, axis, None, None, None, None], volume.flip(axis + 2), volume)
+            volume = torch.where(per_sample(flips[:, axis], volume), volume.flip(axis + 2), volume)
         return volume
 
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from agssd.data_modules.cache import CaseInfo, VolumeCache
+from agssd.data_modules.cache import CaseInfo, Kind, VolumeCache
+from agssd.data_modules.parents import stored_size
 from agssd.data_modules.sampling import case_of_sample, keyed_generator
-from agssd.types import Triple
+from agssd.types import Size, Triple
 
 Row = tuple[int, int]  # cache, case
 Item = dict[str, Tensor]
@@ -86,7 +87,8 @@ class LabelledVolumes(Dataset[Item]):
         caches: open caches.
         rows: (cache, case) of every case known to the data module.
         members: rows that this dataset draws from.
-        crop_vox: training crop in voxels, or None for whole volumes.
+        crop_vox: training crop in voxels, (H, W) for parts of single frames; or None for whole volumes and sequences,
+            whose frames stand where D is otherwise.
         seed: of the order of cases and of the places of crops.
         prob_label: share of crops laid around a labelled voxel.
         kind: "segmentation" adds label maps, "classification" adds targets.
@@ -99,7 +101,7 @@ class LabelledVolumes(Dataset[Item]):
         caches: Sequence[VolumeCache],
         rows: Sequence[Row],
         members: Sequence[int],
-        crop_vox: Triple | None,
+        crop_vox: Size | None,
         seed: int,
         prob_label: float,
         kind: Literal["segmentation", "classification"],
@@ -126,24 +128,29 @@ class LabelledVolumes(Dataset[Item]):
         row = self.members[position]
         cache, case = self.caches[self.rows[row][0]], self.rows[row][1]
         info = cache.cases[case]
-        if self.crop_vox is None:
-            start, size = (0, 0, 0), info.shape
-        else:
-            start, size = self._start(row, cache, case, info, sample), self.crop_vox
+        start: Triple = (0, 0, 0)
+        size = shape = info.shape
+        if self.crop_vox is not None:
+            size = stored_size(self.crop_vox)
+            start = self._start(row, cache, case, info, sample, size)
+
+        def read(what: Kind) -> Tensor:
+            return torch.from_numpy(cache.read(case, start, size, what)).view(-1, *(self.crop_vox or shape))
+
         item = {
-            "image": torch.from_numpy(cache.read(case, start, size, "image")),
-            "foreground": torch.from_numpy(cache.read(case, start, size, "foreground"))[None],
+            "image": read("image"),
+            "foreground": read("foreground"),
             "scale": torch.tensor(info.scale, dtype=torch.float32),
             "offset": torch.tensor(info.offset, dtype=torch.float32),
             "low": torch.tensor(info.low, dtype=torch.float32),
             "high": torch.tensor(info.high, dtype=torch.float32),
             "is_ct": torch.tensor(info.modality == "ct"),
-            "spacing_mm": torch.tensor(info.spacing_mm, dtype=torch.float32),
+            "spacing_mm": torch.tensor(info.spacing_mm[-info.spatial_dims :], dtype=torch.float32),
             "sample": torch.tensor(sample, dtype=torch.int64),
             "case": torch.tensor(row, dtype=torch.int64),
         }
         if self.kind == "segmentation" and self.read_labels and info.label_values is not None:
-            item["label"] = torch.from_numpy(self._classes(cache.read(case, start, size, "label")))[None]
+            item["label"] = torch.from_numpy(self._classes(read("label").numpy()))
         if self.kind == "classification" and info.class_index is not None:
             item["target"] = torch.tensor(info.class_index, dtype=torch.int64)
         return item
@@ -151,13 +158,12 @@ class LabelledVolumes(Dataset[Item]):
     def _classes(self, label: NDArray[Any]) -> NDArray[np.int16]:
         return (label if self.table is None else self.table[label]).astype(np.int16)
 
-    def _start(self, row: int, cache: VolumeCache, case: int, info: CaseInfo, sample: int) -> Triple:
-        assert self.crop_vox is not None
+    def _start(self, row: int, cache: VolumeCache, case: int, info: CaseInfo, sample: int, size: Triple) -> Triple:
         if self.kind == "classification":
             rng = keyed_generator(self.seed, _VIEW_CROP_STREAM, sample)
-            return view_crop_start(rng, info.shape, self.crop_vox, info.foreground_box)
+            return view_crop_start(rng, info.shape, size, info.foreground_box)
         if row not in self._voxels:
             self._voxels[row] = label_voxels(self._classes(cache.read_whole(case, "label")))
         return label_crop_start(
-            self.seed, sample, info.shape, self.crop_vox, self._voxels[row], info.foreground_box, self.prob_label
+            self.seed, sample, info.shape, size, self._voxels[row], info.foreground_box, self.prob_label
         )

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from agssd.data_modules.cache import CaseInfo, VolumeCache
 from agssd.data_modules.mixing import Mixture
 from agssd.data_modules.sampling import crop_start, keyed_generator
-from agssd.types import Triple
+from agssd.types import Size, Triple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,13 +23,19 @@ MAX_BROKEN = 4  # cases that may fail one after another before the disk is to bl
 _REPLACEMENT_STREAM = 5
 
 
+def stored_size(size: Size) -> Triple:
+    """Return the box of the cache that a crop ([D,] H, W) is: a crop of a frame takes one frame."""
+    depth, height, width = (1, *size)[-3:]
+    return depth, height, width
+
+
 class ParentCrops(Dataset[dict[str, "Tensor"]]):
     """Map-style dataset whose index is the number of a sample in the stream, so any index from 0 on is valid.
 
     Args:
         caches: open caches.
         rows: (cache, case) of every case to draw from, ordered by cache.
-        parent_vox: crop in voxels.
+        parent_vox: crop in voxels (D, H, W); (H, W) for crops of one frame each.
         seed: of the stream.
         prob_foreground: share of crops centred on foreground.
         mixture: the order of the rows and their sources.
@@ -42,7 +48,7 @@ class ParentCrops(Dataset[dict[str, "Tensor"]]):
         self,
         caches: Sequence[VolumeCache],
         rows: Sequence[tuple[int, int]],
-        parent_vox: Triple,
+        parent_vox: Size,
         seed: int,
         prob_foreground: float,
         mixture: Mixture,
@@ -94,7 +100,7 @@ class ParentCrops(Dataset[dict[str, "Tensor"]]):
             "high": torch.tensor(info.high, dtype=torch.float32),
             "edge_q99": torch.tensor(info.edge_q99, dtype=torch.float32),
             "is_ct": torch.tensor(info.modality == "ct"),
-            "spacing_mm": torch.tensor(info.spacing_mm, dtype=torch.float32),
+            "spacing_mm": torch.tensor(info.spacing_mm[-len(self.parent_vox) :], dtype=torch.float32),
             "sample": torch.tensor(sample, dtype=torch.int64),
             "case": torch.tensor(row, dtype=torch.int64),
             "broken": torch.tensor(broken + [-1] * (MAX_BROKEN - len(broken)), dtype=torch.int64),
@@ -102,25 +108,27 @@ class ParentCrops(Dataset[dict[str, "Tensor"]]):
 
     def _start(self, sample: int, cache: VolumeCache, case: int) -> Triple:
         shape, chunks = cache.cases[case].shape, _foreground_chunks(cache, case)
-        return crop_start(self.seed, sample, shape, self.parent_vox, chunks, self.prob_foreground)
+        return crop_start(self.seed, sample, shape, stored_size(self.parent_vox), chunks, self.prob_foreground)
 
     def stored_bytes(self, sample: int) -> int:
         """Return the bytes of the cache's files that reading sample ``sample`` touches."""
         cache_idx, case = self.rows[self.row_of(sample)]
         cache = self.caches[cache_idx]
         start = self._start(sample, cache, case)
-        return sum(cache.stored_bytes(case, start, self.parent_vox, what) for what in ("image", "foreground"))
+        size = stored_size(self.parent_vox)
+        return sum(cache.stored_bytes(case, start, size, what) for what in ("image", "foreground"))
 
     def _read(self, sample: int, row: int) -> dict[str, Tensor]:
         cache_idx, case = self.rows[row]
         cache = self.caches[cache_idx]
         start = self._start(sample, cache, case)
-        image = cache.read(case, start, self.parent_vox, "image")  # (C, D, H, W) int16
-        foreground = cache.read(case, start, self.parent_vox, "foreground")  # (D, H, W) uint8
+        size = stored_size(self.parent_vox)
+        image = cache.read(case, start, size, "image")  # (C, D, H, W) int16
+        foreground = cache.read(case, start, size, "foreground")  # (D, H, W) uint8
         return {
-            "image": torch.from_numpy(image),
-            "foreground": torch.from_numpy(foreground)[None],
-            "centre_mm": _offset_mm(start, self.parent_vox, cache.cases[case]),
+            "image": torch.from_numpy(image).view(-1, *self.parent_vox),
+            "foreground": torch.from_numpy(foreground).view(-1, *self.parent_vox),
+            "centre_mm": _offset_mm(start, size, cache.cases[case])[-len(self.parent_vox) :],
         }
 
     def _another(self, sample: int, broken: Sequence[int], error: ValueError) -> int:

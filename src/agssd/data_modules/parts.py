@@ -25,6 +25,7 @@ from agssd.data_modules.cache import VERSION, CaseInfo
 from agssd.scans.case import PreparedCase, RefusedError
 from agssd.scans.keys import case_key, subject_key
 from agssd.scans.prepare import Recipe, prepare_case
+from agssd.scans.prepare_frames import prepare_frames
 from agssd.scans.read import Scan
 from agssd.scans.sources import Job
 
@@ -132,6 +133,8 @@ class Workshop:
 def prepare_or_refuse(job: Job, recipe: Recipe, seen: list[Scan] | None = None) -> PreparedCase | Refusal:
     """Return the case of a job, or why there is none; ``seen`` as in ``prepare_case``."""
     try:
+        if job.modality == "us":
+            return prepare_frames(job.paths, job.label, recipe)
         return prepare_case(job.paths, job.label, job.modality, recipe, job.series, job.volume, seen)
     except RefusedError as error:
         return Refusal(str(error))

@@ -11,18 +11,18 @@ import lightning.pytorch as L
 import torch
 from torch.utils.data import DataLoader
 
-from agssd.data_modules.agreement import cache_contract, check_agreement, warn_of_subjects
+from agssd.data_modules.agreement import cache_contract, check_agreement, check_dims, warn_of_subjects
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import seen_record
 from agssd.data_modules.mixing import Mixture, weights_by_temperature
-from agssd.data_modules.parents import ParentCrops
+from agssd.data_modules.parents import ParentCrops, stored_size
 from agssd.data_modules.probe_set import ProbeSet
 from agssd.data_modules.quarantine import QuarantineList
 from agssd.data_modules.sampling import MicroBatches, check_padding, micro_batch_size
 from agssd.data_modules.subsets import check_fold, fold_subjects
 from agssd.data_modules.workers import outlive_signals
 from agssd.evaluation.contract import check_contract
-from agssd.types import ParentBatch, Triple
+from agssd.types import ParentBatch, Size
 
 _LOG = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class PretrainDataModule(L.LightningDataModule):
     Args:
         cache: one path or several, written by ``agssd prepare``; they must agree in channels and spacing. Without
             ``weights`` and ``temperature`` every case of all of them is drawn equally often.
-        parent_vox: parent crop in voxels (D, H, W). Volumes that are smaller are padded on both sides.
+        parent_vox: parent crop in voxels (D, H, W); in pixels (H, W) for caches of frames, of which each sample is a
+            part of one. What is smaller is padded on both sides.
         global_batch_size: samples per optimiser step over all devices and accumulated batches.
         num_workers: reading processes per device.
         seed: of the order of cases and the place of crops.
@@ -65,7 +66,7 @@ class PretrainDataModule(L.LightningDataModule):
     def __init__(
         self,
         cache: str | list[str],
-        parent_vox: Triple,
+        parent_vox: Size,
         global_batch_size: int,
         num_workers: int = 2,
         seed: int = 0,
@@ -82,7 +83,7 @@ class PretrainDataModule(L.LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)  # paths may name patients: they go into checkpoints, not to W&B
         self.cache = [cache] if isinstance(cache, str) else [str(path) for path in cache]
-        self.parent_vox: Triple = (int(parent_vox[0]), int(parent_vox[1]), int(parent_vox[2]))
+        self.parent_vox: Size = tuple(int(n) for n in parent_vox)
         self.global_batch_size = global_batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -105,8 +106,10 @@ class PretrainDataModule(L.LightningDataModule):
             raise ValueError(
                 "data.cache is empty; name a cache written by `agssd prepare`, for example --data.cache PATH"
             )
-        if min(self.parent_vox) < 1:
-            raise ValueError(f"data.parent_vox is {list(self.parent_vox)}; give three positive numbers of voxels")
+        if len(self.parent_vox) not in (2, 3) or min(self.parent_vox) < 1:
+            raise ValueError(
+                f"data.parent_vox is {list(self.parent_vox)}; give three positive numbers of voxels, or two for frames"
+            )
         if self.seed < 0:
             raise ValueError(f"data.seed is {self.seed}; give 0 or a positive number")
         if not 0 <= self.prob_foreground <= 1:
@@ -135,12 +138,13 @@ class PretrainDataModule(L.LightningDataModule):
             return
         caches = [VolumeCache(path) for path in self.cache]
         check_agreement(caches)
+        check_dims(caches[0], "data.parent_vox", self.parent_vox)
         warn_of_subjects(caches)
         train = self._without_fold(caches)
         val = [(i, case) for i, cache in enumerate(caches) for case in cache.select(split="val")]
         if not train:
             raise ValueError(f"no case of the split 'train' in data.cache {self.cache}; see `agssd inspect CACHE`")
-        check_padding([caches[i].cases[case].shape for i, case in train], self.parent_vox)
+        check_padding([caches[i].cases[case].shape for i, case in train], stored_size(self.parent_vox))
         self._micro_batch_size()
         self.train_crops = self._crops(caches, train, shuffle=True)
         if val:

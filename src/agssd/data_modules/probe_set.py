@@ -8,13 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from agssd.data_modules.cache import VolumeCache
+from agssd.data_modules.cache import CaseInfo, VolumeCache
 from agssd.data_modules.leakage import Overlap, overlap
 from agssd.data_modules.subsets import fold_subjects, nested_subset
 from agssd.evaluation.folds import Fold
 from agssd.evaluation.probe_features import ProbeVolume
+from agssd.geometry import per_sample
 from agssd.transforms.intensity import to_model_range
 from agssd.types import Triple
+
+MAX_FRAMES = 8  # of a sequence
 
 
 class ProbeSet:
@@ -120,15 +123,17 @@ class ProbeSet:
         return len({subject for fold in self.folds for subject in fold.held_out})
 
     def volumes(self) -> Iterator[ProbeVolume]:
-        """Yield the volumes in the order of ``rows``, read now."""
+        """Yield the volumes in the order of ``rows``, read now; of a sequence at most 8 evenly spread frames, each."""
         for row in self.rows:
             info = self.cache.cases[row]
             size = info.shape if self.max_vox is None else _at_most(info.shape, self.max_vox)
             start = tuple((whole - part) // 2 for whole, part in zip(info.shape, size, strict=True))
-            box = ((start[0], start[1], start[2]), size)
-            image = read_in_model_range(self.cache, row, *box)
-            label = torch.from_numpy(self.cache.read(row, *box, "label")) if self._labelled(row) else None
-            yield ProbeVolume(info.subject, image, label, self._target(row))
+            for box in _boxes(info, (start[0], start[1], start[2]), size):
+                image = read_in_model_range(self.cache, row, *box)
+                label = torch.from_numpy(self.cache.read(row, *box, "label")) if self._labelled(row) else None
+                if info.spatial_dims == 2:
+                    image, label = image[:, 0], None if label is None else label[0]
+                yield ProbeVolume(info.subject, image, label, self._target(row))
 
     def held_out_overlap(self, seen: Mapping[str, Any] | None) -> Overlap | None:
         """Return what of the cases that are measured on is in a record of training cases; None where nobody knows.
@@ -148,6 +153,15 @@ class ProbeSet:
         return None if found is None else len(found.subjects)
 
 
+def _boxes(info: CaseInfo, start: Triple, size: Triple) -> list[tuple[Triple, Triple]]:
+    """Return what is read of a case at a time: the box itself, or of a sequence that part of some frames."""
+    if info.spatial_dims == 3:
+        return [(start, size)]
+    count = info.shape[0]
+    frames = torch.linspace(0, count - 1, min(count, MAX_FRAMES)).round().int().tolist()
+    return [((frame, *start[1:]), (1, *size[1:])) for frame in frames]
+
+
 def read_in_model_range(cache: VolumeCache, row: int, start: Triple, size: Triple) -> Tensor:
     """Return the box [start, start + size) of a case as encoders take it, (C, D, H, W) float32.
 
@@ -160,7 +174,7 @@ def read_in_model_range(cache: VolumeCache, row: int, start: Triple, size: Tripl
     info = cache.cases[row]
     stored = torch.from_numpy(cache.read(row, start, size, "image")).float()[None]  # (1, C, D, H, W)
     scale, offset, low, high = (torch.tensor([getattr(info, n)]) for n in ("scale", "offset", "low", "high"))
-    real = stored * scale[:, :, None, None, None] + offset[:, :, None, None, None]
+    real = stored * per_sample(scale, stored) + per_sample(offset, stored)
     return to_model_range(real, low, high, torch.tensor([info.modality == "ct"]))[0]
 
 

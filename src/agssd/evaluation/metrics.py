@@ -20,9 +20,9 @@ def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def _check_maps(prediction: Tensor, label: Tensor, num_classes: int) -> None:
-    if prediction.shape != label.shape or prediction.ndim != 3:
+    if prediction.shape != label.shape or prediction.ndim not in (2, 3):
         raise ValueError(
-            f"prediction {tuple(prediction.shape)} and label {tuple(label.shape)} must be maps (D, H, W) of one shape"
+            f"prediction {tuple(prediction.shape)} and label {tuple(label.shape)} must be maps ([D,] H, W) of one shape"
         )
     for name, values in (("prediction", prediction), ("label", label)):
         low, high = int(values.min()), int(values.max())
@@ -66,14 +66,15 @@ def surface_dice_per_class(
     """Return the normalised surface distance of each foreground class: the share of both surfaces within tolerance.
 
     Args:
-        prediction: (D, H, W) integer class map.
-        label: (D, H, W) integer class map, the reference.
+        prediction: (D, H, W) integer class map, or (T, H, W) of frames, whose outlines are compared frame by frame.
+        label: integer class map of the same shape, the reference.
         num_classes: classes with background; class 0 is left out of the answer.
-        spacing_mm: voxel size per axis of the maps, tensor order.
+        spacing_mm: voxel size per axis of the maps, tensor order; two numbers for frames.
         tolerance_mm: distance up to which two surfaces count as the same.
 
     Returns:
-        (num_classes - 1,) float32 in [0, 1], NaN where a class is in neither map.
+        (num_classes - 1,) float32 in [0, 1], NaN where a class is in neither map; of frames the mean over those that
+        hold it in either map.
 
     Raises:
         ValueError: if the shapes differ, a value is not a class, or the tolerance is negative.
@@ -85,6 +86,11 @@ def surface_dice_per_class(
     _check_maps(prediction, label, num_classes)
     if tolerance_mm < 0:
         raise ValueError(f"tolerance_mm is {tolerance_mm}; a distance cannot be negative")
+    if prediction.ndim > len(spacing_mm):
+        frames = zip(prediction, label, strict=True)
+        return mean_over_present(
+            torch.stack([surface_dice_per_class(*both, num_classes, spacing_mm, tolerance_mm) for both in frames]), 0
+        )
     scores = torch.full((num_classes - 1,), float("nan"))
     for index in range(1, num_classes):
         pair = torch.stack([prediction == index, label == index]).cpu()

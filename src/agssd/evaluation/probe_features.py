@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import product
+from operator import add
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from agssd.geometry import axis_names, sizes_of
 from agssd.models.backbone import Backbone
-from agssd.types import Features, Triple
+from agssd.types import Features, Size
 
 OUTSIDE = 255
 
@@ -20,8 +24,8 @@ class ProbeVolume(NamedTuple):
     """A volume to probe with."""
 
     subject: str
-    image: Tensor  # (C, D, H, W) float32 in the model's range
-    label: Tensor | None  # (D, H, W) integers below 255
+    image: Tensor  # (C, [D,] H, W) float32 in the model's range
+    label: Tensor | None  # ([D,] H, W) integers below 255
     target: int | None  # class of the volume
 
 
@@ -35,9 +39,15 @@ class ProbeFeatures(NamedTuple):
     target: int | None
 
 
-def _padded_shape(shape: Sequence[int], patch_size: Triple, window_vox: Triple | None) -> Triple:
-    sizes = [max(-(-n // p) * p, w) for n, p, w in zip(shape, patch_size, window_vox or (0, 0, 0), strict=True)]
-    return (sizes[0], sizes[1], sizes[2])
+def _padded_shape(shape: Sequence[int], patch_size: Size, window_vox: Size | None) -> Size:
+    windows = window_vox or (0,) * len(patch_size)
+    return tuple(max(-(-n // p) * p, w) for n, p, w in zip(shape, patch_size, windows, strict=True))
+
+
+def _pad_to(values: Tensor, size: Size, fill: float) -> Tensor:
+    """Return ``values`` (..., [D,] H, W) padded at the end of each axis to ``size``."""
+    missing = [n - own for n, own in zip(size, values.shape[-len(size) :], strict=True)]
+    return F.pad(values, [n for end in reversed(missing) for n in (0, end)], value=fill)
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:
@@ -49,7 +59,7 @@ def _starts(length: int, window: int, stride: int) -> list[int]:
 def window_features(
     backbone: Backbone,
     image: Tensor,
-    window_vox: Triple | None,
+    window_vox: Size | None,
     overlap: float = 0.5,
     dtype: torch.dtype | None = None,
     batch_size: int = 16,
@@ -58,7 +68,7 @@ def window_features(
 
     Args:
         backbone: frozen encoder in evaluation mode.
-        image: (C, D, H, W) float32 in the model's range; padded at the end with its lowest value to whole patches.
+        image: (C, [D,] H, W) float32 in the model's range; padded at the end with its lowest value to whole patches.
         window_vox: window in voxels, a multiple of the patch: the size of view the encoder was trained on; None
             takes the whole volume in one.
         overlap: of neighbouring windows, in [0, 1); rounded so that windows start on patch borders.
@@ -86,7 +96,7 @@ def window_features(
 def window_attention(
     backbone: Backbone,
     image: Tensor,
-    window_vox: Triple | None,
+    window_vox: Size | None,
     overlap: float = 0.5,
     dtype: torch.dtype | None = None,
     batch_size: int = 16,
@@ -113,7 +123,7 @@ def window_attention(
 def _over_windows(
     backbone: Backbone,
     image: Tensor,
-    window_vox: Triple | None,
+    window_vox: Size | None,
     overlap: float,
     dtype: torch.dtype | None,
     batch_size: int,
@@ -126,63 +136,60 @@ def _over_windows(
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap is {overlap}; give a share from 0 to below 1")
     size = _padded_shape(image.shape[1:], patch, window_vox)
-    pads = [n for axis in (2, 1, 0) for n in (0, size[axis] - image.shape[axis + 1])]
-    padded = F.pad(image, pads, value=float(image.min()))
+    padded = _pad_to(image, size, float(image.min()))
     window_vox = window_vox or size
     strides = [max(1, round((1 - overlap) * w / p)) * p for w, p in zip(window_vox, patch, strict=True)]
     axes = [_starts(n, w, s) for n, w, s in zip(size, window_vox, strides, strict=True)]
-    places = [(d, h, w) for d in axes[0] for h in axes[1] for w in axes[2]]
+    places = list(product(*axes))
     grid = token_grid(image.shape[1:], patch, window_vox)
     total: Tensor | None = None
     count = torch.zeros(*grid, 1)
-    d, h, w = (n // p for n, p in zip(window_vox, patch, strict=True))
+    per_window = tuple(n // p for n, p in zip(window_vox, patch, strict=True))
     device = next(backbone.parameters()).device
     autocast = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
     for first in range(0, len(places), batch_size):
         chosen = places[first : first + batch_size]
-        views = [padded[:, a : a + window_vox[0], b : b + window_vox[1], c : c + window_vox[2]] for a, b, c in chosen]
+        views = [padded[:, *map(slice, start, map(add, start, window_vox))] for start in chosen]
         with autocast:
             values = per_token(torch.stack(views).to(device)).float().cpu()
         if total is None:
             total = torch.zeros(*grid, values.shape[-1])
-        for (a, b, c), view in zip(chosen, values, strict=True):
-            i, j, k = a // patch[0], b // patch[1], c // patch[2]
-            total[i : i + d, j : j + h, k : k + w] += view.reshape(d, h, w, -1)
-            count[i : i + d, j : j + h, k : k + w] += 1
+        for start, view in zip(chosen, values, strict=True):
+            first_token = [n // p for n, p in zip(start, patch, strict=True)]
+            part = tuple(map(slice, first_token, map(add, first_token, per_window)))
+            total[part] += view.reshape(*per_window, -1)
+            count[part] += 1
     assert total is not None
-    return (total / count).flatten(0, 2)
+    return (total / count).flatten(0, -2)
 
 
-def token_grid(shape: Sequence[int], patch_size: Triple, window_vox: Triple | None) -> Triple:
-    """Return the grid (D', H', W') of the tokens of :func:`window_features` for a volume of ``shape`` (D, H, W)."""
-    d, h, w = (n // p for n, p in zip(_padded_shape(shape, patch_size, window_vox), patch_size, strict=True))
-    return d, h, w
+def token_grid(shape: Sequence[int], patch_size: Size, window_vox: Size | None) -> Size:
+    """Return the grid of the tokens of :func:`window_features` for a volume of ``shape`` ([D,] H, W)."""
+    return tuple(n // p for n, p in zip(_padded_shape(shape, patch_size, window_vox), patch_size, strict=True))
 
 
-def patch_labels(label: Tensor, patch_size: Triple, window_vox: Triple | None) -> Tensor:
+def patch_labels(label: Tensor, patch_size: Size, window_vox: Size | None) -> Tensor:
     """Return the labels under the tokens of :func:`window_features`.
 
     Args:
-        label: (D, H, W) integers below 255.
+        label: ([D,] H, W) integers below 255.
         patch_size: voxels per token.
         window_vox: window of the features, which decides the padding.
 
     Returns:
-        (N, p_D * p_H * p_W) uint8 in raster order, 255 outside the volume.
+        (N, P) uint8, P voxels of a patch, in raster order, 255 outside the volume.
     """
     size = _padded_shape(label.shape, patch_size, window_vox)
-    pads = [n for axis in (2, 1, 0) for n in (0, size[axis] - label.shape[axis])]
-    padded = F.pad(label.to(torch.uint8), pads, value=OUTSIDE)
-    d, h, w = (n // p for n, p in zip(size, patch_size, strict=True))
-    p_d, p_h, p_w = patch_size
-    blocks = padded.reshape(d, p_d, h, p_h, w, p_w).permute(0, 2, 4, 1, 3, 5)
-    return blocks.reshape(d * h * w, p_d * p_h * p_w)
+    padded = _pad_to(label.to(torch.uint8), size, OUTSIDE)
+    cells, within, whole = axis_names(len(size))
+    blocks: Tensor = rearrange(padded, f"{whole} -> ({cells}) ({within})", **sizes_of(within, patch_size))
+    return blocks
 
 
 def encode(
     backbone: Backbone,
     volumes: Iterable[ProbeVolume],
-    window_vox: Triple | None,
+    window_vox: Size | None,
     overlap: float,
     dtype: torch.dtype | None = None,
 ) -> list[ProbeFeatures]:

@@ -257,7 +257,7 @@ class AGSSD(PretrainModule):
         """Return (B, N, P): what is reconstructed of each patch of the hidden view."""
         clean = pick(views.clean, views.hidden_view)
         voxels = patches_of(clean, self.patch)
-        return standardise_patches(voxels, clean.std((1, 2, 3, 4))) if self.norm_pix else voxels
+        return standardise_patches(voxels, clean.std(tuple(range(1, clean.ndim)))) if self.norm_pix else voxels
 
     def _scores(self, views: Views, body: Tensor, voxels: Tensor, attention: Tensor | None) -> Tensor | None:
         """Return (B, N) z-scores of the teacher mixed with edges, where the teacher is asked."""

@@ -219,10 +219,10 @@ class PretrainModule(L.LightningModule, ABC):
 
         Args:
             sample: (B,) int64.
-            views: (V, C, D, H, W), as many whole views of each sample, side by side.
+            views: (V, C, [D,] H, W), as many whole views of each sample, side by side.
             body: (V, N) bool, patches that hold body.
             error: the teacher's at hidden patches, see :meth:`MaskSampler.error_by_halves`; asked for ``"loss"``.
-            attention: (V, heads, D', H', W') of the teacher's [CLS] to ``views``, if a pass has left it already.
+            attention: (V, heads, *grid) of the teacher's [CLS] to ``views``, if a pass has left it already.
         """
         if self.masks.score == "attention":
             seen = self.backbone.cls_attention(views) if attention is None else attention

@@ -17,7 +17,7 @@ from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.edges import patches_of, unpatch
 from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
 from agssd.transforms.views import Views, body_of, make_views, mask_both_views, panel_of
-from agssd.types import Features, LossTerms, ParentBatch, Triple, ViewPanel
+from agssd.types import Features, LossTerms, ParentBatch, Size, ViewPanel
 
 
 class Decoder(nn.Module):
@@ -41,7 +41,7 @@ class Decoder(nn.Module):
     position: Tensor
 
     def __init__(
-        self, encoder_dim: int, grid: Triple, patch: Triple, channels: int, dim: int, depth: int, num_heads: int
+        self, encoder_dim: int, grid: Size, patch: Size, channels: int, dim: int, depth: int, num_heads: int
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -167,11 +167,11 @@ class MAE(PretrainModule):
 
     def pretrain_loss(self, views: Views) -> LossTerms:
         """Return the MSE of the voxels of hidden patches that hold body."""
-        clean = views.clean.flatten(0, 1)  # (2B, C, D, H, W)
+        clean = views.clean.flatten(0, 1)  # (2B, C, [D,] H, W)
         body = body_of(views.foreground.flatten(0, 1), self.patch)  # (2B, N)
         target = patches_of(clean, self.patch)  # (2B, N, P)
         if self.norm_pix:
-            target = standardise_patches(target, clean.std((1, 2, 3, 4)))
+            target = standardise_patches(target, clean.std(tuple(range(1, clean.ndim))))
         hidden_count = self.masks.exact(self._one_ratio())
 
         def error(mask: Tensor, hidden: Tensor) -> Tensor:

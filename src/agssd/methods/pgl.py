@@ -109,7 +109,7 @@ class PGL(PretrainModule):
         return LossTerms(loss, {"local": loss}, (student.tokens,))
 
     def _points(self, views: Views) -> Tensor:
-        """Return (B, 2, r³, 3) float32: coordinates ``u`` of the same points in both views."""
+        """Return (B, 2, r^d, d) float32: coordinates ``u`` of the same points in both views."""
         affine = views.geometry.globals.affine
         box = views.geometry.overlap_box - 0.5  # edges to coordinates in which voxel i has its centre at i
         with torch.autocast(box.device.type, enabled=False):

@@ -69,7 +69,7 @@ class SimMIM(PretrainModule):
 
     def pretrain_loss(self, views: Views) -> LossTerms:
         """Return the L1 of the voxels of hidden patches that hold body."""
-        clean = views.clean.flatten(0, 1)  # (2B, C, D, H, W)
+        clean = views.clean.flatten(0, 1)  # (2B, C, [D,] H, W)
         body = body_of(views.foreground.flatten(0, 1), self.patch)  # (2B, N)
         voxels = patches_of(clean, self.patch)  # (2B, N, P)
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from agssd.geometry import constant, sample_tokens, token_centres
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
+from agssd.models.dense_decoder import CONVOLUTIONS
 from agssd.models.heads import ProjectionHead
 from agssd.transforms.crops import OverlapCrops, box_share, box_views, extract
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.views import parent_image
-from agssd.types import Features, LossTerms, Observations, ParentBatch, Triple, ViewPanel
+from agssd.types import Features, LossTerms, Observations, ParentBatch, Size, ViewPanel
 
 _TRIES = 10
 _POINTS_PER_AXIS = 4  # at which a part of a crop is read
@@ -28,9 +29,9 @@ class SpatialViews:
     """Crops of one micro-batch, in the parent's orientation, and where they lie."""
 
     sample: Tensor  # (B,) int64
-    crops: Tensor  # (B, V, C, D, H, W) float32 in the model's range
-    parent: Tensor  # (B, 1, C, D, H, W) the whole parent, for pictures
-    centre_mm: Tensor  # (B, V, 3) centre of each crop minus centre of the volume
+    crops: Tensor  # (B, V, C, [D,] H, W) float32 in the model's range
+    parent: Tensor  # (B, 1, C, [D,] H, W) the whole parent, for pictures
+    centre_mm: Tensor  # (B, V, d) centre of each crop minus centre of the volume
     parent_mm: Tensor  # (B, 3) centre of the parent minus centre of the volume
     edge_mm: Tensor  # (B, 3) edge lengths of the crops
     unit_mm: Tensor  # (B, 3) edge lengths of the parent, in which positions are regressed
@@ -43,20 +44,20 @@ class GapHead(nn.Module):
 
     Args:
         embed_dim: E; at least 8.
+        dims: axes of space.
     """
 
-    def __init__(self, embed_dim: int) -> None:
+    def __init__(self, embed_dim: int, dims: int = 3) -> None:
         super().__init__()
         widths = [embed_dim, embed_dim // 2, embed_dim // 4, embed_dim // 8]
         self.convolutions = nn.ModuleList(
-            nn.Conv3d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)
+            CONVOLUTIONS[dims](a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)
         )
-        for (
-            convolution
-        ) in self.convolutions:  # torch's default starts with gaps 18 times as small, and learns them last
-            nn.init.kaiming_normal_(cast(nn.Conv3d, convolution).weight, nonlinearity="relu")
+        # torch's default starts with gaps 18 times as small, and learns them last
+        for convolution in self.convolutions:
+            nn.init.kaiming_normal_(cast(Tensor, convolution.weight), nonlinearity="relu")
             nn.init.zeros_(cast(Tensor, convolution.bias))
-        self.linear = nn.Linear(widths[-1], 3, bias=False)
+        self.linear = nn.Linear(widths[-1], dims, bias=False)
 
     def embed(self, features: Features) -> Tensor:
         """Return (B, E / 8) float32 from tokens (B, N, E)."""
@@ -64,10 +65,10 @@ class GapHead(nn.Module):
             x = features.tokens.float().mT.reshape(features.tokens.shape[0], -1, *features.grid)
             for convolution in self.convolutions:
                 x = F.gelu(convolution(x))
-            return x.mean((2, 3, 4))
+            return x.mean(tuple(range(2, x.ndim)))
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return (..., 3) float32: centre of the second crop minus that of the first, from their embeddings."""
+        """Return (..., d) float32: centre of the second crop minus that of the first, from their embeddings."""
         with torch.autocast(first.device.type, enabled=False):
             gap: Tensor = self.linear(second - first)
         return gap
@@ -146,9 +147,9 @@ class SpatialAware(PretrainModule):
         self.grid = backbone.token_grid(views.size_vox)
         backbone.freeze_mask_token()
         heads = {
-            "gap": GapHead(backbone.embed_dim),
+            "gap": GapHead(backbone.embed_dim, backbone.spatial_dims),
             "similarity": ProjectionHead(backbone.embed_dim, head_hidden, head_dim, layers=2),
-            "location": ProjectionHead(backbone.embed_dim, head_hidden, 3, layers=2),
+            "location": ProjectionHead(backbone.embed_dim, head_hidden, backbone.spatial_dims, layers=2),
         }
         self.student = nn.ModuleDict({"backbone": backbone, **heads})
         self.build_teacher()
@@ -159,13 +160,13 @@ class SpatialAware(PretrainModule):
         parent, foreground = parent_image(batch), batch["foreground"]
         shape = constant(tuple(parent.shape[2:]), parent.device)
         edge = torch.minimum(self.crop_scale * constant(self.size_vox, parent.device), shape)
-        place = KeyedRandom(self.seed, batch["sample"], "spatial crops").uniform(_TRIES, self.num_crops, 3)
+        place = KeyedRandom(self.seed, batch["sample"], "spatial crops").uniform(_TRIES, self.num_crops, len(edge))
         tries = place * (shape - edge)  # (B, T, V, 3)
         body = box_share(foreground, tries.flatten(1, 2), tries.flatten(1, 2) + edge).unflatten(1, tries.shape[1:3])
         least = body.amin(2)  # (B, T): the emptiest crop of a try
         order = torch.arange(_TRIES, 0, -1, device=parent.device)
         best = torch.where(least >= self.min_foreground, 2.0 + order, least).argmax(1)  # first accepted, else fullest
-        low = tries[torch.arange(len(best), device=best.device), best]  # (B, V, 3)
+        low = tries[torch.arange(len(best), device=best.device), best]  # (B, V, d)
         spacing = batch["spacing_mm"]
         whole = extract(parent, box_views(torch.zeros_like(low[:, :1]), shape), self.size_vox)
         return SpatialViews(
@@ -181,8 +182,8 @@ class SpatialAware(PretrainModule):
     def pretrain_loss(self, views: SpatialViews) -> LossTerms:
         """Return the three terms between the first crop and each of the others."""
         self._step = None  # frees the last step before this one needs the memory
-        place = views.centre_mm / views.unit_mm[:, None]  # (B, V, 3)
-        gap = place[:, 1:] - place[:, :1]  # (B, V - 1, 3)
+        place = views.centre_mm / views.unit_mm[:, None]  # (B, V, d)
+        gap = place[:, 1:] - place[:, :1]  # (B, V - 1, d)
         others = self.num_crops - 1
         with torch.no_grad():
             seen = cast(Backbone, self.teacher["backbone"]).forward_views([views.crops[:, 1:].flatten(0, 1)])[0]
@@ -193,7 +194,7 @@ class SpatialAware(PretrainModule):
             embedded = cast(GapHead, self.teacher["gap"]).embed(seen).unflatten(0, (-1, others))
             away: Tensor = self.teacher["location"](seen.tokens.float().mean(1)).unflatten(0, (-1, others))
         head = cast(GapHead, self.student["gap"])
-        found = head(head.embed(own)[:, None], embedded)  # (B, V - 1, 3)
+        found = head(head.embed(own)[:, None], embedded)  # (B, V - 1, d)
         loss_gap = F.mse_loss(found, gap) + F.mse_loss(_norm(found), _norm(gap))
 
         here: Tensor = self.student["location"](own.tokens.float().mean(1))[:, None]  # (B, 1, 3)
@@ -214,7 +215,7 @@ class SpatialAware(PretrainModule):
         Args:
             own: of the first crop, by the student.
             seen: of the others, by the teacher.
-            gap_edges: (B, V - 1, 3) from the first crop to the others, in edges of a crop.
+            gap_edges: (B, V - 1, d) from the first crop to the others, in edges of a crop.
         """
         with torch.autocast(gap_edges.device.type, enabled=False):
             direction = gap_edges / gap_edges.abs().amax(-1, keepdim=True).clamp_min(1e-6)  # to the crop's surface
@@ -269,7 +270,7 @@ class SpatialAware(PretrainModule):
         views, found = self._step[0], self._step[1]
         rows = min(2, self.num_crops - 1)
         start = views.centre_mm[index, 0]
-        picture = views.parent[index, :, 0].expand(rows, -1, -1, -1)
+        picture = views.parent[index, :, 0].expand(rows, *[-1] * len(self.grid))
 
         def box(centre_mm: Tensor) -> Tensor:
             """Return (rows, 3, 2) in voxels of the picture."""
@@ -290,7 +291,7 @@ def _norm(vectors: Tensor) -> Tensor:
     return (vectors.square().sum(-1) + 1e-12).sqrt()
 
 
-def _part(tokens: Tensor, grid: Triple, side: Tensor) -> Tensor:
+def _part(tokens: Tensor, grid: Size, side: Tensor) -> Tensor:
     """Return (B, E): mean of the tokens (B, N, E) in the half-sized box that touches the surface at ``side`` (B, 3)."""
-    points = token_centres((_POINTS_PER_AXIS,) * 3, side.device)
+    points = token_centres((_POINTS_PER_AXIS,) * len(grid), side.device)
     return sample_tokens(tokens, grid, side[:, None] / 2 + points / 2).mean(1)

@@ -21,17 +21,18 @@ POSE_MM = 100.0  # lengths are regressed in units of this many mm
 
 
 def pose_vectors(views: Views) -> Tensor:
-    """Return (B, 2, 12) float32: the pose of both global views.
+    """Return (B, 2, 12) float32: the pose of both global views; of frames (B, 2, 6).
 
     Three numbers for the centre's offset from the volume's centre along the volume's axes, in units of 100 mm; three
     for the natural logarithm of the edge lengths in that unit, along the view's own axes; six for the first two of
     these axes as unit vectors in the volume's frame, in voxels. Of a mirrored view the third axis is not in the vector.
+    In 2D two, two, and two for the first axis.
     """
     size = constant(views.size_vox, views.spacing_mm.device)
-    linear = views.geometry.globals.affine[..., :3, :3]  # column = axis of the view, in parent voxels per unit of u
+    linear = views.geometry.globals.affine[..., :-1, :-1]  # column = axis of the view, in parent voxels per unit of u
     axes = F.normalize(linear, dim=-2)
     edges = (views.spacing_mm * size / POSE_MM).log()
-    return torch.cat([views.centre_mm / POSE_MM, edges, axes[..., 0], axes[..., 1]], -1)
+    return torch.cat([views.centre_mm / POSE_MM, edges, axes.mT[..., :-1, :].flatten(-2)], -1)
 
 
 class VectorPOSE(PretrainModule):
@@ -91,8 +92,9 @@ class VectorPOSE(PretrainModule):
         self.weights = {"pose": weight_pose, "rec": weight_reconstruction}
         self.weight_boundary = weight_boundary
         self.patch = backbone.patch_size
+        self.dims = dims = backbone.spatial_dims
         heads = {
-            "pose": ProjectionHead(backbone.embed_dim, head_hidden, 12, layers=2),
+            "pose": ProjectionHead(backbone.embed_dim, head_hidden, dims * (dims + 1), layers=2),
             "reconstruction": ReconstructionHead(backbone.embed_dim, self.patch, backbone.in_channels),
         }
         self.student = nn.ModuleDict({"backbone": backbone, **heads})
@@ -106,7 +108,7 @@ class VectorPOSE(PretrainModule):
     def pretrain_loss(self, views: Views) -> LossTerms:
         """Return the Smooth-L1 of the pose and the boundary-weighted L1 of hidden patches that hold body."""
         self._step = None  # frees the last step before this one needs the memory
-        clean = views.clean.flatten(0, 1)  # (2B, C, D, H, W)
+        clean = views.clean.flatten(0, 1)  # (2B, C, [D,] H, W)
         body = body_of(views.foreground.flatten(0, 1), self.patch)  # (2B, N)
         with torch.no_grad(), torch.autocast(clean.device.type, enabled=False):
             maps = [edge_maps(views, torch.full_like(views.hidden_view, view)) for view in (0, 1)]
@@ -142,13 +144,14 @@ class VectorPOSE(PretrainModule):
         if self._step is None:
             return None
         views, mask, pose, truth, features = self._step
-        turned = rotation_from_6d(pose[..., 6:]).mT @ rotation_from_6d(truth[..., 6:])
-        cosine = (turned.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2
+        dims = self.dims
+        turned = rotation_from_6d(pose[..., 2 * dims :]).mT @ rotation_from_6d(truth[..., 2 * dims :])
+        cosine = (turned.diagonal(dim1=-2, dim2=-1).sum(-1) - (dims - 2)) / 2
         figures = {
             "overlap": views.geometry.overlap.mean(),
             "mask_ratio": mask.float().mean(),
-            "centre_error_mm": POSE_MM * (pose - truth)[..., :3].norm(dim=-1).mean(),
-            "edge_error": ((pose - truth)[..., 3:6].abs().exp() - 1).mean(),
+            "centre_error_mm": POSE_MM * (pose - truth)[..., :dims].norm(dim=-1).mean(),
+            "edge_error": ((pose - truth)[..., dims : 2 * dims].abs().exp() - 1).mean(),
             "rotation_error_deg": cosine.clamp(-1, 1).acos().rad2deg().mean(),
         }
         return {"cls_features": features.float(), "scalars": figures | self.gradient_norms}

@@ -18,7 +18,7 @@ from agssd.transforms.crops import OverlapCrops, box_share, box_views, extract
 from agssd.transforms.edges import MIN_FOREGROUND
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.views import parent_image
-from agssd.types import LossTerms, Observations, ParentBatch, Triple, ViewPanel
+from agssd.types import LossTerms, Observations, ParentBatch, Size, ViewPanel
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class VoCo(PretrainModule):
         self,
         backbone: Backbone,
         views: OverlapCrops,
-        base_grid: Triple = (2, 2, 2),
+        base_grid: Size = (2, 2, 2),
         num_crops: int = 2,
         head_hidden: int = 2048,
         head_dim: int = 2048,
@@ -90,10 +90,15 @@ class VoCo(PretrainModule):
         self.save_hyperparameters(ignore=["backbone", "views"])
         if min(base_grid) < 1 or max(base_grid) < 2:
             raise ValueError(f"base_grid is {tuple(base_grid)}; give at least two cells, (2, 2, 2), say")
+        if len(base_grid) != len(views.size_vox):
+            raise ValueError(
+                f"base_grid is {tuple(base_grid)}, but views.size_vox {views.size_vox} has {len(views.size_vox)} axes; "
+                f"give {len(views.size_vox)} numbers"
+            )
         if num_crops < 1:
             raise ValueError(f"num_crops is {num_crops}; give at least 1")
         self.size_vox = views.size_vox
-        self.base_grid: Triple = (base_grid[0], base_grid[1], base_grid[2])
+        self.base_grid: Size = tuple(base_grid)
         self.num_crops = num_crops
         self.weights = {"orthogonality": weight_orthogonality}
         backbone.token_grid(views.size_vox)
@@ -108,10 +113,10 @@ class VoCo(PretrainModule):
         sample = batch["sample"]
         parent = parent_image(batch)
         shape = constant(tuple(parent.shape[2:]), parent.device)
-        edge = shape / constant(self.base_grid, parent.device)  # (3,)
+        edge = shape / constant(self.base_grid, parent.device)  # (d,)
         cells = torch.cartesian_prod(*(torch.arange(n, device=parent.device) for n in self.base_grid))
         base_low = (cells * edge).expand(len(sample), -1, -1)  # (B, n, 3)
-        place = KeyedRandom(self.seed, sample, "position crops").uniform(self.num_crops, 3)
+        place = KeyedRandom(self.seed, sample, "position crops").uniform(self.num_crops, len(edge))
         low = place * (shape - edge)  # (B, m, 3)
         shared = (
             torch.minimum(low[:, :, None], base_low[:, None]) + edge - torch.maximum(low[:, :, None], base_low[:, None])

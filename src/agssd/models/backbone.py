@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from agssd.types import Features, Triple
+from agssd.types import Features, Size
 
 
 class CropFeatures(NamedTuple):
@@ -18,7 +18,7 @@ class CropFeatures(NamedTuple):
     cls: Tensor  # (B, 2, E)
     tokens: Tensor  # (B, 2, N, E)
     local_cls: Tensor | None  # (B, L, E)
-    attention: Tensor | None  # (B, 2, heads, D', H', W') of the global [CLS], where record_cls_attention is set
+    attention: Tensor | None  # (B, 2, heads, *grid) of the global [CLS], where record_cls_attention is set
     shared: tuple[Tensor, ...]  # normed outputs that losses read, as LossTerms.shared names them
 
 
@@ -30,7 +30,7 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         in_channels: C of the input.
-        patch_size: voxels per token and axis, tensor order.
+        patch_size: voxels per token and axis, tensor order; two numbers where the encoder takes frames (B, C, H, W).
         embed_dim: E of ``Features.cls`` and ``Features.tokens``.
         depth: number of skippable blocks: columns of ``drop_noise``.
         level_channels: E_i of each of ``Features.levels``, shallow to deep.
@@ -43,15 +43,15 @@ class Backbone(nn.Module, ABC):
         can_leave_out: whether tokens can be left out (:meth:`forward_visible`).
         record_cls_attention: when True, each ``forward_views`` leaves ``last_cls_attention``; refused where there is
             no [CLS].
-        last_cls_attention: per group (B_i, heads, D', H', W') float32, detached, of the last ``forward_views``.
+        last_cls_attention: per group (B_i, heads, *grid) float32, detached, of the last ``forward_views``.
     """
 
     in_channels: int
-    patch_size: Triple
+    patch_size: Size
     embed_dim: int
     depth: int
     level_channels: tuple[int, ...]
-    level_strides: tuple[Triple, ...]
+    level_strides: tuple[Size, ...]
     config: dict[str, Any]
     input_weight: str = ""
     contract: dict[str, Any] | None = None
@@ -59,6 +59,11 @@ class Backbone(nn.Module, ABC):
     can_leave_out: bool = False
     last_cls_attention: list[Tensor] | None = None
     _record_cls_attention: bool = False
+
+    @property
+    def spatial_dims(self) -> int:
+        """Axes of space of the input: 3 for volumes, 2 for frames."""
+        return len(self.patch_size)
 
     @property
     def record_cls_attention(self) -> bool:
@@ -91,7 +96,7 @@ class Backbone(nn.Module, ABC):
         """Return features of unmasked volumes with ``levels`` filled.
 
         Args:
-            x: (B, C, D, H, W) in the model's intensity range; D, H, W divisible by ``patch_size``.
+            x: (B, C, [D,] H, W) in the model's intensity range; D, H, W divisible by ``patch_size``.
 
         Raises:
             ValueError: if the channels or the shape do not fit.
@@ -107,8 +112,8 @@ class Backbone(nn.Module, ABC):
         """Return features of groups of views; ``levels`` stay empty.
 
         Args:
-            views: groups (B_i, C, D_i, H_i, W_i), each group of one shape.
-            masks: per group (B_i, D', H', W') bool, True = hidden from the encoder, or None.
+            views: groups (B_i, C, [D_i,] H_i, W_i), each group of one shape.
+            masks: per group (B_i, *grid) bool, True = hidden from the encoder, or None.
             drop_noise: per group (B_i, depth) uniforms in [0, 1) for stochastic depth, or None for no drop.
 
         Raises:
@@ -125,9 +130,9 @@ class Backbone(nn.Module, ABC):
         """Return features of two global views and the local views of every sample, in one pass.
 
         Args:
-            global_views: (B, 2, C, D, H, W).
-            local_views: (B, L, C, d, h, w) or None.
-            mask: (B, 2, D', H', W') bool of the global views, True = hidden, or None.
+            global_views: (B, 2, C, [D,] H, W).
+            local_views: (B, L, C, [d,] h, w) or None.
+            mask: (B, 2, *grid) bool of the global views, True = hidden, or None.
             drop_noise: as for :meth:`forward_views`, for one group of global and one of local views.
         """
         groups = [global_views.flatten(0, 1)]
@@ -148,7 +153,7 @@ class Backbone(nn.Module, ABC):
         """Return features of volumes of which only some patches enter the encoder; cost follows their number.
 
         Args:
-            x: (B, C, D, H, W).
+            x: (B, C, [D,] H, W).
             visible: (B, M) int64, positions of these patches in the raster order of the grid.
             drop_noise: (B, depth) uniforms in [0, 1) for stochastic depth, or None for no drop.
 
@@ -175,7 +180,7 @@ class Backbone(nn.Module, ABC):
         )
 
     def cls_attention(self, x: Tensor) -> Tensor:
-        """Return the attention of [CLS] to each token in the last block, (B, heads, D', H', W').
+        """Return the attention of [CLS] to each token in the last block, (B, heads, *grid).
 
         Raises:
             ValueError: if this encoder has no [CLS] token.
@@ -211,20 +216,26 @@ class Backbone(nn.Module, ABC):
         """
         return self.depth + 1
 
-    def token_grid(self, shape: tuple[int, ...]) -> Triple:
-        """Return the token grid (D', H', W') of an input of ``shape`` (..., D, H, W).
+    def token_grid(self, shape: tuple[int, ...]) -> Size:
+        """Return the token grid of an input of ``shape`` (B, C, [D,] H, W) or ([D,] H, W).
 
         Raises:
-            ValueError: if a size is zero or not divisible by the patch.
+            ValueError: if a size is zero or not divisible by the patch, or the number of axes is not the encoder's.
         """
-        size = tuple(shape[-3:])
+        dims = self.spatial_dims
+        if len(shape) not in (dims, dims + 2):
+            other = 5 - dims
+            raise ValueError(
+                f"sizes are {tuple(shape)}, but this {type(self).__name__} takes {dims} axes of space; give sizes of "
+                f"{dims} numbers, or an encoder for {other} (a ViT with spatial_dims: {other})"
+            )
+        size = tuple(shape[-dims:])
         if any(s == 0 or s % p for s, p in zip(size, self.patch_size, strict=True)):
             fit = tuple(max(1, s // p) * p for s, p in zip(size, self.patch_size, strict=True))
             raise ValueError(
                 f"input of {size} voxels is not divisible by patch_size {self.patch_size}; crop or pad it to {fit}, say"
             )
-        d, h, w = (s // p for s, p in zip(size, self.patch_size, strict=True))
-        return d, h, w
+        return tuple(s // p for s, p in zip(size, self.patch_size, strict=True))
 
     def check_groups(self, views: list[Tensor], **given: list[Tensor | None] | None) -> None:
         """Refuse ``masks`` or ``drop_noise``, named as keywords, that are not one per group of views.
@@ -238,8 +249,8 @@ class Backbone(nn.Module, ABC):
                     f"{name} has {len(entries)} entries for {len(views)} groups of views; give one per group"
                 )
 
-    def check_mask(self, mask: Tensor, samples: int, grid: Triple) -> None:
-        """Refuse a mask that is not bool of shape (B, D', H', W').
+    def check_mask(self, mask: Tensor, samples: int, grid: Size) -> None:
+        """Refuse a mask that is not bool of shape (B, *grid).
 
         Raises:
             ValueError: naming what it is and what is expected.
@@ -260,14 +271,16 @@ class Backbone(nn.Module, ABC):
                 f"drop_noise has shape {tuple(noise.shape)}; expected (B, depth) = {(samples, self.depth)}"
             )
 
-    def check_input(self, x: Tensor) -> Triple:
-        """Return the token grid of ``x`` (B, C, D, H, W).
+    def check_input(self, x: Tensor) -> Size:
+        """Return the token grid of ``x`` (B, C, [D,] H, W).
 
         Raises:
-            ValueError: if ``x`` is not 5D, has other channels than ``in_channels``, or does not divide by the patch.
+            ValueError: if ``x`` has other axes than these or other channels than ``in_channels``, or does not divide by
+                the patch.
         """
-        if x.ndim != 5:
-            raise ValueError(f"input has shape {tuple(x.shape)}; expected (B, C, D, H, W)")
+        if x.ndim != self.spatial_dims + 2:
+            axes = "D, H, W" if self.spatial_dims == 3 else "H, W"
+            raise ValueError(f"input has shape {tuple(x.shape)}; expected (B, C, {axes})")
         if x.shape[1] != self.in_channels:
             raise ValueError(
                 f"input has {x.shape[1]} channels, the backbone takes in_channels={self.in_channels}; "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from agssd.distributed import all_sum
 from agssd.models.backbone import Backbone
 from agssd.transforms.masking import gather_tokens
-from agssd.types import Features, Triple
+from agssd.types import Features, Size
 
 
 class PrototypeHead(nn.Module):
@@ -128,15 +128,15 @@ class ReconstructionHead(nn.Module):
         channels: C.
     """
 
-    def __init__(self, embed_dim: int, patch_size: Triple, channels: int) -> None:
+    def __init__(self, embed_dim: int, patch_size: Size, channels: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.linear = nn.Linear(embed_dim, patch_size[0] * patch_size[1] * patch_size[2] * channels)
+        self.linear = nn.Linear(embed_dim, math.prod(patch_size) * channels)
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return (..., p³ C) float32 from tokens (..., E)."""
+        """Return (..., P), P voxels of a patch times C, float32 from tokens (..., E)."""
         with torch.autocast(tokens.device.type, enabled=False):
             predicted: Tensor = self.linear(self.norm(tokens.float()))
         return predicted
@@ -211,8 +211,8 @@ def predict_hidden(
     Args:
         network: student or teacher, with ``"backbone"`` and the head.
         head: its name; it takes tokens (B, M, E).
-        views: (B, C, D, H, W).
-        mask: (B, D', H', W') bool, True = hidden.
+        views: (B, C, [D,] H, W).
+        mask: (B, *grid) bool, True = hidden.
         index: (B, M) int64, positions of the patches to predict.
         drop_noise: (B, depth) uniforms in [0, 1) for stochastic depth, or None for no drop.
     """

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from agssd.models.vit import LAYER_NORM_EPS, ViT
-from agssd.types import Triple
+from agssd.types import Size
 
 BLOCK_KEYS = {  # ours -> MONAI's, behind "blocks.<i>."
     "norm1.weight": "norm1.weight",
@@ -37,12 +36,12 @@ PATCH = "patch_embedding.patch_embeddings"
 POSITION = "patch_embedding.position_embeddings"
 
 
-def to_monai(backbone: ViT, grid: Triple, *, class_token: bool, drop_cls: bool = False) -> dict[str, Tensor]:
+def to_monai(backbone: ViT, grid: Size, *, class_token: bool, drop_cls: bool = False) -> dict[str, Tensor]:
     """Return the state dict of a MONAI ViT (``proj_type="conv"``, ``qkv_bias=True``) with the weights of ``backbone``.
 
     Args:
         backbone: our encoder.
-        grid: token grid (D', H', W') of the MONAI network: its ``img_size`` divided by the patch.
+        grid: token grid ([D',] H', W') of the MONAI network: its ``img_size`` divided by the patch.
         class_token: True for a MONAI ViT with ``classification=True`` (its head is not part of the result), False for
             one without and for ``UNETR.vit``.
         drop_cls: leave out a [CLS] that the target has no place for. The patches then no longer attend to it, so
@@ -127,22 +126,26 @@ def load_into_monai(backbone: ViT, network: nn.Module, *, drop_cls: bool = False
             module.eps = LAYER_NORM_EPS
 
 
-def _grid_of(count: int, feat_size: object, backbone: ViT) -> Triple:
-    """Return the token grid of a MONAI network: its own ``feat_size`` (UNETR), the stored table's, or a cube."""
-    if isinstance(feat_size, tuple | list) and len(feat_size) == 3:
-        d, h, w = (int(s) for s in feat_size)
-        return d, h, w
+def _grid_of(count: int, feat_size: object, backbone: ViT) -> Size:
+    """Return the token grid of a MONAI network: its ``feat_size`` (UNETR), the stored table's, or a cube or square."""
+    if isinstance(feat_size, tuple | list) and len(feat_size) == backbone.spatial_dims:
+        return tuple(int(s) for s in feat_size)
     if backbone.position_grid is not None and count == torch.Size(backbone.position_grid).numel():
         return backbone.position_grid
-    edge = round(count ** (1 / 3))
-    if edge**3 != count:
+    grid = _equal_edges(count, backbone.spatial_dims)
+    if torch.Size(grid).numel() != count:
         raise ValueError(
             f"cannot tell the token grid from {count} tokens; call to_monai(backbone, grid=...) and load_state_dict"
         )
-    return edge, edge, edge
+    return grid
 
 
-def from_monai(state: Mapping[str, Tensor], num_heads: int, grid: Triple | None = None) -> ViT:
+def _equal_edges(count: int, dims: int) -> Size:
+    """Return the grid of equal edges that has about ``count`` tokens."""
+    return (round(count ** (1 / dims)),) * dims
+
+
+def from_monai(state: Mapping[str, Tensor], num_heads: int, grid: Size | None = None) -> ViT:
     """Return our ViT with the weights of a MONAI ViT or UNETR; its outputs equal MONAI's up to LayerNorm's eps.
 
     The position table is kept as such (``position_grid``) and resampled for other grids. Parts that are no encoder
@@ -151,7 +154,7 @@ def from_monai(state: Mapping[str, Tensor], num_heads: int, grid: Triple | None 
     Args:
         state: state dict of a MONAI ``ViT`` or ``UNETR`` (keys behind ``vit.`` are used if there are any).
         num_heads: not visible in the weights.
-        grid: token grid of the position table; None = a cube.
+        grid: token grid of the position table; None = a cube, or a square.
 
     Raises:
         ValueError: if keys are missing or unknown, or the table does not fit ``grid``.
@@ -163,30 +166,30 @@ def from_monai(state: Mapping[str, Tensor], num_heads: int, grid: Triple | None 
     if f"{PATCH}.weight" not in state:
         raise ValueError('the weights embed patches by a perceptron; only proj_type="conv" tells the patch size')
     weight, table = state[f"{PATCH}.weight"], state[POSITION][0]
-    if weight.ndim != 5:
-        raise ValueError(f"the patch embedding has shape {tuple(weight.shape)}; only 3D networks can be read")
+    if weight.ndim not in (4, 5):
+        raise ValueError(f"the patch embedding has shape {tuple(weight.shape)}; only 2D and 3D networks can be read")
+    embed_dim, in_channels, *patch_size = weight.shape
     if grid is None:
-        edge = round(len(table) ** (1 / 3))
-        grid = (edge, edge, edge)
+        grid = _equal_edges(len(table), len(patch_size))
     if torch.Size(grid).numel() != len(table):
         raise ValueError(f"the position table has {len(table)} tokens, which is not the grid {grid}; pass grid=")
-    embed_dim, in_channels, d, h, w = weight.shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     hidden = len(state["blocks.0.mlp.linear1.weight"])
     model = ViT(
         in_channels=in_channels,
-        patch_size=(d, h, w),
+        patch_size=tuple(patch_size),
         embed_dim=embed_dim,
         depth=depth,
         num_heads=num_heads,
         mlp_ratio=hidden / embed_dim,
         position_grid=grid,
         class_token="cls_token" in state,
+        spatial_dims=len(patch_size),
     )
     ours = {
         "patch_weight": weight,
         "patch_bias": state[f"{PATCH}.bias"],
-        "position_table": rearrange(table, "(d h w) e -> e d h w", d=grid[0], h=grid[1], w=grid[2]),
+        "position_table": table.mT.unflatten(1, grid),
         "norm.weight": state["norm.weight"],
         "norm.bias": state["norm.bias"],
         "mask_token": model.mask_token.detach(),
@@ -226,6 +229,6 @@ class MonaiEncoder(nn.Module):
         """Return normed patch tokens (B, N, E) and the hidden states of all blocks (B, N, E).
 
         Args:
-            x: (B, C, D, H, W).
+            x: (B, C, [D,] H, W).
         """
         return self.backbone.hidden_states(x)

@@ -1,4 +1,4 @@
-"""A 3D vision transformer whose groups of views share one pass over the linear layers."""
+"""A vision transformer, in 3D or 2D, whose groups of views share one pass over the linear layers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from agssd.geometry import INTERPOLATION, axis_names, sizes_of
 from agssd.models.backbone import Backbone, drop_probabilities
 from agssd.models.position import Rotation, rotary_angles, rotate, sincos_position
-from agssd.types import Features, Triple
+from agssd.types import Features, Size
 
-SIZES: dict[str, Triple] = {  # embed_dim, depth, num_heads
+SIZES = {  # embed_dim, depth, num_heads
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
@@ -109,7 +110,7 @@ class Block(nn.Module):
 
 
 class ViT(Backbone):
-    """A plain 3D ViT: patches as tokens, [CLS], learned mask token, fixed positions, pre-LN blocks, final LayerNorm.
+    """A plain ViT: patches as tokens, [CLS], learned mask token, fixed positions, pre-LN blocks, final LayerNorm.
 
     All groups of views are concatenated for LayerNorm and linear layers; attention runs per group with SDPA. The
     residual stream stays float32 under autocast; linear layers and attention run in the autocast dtype, each weight
@@ -124,7 +125,7 @@ class ViT(Backbone):
 
     Args:
         in_channels: C.
-        patch_size: voxels per token, one number or (D, H, W).
+        patch_size: voxels per token, one number or ([D,] H, W).
         size: preset of ``embed_dim``, ``depth`` and ``num_heads``; each may be overridden.
         depth: number of blocks.
         embed_dim: E.
@@ -134,13 +135,14 @@ class ViT(Backbone):
         layer_scale: initial LayerScale gain, None = without.
         drop_path: drop probability of the last block; rises linearly from 0 at the first. Acts only on views whose
             ``drop_noise`` is given, in train and eval mode alike.
-        rotary: rotate queries and keys of patch tokens by 3D position. The additive position stays; switch it off
+        rotary: rotate queries and keys of patch tokens by their position. The additive position stays; switch it off
             with ``position_scale=0``.
         position_scale: factor of the additive position code. Much below 1 masked tokens do not find their neighbours,
             and reconstruction stays at predicting the mean for long (docs/evidence.md).
-        position_grid: None computes the code for each grid. A triple stores a table for that grid instead (a buffer,
-            sin-cos at first, meant for weights trained elsewhere) and resamples it trilinearly for other grids.
+        position_grid: None computes the code for each grid. A size stores a table for that grid instead (a buffer,
+            sin-cos at first, meant for weights trained elsewhere) and resamples it linearly for other grids.
         class_token: False leaves out [CLS]; ``Features.cls`` is then the mean token.
+        spatial_dims: 3 for volumes (B, C, D, H, W), 2 for frames (B, C, H, W).
     """
 
     input_weight = "patch_weight"
@@ -149,7 +151,7 @@ class ViT(Backbone):
     def __init__(
         self,
         in_channels: int = 1,
-        patch_size: int | Triple = 16,
+        patch_size: int | Size = 16,
         size: Literal["tiny", "small", "base", "large"] = "small",
         depth: int | None = None,
         embed_dim: int | None = None,
@@ -160,8 +162,9 @@ class ViT(Backbone):
         drop_path: float = 0.0,
         rotary: bool = False,
         position_scale: float = 1.0,
-        position_grid: Triple | None = None,
+        position_grid: Size | None = None,
         class_token: bool = True,
+        spatial_dims: int = 3,
     ) -> None:
         """Build the encoder; see the class for the arguments.
 
@@ -175,8 +178,14 @@ class ViT(Backbone):
         self.depth = SIZES[size][1] if depth is None else depth
         self.num_heads = SIZES[size][2] if num_heads is None else num_heads
         self.in_channels = in_channels
-        d, h, w = (patch_size,) * 3 if isinstance(patch_size, int) else patch_size
-        self.patch_size = (d, h, w)
+        if spatial_dims not in INTERPOLATION:
+            raise ValueError(f"spatial_dims is {spatial_dims}; use 3 for volumes or 2 for frames")
+        self.patch_size = (patch_size,) * spatial_dims if isinstance(patch_size, int) else tuple(patch_size)
+        for name, given in (("patch_size", self.patch_size), ("position_grid", position_grid)):
+            if given is not None and len(given) != spatial_dims:
+                raise ValueError(
+                    f"{name} is {tuple(given)}, but spatial_dims is {spatial_dims}; give {spatial_dims} numbers"
+                )
         if min(self.embed_dim, self.depth, self.num_heads, in_channels, *self.patch_size) < 1:
             raise ValueError("embed_dim, depth, num_heads, in_channels and patch_size must be at least 1")
         if self.embed_dim % self.num_heads:
@@ -208,6 +217,7 @@ class ViT(Backbone):
                 "position_scale": position_scale,
                 "position_grid": None if position_grid is None else list(position_grid),
                 "class_token": class_token,
+                "spatial_dims": spatial_dims,
             },
         }
 
@@ -222,17 +232,16 @@ class ViT(Backbone):
         )
         self.norm = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS)
         self.num_prefix = int(class_token) + num_registers
-        self.position_grid: Triple | None = None
+        self.position_grid: Size | None = None
         self.position_table: Tensor | None
         if position_grid is None:
             self.register_buffer("position_table", None)
         else:
-            d, h, w = position_grid
-            self.position_grid = (d, h, w)
+            self.position_grid = tuple(position_grid)
             table = sincos_position(self.position_grid, self.embed_dim) * position_scale
-            self.register_buffer("position_table", rearrange(table, "(d h w) e -> e d h w", d=d, h=h, w=w).clone())
-        self._positions: dict[tuple[Triple, torch.device], Tensor] = {}
-        self._rotations: dict[tuple[Triple, torch.device], Rotation] = {}
+            self.register_buffer("position_table", table.mT.unflatten(1, self.position_grid).clone())
+        self._positions: dict[tuple[Size, torch.device], Tensor] = {}
+        self._rotations: dict[tuple[Size, torch.device], Rotation] = {}
         self._initialise()
 
     def _initialise(self) -> None:
@@ -269,20 +278,21 @@ class ViT(Backbone):
         """Return every block but the last, whose queries and keys the attention of [CLS] reads."""
         return list(self.blocks[:-1])
 
-    def position(self, grid: Triple) -> Tensor:
+    def position(self, grid: Size) -> Tensor:
         """Return the additive position code (N, E) float32 of a token grid, scaled, on the device of the weights."""
         device = self.mask_token.device
         if self.position_table is not None:
             table = self.position_table
             if grid != self.position_grid:
-                table = F.interpolate(table[None].float(), size=grid, mode="trilinear", align_corners=False)[0]
-            return rearrange(table, "e d h w -> (d h w) e")
+                mode = INTERPOLATION[self.spatial_dims]
+                table = F.interpolate(table[None].float(), size=grid, mode=mode, align_corners=False)[0]
+            return rearrange(table, "e ... -> (...) e")
         if (grid, device) not in self._positions:
             with torch.inference_mode(False):  # the cache outlives the context it was filled in
                 self._positions[grid, device] = sincos_position(grid, self.embed_dim, device) * self.position_scale
         return self._positions[grid, device]
 
-    def _rotation(self, grid: Triple) -> Rotation:
+    def _rotation(self, grid: Size) -> Rotation:
         key = (grid, self.mask_token.device)
         if key not in self._rotations:
             with torch.inference_mode(False):
@@ -292,10 +302,10 @@ class ViT(Backbone):
         return self._rotations[key]
 
     def _patchify(self, x: Tensor) -> Tensor:
-        p, q, r = self.patch_size
-        return rearrange(x, "b c (d p) (h q) (w r) -> (b d h w) (c p q r)", p=p, q=q, r=r)
+        cells, within, whole = axis_names(self.spatial_dims)
+        return rearrange(x, f"b c {whole} -> (b {cells}) (c {within})", **sizes_of(within, self.patch_size))
 
-    def _embed(self, views: list[Tensor], masks: list[Tensor | None]) -> tuple[Tensor, tuple[Group, ...], list[Triple]]:
+    def _embed(self, views: list[Tensor], masks: list[Tensor | None]) -> tuple[Tensor, tuple[Group, ...], list[Size]]:
         """Return flat tokens (T, E), their groups and their grids, after masking and positions."""
         grids = [self.check_input(view) for view in views]
         for view, mask, grid in zip(views, masks, grids, strict=True):
@@ -335,7 +345,7 @@ class ViT(Backbone):
         return torch.cat(factors).t().unsqueeze(-1).contiguous()
 
     def _cls_rows(
-        self, x: Tensor, groups: tuple[Group, ...], grids: list[Triple], rotations: list[Rotation] | None
+        self, x: Tensor, groups: tuple[Group, ...], grids: list[Size], rotations: list[Rotation] | None
     ) -> list[Tensor]:
         """Return per group the [CLS] row of the last block's attention for its input ``x`` (T, E)."""
         block = self.blocks[-1]
@@ -355,7 +365,7 @@ class ViT(Backbone):
         masks: list[Tensor | None] | None,
         noise: list[Tensor | None] | None,
         keep_states: tuple[int, ...] = (),
-    ) -> tuple[list[Tensor], list[list[Tensor]], list[Triple]]:
+    ) -> tuple[list[Tensor], list[list[Tensor]], list[Size]]:
         """Return per group the normed tokens (B, L, E), the wanted hidden states (B, L, E), and the grids."""
         empty: list[Tensor | None] = [None] * len(views)
         x, groups, grids = self._embed(views, empty if masks is None else masks)
@@ -368,7 +378,7 @@ class ViT(Backbone):
         self,
         x: Tensor,
         groups: tuple[Group, ...],
-        grids: list[Triple] | None,
+        grids: list[Size] | None,
         rotations: list[Rotation] | None,
         keep: Tensor | None,
         keep_states: tuple[int, ...],
@@ -393,19 +403,19 @@ class ViT(Backbone):
 
         return per_group(self.norm(x)), [per_group(state) for state in states]
 
-    def _features(self, tokens: Tensor, grid: Triple, levels: list[Tensor]) -> Features:
+    def _features(self, tokens: Tensor, grid: Size, levels: list[Tensor]) -> Features:
         patches = tokens[:, self.num_prefix :]
         return Features(patches.mean(1) if self.cls_token is None else tokens[:, 0], patches, grid, levels)
 
     def forward(self, x: Tensor) -> Features:
         """Return features of unmasked volumes.
 
-        ``levels`` are four maps (B, E, D', H', W'): the residual stream after blocks ``i * depth // 4`` (counted from
+        ``levels`` are four maps (B, E, *grid): the residual stream after blocks ``i * depth // 4`` (counted from
         0) for i = 1, 2, 3, not normed, and the normed output. At depth 12 these are the blocks 3, 6 and 9 that MONAI's
         UNETR decodes.
 
         Args:
-            x: (B, C, D, H, W) in the model's intensity range.
+            x: (B, C, [D,] H, W) in the model's intensity range.
 
         Raises:
             ValueError: if channels or shape do not fit.
@@ -413,8 +423,7 @@ class ViT(Backbone):
         normed, states, grids = self._blocks([x], None, None, tuple(set(self.level_blocks)))
         by_block = dict(zip(sorted(set(self.level_blocks)), states, strict=True))
         maps = [by_block[i][0] for i in self.level_blocks] + normed
-        d, h, w = grids[0]
-        levels = [rearrange(m[:, self.num_prefix :], "b (d h w) e -> b e d h w", d=d, h=h, w=w) for m in maps]
+        levels = [m[:, self.num_prefix :].mT.unflatten(2, grids[0]) for m in maps]
         return self._features(normed[0], grids[0], levels)
 
     def hidden_states(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -434,8 +443,8 @@ class ViT(Backbone):
         ``1 / (1 - drop_probs[l])``. Nothing is drawn here, so results do not depend on how a batch is cut.
 
         Args:
-            views: groups (B_i, C, D_i, H_i, W_i).
-            masks: per group (B_i, D', H', W') bool, True = embedding replaced by the mask token; or None.
+            views: groups (B_i, C, [D_i,] H_i, W_i).
+            masks: per group (B_i, *grid) bool, True = embedding replaced by the mask token; or None.
             drop_noise: per group (B_i, depth) uniforms in [0, 1), or None.
 
         Raises:
@@ -455,7 +464,7 @@ class ViT(Backbone):
         Source: the asymmetric encoder of MAE [R: MAE].
 
         Args:
-            x: (B, C, D, H, W).
+            x: (B, C, [D,] H, W).
             visible: (B, M) int64.
             drop_noise: (B, depth) uniforms in [0, 1), or None.
 
@@ -493,7 +502,7 @@ class ViT(Backbone):
         self.patch_bias.requires_grad_(False)
 
     def cls_attention(self, x: Tensor) -> Tensor:
-        """Return attention of [CLS] to each patch in the last block, (B, heads, D', H', W') float32.
+        """Return attention of [CLS] to each patch in the last block, (B, heads, *grid) float32.
 
         Only that row is computed, from the block's own queries and keys; SDPA stays on everywhere. Rows sum to less
         than 1: the rest goes to [CLS] itself and to registers. For the views of a step already being computed, set

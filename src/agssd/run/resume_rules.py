@@ -52,6 +52,9 @@ RESUMED_FREELY = (
     "trainer.default_root_dir",
 )
 
+# Settings that early checkpoints do not name, and what they were then.
+NOT_NAMED_ONCE = {"backbone.spatial_dims": 3}
+
 
 def refuse_missing(ckpt_path: str) -> None:
     """Refuse a checkpoint of this machine that is not there.
@@ -115,6 +118,6 @@ def differences(name: str, saved: Any, given: Any) -> Iterator[str]:
         for key in sorted({*saved, *given}):
             label = f"{name}.{key}".replace(".init_args.", ".")
             if label not in RESUMED_FREELY:
-                yield from differences(label, saved.get(key), given.get(key))
+                yield from differences(label, saved.get(key, NOT_NAMED_ONCE.get(label)), given.get(key))
     elif saved != given and saved != without_paths(given, name.rpartition(".")[2]):  # a copy that was sent has no paths
         yield f"{name}: {saved!r} in the checkpoint, {given!r} now"

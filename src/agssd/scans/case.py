@@ -16,13 +16,13 @@ class RefusedError(ValueError):
 
 @dataclass
 class PreparedCase:
-    """One scan in tensor order (D, H, W) = (S, A, R increasing).
+    """One scan in tensor order (D, H, W) = (S, A, R increasing), or frames (T, H, W).
 
     Attributes:
         image: (C, D, H, W) int16; ``image * scale + offset`` is HU or the source's units.
         foreground: (D, H, W) uint8, 1 = body.
         label: (D, H, W) uint8 or int16, or None.
-        modality: "ct" or "mri".
+        modality: "ct", "mri" or "us".
         spacing_mm: of the arrays.
         affine: (4, 4) float64, voxel (d, h, w, 1) to world mm, RAS+.
         source_shape: of the source array as its file orders it (i, j, k).
@@ -36,6 +36,8 @@ class PreparedCase:
         perceptual_hash: of the first channel, see ``agssd.scans.perceptual``, or None where it would tell nothing.
         modality_reason: why the modality was decided so, or None where it was given.
         notes: what the user should know of this scan.
+        spatial_dims: 2 for frames: the first axis counts them, H runs downwards and W to the right.
+        in_mm: whether ``spacing_mm`` is in mm, or in pixels.
     """
 
     image: NDArray[np.int16]
@@ -55,3 +57,5 @@ class PreparedCase:
     perceptual_hash: str | None = None
     modality_reason: str | None = None
     notes: tuple[str, ...] = ()
+    spatial_dims: int = 3
+    in_mm: bool = True

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 READABLE = (".nii", ".nii.gz", ".img", ".img.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp")  # scans only where frames are asked for
 REFUSED = {
     ".par": "Philips PAR/REC is not read; convert it to NIfTI",
     ".mgz": "FreeSurfer MGH is not read; convert it to NIfTI",
@@ -111,8 +112,14 @@ class Listing(NamedTuple):
     ignored: int
 
 
-def list_folder(folder: Path) -> Listing:
-    """Search a folder for scans, in the order of their paths; hidden files and folders are passed over."""
+def list_folder(folder: Path, frames: bool = False) -> Listing:
+    """Search a folder for scans, in the order of their paths; hidden files and folders are passed over.
+
+    Args:
+        folder: searched recursively.
+        frames: pictures are scans too.
+    """
+    readable = (*READABLE, *PICTURES) if frames else READABLE
     scans: list[Path] = []
     dicom: list[Path] = []
     others: list[Path] = []
@@ -129,7 +136,7 @@ def list_folder(folder: Path) -> Listing:
             suffix = suffix_of(path)
             if name.startswith("."):
                 continue
-            if suffix in READABLE:
+            if suffix in readable:
                 scans.append(path)
             elif suffix in REFUSED:
                 refused.append((path, REFUSED[suffix]))

@@ -131,8 +131,8 @@ _REASONS = (
     (r"a NIfTI or Analyze header without its \.img|an \.img without its \.hdr", "damaged"),
     (r"the data file that its header names is missing", "damaged"),
     (r"cannot be opened|no regular file|this folder cannot be listed", "missing"),
-    (r"\d+ voxels are (?:NaN or infinite|NaN|infinite)", "non-finite"),
-    (rf"all voxels are 0|constant: all voxels are {_NUMBER}|constant at this spacing", "constant"),
+    (r"\d+ (?:voxels|pixels) are (?:NaN or infinite|NaN|infinite)", "non-finite"),
+    (rf"all voxels are 0|constant: all (?:voxels|pixels) are {_NUMBER}|constant at this spacing", "constant"),
     (rf"values from {_NUMBER} to {_NUMBER} are no intensities", "values"),
     (rf"\dD image \({_SHAPE}\)(?:; --volume (?:I \(from 0\) takes one|\d+ is none) of its \d+ volumes)?", "dimensions"),
     (rf"single slice \({_SHAPE}\)|an empty image of shape {_SHAPE}", "dimensions"),
@@ -161,6 +161,14 @@ _REASONS = (
     (r"not enough memory", "memory"),
     (r"Analyze 7\.5 has no orientation", "type"),
     (r"files of type", "type"),
+    # Frames
+    (r"damaged, or of a compression that is not decoded", "damaged"),
+    (rf"frames of {_SHAPE} pixels|an animated picture|\dD image, which is no sequence of frames", "dimensions"),
+    (r"a volume: nothing in its header says that its third axis is time|\d+ values per pixel", "dimensions"),
+    (r"frames are read from one file, which holds all channels", "dimensions"),
+    (r"its header names another modality than ultrasound", "modality"),
+    (rf"no sector found: {_NUMBER} % of the picture could be tissue", "foreground"),
+    (rf"its pixels have no size in mm|{_SHAPE} pixels at this spacing are too few", "spacing"),
     # DICOM
     (r"(?:no readable|damaged|no valid) DICOM header|no pixel data", "damaged"),
     (r"(?:truncated|damaged) pixel data(?:: \d+x\d+ pixels decoded)?", "damaged"),
@@ -210,6 +218,9 @@ _NOTES = (
     (r"other files of its folder hold the same image, by its UID, in other bytes", "duplicate", "warning"),
     (rf"axes {_NUMBER} degrees off a right angle are (?:resampled|taken as right-angled)", "affine", "info"),
     (r"lengths in the header are in (?:meter|micron); converted to mm", "note", "info"),
+    (r"its (?:pixels have no size in mm|regions differ in scale)[:;] lengths are in pixels", "note", "info"),
+    (r"mirrored, so that columns run to the marked side|turned upside down, so that rows run away", "note", "info"),
+    (r"the value 255 of its label is taken for class 1", "note", "info"),
 )
 
 

@@ -15,7 +15,7 @@ from agssd.scans.bids import modality_of, owners_by_name, set_aside, why_no_imag
 from agssd.scans.case import RefusedError
 from agssd.scans.decathlon import read_dataset
 from agssd.scans.files import Listing, list_folder, stem_of
-from agssd.scans.jobs import Job, Plan, add_series, subject_of
+from agssd.scans.jobs import Job, Plan, add_cines, add_series, subject_of
 from agssd.scans.read import canonical_geometry
 
 _KIND_OF_IMAGE = re.compile(
@@ -34,7 +34,7 @@ def add_folder(
     pet: bool = False,
 ) -> None:
     """Add the scans of a folder, searched recursively, to the plan; files that match ``globs`` are labels."""
-    scans, dicom, refused, ignored = _without_derivatives(plan, folder, list_folder(folder), globs)
+    scans, dicom, refused, ignored = _without_derivatives(plan, folder, list_folder(folder, modality == "us"), globs)
     plan.refused += refused
     plan.ignored += ignored
     listed: dict[Path, Job] = {}
@@ -53,7 +53,10 @@ def add_folder(
             images.append(path)
         else:
             plan.refused.append((path, reason))
-    series = {job.paths[0]: job for job in add_series(plan, dicom, folder, pattern, pet)}
+    jobs = (
+        add_cines(plan, dicom, folder, pattern) if modality == "us" else add_series(plan, dicom, folder, pattern, pet)
+    )
+    series = {job.paths[0]: job for job in jobs}
     taken = {path: job.label for path, job in listed.items() if job.label}
     persons = _folder_subjects([path for path in images if path not in listed], folder)
     label_of = _pair(plan, named, [*images, *series], taken, persons)

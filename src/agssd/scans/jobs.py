@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agssd.scans.case import RefusedError
 from agssd.scans.dicom import Series, find_series
+from agssd.scans.dicom_headers import read_attributes
 from agssd.scans.files import data_files
 
 SPLITS = ("train", "val", "test")
@@ -22,7 +24,7 @@ class Job:
         paths: the file, or one file per channel; of a DICOM series its folder, or its first file.
         subject: the person, as the source names it.
         label: file of the label map.
-        modality: "ct", "mri", or None to decide from the file.
+        modality: "ct", "mri", "us" for frames, or None to decide from the file.
         class_name: class of the case.
         split: "train", "val" or "test" where the source says so.
         series: the DICOM series, or None.
@@ -88,6 +90,27 @@ def add_series(plan: Plan, files: Sequence[Path], root: Path, pattern: re.Patter
             plan.refused.append((series.place, "its path does not match --subject"))
     if pattern is None and found:
         plan.notes += _about_patients(root, found)
+    return jobs
+
+
+def add_cines(plan: Plan, files: Sequence[Path], root: Path, pattern: re.Pattern[str] | None) -> list[Job]:
+    """Return a job for every DICOM file of ultrasound, and note in the plan what is refused.
+
+    The subject is what the expression finds in the relative path, else the PatientID, else the study, else the file.
+    """
+    jobs = []
+    for file in sorted(files):
+        try:
+            data = read_attributes(file, ["PatientID", "StudyInstanceUID"])
+        except RefusedError as error:
+            plan.refused.append((file, str(error)))
+            continue
+        default = str(data.get("PatientID") or data.get("StudyInstanceUID") or file).strip()
+        subject = default if pattern is None else subject_of(file.relative_to(root).as_posix(), "", pattern)
+        if subject:
+            jobs.append(Job((file,), subject, modality="us"))
+        else:
+            plan.refused.append((file, "its path does not match --subject"))
     return jobs
 
 

@@ -17,7 +17,7 @@ from agssd.scans.files import holds_dicom, stem_of
 from agssd.scans.jobs import SPLITS, Job, Plan, subject_of
 
 COLUMNS = ("path", "subject", "modality", "label_path", "class", "split", "volume")
-_MODALITIES = {"ct": "ct", "mri": "mri", "mr": "mri"}
+_MODALITIES = {"ct": "ct", "mri": "mri", "mr": "mri", "us": "us"}
 _SYNONYMS = {
     "path": ("image", "file", "filename", "scan"),
     "subject": ("patient", "participant", "person"),
@@ -63,7 +63,7 @@ def add_manifest(plan: Plan, path: Path, pattern: re.Pattern[str] | None, pet: b
             errors.append((line, "path", "one file is named as two channels"))
         modality, split = row.get("modality", "").lower(), row.get("split", "").lower()
         if modality not in ("", "auto", *_MODALITIES):
-            errors.append((line, "modality", f"{modality!r} is neither ct nor mri"))
+            errors.append((line, "modality", f"{modality!r} is neither ct nor mri, nor us"))
         if split not in ("", *SPLITS):
             errors.append((line, "split", f"{split!r} is none of {', '.join(SPLITS)}"))
         label = path.parent / row["label_path"] if row.get("label_path") else None
@@ -72,7 +72,8 @@ def add_manifest(plan: Plan, path: Path, pattern: re.Pattern[str] | None, pet: b
         elif label is not None and not label.exists():
             errors.append((line, "label_path", f"{label} does not exist"))
         try:
-            series = series_at(paths[0], pet) if len(paths) == 1 and holds_dicom(paths[0]) else None
+            is_series = len(paths) == 1 and modality != "us" and holds_dicom(paths[0])
+            series = series_at(paths[0], pet) if is_series else None
             if series is not None and modality in _MODALITIES and _MODALITIES[modality] != series.modality:
                 raise RefusedError(f"its header says {series.modality}, line {line} of the manifest {modality}")
         except RefusedError as error:

@@ -114,7 +114,7 @@ def prepare_case(
         low, high = (CT_RANGE_HU[0],) * count, (CT_RANGE_HU[1],) * count
     else:
         foreground = _foreground_of_mri(volumes[0], moved[0], grid, spacing)
-        stored = [_store_mri(array, foreground) for array in arrays]
+        stored = [store_by_percentiles(array, foreground) for array in arrays]
         image = np.stack([channel for channel, *_ in stored])
         scale, offset = tuple(item[1] for item in stored), tuple(item[2] for item in stored)
         low, high = tuple(item[3] for item in stored), tuple(item[4] for item in stored)
@@ -354,7 +354,7 @@ def _foreground_of_mri(source: Volume, moved: Volume, grid: Grid, spacing_mm: Sp
     return foreground if foreground.any() else np.ones_like(foreground)
 
 
-def _store_mri(
+def store_by_percentiles(
     array: NDArray[np.float32], foreground: NDArray[np.uint8]
 ) -> tuple[NDArray[np.int16], float, float, float, float]:
     """Return stored values, scale, offset, low and high of one channel, clipped to percentiles of the foreground."""

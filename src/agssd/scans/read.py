@@ -292,7 +292,9 @@ def _read_itk(path: Path, volume: int | None) -> tuple[NDArray[Any], NDArray[np.
     if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelID()):
         raise RefusedError("complex voxels are not read")
     if any(key.startswith("Seq_Frame") for key in meta) and reader.GetDimension() > 2:
-        raise RefusedError("a sequence of tracked 2D frames: its third axis is time, not space")
+        raise RefusedError(
+            "a sequence of tracked 2D frames: its third axis is time, not space; --modality us takes its frames"
+        )
     shape, taken, note = _choose_volume(reader.GetSize(), volume)
     try:
         image = reader.Execute()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from agssd.scans.files import holds_dicom, stem_of
 from agssd.scans.folders import add_folder
-from agssd.scans.jobs import Job, Plan, add_series, subject_of
+from agssd.scans.jobs import Job, Plan, add_cines, add_series, subject_of
 from agssd.scans.manifest import add_manifest
 
 __all__ = ["Job", "Plan", "plan_sources"]
@@ -31,8 +31,8 @@ def plan_sources(
         sources: files, folders (searched recursively) and CSV manifests.
         labels: globs; in a folder a file whose name (or, for a glob with a slash, relative path) matches is a label.
         subject: regular expression searched in the relative path; its first group, or the whole match, is the subject.
-        modality: "ct" or "mri" for every case whose manifest row does not say otherwise, whatever a dataset.json says;
-            None to decide per file. A DICOM series of another modality is refused.
+        modality: "ct", "mri" or "us" for every case whose manifest row does not say otherwise, whatever a dataset.json
+            says; None to decide per file. A DICOM series of another modality is refused.
         volume: of files and series that hold several volumes take this one, from 0; a manifest row may say otherwise.
         pet: take DICOM PET too, stored as MRI is.
 
@@ -57,7 +57,10 @@ def plan_sources(
         elif source.suffix.lower() == ".csv":
             add_manifest(plan, source, pattern, pet)
         elif holds_dicom(source):
-            plan.jobs += add_series(plan, [source], source.parent, pattern, pet)
+            if modality == "us":
+                plan.jobs += add_cines(plan, [source], source.parent, pattern)
+            else:
+                plan.jobs += add_series(plan, [source], source.parent, pattern, pet)
         else:
             name = subject_of(source.name, stem_of(source), pattern)
             if name is None:

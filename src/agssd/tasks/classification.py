@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from agssd.evaluation.metrics import classification_scores
 from agssd.models.backbone import Backbone
 from agssd.tasks.finetuning import DownstreamTask, gather_rows
-from agssd.types import LabelledBatch, Triple
+from agssd.types import LabelledBatch, Size
 
+MAX_FRAMES = 16  # of a sequence that is classified, evenly spread
 Pooling = Literal["cls", "mean", "cls_mean", "attentive"]
 
 
@@ -46,7 +47,7 @@ class AttentivePooling(nn.Module):
         return pooled[:, 0]
 
 
-def window_starts(box: list[tuple[int, int]], crop_vox: Triple) -> list[Triple]:
+def window_starts(box: list[tuple[int, int]], crop_vox: Size) -> list[Size]:
     """Return the fewest evenly spread windows that cover a box; one centred window where the box is smaller.
 
     Args:
@@ -60,7 +61,7 @@ def window_starts(box: list[tuple[int, int]], crop_vox: Triple) -> list[Triple]:
             per_axis.append([(first + last - crop) // 2])
         else:
             per_axis.append([first + round(i * (last - first - crop) / (count - 1)) for i in range(count)])
-    return [(d, h, w) for d, h, w in itertools.product(*per_axis)]
+    return list(itertools.product(*per_axis))
 
 
 class ClassificationTask(DownstreamTask):
@@ -77,7 +78,7 @@ class ClassificationTask(DownstreamTask):
 
     Args:
         num_classes: number of classes.
-        crop_vox: window (D, H, W) in voxels; divisible by the patch.
+        crop_vox: window ([D,] H, W) in voxels; divisible by the patch.
         backbone: an encoder with fresh weights (from scratch), or None.
         encoder: an export, a checkpoint or a run to take weights from, or None.
         pooling: "cls", "mean" (of patch tokens), "cls_mean" (both side by side) or "attentive".
@@ -104,7 +105,7 @@ class ClassificationTask(DownstreamTask):
     def __init__(
         self,
         num_classes: int,
-        crop_vox: Triple,
+        crop_vox: Size,
         backbone: Backbone | None = None,
         encoder: str | None = None,
         pooling: Pooling = "cls_mean",
@@ -131,8 +132,8 @@ class ClassificationTask(DownstreamTask):
         if isinstance(class_weights, list) and len(class_weights) != num_classes:
             raise ValueError(f"class_weights has {len(class_weights)} entries for num_classes={num_classes}")
         self.num_classes = num_classes
-        self.crop_vox: Triple = (int(crop_vox[0]), int(crop_vox[1]), int(crop_vox[2]))
-        self.backbone.token_grid((self.backbone.in_channels, *self.crop_vox))  # refuses a window that does not fit
+        self.crop_vox: Size = tuple(int(n) for n in crop_vox)
+        self.backbone.token_grid(self.crop_vox)  # refuses a window that does not fit
         self.pooling, self.class_weights, self.label_smoothing = pooling, class_weights, label_smoothing
         self.sw_batch_size = sw_batch_size
         size = self.backbone.embed_dim
@@ -165,7 +166,7 @@ class ClassificationTask(DownstreamTask):
         return cls.mean(1) if self.pooling == "cls" else torch.cat([cls.mean(1), mean], 1)
 
     def forward(self, windows: Tensor) -> Tensor:
-        """Return class scores (B, num_classes) float32 of V windows per volume (B, V, C, D, H, W)."""
+        """Return class scores (B, num_classes) float32 of V windows per volume (B, V, C, [D,] H, W)."""
         batch, count = windows.shape[:2]
         cls, tokens = [], []
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
@@ -181,27 +182,33 @@ class ClassificationTask(DownstreamTask):
         return scores.float()
 
     def windows(self, image: Tensor, foreground: Tensor) -> Tensor:
-        """Return the windows (1, V, C, d, h, w) that cover the foreground of one volume.
+        """Return the windows (1, V, C, [d,] h, w) that cover the foreground of one volume.
 
         Args:
-            image: (1, C, D, H, W) float32.
-            foreground: (1, 1, D, H, W) bool; the whole volume where it is empty.
+            image: (1, C, [D,] H, W) float32.
+            foreground: (1, 1, [D,] H, W) bool; the whole volume where it is empty.
+
+        Of a sequence (1, C, T, H, W) these are the windows of at most 16 evenly spread frames.
         """
+        if image.ndim == len(self.crop_vox) + 3:
+            count = image.shape[2]
+            frames = torch.linspace(0, count - 1, min(count, MAX_FRAMES)).round().long().tolist()
+            return torch.cat([self.windows(image[:, :, t], foreground[:, :, t]) for t in frames], 1)
         where = foreground[0, 0].nonzero()
         if len(where):
             low, high = where.amin(0).tolist(), (where.amax(0) + 1).tolist()
         else:
-            low, high = [0, 0, 0], list(image.shape[2:])
+            low, high = [0] * len(self.crop_vox), list(image.shape[2:])
         starts = window_starts(list(zip(low, high, strict=True)), self.crop_vox)
         shape = image.shape[2:]
-        before = [max(0, *(-start[a] for start in starts)) for a in range(3)]
-        after = [max(0, *(start[a] + self.crop_vox[a] - shape[a] for start in starts)) for a in range(3)]
-        pads = [n for a in (2, 1, 0) for n in (before[a], after[a])]
+        before = [max(0, *(-start[a] for start in starts)) for a in range(len(shape))]
+        after = [max(0, *(start[a] + self.crop_vox[a] - shape[a] for start in starts)) for a in range(len(shape))]
+        pads = [n for a in reversed(range(len(shape))) for n in (before[a], after[a])]
         padded = F.pad(image, pads, value=float(image.min()))
         views = []
         for start in starts:
             box = [slice(s + b, s + b + n) for s, b, n in zip(start, before, self.crop_vox, strict=True)]
-            views.append(padded[:, :, box[0], box[1], box[2]])
+            views.append(padded[:, :, *box])
         return torch.stack(views, 1)
 
     def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:

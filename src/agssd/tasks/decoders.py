@@ -6,40 +6,37 @@ reconstruction head with classes in place of intensities).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
 
-from agssd.types import Features, Triple
+from agssd.transforms.edges import unpatch
+from agssd.types import Features, Size
 
 
-def place_patches(values: Tensor, grid: Triple, patch_size: Triple) -> Tensor:
+def place_patches(values: Tensor, grid: Size, patch_size: Size) -> Tensor:
     """Return the volume whose patches are given token by token.
 
     Args:
-        values: (B, N, p_D * p_H * p_W * K), tokens in raster order of ``grid``; within a token the voxels of its patch
-            in raster order, the K scores of a voxel last.
-        grid: (D', H', W') with D' * H' * W' = N.
+        values: (B, N, P * K) with P voxels of a patch, tokens in raster order of ``grid``; within a token the voxels of
+            its patch in raster order, the K scores of a voxel last.
+        grid: ([D',] H', W'), N tokens.
         patch_size: voxels of a patch per axis.
 
     Returns:
-        (B, K, D' * p_D, H' * p_H, W' * p_W).
+        (B, K, [D,] H, W).
     """
-    batch = values.shape[0]
-    depth, height, width = grid
-    p_d, p_h, p_w = patch_size
-    blocks = values.reshape(batch, depth, height, width, p_d, p_h, p_w, -1)
-    blocks = blocks.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, K, D', p_D, H', p_H, W', p_W)
-    return blocks.reshape(batch, -1, depth * p_d, height * p_h, width * p_w)
+    return unpatch(values, grid, patch_size)
 
 
 def _is_power_of_two(value: int) -> bool:
     return value >= 1 and value & (value - 1) == 0
 
 
-def up_strides(patch_size: Triple) -> list[Triple]:
+def up_strides(patch_size: Size) -> list[Size]:
     """Return the strides by which the decoder grows from tokens to voxels, coarse to fine.
 
     Each is 2 or 1 per axis and their product is ``patch_size``. An axis with a smaller patch (thick slices) keeps its
@@ -54,10 +51,10 @@ def up_strides(patch_size: Triple) -> list[Triple]:
             f"{tuple(patch_size)}; use decoder: linear, or an encoder with patch 4, 8 or 16"
         )
     halvings = [p.bit_length() - 1 for p in patch_size]
-    steps: list[Triple] = []
+    steps: list[Size] = []
     for done in range(max(halvings)):
         stride = [2 if done < count else 1 for count in halvings]
-        steps.append((stride[0], stride[1], stride[2]))
+        steps.append(tuple(stride))
     return steps
 
 
@@ -93,7 +90,7 @@ class UNETRDecoder(nn.Module):
         self,
         in_channels: int,
         level_channels: Sequence[int],
-        level_strides: Sequence[Triple],
+        level_strides: Sequence[Size],
         num_classes: int,
         feature_size: int = 16,
         stem: bool = True,
@@ -102,6 +99,7 @@ class UNETRDecoder(nn.Module):
         """Build stem, skips and upward steps for the strides."""
         super().__init__()
         self.level_strides = tuple(level_strides)
+        dims = len(level_strides[-1])
         strides = up_strides(level_strides[-1])
         steps = len(strides)
         widths = [feature_size * 2**scale for scale in range(steps)]  # fine to coarse
@@ -114,32 +112,32 @@ class UNETRDecoder(nn.Module):
             first = level_channels[level]
             for done, stride in enumerate(strides[steps - scales[level] : steps - scale]):
                 channels = widths[scale] if done else first
-                layers.append(UnetrPrUpBlock(3, channels, widths[scale], 0, 3, 1, stride, norm_name))
+                layers.append(UnetrPrUpBlock(dims, channels, widths[scale], 0, 3, 1, stride, norm_name))
                 if done > 0:
-                    layers.append(UnetrBasicBlock(3, widths[scale], widths[scale], 3, 1, norm_name, res_block=True))
+                    layers.append(UnetrBasicBlock(dims, widths[scale], widths[scale], 3, 1, norm_name, res_block=True))
             if not layers:
-                layers.append(UnetrBasicBlock(3, first, widths[scale], 3, 1, norm_name, res_block=True))
+                layers.append(UnetrBasicBlock(dims, first, widths[scale], 3, 1, norm_name, res_block=True))
             self.skips.append(nn.Sequential(*layers))
         self.ups = nn.ModuleList()  # coarse to fine, down to scale 1
         channels = level_channels[-1]
         for done, stride in enumerate(strides[:-1]):
             width = widths[steps - 1 - done]
-            self.ups.append(UnetrUpBlock(3, channels, width, 3, stride, norm_name, res_block=True))
+            self.ups.append(UnetrUpBlock(dims, channels, width, 3, stride, norm_name, res_block=True))
             channels = width
         self.stem: nn.Module | None = None
         self.last: nn.Module
         if stem:
-            self.stem = UnetrBasicBlock(3, in_channels, feature_size, 3, 1, norm_name, res_block=True)
-            self.last = UnetrUpBlock(3, channels, feature_size, 3, strides[-1], norm_name, res_block=True)
+            self.stem = UnetrBasicBlock(dims, in_channels, feature_size, 3, 1, norm_name, res_block=True)
+            self.last = UnetrUpBlock(dims, channels, feature_size, 3, strides[-1], norm_name, res_block=True)
         else:
             self.last = nn.Sequential(
-                UnetrPrUpBlock(3, channels, feature_size, 0, 3, 1, strides[-1], norm_name),
-                UnetrBasicBlock(3, feature_size, feature_size, 3, 1, norm_name, res_block=True),
+                UnetrPrUpBlock(dims, channels, feature_size, 0, 3, 1, strides[-1], norm_name),
+                UnetrBasicBlock(dims, feature_size, feature_size, 3, 1, norm_name, res_block=True),
             )
-        self.out = UnetOutBlock(3, feature_size, num_classes)
+        self.out = UnetOutBlock(dims, feature_size, num_classes)
 
     def forward(self, image: Tensor, features: Features) -> Tensor:
-        """Return scores (B, num_classes, D, H, W) for an image (B, C, D, H, W) and its features.
+        """Return scores (B, num_classes, [D,] H, W) for an image (B, C, [D,] H, W) and its features.
 
         Raises:
             ValueError: if the levels are not those of the encoder that the decoder was built for.
@@ -164,8 +162,8 @@ class LinearDecoder(nn.Module):
     """One linear layer from a token to the classes of each voxel of its patch.
 
     No interpolation and no neighbour takes part, so the result shows what single tokens know, at full resolution. The
-    layer has p_D * p_H * p_W * K outputs: with large patches and many classes it grows big (patch 16 and 100 classes:
-    410,000 outputs).
+    layer has as many outputs as a patch has voxels, times K: with large patches and many classes it grows big (patch
+    16 and 100 classes in 3D: 410,000 outputs).
 
     Args:
         embed_dim: size of a token.
@@ -173,30 +171,30 @@ class LinearDecoder(nn.Module):
         num_classes: classes with background, K.
     """
 
-    def __init__(self, embed_dim: int, patch_size: Triple, num_classes: int) -> None:
+    def __init__(self, embed_dim: int, patch_size: Size, num_classes: int) -> None:
         """Build the layer with small weights, so that scores start near equal."""
         super().__init__()
         self.patch_size = patch_size
-        voxels = patch_size[0] * patch_size[1] * patch_size[2]
+        voxels = math.prod(patch_size)
         self.norm = nn.LayerNorm(embed_dim)
         self.proj = nn.Linear(embed_dim, voxels * num_classes)
         nn.init.trunc_normal_(self.proj.weight, std=0.01)
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, image: Tensor, features: Features) -> Tensor:
-        """Return scores (B, num_classes, D, H, W); the image is not looked at."""
+        """Return scores (B, num_classes, [D,] H, W); the image is not looked at."""
         return place_patches(self.proj(self.norm(features.tokens)), features.grid, self.patch_size)
 
 
-def _scale_of(stride: Triple, up: list[Triple]) -> int:
+def _scale_of(stride: Size, up: list[Size]) -> int:
     """Return how many of the last steps of ``up`` lead from a level of ``stride`` to the voxels.
 
     Raises:
         ValueError: if none does.
     """
-    grown = (1, 1, 1)
-    for scale, step in enumerate([(1, 1, 1), *reversed(up)]):
-        grown = (grown[0] * step[0], grown[1] * step[1], grown[2] * step[2])
+    grown = start = (1,) * len(stride)
+    for scale, step in enumerate([start, *reversed(up)]):
+        grown = tuple(now * factor for now, factor in zip(grown, step, strict=True))
         if grown == tuple(stride):
             return scale
     raise ValueError(

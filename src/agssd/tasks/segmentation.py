@@ -11,7 +11,7 @@ from agssd.models.backbone import Backbone
 from agssd.tasks.decoders import LinearDecoder, UNETRDecoder
 from agssd.tasks.finetuning import DownstreamTask
 from agssd.tasks.voxelwise import VoxelTask
-from agssd.types import Features, Triple
+from agssd.types import Features, Size
 
 
 class SegmentationTask(VoxelTask, DownstreamTask):
@@ -26,7 +26,7 @@ class SegmentationTask(VoxelTask, DownstreamTask):
 
     Args:
         num_classes: classes with background.
-        crop_vox: window (D, H, W) in voxels, for training crops and for sliding windows; divisible by the patch.
+        crop_vox: window ([D,] H, W) in voxels, for training crops and for sliding windows; divisible by the patch.
         backbone: an encoder with fresh weights (from scratch), or None.
         encoder: an export, a checkpoint or a run to take weights from, or None.
         decoder: "unetr" or "linear".
@@ -55,7 +55,7 @@ class SegmentationTask(VoxelTask, DownstreamTask):
     def __init__(
         self,
         num_classes: int,
-        crop_vox: Triple,
+        crop_vox: Size,
         backbone: Backbone | None = None,
         encoder: str | None = None,
         decoder: Literal["unetr", "linear"] = "unetr",
@@ -78,7 +78,7 @@ class SegmentationTask(VoxelTask, DownstreamTask):
         )
         self.save_hyperparameters(ignore=["backbone"], logger=False)
         self.set_up_voxels(num_classes, crop_vox, sw_overlap, sw_batch_size, surface_tolerance_mm)
-        self.backbone.token_grid((self.backbone.in_channels, *self.crop_vox))  # refuses a window that does not fit
+        self.backbone.token_grid(self.crop_vox)  # refuses a window that does not fit
         self.decoder: nn.Module
         if decoder == "linear":
             self.decoder = LinearDecoder(self.backbone.embed_dim, self.backbone.patch_size, num_classes)
@@ -99,6 +99,6 @@ class SegmentationTask(VoxelTask, DownstreamTask):
         return features
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return class scores (B, num_classes, D, H, W) float32 of crops (B, C, D, H, W)."""
+        """Return class scores (B, num_classes, [D,] H, W) float32 of crops (B, C, [D,] H, W)."""
         scores: Tensor = self.decoder(image, self.features(image))
         return scores.float()

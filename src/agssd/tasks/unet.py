@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agssd.tasks.finetuning import warmed_up
 from agssd.tasks.voxelwise import VoxelTask
-from agssd.types import Triple
+from agssd.types import Size
 
 
 class UNetTask(VoxelTask):
@@ -22,7 +22,7 @@ class UNetTask(VoxelTask):
 
     Args:
         num_classes: classes with background.
-        crop_vox: window (D, H, W) in voxels; divisible by 2 to the number of levels less one.
+        crop_vox: window ([D,] H, W) in voxels; divisible by 2 to the number of levels less one.
         in_channels: image channels.
         channels: of each level, fine to coarse.
         num_res_units: of each level.
@@ -42,7 +42,7 @@ class UNetTask(VoxelTask):
     def __init__(
         self,
         num_classes: int,
-        crop_vox: Triple,
+        crop_vox: Size,
         in_channels: int = 1,
         channels: Sequence[int] = (16, 32, 64, 128, 256),
         num_res_units: int = 2,
@@ -72,7 +72,9 @@ class UNetTask(VoxelTask):
         self.in_channels = in_channels
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         strides = [2] * (len(channels) - 1)
-        self.network = UNet(3, in_channels, num_classes, channels, strides, num_res_units=num_res_units)
+        self.network = UNet(
+            len(self.crop_vox), in_channels, num_classes, channels, strides, num_res_units=num_res_units
+        )
 
     def check_data(self, contract: dict[str, Any]) -> None:
         """Refuse data of other channels.
@@ -86,7 +88,7 @@ class UNetTask(VoxelTask):
             )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return class scores (B, num_classes, D, H, W) float32 of crops (B, C, D, H, W)."""
+        """Return class scores (B, num_classes, [D,] H, W) float32 of crops (B, C, [D,] H, W)."""
         scores: Tensor = self.network(image)
         return scores.float()
 

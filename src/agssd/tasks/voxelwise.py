@@ -16,7 +16,7 @@ from torch import Tensor
 from agssd.evaluation.metrics import dice_per_class, mean_over_present, surface_dice_per_class
 from agssd.evaluation.predictions import write_prediction
 from agssd.tasks.finetuning import gather_rows
-from agssd.types import LabelledBatch, Triple
+from agssd.types import LabelledBatch, Size
 
 
 class VoxelTask(L.LightningModule):
@@ -31,7 +31,7 @@ class VoxelTask(L.LightningModule):
     """
 
     def set_up_voxels(
-        self, num_classes: int, crop_vox: Triple, sw_overlap: float, sw_batch_size: int, surface_tolerance_mm: float
+        self, num_classes: int, crop_vox: Size, sw_overlap: float, sw_batch_size: int, surface_tolerance_mm: float
     ) -> None:
         """Take the settings that do not concern the network; called once by the constructor.
 
@@ -43,17 +43,20 @@ class VoxelTask(L.LightningModule):
         if not 0 <= sw_overlap < 1:
             raise ValueError(f"sw_overlap is {sw_overlap}; give a share from 0 to below 1")
         self.num_classes = num_classes
-        self.crop_vox: Triple = (int(crop_vox[0]), int(crop_vox[1]), int(crop_vox[2]))
+        self.crop_vox: Size = tuple(int(n) for n in crop_vox)
         self.sw_overlap, self.sw_batch_size = sw_overlap, sw_batch_size
         self.surface_tolerance_mm = surface_tolerance_mm
         self.loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
         self._rows: list[dict[str, Any]] = []
 
     def segment(self, image: Tensor) -> Tensor:
-        """Return class probabilities (B, num_classes, D, H, W) of volumes of any size, by sliding windows.
+        """Return class probabilities (B, num_classes, [D,] H, W) of volumes of any size, by sliding windows.
 
-        Volumes smaller than the window are padded with their lowest intensity, and the padding is cut off again.
+        Frames of sequences (B, C, T, H, W) are segmented one by one. Volumes smaller than the window are padded with
+        their lowest intensity, and the padding is cut off again.
         """
+        if image.ndim == len(self.crop_vox) + 3:
+            return torch.stack([self.segment(frame) for frame in image.unbind(2)], 2)
         scores = sliding_window_inference(
             image,
             self.crop_vox,
@@ -76,7 +79,7 @@ class VoxelTask(L.LightningModule):
 
     def _evaluate(self, batch: LabelledBatch, surface: bool) -> None:
         prediction = self.segment(batch["image"]).argmax(1)
-        label = batch["label"][:, 0]
+        label = batch["label"][:, 0]  # of frames (B, T, H, W)
         for index in range(len(prediction)):
             row: dict[str, Any] = {"case": int(batch["case"][index])}
             row["dice"] = dice_per_class(prediction[index], label[index], self.num_classes).tolist()

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from agssd.geometry import constant
+from agssd.geometry import constant, per_sample
 from agssd.transforms.intensity import apply_where
 from agssd.transforms.keyed_random import KeyedRandom
 
@@ -29,7 +29,7 @@ def shuffle_windows(image: Tensor, random: KeyedRandom, max_share: float = 0.1, 
     leaves about 16 % of its voxels untouched; one tiling does so in two sorts.
 
     Args:
-        image: (B, C, D, H, W) float32.
+        image: (B, C, [D,] H, W) float32.
         random: keyed by the B images.
         max_share: largest edge of a window as a share of the image's.
         share: of the windows that are shuffled.
@@ -38,14 +38,14 @@ def shuffle_windows(image: Tensor, random: KeyedRandom, max_share: float = 0.1, 
     size = image.shape[2:]
     shape = constant(tuple(size), image.device)
     largest = (shape * max_share).floor().clamp_min(2)
-    edge = (2 + random.uniform(3) * (largest - 1)).floor()  # (B, 3), 2 .. largest
-    shift = (random.uniform(3) * edge).floor()
-    window = torch.zeros(batch, 1, 1, 1, dtype=torch.int64, device=image.device)
-    for axis in range(3):
-        place = torch.arange(size[axis], device=image.device) + shift[:, axis, None]
+    edge = (2 + random.uniform(len(size)) * (largest - 1)).floor()  # (B, d), 2 .. largest
+    shift = (random.uniform(len(size)) * edge).floor()
+    window = torch.zeros(batch, *[1] * len(size), dtype=torch.int64, device=image.device)
+    for axis, length in enumerate(size):
+        place = torch.arange(length, device=image.device) + shift[:, axis, None]
         cell = torch.div(place, edge[:, axis, None], rounding_mode="floor").long()  # (B, n)
-        view = [batch, *(-1 if a == axis else 1 for a in range(3))]
-        window = window * (size[axis] + 1) + cell.view(view)
+        view = [batch, *(-1 if a == axis else 1 for a in range(len(size)))]
+        window = window * (length + 1) + cell.view(view)
     window = window.expand(batch, *size).flatten(1)
     # Voxels sorted by window, once in raster order and once in random order: equal ranks exchange places.
     target = window.argsort(stable=True, dim=1)
@@ -69,7 +69,7 @@ def bezier_intensity(unit: Tensor, random: KeyedRandom, prob_invert: float | Ten
     contrast, with probability ``prob_invert``.
 
     Args:
-        unit: (B, C, D, H, W) float32 in [0, 1].
+        unit: (B, C, [D,] H, W) float32 in [0, 1].
         random: keyed by the B images.
         prob_invert: probability of a falling curve, of all images or (B, 1) of each.
     """
@@ -93,27 +93,27 @@ def paint(unit: Tensor, random: KeyedRandom, prob_out: float = 0.8) -> Tensor:
     out-painting.
 
     Args:
-        unit: (B, C, D, H, W) float32 in [0, 1].
+        unit: (B, C, [D,] H, W) float32 in [0, 1].
         random: keyed by the B images.
         prob_out: share of images that are painted around their boxes.
     """
     outside = random.uniform(1, 1) < prob_out  # (B, 1, 1)
     size = constant(tuple(unit.shape[2:]), unit.device)
-    draw = random.uniform(_MAX_BOXES, 3)
-    edge = torch.where(outside, 3 / 7 + draw / 7, 1 / 6 + draw / 6) * size  # (B, boxes, 3)
+    draw = random.uniform(_MAX_BOXES, len(size))
+    edge = torch.where(outside, 3 / 7 + draw / 7, 1 / 6 + draw / 6) * size  # (B, boxes, d)
     edge = edge.round().clamp_min(1)
-    start = (random.uniform(_MAX_BOXES, 3) * (size - edge + 1)).floor()
+    start = (random.uniform(_MAX_BOXES, len(size)) * (size - edge + 1)).floor()
     follows = torch.cat([torch.ones_like(outside[:, :, 0]), (random.uniform(_MAX_BOXES - 1) < _NEXT_BOX).float()], 1)
     used = follows.cumprod(1) > 0  # (B, boxes)
-    covered = used[:, :, None, None, None]
-    for axis in range(3):
-        index = torch.arange(unit.shape[2 + axis], device=unit.device)
+    covered = per_sample(used, unit)
+    for axis, length in enumerate(unit.shape[2:]):
+        index = torch.arange(length, device=unit.device)
         inside = (index >= start[..., axis, None]) & (index < (start + edge)[..., axis, None])  # (B, boxes, n)
-        view = [*inside.shape[:2], *(-1 if a == axis else 1 for a in range(3))]
+        view = [*inside.shape[:2], *(-1 if a == axis else 1 for a in range(len(size)))]
         covered = covered & inside.view(view)
-    boxes = covered.any(1)[:, None]  # (B, 1, D, H, W)
+    boxes = covered.any(1)[:, None]  # (B, 1, [D,] H, W)
     noise = random.uniform(*unit.shape[1:])
-    return torch.where(boxes != outside[:, :, None, None], noise, unit)
+    return torch.where(boxes != per_sample(outside, unit), noise, unit)
 
 
 class Corruption:
@@ -152,7 +152,7 @@ class Corruption:
         """Return the corrupted views.
 
         Args:
-            views: (B, V, C, D, H, W) float32 in the model's range: CT [0, 1], MRI [-1, 1].
+            views: (B, V, C, [D,] H, W) float32 in the model's range: CT [0, 1], MRI [-1, 1].
             is_ct: (B,) bool.
             seed: of the run.
             sample: (B,) int64.
@@ -161,8 +161,9 @@ class Corruption:
         keys = {name: KeyedRandom(seed, sample, name).split(count) for name in ("corrupt", "shuffle", "curve", "paint")}
         random = KeyedRandom.from_keys(keys.pop("corrupt"))
         ct = is_ct.repeat_interleave(count)
-        span, floor = (_per_view(torch.where(ct, a, b)) for a, b in ((1.0, 2.0), (0.0, -1.0)))
-        unit = (rearrange(views, "b v ... -> (b v) ...") - floor) / span
+        flat = rearrange(views, "b v ... -> (b v) ...")
+        span, floor = (per_sample(torch.where(ct, a, b), flat) for a, b in ((1.0, 2.0), (0.0, -1.0)))
+        unit = (flat - floor) / span
         for name, prob, change in (
             ("shuffle", self.prob_shuffle, self._shuffle),
             ("curve", self.prob_curve, self._curve),
@@ -180,7 +181,3 @@ class Corruption:
 
     def _paint(self, unit: Tensor, keys: Tensor, is_ct: Tensor) -> Tensor:
         return paint(unit, KeyedRandom.from_keys(keys), self.prob_out)
-
-
-def _per_view(values: Tensor) -> Tensor:
-    return values[:, None, None, None, None]

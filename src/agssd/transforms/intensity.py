@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from agssd.geometry import per_sample
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.separable import smooth
 
@@ -23,18 +25,14 @@ def to_model_range(image: Tensor, low: Tensor, high: Tensor, is_ct: Tensor) -> T
     Source: CT [R: S2DC, SPECTRE], MRI [R: 3DINO].
 
     Args:
-        image: (B, C, D, H, W) float32, HU for CT, source units for MRI.
+        image: (B, C, [D,] H, W) float32, HU for CT, source units for MRI.
         low: (B, C) float32, the intensity that maps to the low end (CT: -1000 HU).
         high: (B, C) float32, the intensity that maps to the high end (CT: 1000 HU).
         is_ct: (B,) bool.
     """
-    low, high = low[:, :, None, None, None], high[:, :, None, None, None]
+    low, high = per_sample(low, image), per_sample(high, image)
     unit = ((image - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    return torch.where(is_ct[:, None, None, None, None], unit, unit * 2 - 1)
-
-
-def _per_view(values: Tensor) -> Tensor:
-    return values[:, None, None, None, None]
+    return torch.where(per_sample(is_ct, image), unit, unit * 2 - 1)
 
 
 class Appearance:
@@ -48,7 +46,13 @@ class Appearance:
         blur_vox: largest standard deviation of the blur in voxels.
         prob_noise: share of views with Gaussian noise.
         noise: largest standard deviation of the noise, in units of the model's range.
-        prob_gibbs: share of MRI views whose highest spatial frequencies are cut.
+        prob_gibbs: share of views other than CT whose highest spatial frequencies are cut; 0 for ultrasound.
+        prob_speckle: share of views with multiplicative speckle, for ultrasound as the next two; their form is ours.
+        speckle: largest standard deviation of the speckle, as a share of the intensity.
+        prob_depth_gain: share of views whose gain changes smoothly along H, the depth.
+        depth_gain: largest logarithm of each of the two parts of that change.
+        prob_shadow: share of views with one acoustic shadow: a slanted band that begins at some depth.
+        shadow: largest share of the intensity that it takes away.
 
     Raises:
         ValueError: if a share is no probability, or a strength is below the one that changes nothing.
@@ -64,14 +68,30 @@ class Appearance:
         prob_noise: float = 0.3,
         noise: float = 0.05,
         prob_gibbs: float = 0.1,
+        prob_speckle: float = 0.0,
+        speckle: float = 0.4,
+        prob_depth_gain: float = 0.0,
+        depth_gain: float = 0.4,
+        prob_shadow: float = 0.0,
+        shadow: float = 0.8,
     ) -> None:
         shares = {"gamma": prob_gamma, "histogram": prob_histogram, "blur": prob_blur, "noise": prob_noise}
+        shares |= {"speckle": prob_speckle, "depth_gain": prob_depth_gain, "shadow": prob_shadow}
         for name, share in (shares | {"gibbs": prob_gibbs}).items():
             if not 0 <= share <= 1:
                 raise ValueError(f"appearance.prob_{name} is {share}; give a probability, 0 to 1")
-        for name, strength, least in (("gamma", gamma, 1), ("blur_vox", blur_vox, 0), ("noise", noise, 0)):
+        strengths = {
+            "blur_vox": blur_vox,
+            "noise": noise,
+            "speckle": speckle,
+            "depth_gain": depth_gain,
+            "shadow": shadow,
+        }
+        for name, strength, least in (("gamma", gamma, 1), *((name, value, 0) for name, value in strengths.items())):
             if strength < least:
                 raise ValueError(f"appearance.{name} is {strength}; give at least {least}, which changes nothing")
+        if shadow > 1:
+            raise ValueError(f"appearance.shadow is {shadow}; give a share, 0 to 1")
         self.prob_gamma = prob_gamma
         self.gamma = gamma
         self.prob_histogram = prob_histogram
@@ -80,6 +100,12 @@ class Appearance:
         self.prob_noise = prob_noise
         self.noise = noise
         self.prob_gibbs = prob_gibbs
+        self.prob_speckle = prob_speckle
+        self.speckle = speckle
+        self.prob_depth_gain = prob_depth_gain
+        self.depth_gain = depth_gain
+        self.prob_shadow = prob_shadow
+        self.shadow = shadow
 
     @classmethod
     def of(cls, settings: Mapping[str, float] | None) -> Appearance:
@@ -98,7 +124,7 @@ class Appearance:
         """Return the views with a new appearance.
 
         Args:
-            image: (B*V, C, D, H, W) float32 in the model's range, views of a sample next to each other.
+            image: (B*V, C, [D,] H, W) float32 in the model's range, views of a sample next to each other.
             is_ct: (B*V,) bool.
             random: keyed by the B samples.
             views: V.
@@ -109,20 +135,21 @@ class Appearance:
 
         floor = torch.where(is_ct, 0.0, -1.0)
         span = torch.where(is_ct, 1.0, 2.0)
-        unit = (image - _per_view(floor)) / _per_view(span)
+        unit = (image - per_sample(floor, image)) / per_sample(span, image)
 
         power = torch.where(draw() < self.prob_gamma, self.gamma ** draw(-1.0, 1.0), torch.ones_like(span))
         # A smooth monotone change: x + a sin(pi x) + b sin(2 pi x), with a and b too small to turn its slope.
         chosen = (draw() < self.prob_histogram).float()
         first, second = chosen * draw(-0.05, 0.05), chosen * draw(-0.025, 0.025)
-        unit = unit.clamp(1e-4, 1) ** _per_view(power)
-        unit = unit + _per_view(first) * (torch.pi * unit).sin() + _per_view(second) * (2 * torch.pi * unit).sin()
+        unit = unit.clamp(1e-4, 1) ** per_sample(power, unit)
+        first, second = per_sample(first, unit), per_sample(second, unit)
+        unit = unit + first * (torch.pi * unit).sin() + second * (2 * torch.pi * unit).sin()
 
         chosen, sharpen, width = draw() < self.prob_blur, draw() < 0.5, draw(0.3, 1.0) * self.blur_vox
         amount = torch.where(sharpen, -0.5, 1.0)
 
         def blur(x: Tensor, amount: Tensor, width: Tensor) -> Tensor:
-            return x + _per_view(amount) * (smooth(x, width[:, None].expand(-1, 3)) - x)
+            return x + per_sample(amount, x) * (smooth(x, width[:, None].expand(-1, x.ndim - 2)) - x)
 
         unit = apply_where(chosen, blur, unit, amount, width)
         chosen, keep = (draw() < self.prob_gibbs) & ~is_ct, draw(0.5, 0.9)
@@ -132,10 +159,20 @@ class Appearance:
         keys = random.split(views)
 
         def add_noise(x: Tensor, level: Tensor, keys: Tensor) -> Tensor:
-            return x + _per_view(level) * KeyedRandom.from_keys(keys).normal(*x.shape[1:])
+            return x + per_sample(level, x) * KeyedRandom.from_keys(keys).normal(*x.shape[1:])
 
         unit = apply_where(chosen, add_noise, unit, level, keys)
-        return unit.clamp(0, 1) * _per_view(span) + _per_view(floor)
+        if self.prob_depth_gain:
+            first, second = draw(-self.depth_gain, self.depth_gain), draw(-self.depth_gain, self.depth_gain)
+            unit = apply_where(draw() < self.prob_depth_gain, change_depth_gain, unit, first, second)
+        if self.prob_shadow:
+            place = (draw(), draw(-0.3, 0.3), draw(0.02, 0.1), draw(0.0, 0.7), draw(0.3, 1.0) * self.shadow)
+            unit = apply_where(draw() < self.prob_shadow, cast_shadow, unit, *place)
+        if self.prob_speckle:
+            unit = apply_where(
+                draw() < self.prob_speckle, add_speckle, unit, draw(0.0, self.speckle), random.split(views)
+            )
+        return unit.clamp(0, 1) * per_sample(span, unit) + per_sample(floor, unit)
 
 
 def apply_where(chosen: Tensor, change: Callable[..., Tensor], image: Tensor, *settings: Tensor) -> Tensor:
@@ -144,21 +181,52 @@ def apply_where(chosen: Tensor, change: Callable[..., Tensor], image: Tensor, *s
     On the CPU only the chosen views are computed; on a device all are, since selecting would make the host wait.
     """
     if image.device.type != "cpu":
-        return torch.where(_per_view(chosen), change(image, *settings), image)
+        return torch.where(per_sample(chosen, image), change(image, *settings), image)
     index = chosen.nonzero()[:, 0]
     return image.index_copy(0, index, change(image[index], *(x[index] for x in settings))) if len(index) else image
 
 
+def change_depth_gain(unit: Tensor, bow: Tensor, slope: Tensor) -> Tensor:
+    """Return images (B, ..., H, W) times ``exp(bow sin(pi u) + slope (2 u - 1))``, u from 0 to 1 along H; (B,) each."""
+    u = torch.linspace(0, 1, unit.shape[-2], device=unit.device)[:, None]
+    bow, slope = per_sample(bow, unit), per_sample(slope, unit)
+    return unit * (bow * (torch.pi * u).sin() + slope * (2 * u - 1)).exp()
+
+
+def cast_shadow(unit: Tensor, centre: Tensor, slant: Tensor, width: Tensor, start: Tensor, depth: Tensor) -> Tensor:
+    """Return images (B, ..., H, W) darkened in a band along H.
+
+    Args:
+        unit: (B, ..., H, W) float32 in [0, 1].
+        centre: (B,) of the band at the top, as a share of W.
+        slant: (B,) how far it moves over all of H, as a share of W.
+        width: (B,) of the band, as a share of W.
+        start: (B,) where it begins, as a share of H.
+        depth: (B,) share of the intensity that it takes away.
+    """
+    down = torch.linspace(0, 1, unit.shape[-2], device=unit.device)[:, None]
+    across = torch.linspace(0, 1, unit.shape[-1], device=unit.device)
+    centre, slant, width, start, depth = (per_sample(x, unit) for x in (centre, slant, width, start, depth))
+    band = (-(((across - centre - slant * down) / width) ** 4)).exp()
+    return unit * (1 - depth * band * ((down - start) / 0.03).sigmoid())
+
+
+def add_speckle(unit: Tensor, level: Tensor, keys: Tensor) -> Tensor:
+    """Return images (B, ..., H, W) times ``1 + level n``, n normal, with grains of about two pixels; (B,) each."""
+    grain = KeyedRandom.from_keys(keys).normal(*unit.shape[1:])
+    grain = smooth(grain, grain.new_ones(len(grain), grain.ndim - 2))
+    grain = grain / per_sample(grain.flatten(1).std(1), grain)
+    return unit * (1 + per_sample(level, unit) * grain).clamp_min(0)
+
+
 def _cut_frequencies(image: Tensor, keep: Tensor) -> Tensor:
-    """Return the images (B, C, D, H, W) without frequencies above ``keep`` (B,) of Nyquist; 2 keeps all."""
-    spectrum = torch.fft.rfftn(image, dim=(-3, -2, -1))
-    depth, height, width = image.shape[-3:]
-    device = image.device
-    radius = (
-        (torch.fft.fftfreq(depth, device=device)[:, None, None] * 2) ** 2
-        + (torch.fft.fftfreq(height, device=device)[None, :, None] * 2) ** 2
-        + (torch.fft.rfftfreq(width, device=device)[None, None, :] * 2) ** 2
-    ).sqrt()
-    passed = radius[None, None] <= _per_view(keep)
-    filtered: Tensor = torch.fft.irfftn(spectrum * passed, s=(depth, height, width), dim=(-3, -2, -1))
+    """Return the images (B, C, [D,] H, W) without frequencies above ``keep`` (B,) of Nyquist; 2 keeps all."""
+    *others, last = image.shape[2:]
+    dims = tuple(range(2, image.ndim))
+    spectrum = torch.fft.rfftn(image, dim=dims)
+    frequencies = [torch.fft.fftfreq(n, device=image.device) for n in others]
+    frequencies.append(torch.fft.rfftfreq(last, device=image.device))
+    squares = torch.meshgrid(*((2 * frequency) ** 2 for frequency in frequencies), indexing="ij")
+    radius = reduce(torch.add, squares).sqrt()
+    filtered: Tensor = torch.fft.irfftn(spectrum * (radius <= per_sample(keep, image)), s=image.shape[2:], dim=dims)
     return filtered

@@ -15,11 +15,11 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from agssd.geometry import constant
+from agssd.geometry import axis_names, constant, sizes_of
 from agssd.schedules import linear
 from agssd.transforms.edges import entropy_scores, patch_scores, standardise
 from agssd.transforms.keyed_random import KeyedRandom
-from agssd.types import Triple
+from agssd.types import Size
 
 MaskScore = Literal["random", "block", "edge", "entropy", "attention", "loss"]
 TEACHER_SCORES = ("attention", "loss")  # what only a teacher can tell; the recipe brings them
@@ -29,9 +29,9 @@ BACKGROUND_WEIGHT = 0.2  # of a background token in the random quota
 _CUBOIDS, _CUBOID_EDGES = 32, (0.25, 0.6)
 
 
-def mask_counts(ratio: Tensor, grid: Triple, block: int) -> Tensor:
-    """Return (B,) int64: hidden blocks per sample, ``round(ratio * N / block**3)``, at least 1."""
-    blocks = grid[0] * grid[1] * grid[2] // block**3
+def mask_counts(ratio: Tensor, grid: Size, block: int) -> Tensor:
+    """Return (B,) int64: hidden blocks per sample, ``round(ratio * N / block**d)``, at least 1."""
+    blocks = math.prod(_coarse_grid(grid, block))
     return (ratio * blocks).round().long().clamp(1, blocks)
 
 
@@ -45,7 +45,7 @@ def _take(keys: Tensor, count: Tensor) -> Tensor:
 def draw_masks(
     scores: Tensor,
     foreground: Tensor,
-    grid: Triple,
+    grid: Size,
     ratio: Tensor,
     edge_share: float,
     temperature: float,
@@ -72,13 +72,13 @@ def draw_masks(
         block: tokens per side of a hidden block.
 
     Returns:
-        (B, *grid) bool, True = hidden; exactly ``mask_counts(ratio, grid, block) * block**3`` True per sample.
+        (B, *grid) bool, True = hidden; exactly ``mask_counts(ratio, grid, block) * block**d`` True per sample.
 
     Raises:
         ValueError: if ``block`` does not divide the grid.
     """
     coarse = _coarse_grid(grid, block)
-    blocks = coarse[0] * coarse[1] * coarse[2]
+    blocks = math.prod(coarse)
     score = _pool(scores, grid, block).mean(-1)
     body = _pool(foreground.float(), grid, block).amax(-1) > 0  # (B, M)
     score = score.masked_fill(~body, -torch.inf)
@@ -108,10 +108,10 @@ def draw_masks(
     return _spread(hidden, coarse, block)
 
 
-def draw_cuboids(grid: Triple, ratio: Tensor, random: KeyedRandom, block: int = 1) -> Tensor:
+def draw_cuboids(grid: Size, ratio: Tensor, random: KeyedRandom, block: int = 1) -> Tensor:
     """Draw masks as unions of random cuboids, with an exact count: the last cuboid is hidden in part.
 
-    Source: block-wise masks of BEiT and iBOT [R: iBOT] in 3D; the exact count is ours.
+    Source: block-wise masks of BEiT and iBOT [R: iBOT], in 3D cuboids; the exact count is ours.
 
     Args:
         grid: token grid.
@@ -124,15 +124,13 @@ def draw_cuboids(grid: Triple, ratio: Tensor, random: KeyedRandom, block: int = 
     """
     coarse = _coarse_grid(grid, block)
     size = constant(coarse, ratio.device)
-    edge = (size * random.between(*_CUBOID_EDGES, _CUBOIDS, 3)).ceil()
-    start = ((size - edge + 1) * random.uniform(_CUBOIDS, 3)).floor()  # (B, M, 3)
+    edge = (size * random.between(*_CUBOID_EDGES, _CUBOIDS, len(coarse))).ceil()
+    start = ((size - edge + 1) * random.uniform(_CUBOIDS, len(coarse))).floor()  # (B, M, d)
     covered = torch.ones((), dtype=torch.bool, device=ratio.device)
-    for axis in range(3):
-        index = torch.arange(coarse[axis], device=ratio.device)
+    for axis, length in enumerate(coarse):
+        index = torch.arange(length, device=ratio.device)
         inside = (index >= start[..., axis, None]) & (index < (start + edge)[..., axis, None])  # (B, M, n)
-        shape = [ratio.shape[0], _CUBOIDS, 1, 1, 1]
-        shape[2 + axis] = coarse[axis]
-        covered = covered & inside.reshape(shape)
+        covered = covered & inside.reshape(*inside.shape[:2], *(length if a == axis else 1 for a in range(len(coarse))))
     covered = covered.expand(ratio.shape[0], _CUBOIDS, *coarse).flatten(2)
     first = torch.where(covered.any(1), covered.float().argmax(1), _CUBOIDS)  # (B, n): the cuboid that hides a token
     hidden = _take(-first + random.uniform(covered.shape[2]), mask_counts(ratio, grid, block))
@@ -162,8 +160,8 @@ class MaskSampler:
 
     def __init__(
         self,
-        grid: Triple,
-        patch: Triple,
+        grid: Size,
+        patch: Size,
         score: MaskScore = "random",
         block: int = 1,
         score_share: float = 0.5,
@@ -177,6 +175,7 @@ class MaskSampler:
         self.patch = patch
         self.score = score
         self.block = block
+        self._per_block: int = block ** len(grid)  # tokens
         self.score_share = score_share
         self.temperature = temperature
         self.hints = hints
@@ -218,8 +217,8 @@ class MaskSampler:
             ratio: (B,) float32, share of hidden tokens.
             progress: share of the run that is done.
             body: (B, N) bool, patches that hold body.
-            image: (B, C, D, H, W) float32, the clean views.
-            edges: (B, 1, D, H, W) their edge maps, for ``score="edge"``.
+            image: (B, C, [D,] H, W) float32, the clean views.
+            edges: (B, 1, [D,] H, W) their edge maps, for ``score="edge"``.
             given: (B, N) float32 z-scores of the teacher, for ``"attention"`` and ``"loss"``.
         """
         if self.score == "block":
@@ -247,18 +246,18 @@ class MaskSampler:
         found = torch.zeros(len(order), math.prod(self.grid), device=order.device)
         for hidden, count in ((half, blocks // 2), (~half, blocks - blocks // 2)):
             mask = _spread(hidden, coarse, self.block)
-            index, _ = masked_indices(mask.flatten(1), count * self.block**3)
+            index, _ = masked_indices(mask.flatten(1), count * self._per_block)
             found = found.scatter(1, index, error(mask, index))
         return found
 
     def limit(self, ratio: float) -> int:
         """Return at least the number of hidden tokens of a view of which the share ``ratio`` or less is hidden."""
         # Not round(): in float32 a half may round the other way, and a hidden token would miss the loss.
-        return max(1, math.ceil(ratio * (math.prod(self.grid) // self.block**3))) * self.block**3
+        return max(1, math.ceil(ratio * (math.prod(self.grid) // self._per_block))) * self._per_block
 
     def exact(self, ratio: float) -> int:
         """Return the number of hidden tokens of a view of which the share ``ratio`` is hidden."""
-        return int(mask_counts(torch.tensor([ratio]), self.grid, self.block)) * self.block**3
+        return int(mask_counts(torch.tensor([ratio]), self.grid, self.block)) * self._per_block
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
@@ -280,17 +279,22 @@ def masked_indices(mask: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return order, mask.gather(1, order)
 
 
-def _coarse_grid(grid: Triple, block: int) -> Triple:
+def _coarse_grid(grid: Size, block: int) -> Size:
     if block < 1 or any(n % block for n in grid):
         raise ValueError(f"mask_block is {block}, which does not divide the token grid {grid}; choose a divisor")
-    return (grid[0] // block, grid[1] // block, grid[2] // block)
+    return tuple(n // block for n in grid)
 
 
-def _pool(values: Tensor, grid: Triple, block: int) -> Tensor:
-    """Return (B, M, block**3): tokens of each block."""
-    d, h, w = _coarse_grid(grid, block)
-    return rearrange(values, "n (d p h q w r) -> n (d h w) (p q r)", d=d, h=h, w=w, p=block, q=block, r=block)
+def _pool(values: Tensor, grid: Size, block: int) -> Tensor:
+    """Return (B, M, block**d): tokens of each block."""
+    cells, within, whole = axis_names(len(grid))
+    sizes = sizes_of(within, (block,) * len(grid))
+    pooled: Tensor = rearrange(values.unflatten(1, grid), f"n {whole} -> n ({cells}) ({within})", **sizes)
+    return pooled
 
 
-def _spread(hidden: Tensor, coarse: Triple, block: int) -> Tensor:
-    return repeat(hidden.reshape(-1, *coarse), "n d h w -> n (d p) (h q) (w r)", p=block, q=block, r=block)
+def _spread(hidden: Tensor, coarse: Size, block: int) -> Tensor:
+    cells, within, whole = axis_names(len(coarse))
+    sizes = sizes_of(within, (block,) * len(coarse))
+    spread: Tensor = repeat(hidden.reshape(-1, *coarse), f"n {cells} -> n {whole}", **sizes)
+    return spread

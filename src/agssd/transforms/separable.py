@@ -7,12 +7,11 @@ runs on tensor cores, and it equals ``grid_sample`` (tests compare them).
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import torch
 from torch import Tensor
-
-from agssd.types import Triple
 
 _NEGLIGIBLE = 2.0**-24  # weights below round off beside the largest, which is above 1/2 or has neighbours like it
 _FEW_TAPS = 4  # up to this many voxels per output position, sums of whole slices beat a matrix product
@@ -52,50 +51,52 @@ def gaussian_matrix(sigma_vox: Tensor, length: int) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
-def apply_separable(image: Tensor, matrices: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def apply_separable(image: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
     """Read V views from every sample.
 
     On the CPU only the voxels are touched that have weight. Two views of 96³ from 168³ take 8 ms instead of 93, six of
     48³ 4 instead of 79 (2-core x86-64 CPU, one thread, 2026-11-21).
 
     Args:
-        image: (B, C, D, H, W) float32; on the CPU also int16, of which no float32 copy is made.
+        image: (B, C, [D,] H, W) float32; on the CPU also int16, of which no float32 copy is made.
         matrices: for each axis (B, V, n_axis, length of the axis) float32, no weight negative.
 
     Returns:
-        (B, V, C, n_D, n_H, n_W) float32.
+        (B, V, C, [n_D,] n_H, n_W) float32.
     """
     if image.device.type == "cpu":
         return _apply_banded(image, matrices)
-    along_d, along_h, along_w = matrices
-    batch, channels, depth, height, width = image.shape
-    views = along_d.shape[1]
-    out_d, out_h, out_w = along_d.shape[2], along_h.shape[2], along_w.shape[2]
+    batch, channels, *lengths = image.shape
+    views, sizes = matrices[0].shape[1], [matrix.shape[2] for matrix in matrices]
     # One product per view: a broadcast one would copy the whole parent once per view.
-    rows = image.reshape(batch, channels * depth * height, width)
-    x = torch.stack([rows @ along_w[:, view].mT for view in range(views)], 1)  # (B, V, C D H, w)
-    x = along_h[:, :, None] @ x.reshape(batch, views, channels * depth, height, out_w)  # (B, V, C D, h, w)
-    x = along_d[:, :, None] @ x.reshape(batch, views, channels, depth, out_h * out_w)  # (B, V, C, d, h w)
-    return x.reshape(batch, views, channels, out_d, out_h, out_w)
+    rows = image.reshape(batch, -1, lengths[-1])
+    x = torch.stack([rows @ matrices[-1][:, view].mT for view in range(views)], 1)  # (B, V, C D H, w)
+    for axis in reversed(range(len(lengths) - 1)):
+        before, after = channels * math.prod(lengths[:axis]), math.prod(sizes[axis + 1 :])
+        x = matrices[axis][:, :, None] @ x.reshape(batch, views, before, lengths[axis], after)
+    return x.reshape(batch, views, channels, *sizes)
 
 
-def _apply_banded(image: Tensor, matrices: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    depth, height, width = (_Bands(matrix) for matrix in matrices)
+def _apply_banded(image: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
+    bands = [_Bands(matrix) for matrix in matrices]
+    first, *others = bands
+    width, last = bands[-1], len(bands) - 1
     batch, views = matrices[0].shape[:2]
     sizes = [matrix.shape[2] for matrix in matrices]
     out = torch.empty((batch, views, image.shape[1], *sizes), dtype=matrices[0].dtype)
     for b, v, c in product(range(batch), range(views), range(image.shape[1])):
-        high, wide = height.columns(b, v), width.columns(b, v)
-        step = max(1, _BLOCK_VOX // ((high.stop - high.start) * (wide.stop - wide.start)))
+        read = [band.columns(b, v) for band in others]
+        step = max(1, _BLOCK_VOX // math.prod(columns.stop - columns.start for columns in read))
         for start in range(0, sizes[0], step):
             block = slice(start, min(start + step, sizes[0]))
-            x = image[b, c, depth.columns(b, v, block), high, wide].to(out.dtype)
-            x = height.apply(depth.apply(x, 0, b, v, block), 1, b, v)
-            rows, target = x.reshape(-1, x.shape[2]), out[b, v, c, block].view(-1, sizes[2])
-            for left in range(0, sizes[2], _COLUMNS):
-                positions = slice(left, min(left + _COLUMNS, sizes[2]))
+            x = image[b, c][first.columns(b, v, block), *read].to(out.dtype)
+            for axis in range(last):
+                x = bands[axis].apply(x, axis, b, v, block if axis == 0 else slice(None))
+            rows, target = x.reshape(-1, x.shape[-1]), out[b, v, c, block].view(-1, sizes[-1])
+            for left in range(0, sizes[-1], _COLUMNS):
+                positions = slice(left, min(left + _COLUMNS, sizes[-1]))
                 columns = width.columns(b, v, positions)
-                part = rows[:, columns.start - wide.start : columns.stop - wide.start]
+                part = rows[:, columns.start - read[-1].start : columns.stop - read[-1].start]
                 torch.mm(part, width.matrix[b, v, positions, columns].mT, out=target[:, positions])
     return out
 
@@ -118,13 +119,13 @@ class _Bands:
         return slice(min(starts), max(starts) + self._taps[b][v])
 
     def apply(self, x: Tensor, dim: int, b: int, v: int, rows: slice = slice(None)) -> Tensor:
-        """Return (D, H, W) from x (D, H, W), of which axis ``dim`` (0 or 1) holds ``columns(b, v, rows)``."""
+        """Return x ([D,] H, W) weighted along its axis ``dim`` (0 or 1), which holds ``columns(b, v, rows)``."""
         columns, taps = self.columns(b, v, rows), self._taps[b][v]
         matrix = self.matrix[b, v, rows, columns]
         if taps > _FEW_TAPS:
             return matrix @ x if dim else (matrix @ x.flatten(1)).unflatten(1, x.shape[1:])
         start = self._start[b, v, rows] - columns.start
-        weights = matrix.gather(1, start[:, None] + torch.arange(taps)).view(-1, *([1] * (2 - dim)), taps)
+        weights = matrix.gather(1, start[:, None] + torch.arange(taps)).view(-1, *([1] * (x.ndim - 1 - dim)), taps)
         total = x.index_select(dim, start).mul_(weights[..., 0])
         for tap in range(1, taps):
             total.addcmul_(x.index_select(dim, start + tap), weights[..., tap])
@@ -135,9 +136,9 @@ def smooth(image: Tensor, sigma_vox: Tensor) -> Tensor:
     """Return the image smoothed by a Gaussian of its own width per sample and axis.
 
     Args:
-        image: (B, C, D, H, W) float32.
-        sigma_vox: (B, 3) float32, voxels.
+        image: (B, C, [D,] H, W) float32.
+        sigma_vox: (B, d) float32, voxels.
     """
-    size: Triple = (image.shape[2], image.shape[3], image.shape[4])
-    first, second, third = (gaussian_matrix(sigma_vox[:, None, axis], size[axis]) for axis in range(3))
-    return apply_separable(image, (first, second, third))[:, 0]
+    lengths = image.shape[2:]
+    matrices = tuple(gaussian_matrix(sigma_vox[:, None, axis], length) for axis, length in enumerate(lengths))
+    return apply_separable(image, matrices)[:, 0]

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from agssd.geometry import constant
+from agssd.geometry import constant, per_sample
 from agssd.transforms.crops import OverlapCrops, ViewSet, box_in_view, extract
 from agssd.transforms.edges import (
     MIN_FOREGROUND,
@@ -20,7 +20,7 @@ from agssd.transforms.edges import (
 from agssd.transforms.intensity import Appearance, to_model_range
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.masking import MaskSampler
-from agssd.types import ParentBatch, Triple, ViewPanel
+from agssd.types import ParentBatch, Size, ViewPanel
 
 
 @dataclass(frozen=True)
@@ -32,29 +32,29 @@ class Views:
 
     sample: Tensor  # (B,) int64
     geometry: ViewSet
-    clean: Tensor  # (B, 2, C, D, H, W) float32 in the model's range
-    inputs: Tensor  # (B, 2, C, D, H, W) the same after appearance augmentation
-    locals: Tensor | None  # (B, L, C, d, h, w)
-    foreground: Tensor  # (B, 2, 1, D, H, W) bool
+    clean: Tensor  # (B, 2, C, [D,] H, W) float32 in the model's range
+    inputs: Tensor  # (B, 2, C, [D,] H, W) the same after appearance augmentation
+    locals: Tensor | None  # (B, L, C, [d,] h, w)
+    foreground: Tensor  # (B, 2, 1, [D,] H, W) bool
     hidden_view: Tensor  # (B,) int64, 0 or 1
-    edges: Tensor | None  # (B, 1, D, H, W) in [0, 1], of the hidden view; None where nobody asked for it
+    edges: Tensor | None  # (B, 1, [D,] H, W) in [0, 1], of the hidden view; None where nobody asked for it
     is_ct: Tensor  # (B,) bool
     low: Tensor  # (B, C)
     high: Tensor  # (B, C)
     edge_q99: Tensor  # (B, C)
-    spacing_mm: Tensor  # (B, 2, 3) of the global views, along their own axes
-    centre_mm: Tensor  # (B, 2, 3) centre of the global views minus centre of the volume, along the volume's axes
+    spacing_mm: Tensor  # (B, 2, d) of the global views, along their own axes
+    centre_mm: Tensor  # (B, 2, d) centre of the global views minus centre of the volume, along the volume's axes
 
     @property
-    def size_vox(self) -> Triple:
+    def size_vox(self) -> Size:
         """Size of a global view."""
-        d, h, w = self.clean.shape[-3:]
-        return d, h, w
+        return tuple(self.clean.shape[3:])
 
 
 def parent_image(batch: ParentBatch) -> Tensor:
-    """Return the parent crops (B, C, D, H, W) float32 in the model's range."""
-    raw = batch["image"].float() * batch["scale"][..., None, None, None] + batch["offset"][..., None, None, None]
+    """Return the parent crops (B, C, [D,] H, W) float32 in the model's range."""
+    stored = batch["image"].float()
+    raw = stored * per_sample(batch["scale"], stored) + per_sample(batch["offset"], stored)
     return to_model_range(raw, batch["low"], batch["high"], batch["is_ct"])
 
 
@@ -128,17 +128,17 @@ def pick(x: Tensor, view: Tensor) -> Tensor:
 
 
 def edge_maps(views: Views, which: Tensor) -> Tensor:
-    """Return the edge map (B, 1, D, H, W) in [0, 1] of global view ``which`` (B,), from its clean intensities."""
+    """Return the edge map (B, 1, [D,] H, W) in [0, 1] of global view ``which`` (B,), from its clean intensities."""
     clean = pick(views.clean, which)
-    unit = torch.where(views.is_ct[:, None, None, None, None], clean, (clean + 1) / 2)
-    low, high = views.low[..., None, None, None], views.high[..., None, None, None]
+    unit = torch.where(per_sample(views.is_ct, clean), clean, (clean + 1) / 2)
+    low, high = per_sample(views.low, clean), per_sample(views.high, clean)
     magnitude = edge_magnitude(low + unit * (high - low), pick(views.spacing_mm, which), views.is_ct)
     magnitude = suppress_border(magnitude, pick(views.foreground, which))
     return normalise_edges(magnitude, views.edge_q99).amax(1, keepdim=True)
 
 
-def body_of(foreground: Tensor, patch: Triple) -> Tensor:
-    """Return (B, N) bool: the patches of (B, 1, D, H, W) that hold body; all others are left out of patch losses."""
+def body_of(foreground: Tensor, patch: Size) -> Tensor:
+    """Return (B, N) bool: the patches of (B, 1, [D,] H, W) that hold body; all others are left out of patch losses."""
     return foreground_share(foreground, patch) >= MIN_FOREGROUND
 
 
@@ -164,7 +164,7 @@ def mask_hidden_view(
         given: (B, N) float32 z-scores, where the score is the teacher's.
 
     Returns:
-        mask (B, D', H', W') bool, True = hidden, and the nominal ratio (B,).
+        mask (B, *grid) bool, True = hidden, and the nominal ratio (B,).
     """
     random = KeyedRandom(seed, views.sample, "mask")
     share = random.between(*ratio, 1)[:, 0]
@@ -173,9 +173,9 @@ def mask_hidden_view(
 
 
 def in_hidden_view(mask: Tensor, hidden_view: Tensor) -> Tensor:
-    """Return (B, 2, D', H', W') bool: a mask (B, D', H', W') in its view (B,), nothing hidden in the other."""
+    """Return (B, 2, *grid) bool: a mask (B, *grid) in its view (B,), nothing hidden in the other."""
     which = torch.arange(2, device=hidden_view.device) == hidden_view[:, None]
-    return mask[:, None] & which[:, :, None, None, None]
+    return mask[:, None] & per_sample(which, mask[:, None])
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def mask_both_views(
     progress: float,
     given: Tensor | None = None,
 ) -> Tensor:
-    """Return (2B, D', H', W') bool: each of the two global views masked by a draw of its own.
+    """Return (2B, *grid) bool: each of the two global views masked by a draw of its own.
 
     Args:
         views: of the step.
@@ -217,8 +217,8 @@ def panel_of(
     Args:
         views: of the last step, if there was one.
         index: sample.
-        mask: (B, 2, D', H', W') bool, True = hidden, of the global views of all samples.
-        reconstruction: (2, D, H, W) float32 of this sample.
+        mask: (B, 2, *grid) bool, True = hidden, of the global views of all samples.
+        reconstruction: (2, [D,] H, W) float32 of this sample.
 
     Raises:
         IndexError: if the batch has no such sample, or no step was taken.

@@ -73,10 +73,11 @@ class SourceExaminer:
                 done.picture = None if scan is None else _picture_of_scan(scan)
             return done
         done.findings += [note(text) for text in case.notes]
-        done.findings += check_geometry(seen[0].array.shape, seen[0].affine)
         body = float(np.count_nonzero(case.foreground) / case.foreground.size)
-        stated = job.modality is not None or seen[0].modality is not None
+        if seen:  # frames have no place in the world, and their modality is stated
+            done.findings += check_geometry(seen[0].array.shape, seen[0].affine)
         for scan in seen:
+            stated = job.modality is not None or seen[0].modality is not None
             done.findings += check_intensities(scan, case.modality, stated, body)
         done.findings += check_prepared(case.foreground, case.label, case.edge_q99, case.modality)
         done.info = case_info(case, "", job.subject, job.split)
@@ -149,6 +150,8 @@ def check_index(info: CaseInfo) -> list[Finding]:
     if info.channels != len(info.scale) or len(info.fill) != info.channels:
         wrong.append(f"{info.channels} channels, but constants of {len(info.scale)}")
     found = [Finding("constants", "error", f"{text[0].upper()}{text[1:]}.") for text in wrong]
+    if info.spatial_dims == 2:  # pixels of unknown size, or of a few centimetres
+        return found
     return [*found, *check_geometry(info.shape, np.asarray(info.affine))]
 
 

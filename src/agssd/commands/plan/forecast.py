@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from agssd.commands.plan.ledger import Ledger, fake_batch, inside, make_fake, tensors_in
 from agssd.commands.plan.rehearsal import Stage, Step, parent_batch, rehearse, set_stage
 from agssd.methods.base import PretrainModule
-from agssd.types import Triple
+from agssd.types import Size
 
 WEIGHTS, TEACHER, GRADIENTS, OPTIMISER = "weights", "teacher", "gradients", "optimiser"
 INPUTS, ENCODER, HEADS = "views and inputs", "encoder activations", "heads, logits, losses"
@@ -46,7 +46,7 @@ class Forecast:
         guessed: numbers that fake tensors could not know and that were taken as 1.
     """
 
-    def __init__(self, model: PretrainModule, step: Step, channels: int, parent_vox: Triple) -> None:
+    def __init__(self, model: PretrainModule, step: Step, channels: int, parent_vox: Size) -> None:
         self.model, self.step = model, step
         self._parents = (channels, parent_vox)
         set_stage(model, step)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from agssd.commands.plan.rehearsal import Stage, Step, parent_batch, rehearse, set_stage
 from agssd.methods.base import PretrainModule
-from agssd.types import ParentBatch, Triple
+from agssd.types import ParentBatch, Size
 
 _GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 _TIMED = 3
@@ -61,7 +61,7 @@ def measure_in_child(of_fit: Sequence[str], batch: int, device: str) -> Measured
 
 
 def measure_here(
-    build: Callable[[], PretrainModule], step: Step, batch: int, channels: int, parent_vox: Triple, device: str
+    build: Callable[[], PretrainModule], step: Step, batch: int, channels: int, parent_vox: Size, device: str
 ) -> Measured:
     """Take real steps and return their peak and time; for a process that does nothing else.
 

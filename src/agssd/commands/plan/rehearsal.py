@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from agssd.methods.base import PretrainModule, gradient_norms
-from agssd.types import ParentBatch, Triple
+from agssd.types import ParentBatch, Size
 
 Stage = Literal["views", "forward", "backward", "optimiser"]
 AT = 0.9  # share of the run that is rehearsed: every schedule that rises has risen
@@ -58,7 +58,7 @@ def autocast_of(precision: Any) -> torch.dtype | None:
     return _DTYPES[str(precision)]
 
 
-def parent_batch(batch: int, channels: int, parent_vox: Triple) -> ParentBatch:
+def parent_batch(batch: int, channels: int, parent_vox: Size) -> ParentBatch:
     """Return synthetic parent crops: noise in an ellipsoid that fills the crop."""
     torch_generator = torch.Generator().manual_seed(0)
     axes = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in parent_vox), indexing="ij")
@@ -74,8 +74,8 @@ def parent_batch(batch: int, channels: int, parent_vox: Triple) -> ParentBatch:
         "high": 1000 * ones,
         "edge_q99": 500 * ones,
         "is_ct": torch.zeros(batch, dtype=torch.bool),
-        "spacing_mm": torch.ones((batch, 3)),
-        "centre_mm": torch.zeros((batch, 3)),
+        "spacing_mm": torch.ones((batch, len(parent_vox))),
+        "centre_mm": torch.zeros((batch, len(parent_vox))),
         "sample": torch.arange(batch),
         "case": torch.arange(batch),
         "broken": torch.full((batch, 4), -1),

@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agssd.commands.report.run_files import Run, short_key
-from agssd.commands.report.volumes import Layer, as_grey, shrink_factor, shrunk, viewer
-from agssd.types import Triple
+from agssd.commands.report.volumes import Layer, as_grey, shrink_factors, shrunk, viewer
+from agssd.types import Size, Triple
 
 if TYPE_CHECKING:
     from agssd.data_modules.cache import CaseInfo, VolumeCache
     from agssd.models.backbone import Backbone
 
-MAX_VOX = 192  # per axis of what is encoded, around the middle of the body
+# Largest size of what is encoded, around the middle of the body, by axes of space; of sequences so many frames.
+MAX_VOX: dict[int, Triple] = {3: (192, 192, 192), 2: (16, 640, 640)}
 _MIN_FOREGROUND = 0.05  # share of body in a patch from which its token takes part
 _OVERLAP = 0.5
 Floats = NDArray[np.float32]
@@ -45,7 +46,7 @@ class Encoded:
     start: Triple
     image: Floats
     body: NDArray[np.bool_]
-    grid: Triple
+    grid: Size
     inside: NDArray[np.bool_]
     tokens: Floats
     attention: Floats | None
@@ -77,15 +78,19 @@ def encode_cases(run: Run, encoder: Backbone, cache: VolumeCache, count: int, de
         start, size = _box(info)
         image = read_in_model_range(cache, row, start, size)
         body = cache.read(row, start, size, "foreground") != 0
-        tokens, _ = window_features(encoder, image, window, _OVERLAP)
+        dims = encoder.spatial_dims
+        parts = image.unbind(1) if dims == 2 else (image,)  # frames one by one
+        tokens = torch.cat([window_features(encoder, part, window, _OVERLAP)[0] for part in parts])
         if not torch.isfinite(tokens).all():
             raise ValueError("the encoder gives features that are not finite; its weights have diverged")
-        grid = token_grid(size, encoder.patch_size, window)
+        grid = (*size[:-dims], *token_grid(size[-dims:], encoder.patch_size, window))
         attention = None
         if encoder.has_cls_attention:
-            rows_of = window_attention(encoder, image, window, _OVERLAP)
-            attention = rows_of.T.reshape(-1, *grid).numpy()
-        share = (patch_labels(torch.from_numpy(body), encoder.patch_size, window) == 1).float().mean(1)
+            rows_of = [window_attention(encoder, part, window, _OVERLAP) for part in parts]
+            attention = torch.cat(rows_of).T.reshape(-1, *grid).numpy()
+        bodies = torch.from_numpy(body).view(-1, *size[-dims:])  # of each part
+        labels = torch.cat([patch_labels(part, encoder.patch_size, window) for part in bodies])
+        share = (labels == 1).float().mean(1)
         inside = (share >= _MIN_FOREGROUND).reshape(grid).numpy()
         colours = np.zeros((*grid, 3), np.float32)
         found.append(
@@ -124,11 +129,12 @@ def components(cases: Sequence[Encoded]) -> tuple[list[Floats], list[float]]:
     return found, [float(value) / total for value in values[::-1][:3]]
 
 
-def case_viewer(number: int, case: Encoded, patch: Triple) -> str:
+def case_viewer(number: int, case: Encoded, patch: Size) -> str:
     """Return the viewer of one case."""
-    factor = shrink_factor(case.image.shape)
+    factor = shrink_factors(case.image.shape, case.info.spatial_dims)
     image, body = shrunk(case.image, factor), shrunk(case.body, factor, average=False)
-    step = (patch[0] / factor, patch[1] / factor, patch[2] / factor)
+    cells = _cells(patch)
+    step = (cells[0] / factor[0], cells[1] / factor[1], cells[2] / factor[2])
     layers = []
     for name, colours in (("all cases", case.colours), ("this case", case.own_colours)):
         legend = [(f"red, green, blue: first, second and third component over {name}", "")]
@@ -141,14 +147,15 @@ def case_viewer(number: int, case: Encoded, patch: Triple) -> str:
         layers.append(Layer(name, "heat", heat.round().astype(np.uint8), step, case.inside, legend))
     layers.append(Layer("nothing"))
     middle = [int(np.median(found)) for found in np.nonzero(body)] if body.any() else [n // 2 for n in image.shape]
-    d, h, w = (size * factor for size in case.info.spacing_mm)
+    d, h, w = (size * step for size, step in zip(case.info.spacing_mm, factor, strict=True))
     key = short_key(case.info.key)
     title = f"Case {number + 1}{f' ({key})' if key else ''}, {case.info.modality.upper()}, split {case.info.split}"
     start = (min(middle[0], image.shape[0] - 1), middle[1], middle[2])
-    return viewer(number, title, as_grey(image.astype(np.float32), body), (d, h, w), start, layers, 0, body)
+    grey, frames = as_grey(image.astype(np.float32), body), case.info.spatial_dims == 2
+    return viewer(number, title, grey, (d, h, w), start, layers, 0, body, frames)
 
 
-def write_nifti(case: Encoded, patch: Triple, folder: Path) -> list[Path]:
+def write_nifti(case: Encoded, patch: Size, folder: Path) -> list[Path]:
     """Write ``KEY_pca.nii.gz`` and ``KEY_attention.nii.gz`` on the source's own voxels and return their paths.
 
     The components are (i, j, k, 3) float32 in [0, 1], attention is (i, j, k) float32, mean over heads, 1 = no
@@ -159,7 +166,7 @@ def write_nifti(case: Encoded, patch: Triple, folder: Path) -> list[Path]:
     """
     from agssd.evaluation.predictions import resample_to_source, save_nifti
 
-    tokens = _Placed(case.info, _moved(case.info.affine, case.start, patch))
+    tokens = _Placed(case.info, _moved(case.info.affine, case.start, _cells(patch)))
     voxels = _Placed(case.info, _moved(case.info.affine, case.start, (1, 1, 1)))
     inside = resample_to_source(np.ones(case.image.shape, np.float32), voxels, 0, 0.0)
     stem = case.info.key.replace("/", "_")
@@ -182,6 +189,12 @@ class _Placed:
     def __init__(self, info: CaseInfo, affine: list[list[float]]) -> None:
         self.key, self.affine = info.key, affine
         self.source_affine, self.source_shape = info.source_affine, info.source_shape
+
+
+def _cells(patch: Size) -> Triple:
+    """Return the voxels of a token per axis of the cache; a token of a frame lies in one."""
+    depth, height, width = (1, *patch)[-3:]
+    return depth, height, width
 
 
 def _moved(affine: Sequence[Sequence[float]], start: Triple, step: Triple) -> list[list[float]]:
@@ -210,20 +223,21 @@ def _choose(cache: VolumeCache, count: int) -> list[int]:
 
 
 def _box(info: CaseInfo) -> tuple[Triple, Triple]:
-    """Return start and size of what is encoded: the volume, or ``MAX_VOX`` voxels around the middle of the body."""
+    """Return start and size of what is encoded: all of it, or ``MAX_VOX`` voxels around the middle of the body."""
     starts, sizes = [], []
-    for whole, (low, high) in zip(info.shape, info.foreground_box, strict=True):
-        size = min(whole, MAX_VOX)
+    for whole, (low, high), most in zip(info.shape, info.foreground_box, MAX_VOX[info.spatial_dims], strict=True):
+        size = min(whole, most)
         starts.append(min(max((low + high - size) // 2, 0), whole - size))
         sizes.append(size)
     return (starts[0], starts[1], starts[2]), (sizes[0], sizes[1], sizes[2])
 
 
-def _window(run: Run, encoder: Backbone) -> Triple:
+def _window(run: Run, encoder: Backbone) -> Size:
     """Return the size of view the encoder was trained on: of the run's views or crops, else 4 patches per axis."""
     patch = encoder.patch_size
     sizes = (run.setting("views", "init_args", "size_vox"), run.setting("model", "init_args", "crop_vox"))
     for size in sizes:
-        if isinstance(size, list) and len(size) == 3 and all(s % p == 0 for s, p in zip(size, patch, strict=True)):
-            return (size[0], size[1], size[2])
-    return (4 * patch[0], 4 * patch[1], 4 * patch[2])
+        fits = isinstance(size, list) and len(size) == len(patch)
+        if fits and all(s % p == 0 for s, p in zip(size, patch, strict=True)):
+            return tuple(size)
+    return tuple(4 * n for n in patch)

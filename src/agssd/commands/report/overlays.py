@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agssd.commands.report.run_files import Run, short_key
-from agssd.commands.report.volumes import Layer, as_grey, css_colour, shrink_factor, shrunk, viewer
+from agssd.commands.report.volumes import Layer, as_grey, css_colour, shrink_factors, shrunk, viewer
+from agssd.types import Triple
 
 if TYPE_CHECKING:
     from agssd.data_modules.cache import VolumeCache
@@ -142,21 +143,22 @@ def overlay_viewer(
     predicted = probabilities[0].argmax(0).cpu()
     again = dice_per_class(predicted, torch.from_numpy(label), task.num_classes).tolist()
     apart = max((abs(a - b) for a, b in zip(again, score.dice, strict=True) if not math.isnan(a + b)), default=0.0)
-    layers = _layers(label, predicted.numpy(), shrink_factor(info.shape))
-    factor = shrink_factor(info.shape)
+    factor = shrink_factors(info.shape, info.spatial_dims)
+    layers = _layers(label, predicted.numpy(), factor)
     small = shrunk(image[0].numpy(), factor).astype(np.float32)
     body = shrunk(cache.read_whole(row, "foreground") != 0, factor, average=False)
     shown = shrunk(label, factor, average=False)
     places = np.nonzero(shown) if shown.any() else tuple(np.array([size // 2]) for size in shown.shape)
     start = tuple(min(int(np.median(found)), size - 1) for found, size in zip(places, small.shape, strict=True))
-    d, h, w = (size * factor for size in info.spacing_mm)
+    d, h, w = (size * step for size, step in zip(info.spacing_mm, factor, strict=True))
     key = short_key(score.key)
     dice = ", ".join("absent" if math.isnan(value) else f"{value:.3f}" for value in score.dice)
     title = f"{name.capitalize()}: mean Dice {score.mean:.3f}{f' (case {key})' if key else ''}"
     note = f"<p>Dice by class: {dice}.</p>"
     if apart > _TOLERANCE:
         note += f'<p class="warning">The checkpoint is not the one that was tested: Dice differs by {apart:.3f}.</p>'
-    return viewer(number, title, as_grey(small, body), (d, h, w), (start[0], start[1], start[2]), layers, 1) + note
+    place, flat = (start[0], start[1], start[2]), info.spatial_dims == 2
+    return viewer(number, title, as_grey(small, body), (d, h, w), place, layers, 1, frames=flat) + note
 
 
 def grouped(label: NDArray[Any], groups: Sequence[Sequence[int]] | None) -> NDArray[np.int64]:
@@ -169,7 +171,7 @@ def grouped(label: NDArray[Any], groups: Sequence[Sequence[int]] | None) -> NDAr
     return classes
 
 
-def _layers(label: NDArray[Any], predicted: NDArray[Any], factor: int) -> list[Layer]:
+def _layers(label: NDArray[Any], predicted: NDArray[Any], factor: Triple) -> list[Layer]:
     label, predicted = shrunk(label, factor, average=False), shrunk(predicted, factor, average=False)
     number = int(max(label.max(initial=0), predicted.max(initial=0)))
     legend = [(f"class {index}", css_colour(index)) for index in range(1, number + 1)]

@@ -23,6 +23,9 @@ const PLANES = [
   { name: "sagittal", axis: 2, up: 0, across: 1, ends: ["S", "I", "P", "A"] },
 ];
 
+// Frames (T, H, W) are shown one at a time, the first row on top.
+const FRAMES = [{ name: "frame", axis: 0, up: 1, across: 2, ends: ["", "", "", ""], down: true }];
+
 const SIDE = 480;
 
 async function decode(mosaic) {
@@ -68,7 +71,7 @@ class Viewer {
     this.smooth = box.querySelector("input.smooth");
     this.legend = box.querySelector(".legend");
     this.planes = all(".plane", box).map((figure, number) => {
-      const plane = PLANES[number];
+      const plane = (spec.frames ? FRAMES : PLANES)[number];
       const slider = figure.querySelector("input");
       const canvas = figure.querySelector("canvas");
       slider.addEventListener("input", () => this.move(plane.axis, Number(slider.value)));
@@ -103,7 +106,8 @@ class Viewer {
     const x = ((event.clientX - box.left) / box.width) * SIDE - left;
     const y = ((event.clientY - box.top) / box.height) * SIDE - top;
     this.at[plane.across] = clamp(Math.floor((x / width) * columns), 0, columns - 1);
-    this.at[plane.up] = clamp(rows - 1 - Math.floor((y / height) * rows), 0, rows - 1);
+    const row = Math.floor((y / height) * rows);
+    this.at[plane.up] = clamp(plane.down ? row : rows - 1 - row, 0, rows - 1);
     this.draw();
   }
 
@@ -136,7 +140,7 @@ class Viewer {
     place[plane.axis] = this.at[plane.axis];
     const opacity = Number(this.opacity.value) / 100;
     for (let row = 0; row < rows; row += 1) {
-      place[plane.up] = rows - 1 - row;
+      place[plane.up] = plane.down ? row : rows - 1 - row;
       for (let column = 0; column < columns; column += 1) {
         place[plane.across] = column;
         const from = 3 * ((place[0] * shape[1] + place[1]) * shape[2] + place[2]);
@@ -170,7 +174,8 @@ class Viewer {
     target.drawImage(small, ...plane.area);
     this.crosshair(plane, target, rows, columns);
     plane.slider.value = this.at[plane.axis];
-    const words = `${plane.name}, slice ${this.at[plane.axis] + 1} of ${shape[plane.axis]}`;
+    const kind = plane.down ? plane.name : `${plane.name}, slice`;
+    const words = `${kind} ${this.at[plane.axis] + 1} of ${shape[plane.axis]}`;
     plane.label.textContent = `${this.at[plane.axis] + 1} / ${shape[plane.axis]}`;
     canvas.setAttribute("aria-label", `${this.spec.name}: ${layer.name}, ${words}`);
   }
@@ -207,7 +212,8 @@ class Viewer {
   crosshair(plane, context, rows, columns) {
     const [left, top, width, height] = plane.area;
     const x = left + ((this.at[plane.across] + 0.5) / columns) * width;
-    const y = top + height - ((this.at[plane.up] + 0.5) / rows) * height;
+    const part = (this.at[plane.up] + 0.5) / rows;
+    const y = top + (plane.down ? part : 1 - part) * height;
     context.strokeStyle = "rgba(90, 220, 255, 0.55)";
     context.lineWidth = 1;
     context.beginPath();

@@ -18,6 +18,7 @@ from agssd.commands.report.charts import data_block
 from agssd.types import Triple
 
 MAX_SIDE = 144  # voxels of a shown volume per axis; larger ones are averaged
+MAX_FRAME_SIDE = 320  # pixels of a shown frame per axis
 _PLANES = ("axial", "coronal", "sagittal")
 _QUALITY = 88
 
@@ -45,20 +46,25 @@ class Layer:
     legend: list[tuple[str, str]] = field(default_factory=list)
 
 
-def shrink_factor(shape: Sequence[int]) -> int:
-    """Return how many voxels a side become one on the page."""
-    return max(1, math.ceil(max(shape) / MAX_SIDE))
+def shrink_factors(shape: Sequence[int], spatial_dims: int = 3) -> Triple:
+    """Return how many voxels become one on the page, per axis; frames (T, H, W) stay as many as they are."""
+    if spatial_dims == 2:
+        factor = max(1, math.ceil(max(shape[1:]) / MAX_FRAME_SIDE))
+        return 1, factor, factor
+    factor = max(1, math.ceil(max(shape) / MAX_SIDE))
+    return factor, factor, factor
 
 
-def shrunk(volume: NDArray[Any], factor: int, average: bool = True) -> NDArray[Any]:
+def shrunk(volume: NDArray[Any], factor: int | Triple, average: bool = True) -> NDArray[Any]:
     """Return (D, H, W) in blocks of ``factor`` voxels: their mean, or their middle voxel. What is left over is cut."""
-    if factor == 1:
+    a, b, c = (factor,) * 3 if isinstance(factor, int) else factor
+    if (a, b, c) == (1, 1, 1):
         return volume
-    d, h, w = (max(1, size // factor) for size in volume.shape)
-    cut = volume[: d * factor, : h * factor, : w * factor]
+    d, h, w = (max(1, size // step) for size, step in zip(volume.shape, (a, b, c), strict=True))
+    cut = volume[: d * a, : h * b, : w * c]
     if not average:
-        return cut[factor // 2 :: factor, factor // 2 :: factor, factor // 2 :: factor]
-    blocks = cut.reshape(d, factor, h, factor, w, factor).astype(np.float32)
+        return cut[a // 2 :: a, b // 2 :: b, c // 2 :: c]
+    blocks = cut.reshape(d, a, h, b, w, c).astype(np.float32)
     mean: NDArray[Any] = blocks.mean((1, 3, 5))
     return mean
 
@@ -107,6 +113,7 @@ def viewer(
     layers: Sequence[Layer],
     chosen: int,
     body: NDArray[np.bool_] | None = None,
+    frames: bool = False,
 ) -> str:
     """Return a viewer with three sliders, a choice of layers and their opacity.
 
@@ -119,6 +126,7 @@ def viewer(
         layers: what may be laid over it.
         chosen: the layer that is shown first.
         body: (D, H, W), where coarse layers are shown; None for everywhere.
+        frames: the image is frames (T, H, W), shown one at a time with the first row on top.
     """
     described = []
     for layer in layers:
@@ -132,7 +140,8 @@ def viewer(
             entry["present"] = layer.present.reshape(-1).astype(int).tolist()
         described.append(entry)
     block = f"volume-{number}"
-    data = {"name": name, "image": mosaic(image, lossless=False), "spacing": spacing_mm, "start": start}
+    spacing = (0.0, *spacing_mm[1:]) if frames else spacing_mm
+    data = {"name": name, "image": mosaic(image, lossless=False), "spacing": spacing, "start": start, "frames": frames}
     if body is not None:
         data["body"] = mosaic(body.astype(np.uint8) * 255, lossless=True)
     options = "".join(
@@ -147,7 +156,7 @@ def viewer(
         f'<figure class="plane"><canvas role="img" aria-label="{escape(name)}, {plane}" width="1" height="1"></canvas>'
         f'<figcaption><label>{plane} <input type="range" min="0" max="{size - 1}" value="{at}"></label>'
         f"<output></output></figcaption></figure>"
-        for plane, size, at in zip(_PLANES, image.shape, start, strict=True)
+        for plane, size, at in zip(("frame",) if frames else _PLANES, image.shape, start, strict=False)
     )
     return (
         f'<div class="viewer" data-volume="{block}"><h3>{escape(name)}</h3><div class="controls">'
