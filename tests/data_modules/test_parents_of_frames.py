@@ -26,7 +26,7 @@ def test_prepare__each_file_is_a_case_of_frames(frames_cache: Path) -> None:
     assert all(info.spatial_dims == 2 for info in found.cases)
     assert [info.in_mm for info in found.cases if info.shape[0] == 4] == [True]
     assert sum(info.label_values == (0, 1) for info in found.cases) == 10
-    with h5py.File(frames_cache) as file:
+    with h5py.File(frames_cache, "r", locking=False) as file:
         chunks = {file["cases"][info.key]["image"].chunks for info in found.cases}
     assert chunks == {(1, 1, 128, 128)}  # a frame is read without its neighbours
     for row, info in enumerate(found.cases):
