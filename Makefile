@@ -5,7 +5,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 DEMO_OUT ?= demo
 BENCH_OUT ?= runs/bench
-TEST_WORKERS ?= auto
+# One more than there are cores: tests of several processes wait for one another much of the time.
+TEST_WORKERS ?= $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
 

@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -200,6 +201,15 @@ def pytest_collection_finish() -> None:
     """Leave what is imported by now out of garbage collection, which makes that after every test cheap."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _no_open_wandb_run() -> Iterator[None]:
+    """End a W&B run that a test has left open: the next one's logger would take it for its own."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 def pytest_runtest_teardown() -> None:

@@ -478,6 +478,7 @@ def test_rollback__two_ranks_whose_teachers_drifted_apart_go_on_from_the_same_we
     assert alike == [True] * 4 + [False] * 2 + [True] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_rollback__an_alarm_that_only_the_second_rank_has_rolls_both_back(tiny_cache: Path, tmp_path: Path) -> None:
     lines, alike = two_ranks("centre", tiny_cache, tmp_path)

@@ -251,6 +251,7 @@ def test_probe__names_are_those_of_agssd_probe() -> None:
     assert set(get_args(Probe)) == set(READOUTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("figure", "kinds", "num_folds"),
     [("dice", ("knn-seg", "linear-seg"), None), ("accuracy", ("knn-cls", "linear-cls"), 2)],

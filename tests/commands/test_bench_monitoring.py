@@ -84,6 +84,7 @@ def test_sides__watched_has_all_that_a_run_of_fit_has_and_bare_none(
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_time_monitoring__both_sides_learn_the_same_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("_WARM_UP", 1), ("_TURN", 2), ("_REST_S", 0.2), ("_LOG_EVERY", 1)):
         monkeypatch.setattr(monitoring, name, value)

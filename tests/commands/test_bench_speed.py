@@ -71,6 +71,7 @@ def test_run__rows_before_one_that_fails_are_kept(tmp_path: Path, monkeypatch: p
     assert [row["what"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_time_probe__seconds_of_probes_and_of_the_default_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

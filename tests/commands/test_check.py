@@ -292,6 +292,7 @@ def two_rank_command(folder: Path, *more: str) -> list[str]:
     return [*EXPERIMENT, *cluster, *FEW, "--trainer.default_root_dir", str(folder / "run"), *more]
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_check__two_ranks_find_the_same(tiny_cache: Path, tmp_path: Path, make_cache: Callable[..., Path]) -> None:
     (first, table), (second, nothing) = ranks(2, (0, 1), two_rank_command(tmp_path), cache_of(tiny_cache, tiny_cache))

@@ -96,7 +96,12 @@ def fit(experiment: str, cache: Path, run: Path, *more: str) -> dict[str, float]
     ("experiment", "online", "offline"),
     [
         ("agssd_small", [], ["--on-val", "--precision", "bf16", *ALL]),
-        ("small", ["--model", str(CONF / "method/simmim.yaml")], ["--on-val", "--precision", "bf16", *ALL]),
+        pytest.param(
+            "small",
+            ["--model", str(CONF / "method/simmim.yaml")],
+            ["--on-val", "--precision", "bf16", *ALL],
+            marks=pytest.mark.slow,
+        ),
         (
             "agssd_small",
             ["--online_probe.num_folds", "2", "--trainer.precision", "32-true", "--online_probe.num_subjects", "2"]
