@@ -261,9 +261,9 @@ class Late(NonFinite):
         super().on_train_batch_end(*given)
         self.late = False
 
-    def _settle(self, *given: Any) -> None:
+    def settle(self, *given: Any) -> None:
         if not self.late:
-            super()._settle(*given)
+            super().settle(*given)
 
 
 def test_non_finite__a_step_read_late_is_captured_before_a_rollback(tiny_cache: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ class NonFinite(StandingCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Read what became of the step before: by now the device has passed it, or has this whole step to do."""
-        self._settle(trainer, pl_module)
+        self.settle(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -133,17 +133,14 @@ class NonFinite(StandingCallback):
         self._waiting = _Step(self._step - 1, figures, event, module.loss_names, module.parents, *self._begun)
         module.parents = []
         if event is None:
-            self._settle(trainer, pl_module)
-
-    def settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read what became of the last step while its weights are there."""
-        self._settle(trainer, pl_module)
+            self.settle(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read what became of the last step."""
-        self._settle(trainer, pl_module)
+        self.settle(trainer, pl_module)
 
-    def _settle(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def settle(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Read what became of the last step while its weights are there; called on every rank alike."""
         step, self._waiting = self._waiting, None
         if step is None:
             return

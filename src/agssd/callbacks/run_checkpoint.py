@@ -81,7 +81,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._restored: dict[str, Any] | None = None
         self._asked_for = -1  # a step
         self.saved: int | None = None  # step of the newest one of the rhythm: the same however often a run is cut
-        self._written: set[int] = set()  # steps of those that this process has asked for
+        self._saved_here = False  # by this process, so that it is there or on its way
 
     @property
     def state_key(self) -> str:
@@ -144,8 +144,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.best_model_path = path if not best else self.format_checkpoint_name({"step": torch.tensor(best[0])})
         self.last_model_path = os.path.join(str(self.dirpath), LAST)
         if self._every_n_train_steps < 1 or step % self._every_n_train_steps == 0:
-            self.saved = step
-        self._written.add(step)
+            self.saved, self._saved_here = step, True
         self._save_checkpoint(trainer, path)
         files = trainer.strategy.checkpoint_io
         if not isinstance(files, CheckpointFiles):
@@ -164,7 +163,7 @@ class RunCheckpoint(ModelCheckpoint):
     def link_saved(self, trainer: L.Trainer, name: str) -> None:
         """Give the newest checkpoint of the rhythm a second name in its folder, if it is there or on its way."""
         path = self.format_checkpoint_name({"step": torch.tensor(self.saved)})
-        if trainer.is_global_zero and (self.saved in self._written or os.path.exists(path)):
+        if trainer.is_global_zero and (self._saved_here or os.path.exists(path)):
             files = trainer.strategy.checkpoint_io
             link = files.link if isinstance(files, CheckpointFiles) else link_checkpoint
             link(path, os.path.join(str(self.dirpath), name))

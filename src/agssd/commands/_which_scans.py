@@ -119,3 +119,11 @@ def _spacing(values: list[float] | None) -> tuple[float, float, float] | None:
     if len(values) not in (1, 3) or min(values) <= 0:
         raise ValueError(f"--spacing-mm is {' '.join(map(str, values))}; give one positive number or three")
     return (values[0], values[0], values[0]) if len(values) == 1 else (values[0], values[1], values[2])
+
+
+def tell(plan: Plan) -> None:
+    """Print what the user should know of a plan, and what is refused."""
+    for note in plan.notes:
+        print(f"note: {note}")
+    for path, reason in plan.refused:
+        print(f"refused: {path}: {reason}")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agssd.commands._which_scans import add_source_arguments, plan_of
+from agssd.commands._which_scans import add_source_arguments, plan_of, tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,10 +60,7 @@ def run(args: argparse.Namespace) -> int:
         plan.jobs = join_channels(plan, args.channels)
     if args.class_by is not None:
         plan.jobs = classes_by(plan, args.class_by)
-    for note in plan.notes:
-        print(f"note: {note}")
-    for path, reason in plan.refused:
-        print(f"refused: {path}: {reason}")
+    tell(plan)
     if not plan.jobs:
         raise ValueError("no scan to write; no manifest was written")
     write_manifest(args.out, plan.jobs)

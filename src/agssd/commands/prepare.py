@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agssd.commands._forecast import FORECAST_FROM, bytes_text, check_room, prepare_sample, sample_of_parts
-from agssd.commands._which_scans import add_recipe_arguments, add_source_arguments, plan_of, recipe_of
+from agssd.commands._which_scans import add_recipe_arguments, add_source_arguments, plan_of, recipe_of, tell
 
 if TYPE_CHECKING:
     from agssd.data_modules.build_folder import BuildFolder, Shard
@@ -105,10 +105,7 @@ def _prepare(args: argparse.Namespace) -> int:
     sources, plan = plan_of(args, out.parent / "downloads")
     if args.quarantine is not None:
         apply_quarantine(plan, args.quarantine)
-    for note in plan.notes:
-        print(f"note: {note}")
-    for path, reason in plan.refused:
-        print(f"refused: {path}: {reason}")
+    tell(plan)
     if not plan.jobs:
         raise ValueError("no scan to prepare; no cache was written")
     if all(job.split in ("val", "test") for job in plan.jobs):
