@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -58,10 +59,6 @@ class Side:
     data: PretrainDataModule
     turns: Turns
 
-    def begin(self) -> None:
-        """Set it up."""
-        self.turns.begin(lambda: self.trainer.fit(self.module, self.data))
-
 
 def rhythm() -> int:
     """Return the least number of steps in which everything that watches comes up as often as in a long run."""
@@ -84,7 +81,8 @@ def time_monitoring(rounds: int, device: Any, folder: Path, steps: int | None = 
     steps that measure the gradient of each term, beyond the median of the others.
 
     Args:
-        rounds: how many, after some steps that do not count.
+        rounds: how many. In each, both trainings are begun anew twice, either of them first: the one that was begun
+            first takes a percent or two longer for its steps (on a CPU, with two bare ones too), whichever it is.
         device: torch device.
         folder: for the cache of simulated volumes and both runs.
         steps: of each side in a round; by default one :func:`rhythm`.
@@ -92,30 +90,43 @@ def time_monitoring(rounds: int, device: Any, folder: Path, steps: int | None = 
     steps = rhythm() if steps is None else steps
     cache = folder / "monitoring.h5"
     write_cache(cache)
-    pairs: list[tuple[float, float]] = []
-    cpu_pairs: list[tuple[float, float]] = []
+    found = Monitoring([], [], {})
+    spent: defaultdict[str, float] = defaultdict(float)
     with quiet(), (folder / "monitoring.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-        clock, watched, bare = sides(device, cache, folder, _WARM_UP + rounds * steps)
-        try:
-            for side in (watched, bare):
-                side.begin()
-                side.turns.take(_WARM_UP)
-            clock.seconds.clear()
-            for _ in range(rounds):
-                (watched_s, watched_cpu_s), (bare_s, bare_cpu_s) = _round(watched, bare, steps)
-                pairs.append((watched_s / steps, bare_s / steps))
-                cpu_pairs.append((watched_cpu_s / steps, bare_cpu_s / steps))
-            counted = dict(clock.seconds) | {"gradients of the terms": _measuring(clock)}
-            resting = _cpu_at_rest()
-        finally:
-            for side in (watched, bare):
-                side.turns.end()
-            for logger in watched.trainer.loggers:
+        for number in range(rounds):
+            took = [(0.0, 0.0), (0.0, 0.0)]
+            for first in (0, 1):
+                clock, *both = sides(device, cache, folder / f"round{number}_{first}", _WARM_UP + steps)
+                with _running(both[first], both[1 - first]):
+                    clock.seconds.clear()
+                    turns = _round(*both, steps)
+                    resting = _cpu_at_rest()
+                took = [_add(one, other) for one, other in zip(took, turns, strict=True)]
+                for name, cpu_s in {**clock.seconds, "gradients of the terms": _measuring(clock)}.items():
+                    spent[name] += cpu_s
+                spent["threads"] += resting * turns[1][1]
+            (watched_s, watched_cpu_s), (bare_s, bare_cpu_s) = took
+            found.pairs.append((watched_s / (2 * steps), bare_s / (2 * steps)))
+            found.cpu_pairs.append((watched_cpu_s / (2 * steps), bare_cpu_s / (2 * steps)))
+    of_bare_s = 2 * steps * sum(bare_s for _, bare_s in found.cpu_pairs)
+    found.shares = {name: 100 * value / of_bare_s for name, value in spent.items()}
+    return found
+
+
+@contextmanager
+def _running(*both: Side) -> Iterator[None]:
+    """Have the sides set up and warm, the first first, and end them."""
+    try:
+        for side in both:
+            side.turns.begin(lambda side=side: side.trainer.fit(side.module, side.data))  # type: ignore[misc]
+            side.turns.take(_WARM_UP)
+        yield
+    finally:
+        for side in both:
+            side.turns.end()
+            for logger in side.trainer.loggers:
                 if isinstance(logger, QuietWandbLogger):
                     logger.interrupt()  # ends W&B's process, which would write into the folder till then
-    of_bare_s = steps * sum(bare_s for _, bare_s in cpu_pairs)
-    shares = {name: 100 * seconds / of_bare_s for name, seconds in counted.items()}
-    return Monitoring(pairs, cpu_pairs, shares | {"threads": 100 * resting})
 
 
 def sides(device: Any, cache: Path, folder: Path, max_steps: int) -> tuple[HookClock, Side, Side]:
@@ -177,8 +188,12 @@ def _round(watched: Side, bare: Side, steps: int) -> list[tuple[float, float]]:
     for number, start in enumerate(range(0, steps, _TURN)):
         for which in (0, 1) if number % 2 else (1, 0):
             seconds, cpu_s = (watched, bare)[which].turns.take(min(_TURN, steps - start))
-            took[which] = took[which][0] + seconds, took[which][1] + cpu_s
+            took[which] = _add(took[which], (seconds, cpu_s))
     return took
+
+
+def _add(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    return one[0] + other[0], one[1] + other[1]
 
 
 def _measuring(clock: HookClock) -> float:

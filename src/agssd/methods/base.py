@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
 from agssd.distributed import all_sum, world_size
@@ -360,13 +361,24 @@ class PretrainModule(L.LightningModule, ABC):
         A step whose loss or gradient is not finite is withheld on every rank alike; schedules go on.
         """
         values = self._scheduled_now()  # taken at the step's end, so that the first step has a rate above 0
-        self.step_figures = self.guard.judge(optimizer)
         for group, decay in zip(optimizer.param_groups, (values["weight_decay"], 0.0), strict=True):
             group["lr"] = values["lr"]
             group["weight_decay"] = decay
         if self.progress < self.freeze_last_layer:
             for parameter in self.last_layers:
                 parameter.grad = None  # a zero gradient would still decay the weights
+        self.step_figures = self.guard.judge(optimizer)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that the guard has just judged; whatever else a trainer asks for, Lightning does."""
+        by_norm = gradient_clip_val and gradient_clip_algorithm in (None, "norm")
+        if not (by_norm and _clips_by_whole_norm(self.trainer.precision_plugin) and self.guard.clip(gradient_clip_val)):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step, then do what happens once per step, unless it was withheld."""
@@ -393,6 +405,11 @@ class PretrainModule(L.LightningModule, ABC):
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
                 group["fused"] = fused or None
+
+
+def _clips_by_whole_norm(precision: Precision) -> bool:
+    """Return whether a plugin clips as torch does, and not by a rule of its own as for sharded gradients."""
+    return type(precision).clip_grad_by_norm is Precision.clip_grad_by_norm
 
 
 def gradient_norms(loss: LossTerms, weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ class StepGuard:
         self.local: Tensor | None = None  # (): total loss of this rank, summed over micro-batches
         self.reduced: Tensor | None = None  # (T,): total and terms, summed over micro-batches and ranks
         self.num_batches = 0  # micro-batches of the step under way
+        self._judged: tuple[list[Tensor], Tensor] | None = None  # gradients of the step under way, and their norm
         self._buffers: tuple[nn.Module, list[tuple[nn.Module, str]]] | None = None  # of the module last kept
 
     def observe(self, local: Tensor, reduced: Tensor) -> Tensor:
@@ -55,6 +56,7 @@ class StepGuard:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float())
+        self._judged = gradients, norm
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         losses = [value.reshape(-1) for value in (self.local, self.reduced) if value is not None]
@@ -69,7 +71,21 @@ class StepGuard:
         elif self.withheld:
             for parameter in parameters:
                 parameter.grad = None  # skipped altogether: a zero gradient would still move and decay the weights
+            self._judged = [], norm
         return torch.cat([self.in_a_row.reshape(1), figures])
+
+    def clip(self, max_norm: float) -> bool:
+        """Scale the gradients just judged to a norm of at most ``max_norm``, which takes no second look at them.
+
+        Returns:
+            False where nothing was judged, so that somebody else has to.
+        """
+        if self._judged is None:
+            return False
+        (gradients, norm), self._judged = self._judged, None
+        if gradients:
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return True
 
     @contextmanager
     def keeping(self, module: nn.Module) -> Iterator[None]:
