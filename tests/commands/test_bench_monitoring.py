@@ -101,7 +101,11 @@ def test_time_monitoring__both_sides_learn_the_same_in_turn(tmp_path: Path, monk
 
     monkeypatch.setattr(CollapseMonitor, "on_train_batch_end", slow)
     found = monitoring.time_monitoring(1, CPU, tmp_path, steps=3)
-    assert len(found.pairs) == len(found.cpu_pairs) == 1 and len(built) == 2 and all(second > 0 for pair in found.pairs for second in pair)
+    assert (
+        len(found.pairs) == len(found.cpu_pairs) == 1
+        and len(built) == 2
+        and all(second > 0 for pair in found.pairs for second in pair)
+    )
     parts = {"CollapseMonitor", "NonFinite", "ViewPanels", "step guard", "metrics.csv", "W&B", "threads"}
     assert parts <= found.shares.keys() and found.shares["W&B"] > 0
     for first in (0, 1):

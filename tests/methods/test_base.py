@@ -25,6 +25,7 @@ class Watch(recipes.Recorder):
         self.schedules: list[dict[str, float]] = []
         self.fuser: list[float] = []
         self.last_layer: list[float] = []
+        self.norms: list[tuple[float, float]] = []  # as judged, and of what the optimiser was given
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
@@ -35,6 +36,8 @@ class Watch(recipes.Recorder):
         )
         self.fuser.append(sum(float(p.grad.norm()) for p in pl_module.student["fuser"].parameters()))
         self.last_layer.append(min(float("inf") if p.grad is None else float(p.grad.norm()) for p in heads))
+        given = [p.grad.norm() for p in pl_module.student.parameters() if p.grad is not None]
+        self.norms.append((float(pl_module.step_figures[1]), float(torch.stack(given).norm())))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,11 @@ def test_run__last_layer_is_bit_identical_until_the_thaw_and_changed_after_it(ru
     assert changed.float().mean() > 0.9
     assert watch.last_layer[:THAW] == [float("inf")] * THAW, "a zero gradient would still decay the weights"
     assert min(watch.last_layer[THAW:]) > 0 and watch.last_layer[-1] < float("inf")
+
+
+def test_run__the_norm_by_which_gradients_are_clipped_knows_nothing_of_frozen_prototypes(run: Any) -> None:
+    for judged, given in run[1].norms:
+        assert given == pytest.approx(min(judged, 3.0), rel=1e-5)
 
 
 def test_run__every_schedule_leaves_its_start(run: Any) -> None:

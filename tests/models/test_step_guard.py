@@ -52,6 +52,7 @@ def run(on_device: bool, bad: dict[int, str], steps: int = 6) -> list[dict[str, 
         guard.observe(logged, torch.stack([logged, loss.detach()]))
         figures = guard.judge(optimizer)
         assert bool(figures[0]) == (step in bad)
+        assert guard.clip(0.5)
         optimizer.step()
         with guard.keeping(net):
             net.count += 1
@@ -78,7 +79,7 @@ def test_step_guard__a_withheld_step_leaves_every_bit(on_device: bool, what: str
     assert float(states[-1]["net.count"]) == 4 and float(states[-1]["0.step"]) == 4
 
 
-def test_step_guard__finite_steps_are_those_of_plain_adamw(on_device: bool) -> None:
+def test_step_guard__finite_clipped_steps_are_those_of_plain_adamw(on_device: bool) -> None:
     states = run(on_device, {})
     torch.manual_seed(0)
     net = Net()
@@ -87,6 +88,7 @@ def test_step_guard__finite_steps_are_those_of_plain_adamw(on_device: bool) -> N
         x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         net.layer(x).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
         optimizer.step()
         assert torch.equal(states[step]["net.layer.weight"], net.layer.weight)
 
@@ -99,6 +101,23 @@ def test_step_guard__figures_are_norm_own_loss_and_reduced_losses() -> None:
     gradients = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     figures = guard.judge(torch.optim.SGD(net.parameters(), 0.1)).tolist()
     assert figures == pytest.approx([0.0, float(gradients.norm()), 11.0, 22.0, 33.0])
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 100.0])
+def test_clip__is_torchs_bit_for_bit_without_a_second_norm(max_norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, guard = Net(), StepGuard()
+    net.layer(torch.randn(4, 5)).square().mean().backward()
+    other = copy.deepcopy(net)
+    for mine, its in zip(net.parameters(), other.parameters(), strict=True):
+        its.grad = None if mine.grad is None else mine.grad.clone()
+    torch.nn.utils.clip_grad_norm_(other.parameters(), max_norm)
+    guard.judge(torch.optim.SGD(net.parameters(), 0.1))
+    monkeypatch.setattr(torch, "_foreach_norm", None)
+    assert guard.clip(max_norm)
+    for mine, its in zip(net.parameters(), other.parameters(), strict=True):
+        assert (mine.grad is None and its.grad is None) or torch.equal(mine.grad, its.grad)  # type: ignore[arg-type]
+    assert not guard.clip(max_norm), "a step is clipped once"
+    assert not NoStepGuard().clip(max_norm)
 
 
 def test_step_guard__remembers_which_buffers_move_and_finds_them_where_they_are_now(

@@ -96,10 +96,10 @@ def time_monitoring(rounds: int, device: Any, folder: Path, steps: int | None = 
         for number in range(rounds):
             took = [(0.0, 0.0), (0.0, 0.0)]
             for first in (0, 1):
-                clock, *both = sides(device, cache, folder / f"round{number}_{first}", _WARM_UP + steps)
-                with _running(both[first], both[1 - first]):
+                clock, watched, bare = sides(device, cache, folder / f"round{number}_{first}", _WARM_UP + steps)
+                with _running(*((bare, watched) if first else (watched, bare))):
                     clock.seconds.clear()
-                    turns = _round(*both, steps)
+                    turns = _round(watched, bare, steps)
                     resting = _cpu_at_rest()
                 took = [_add(one, other) for one, other in zip(took, turns, strict=True)]
                 for name, cpu_s in {**clock.seconds, "gradients of the terms": _measuring(clock)}.items():
