@@ -270,9 +270,9 @@ def _monitoring(device: Any, folder: Path, rounds: int) -> Iterator[Row | Figure
     from agssd.commands._bench_monitoring import rhythm, time_monitoring
 
     found = time_monitoring(max(1, rounds // 3), device, folder)
-    what = "step of a watched run (2 % at a ratio of 0.98)"
-    yield row_of(what, f"watched (2 x {rhythm()} steps)", "bare", found.pairs)
-    yield row_of("the same in CPU time of the training loop", f"watched (2 x {rhythm()} steps)", "bare", found.cpu_pairs)
+    what, watched = "step of a watched run (2 % at a ratio of 0.98)", f"watched (2 x {rhythm()} steps)"
+    yield row_of(what, watched, "bare", found.pairs)
+    yield row_of("the same in CPU time of the training loop", watched, "bare", found.cpu_pairs)
     parts = sorted(found.shares.items(), key=lambda part: -part[1])
     told = ", ".join(f"{name} {share:.2f}" for name, share in parts)
     yield Figure("CPU time of what watches (at most 2 %)", sum(found.shares.values()), "%", f"of a bare step: {told}")
