@@ -94,12 +94,18 @@ class ShardedStrategy(ModelParallelStrategy):
 def refuse_other_sharding(strategy: Any) -> None:
     """Refuse Lightning's own sharding.
 
+    Args:
+        strategy: one, or its name on a command line.
+
     Raises:
         ValueError: naming what to use.
     """
-    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and not isinstance(strategy, ShardedStrategy):
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    by_name = isinstance(strategy, str) and name.rpartition(".")[2].startswith(("fsdp", "FSDP", "ModelParallel"))
+    others = (FSDPStrategy, ModelParallelStrategy)
+    if by_name or (isinstance(strategy, others) and not isinstance(strategy, ShardedStrategy)):
         raise ValueError(
-            f"trainer.strategy is {type(strategy).__name__}, under which teacher and checkpoints were never tried; use "
+            f"trainer.strategy is {name}, under which teacher and checkpoints were never tried; use "
             "agssd.sharding.ShardedStrategy, see conf/cluster/fsdp.yaml"
         )
 

@@ -181,6 +181,7 @@ def test_row__sharded_weights_are_gathered_for_every_micro_batch() -> None:
         (["--measure", "--tflops", "1"], "--measure and --tflops"),
         (["--reserve", "1"], "--reserve is 1"),
         (["--trainer.precision", "64"], "trainer.precision is 64"),
+        (["--trainer.strategy", "fsdp"], "trainer.strategy is fsdp"),
     ],
 )
 def test_plan__refuses(arguments: list[str], names: str, capsys: pytest.CaptureFixture[str]) -> None:

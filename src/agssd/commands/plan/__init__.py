@@ -135,6 +135,7 @@ class _Plan:
     def __init__(self, arguments: argparse.Namespace, fit: Fit, step: Step, device: str, with_cache: bool) -> None:
         from agssd.commands.plan.forecast import Forecast
         from agssd.commands.plan.ledger import without_weights
+        from agssd.sharding import refuse_other_sharding
 
         self.arguments, self.fit, self.step, self.device, self.with_cache = arguments, fit, step, device, with_cache
         with without_weights():
@@ -146,6 +147,7 @@ class _Plan:
         self.assumptions: list[str] = []
         strategy = fit.settings.trainer.strategy
         self.strategy = strategy if isinstance(strategy, str) else strategy.class_path
+        refuse_other_sharding(self.strategy)
         self.sharded = self.strategy.rpartition(".")[2] == "ShardedStrategy"
         self.forecast: Forecast = Forecast(self.model, step, self.channels, self.data.parent_vox)
 
