@@ -189,6 +189,7 @@ def test_plan__refuses(arguments: list[str], names: str, capsys: pytest.CaptureF
     assert names in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_plan__memory_is_that_of_a_real_step(tiny_cache: Path) -> None:
     batch = ["--data.global_batch_size", "4", "--data.parent_vox", "[40,56,40]", "--data.cache", str(tiny_cache)]
     more = ["--device", "cpu", "--measure", "--price-per-gpu-hour", "2"]

@@ -95,7 +95,7 @@ def fit(experiment: str, cache: Path, run: Path, *more: str) -> dict[str, float]
 @pytest.mark.parametrize(
     ("experiment", "online", "offline"),
     [
-        ("agssd_small", [], ["--on-val", "--precision", "bf16", *ALL]),
+        pytest.param("agssd_small", [], ["--on-val", "--precision", "bf16", *ALL], marks=pytest.mark.slow),
         pytest.param(
             "small",
             ["--model", str(CONF / "method/simmim.yaml")],

@@ -300,6 +300,7 @@ def test_autocast__bf16_close_and_stream_in_float32(use_v2: bool) -> None:
     assert swin(use_v2=use_v2).bfloat16()(x.bfloat16()).tokens.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_compile_blocks__equals_eager() -> None:
     model, twin = (swin(drop_path=0.3, depths=(2,), num_heads=(2,)) for _ in range(2))
     views, masks = [noise(2, 1, 16, 16, 16), noise(3, 1, 4, 8, 4)], [uniforms(2, 4, 4, 4) < 0.5, None]
