@@ -14,7 +14,7 @@ This module imports torch for the type checker only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -52,6 +52,7 @@ class ParentBatch(TypedDict):
     sample: Tensor  # (B,) int64: position in the endless stream; the key of every random draw
     case: Tensor  # (B,) int64: row in the list of cases of the data module, of the case that was read
     broken: Tensor  # (B, 4) int64: rows drawn before it that could not be read (data.on_broken quarantine), else -1
+    regions: NotRequired[Tensor]  # (B, 1, [D,] H, W) int32 region numbers, 0 = none; with data.regions true
 
 
 class LabelledBatch(TypedDict, total=False):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from agssd.data_modules.cache import CaseInfo, VolumeCache
+    from agssd.data_modules.cache import CaseInfo, Kind, VolumeCache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("case", help="key of the case, or its beginning, as agssd inspect lists it")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.nii.gz", help="file to write")
     parser.add_argument(
-        "--what", choices=("image", "label", "foreground"), default="image", help="which array (default: image)"
+        "--what",
+        choices=("image", "label", "foreground", "regions"),
+        default="image",
+        help="which array (default: image)",
     )
     parser.add_argument(
         "--cached-grid", action="store_true", help="keep the cache's voxels instead of returning to the source's"
@@ -36,13 +39,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def extract(
-    cache_path: Path, key: str, out: Path, what: str = "image", cached_grid: bool = False, overwrite: bool = False
+    cache_path: Path, key: str, out: Path, what: Kind = "image", cached_grid: bool = False, overwrite: bool = False
 ) -> str:
     """Write one array of a case as NIfTI and return a sentence about its error.
 
     Images are in HU (CT) or the source's units (MRI), float32, several channels as the fourth axis; they are the
     stored values, and so the source's within half a quantisation step where it lies inside the stored range and the
-    cache kept its voxels. Other grids are interpolated linearly, labels and foreground by nearest neighbour.
+    cache kept its voxels. Other grids are interpolated linearly, labels, regions and foreground by nearest neighbour.
 
     Raises:
         ValueError: for a case or an array that is not there, and a place that cannot be written.
@@ -59,9 +62,9 @@ def extract(
     cache = VolumeCache(cache_path)
     case = _find(cache, key)
     info = cache.cases[case]
-    if what == "label" and info.label_values is None:
-        raise ValueError(f"case {info.key} of {cache_path} has no label; --what image or foreground")
-    stored = cache.read_whole(case, "image" if what == "image" else "label" if what == "label" else "foreground")
+    if (what == "label" and info.label_values is None) or (what == "regions" and info.num_regions is None):
+        raise ValueError(f"case {info.key} of {cache_path} has no {what}; --what image or foreground")
+    stored = cache.read_whole(case, what)
     if what == "image":
         scale, offset = (np.asarray(v, np.float32)[:, None, None, None] for v in (info.scale, info.offset))
         volumes = list(stored.astype(np.float32) * scale + offset)

@@ -50,7 +50,19 @@ def as_json(cache: VolumeCache) -> dict[str, object]:
 
 def as_table(cache: VolumeCache) -> str:
     """Return one line per case, and one line of totals."""
-    head = ("key", "shape", "spacing mm", "modality", "channels", "labels", "class", "split", "subject", "foreground")
+    head = (
+        "key",
+        "shape",
+        "spacing mm",
+        "modality",
+        "channels",
+        "labels",
+        "regions",
+        "class",
+        "split",
+        "subject",
+        "foreground",
+    )
     rows = [head, *(_row(cache, case) for case in cache.cases)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -69,6 +81,7 @@ def _row(cache: VolumeCache, case: CaseInfo) -> tuple[str, ...]:
         case.modality,
         str(case.channels),
         labels,
+        "-" if case.num_regions is None else str(case.num_regions),
         "-" if case.class_index is None else cache.class_names[case.class_index],
         case.split,
         case.subject,

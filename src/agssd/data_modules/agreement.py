@@ -78,6 +78,26 @@ def check_dims(cache: VolumeCache, argument: str, size: Size) -> None:
         raise ValueError(f"{argument} is {list(size)}, but the cases of {cache.path} are {kind}; give {wanted}")
 
 
+def check_regions(caches: Sequence[VolumeCache], rows: Sequence[tuple[int, int]]) -> None:
+    """Refuse cases without a region map.
+
+    Args:
+        caches: open caches.
+        rows: (cache, case) of the cases that are drawn from.
+
+    Raises:
+        ValueError: naming a case, its cache and the remedy.
+    """
+    for cache, case in rows:
+        info = caches[cache].cases[case]
+        if info.num_regions is None:
+            path = caches[cache].path
+            raise ValueError(
+                f"data.regions is true, but case {info.key} of {path} has no region map; write a cache that has: "
+                f"agssd regions {path} --source supervoxels --out CACHE"
+            )
+
+
 def _kind(info: CaseInfo) -> str:
     return "a volume" if info.spatial_dims == 3 else "a sequence of frames"
 

@@ -221,7 +221,7 @@ class CacheWriter:
         text = json.dumps(index, separators=(",", ":"), allow_nan=False).encode()
         try:
             for group in self._file["cases"].values():
-                for name in ("image", "foreground", "label"):
+                for name in ("image", "foreground", "label", "regions"):
                     if name in group:
                         write_extents(group, name)
             self._file.create_dataset("index", data=np.frombuffer(text, dtype=np.uint8))
@@ -251,11 +251,19 @@ def write_arrays(group: Any, case: PreparedCase, layout: str, compression: Mappi
     if case.label is not None:
         arrays["label"] = (case.label, chunk)
     for name, (array, chunks) in arrays.items():
-        settings = {"chunks": chunks, **compression} if layout == "chunks" else {}
-        data = group.create_dataset(name, data=array, **settings)
-        if not settings:  # chunks have theirs in the table of extents
-            data.attrs[CHECKSUM] = np.int64(checksum(np.ascontiguousarray(array)))
+        write_array(group, name, array, chunks if layout == "chunks" else None, compression)
     group.create_dataset("foreground_chunks", data=chunk_fractions(case.foreground))
+
+
+def write_array(
+    group: Any, name: str, array: NDArray[Any], chunks: tuple[int, ...] | None, compression: Mapping[str, Any]
+) -> None:
+    """Write one array: in compressed chunks, or, with ``chunks`` None, as its voxels are."""
+    if chunks is not None:
+        group.create_dataset(name, data=array, chunks=chunks, **compression)
+        return
+    data = group.create_dataset(name, data=array)
+    data.attrs[CHECKSUM] = np.int64(checksum(np.ascontiguousarray(array)))  # chunks have theirs in the table of extents
 
 
 def case_info(case: PreparedCase, key: str, subject: str, split: str | None) -> CaseInfo:

@@ -153,7 +153,7 @@ class BuildFolder:
     def _plan_path(self) -> Path:
         return self.path / "plan.json"
 
-    def write_plan(self, digests: Sequence[str], class_names: Sequence[str], salt_fingerprint: str) -> None:
+    def write_plan(self, digests: Sequence[str], class_names: Sequence[str], salt_fingerprint: str | None) -> None:
         """State all jobs in their order; the shards of one build must agree on it.
 
         Raises:

@@ -1,7 +1,8 @@
 """The cache of volumes: one HDF5 file or a folder of them, read by crops, opened lazily in each process.
 
 Layout of the file: ``/cases/<key>`` holds ``image`` (C, D, H, W) int16, ``foreground`` (D, H, W) uint8, optionally
-``label`` (D, H, W) uint8 or int16, all in compressed chunks of 32 voxels a side, and ``foreground_chunks``
+``label`` (D, H, W) uint8 or int16 and ``regions`` (D, H, W) uint8, int16 or int32, all in compressed chunks of 32
+voxels a side, and ``foreground_chunks``
 (cD, cH, cW) float32, the share of foreground in each chunk. Of frames the first axis counts
 them, and a chunk is part of one frame. ``image_extents`` and the like say where the chunks lie in the file
 (``agssd.data_modules.chunk_reader``); a file without them is read through HDF5. ``/index`` is one JSON text with every
@@ -36,7 +37,7 @@ FORMAT = "agssd-cache"
 VERSION = 1
 CHUNK = 32
 INDEX_NAME = "index.json"
-Kind = Literal["image", "foreground", "label"]
+Kind = Literal["image", "foreground", "label", "regions"]
 Affine = tuple[tuple[float, float, float, float], ...]
 SPLITS = ("train", "val", "test")
 _MAX_OPEN_FILES = 128  # each takes two file descriptors
@@ -77,6 +78,7 @@ class CaseInfo:
             one split, the first spacing says nothing, and H runs downwards in the picture, W to its right.
         in_mm: whether ``spacing_mm`` is in mm; False where the source does not say how large its pixels are, and
             lengths are in pixels.
+        num_regions: highest number in the region map, or None without one; see ``agssd.data_modules.regions``.
     """
 
     key: str
@@ -103,6 +105,7 @@ class CaseInfo:
     perceptual_hash: str | None = None
     spatial_dims: int = 3
     in_mm: bool = True
+    num_regions: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists, numbers and strings."""
@@ -191,11 +194,11 @@ class VolumeCache:
             case: row in ``cases``.
             start: first voxel (d, h, w); may be negative or beyond the volume.
             size: (d, h, w) voxels, each at least 1.
-            what: "image", "foreground" or "label".
+            what: "image", "foreground", "label" or "regions".
 
         Returns:
             (C, d, h, w) int16 for the image, (d, h, w) uint8 for the foreground, (d, h, w) uint8 or int16 for the
-            label. Outside the volume the image holds its lowest stored value per channel, the others 0.
+            label, (d, h, w) uint8, int16 or int32 for the regions. Outside the volume the image holds its lowest stored value per channel, the others 0.
 
         Raises:
             ValueError: no such case, no such array, a size below 1, or the file can no longer be read.
@@ -238,6 +241,10 @@ class VolumeCache:
         if data.checksum is not None and checksum(np.ascontiguousarray(whole)) != data.checksum:
             raise self._damaged(case, what, "its bytes have changed")
         return whole
+
+    def file_of(self, case: int) -> Path:
+        """Return the HDF5 file that holds a case."""
+        return self.files[self._file_of[case]]
 
     def foreground_chunks(self, case: int) -> NDArray[np.float32]:
         """Return the share of foreground per chunk of 32³ voxels, (cD, cH, cW) float32, without decoding voxels."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from agssd.data_modules.cache import CaseInfo, VolumeCache
+from agssd.data_modules.cache import CaseInfo, Kind, VolumeCache
 from agssd.data_modules.mixing import Mixture
 from agssd.data_modules.sampling import crop_start, keyed_generator
 from agssd.types import Size, Triple
@@ -42,6 +42,7 @@ class ParentCrops(Dataset[dict[str, "Tensor"]]):
         shuffle: in the mixture's order (training) or always in that of the rows (validation).
         on_broken: what happens where a case cannot be read: "error" raises; "quarantine" draws another case of the same
             source as a function of (seed, sample, cases that failed) and names those that failed in ``broken``.
+        regions: also read the region map, as ``regions``.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ParentCrops(Dataset[dict[str, "Tensor"]]):
         mixture: Mixture,
         shuffle: bool,
         on_broken: OnBroken = "error",
+        regions: bool = False,
     ) -> None:
         """Keep what a sample is computed from."""
         self.caches = tuple(caches)
@@ -64,6 +66,7 @@ class ParentCrops(Dataset[dict[str, "Tensor"]]):
         self.mixture = mixture
         self.shuffle = shuffle
         self.on_broken = on_broken
+        self.regions = regions
 
     def info(self, row: int) -> CaseInfo:
         """Return what the cache says about case ``row``."""
@@ -116,7 +119,8 @@ class ParentCrops(Dataset[dict[str, "Tensor"]]):
         cache = self.caches[cache_idx]
         start = self._start(sample, cache, case)
         size = stored_size(self.parent_vox)
-        return sum(cache.stored_bytes(case, start, size, what) for what in ("image", "foreground"))
+        kinds: tuple[Kind, ...] = ("image", "foreground", "regions")
+        return sum(cache.stored_bytes(case, start, size, what) for what in kinds[: 3 if self.regions else 2])
 
     def _read(self, sample: int, row: int) -> dict[str, Tensor]:
         cache_idx, case = self.rows[row]
@@ -125,11 +129,15 @@ class ParentCrops(Dataset[dict[str, "Tensor"]]):
         size = stored_size(self.parent_vox)
         image = cache.read(case, start, size, "image")  # (C, D, H, W) int16
         foreground = cache.read(case, start, size, "foreground")  # (D, H, W) uint8
-        return {
+        crop = {
             "image": torch.from_numpy(image).view(-1, *self.parent_vox),
             "foreground": torch.from_numpy(foreground).view(-1, *self.parent_vox),
             "centre_mm": _offset_mm(start, size, cache.cases[case])[-len(self.parent_vox) :],
         }
+        if self.regions:  # cases may differ in the type of theirs
+            regions = cache.read(case, start, size, "regions").astype(np.int32)
+            crop["regions"] = torch.from_numpy(regions).view(-1, *self.parent_vox)
+        return crop
 
     def _another(self, sample: int, broken: Sequence[int], error: ValueError) -> int:
         """Return a row of the same source that has not failed for this sample."""

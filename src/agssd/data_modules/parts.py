@@ -48,6 +48,10 @@ class Part:
     notes: tuple[str, ...]
     stored_bytes: int
 
+    def to_json(self) -> str:
+        """Return the text that ``read_part`` reads."""
+        return json.dumps({**vars(self), "info": self.info.to_json()})
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -125,9 +129,9 @@ class Workshop:
             return case
         subject = subject_key(self.salt, job.subject)
         info = case_info(case, case_key(self.salt, job.subject, case.source_sha256), subject, job.split)
-        data, stored = _image_of_part(case, info, job.class_name, self.layout, self.compression)
+        data, part = _image_of_part(case, info, job.class_name, self.layout, self.compression)
         write_whole(self.path(digest), data)
-        return Part(info, job.class_name, case.modality_reason, case.notes, stored)
+        return part
 
 
 def prepare_or_refuse(job: Job, recipe: Recipe, seen: list[Scan] | None = None) -> PreparedCase | Refusal:
@@ -150,7 +154,7 @@ def part_bytes(job: Job, recipe: Recipe, layout: str, compression: str) -> int |
     case = prepare_or_refuse(job, recipe)
     if isinstance(case, Refusal):
         return None
-    return _image_of_part(case, case_info(case, "0" * 16, "0" * 16, None), None, layout, compression)[1]
+    return _image_of_part(case, case_info(case, "0" * 16, "0" * 16, None), None, layout, compression)[1].stored_bytes
 
 
 def read_part(path: Path) -> Part:
@@ -170,8 +174,8 @@ def read_part(path: Path) -> Part:
 
 def _image_of_part(
     case: PreparedCase, info: CaseInfo, class_name: str | None, layout: str, compression: str
-) -> tuple[bytes, int]:
-    """Return the bytes of a part's file and how many of them are arrays.
+) -> tuple[bytes, Part]:
+    """Return the bytes of a part's file, and what it says.
 
     Made in memory, so that a full disk is met by one plain write and not by HDF5, which can then not close its file.
     """
@@ -181,17 +185,14 @@ def _image_of_part(
     with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
         group = file.create_group("case")
         write_arrays(group, case, layout, filter_arguments(compression))
-        stored = sum(int(data.id.get_storage_size()) for data in group.values())
-        file.attrs["part"] = json.dumps(
-            {
-                "info": info.to_json(),
-                "class_name": class_name,
-                "modality_reason": case.modality_reason,
-                "notes": case.notes,
-                "stored_bytes": stored,
-            }
-        )
-    return buffer.getvalue(), stored
+        part = Part(info, class_name, case.modality_reason, case.notes, stored_bytes(group))
+        file.attrs["part"] = part.to_json()
+    return buffer.getvalue(), part
+
+
+def stored_bytes(group: Any) -> int:
+    """Return the bytes of a case's arrays as stored."""
+    return sum(int(data.id.get_storage_size()) for data in group.values())
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -11,7 +11,7 @@ import lightning.pytorch as L
 import torch
 from torch.utils.data import DataLoader
 
-from agssd.data_modules.agreement import cache_contract, check_agreement, check_dims, warn_of_subjects
+from agssd.data_modules.agreement import cache_contract, check_agreement, check_dims, check_regions, warn_of_subjects
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import seen_record
 from agssd.data_modules.mixing import Mixture, weights_by_temperature
@@ -58,6 +58,9 @@ class PretrainDataModule(L.LightningDataModule):
         on_broken: what happens where a case cannot be read: "error" stops the run with its name; "quarantine" draws
             the sample from another case of its cache, counts it (``data/replaced_samples``) and lists the case in
             ``quarantine.csv`` of the run.
+        regions: batches also hold ``regions`` (B, 1, [D,] H, W) int32, the region map of ``agssd regions`` cut like the
+            foreground: numbers are of the whole case, so one number is one region in every crop of it; 0 is no region,
+            and padding.
 
     Raises:
         ValueError: in ``setup``, for a missing, broken or unsuitable cache and for impossible sizes.
@@ -78,6 +81,7 @@ class PretrainDataModule(L.LightningDataModule):
         num_folds: int | None = None,
         fold: int | None = None,
         on_broken: Literal["error", "quarantine"] = "error",
+        regions: bool = False,
     ) -> None:
         """Keep the settings; nothing is opened before ``setup``."""
         super().__init__()
@@ -93,6 +97,7 @@ class PretrainDataModule(L.LightningDataModule):
         self.weights, self.temperature = weights, temperature
         self.num_folds, self.fold = num_folds, fold
         self.on_broken = on_broken
+        self.regions = regions
         self.quarantine: QuarantineList | None = None
         self.caches: list[VolumeCache] = []
         self.train_crops: ParentCrops | None = None
@@ -144,6 +149,8 @@ class PretrainDataModule(L.LightningDataModule):
         val = [(i, case) for i, cache in enumerate(caches) for case in cache.select(split="val")]
         if not train:
             raise ValueError(f"no case of the split 'train' in data.cache {self.cache}; see `agssd inspect CACHE`")
+        if self.regions:
+            check_regions(caches, [*train, *val])
         check_padding([caches[i].cases[case].shape for i, case in train], stored_size(self.parent_vox))
         self._micro_batch_size()
         self.train_crops = self._crops(caches, train, shuffle=True)
@@ -171,7 +178,15 @@ class PretrainDataModule(L.LightningDataModule):
             weights = weights_by_temperature(sizes, self.temperature)
         mixture = Mixture(self.seed, sizes, weights)
         return ParentCrops(
-            caches, rows, self.parent_vox, self.seed, self.prob_foreground, mixture, shuffle, self.on_broken
+            caches,
+            rows,
+            self.parent_vox,
+            self.seed,
+            self.prob_foreground,
+            mixture,
+            shuffle,
+            self.on_broken,
+            self.regions,
         )
 
     def _require_max_steps(self) -> None:

@@ -298,6 +298,32 @@ def extract(parent: Tensor, views: ViewGeometry, size_vox: Size, separable: bool
     return _extract_separable(parent, views, size_vox) if separable else _extract_grid(parent, views, size_vox)
 
 
+def extract_numbers(parent: Tensor, views: ViewGeometry, size_vox: Size) -> Tensor:
+    """Cut views from maps of numbers, such as regions: each voxel takes the number of the nearest voxel.
+
+    Every coordinate is a sum of products in one order, so that a view does not depend on the rest of the batch.
+
+    Args:
+        parent: (B, 1, [D,] H, W) integers.
+        views: geometry of V views per sample.
+        size_vox: output size.
+
+    Returns:
+        (B, V, 1, *size_vox) of the same type; what turns out of the parent repeats its border, as in ``extract``.
+    """
+    batch, count = views.centre.shape[:2]
+    dims, device = len(size_vox), parent.device
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for axis, length in enumerate(parent.shape[2:]):
+        at = views.affine[..., axis, -1].view(batch, count, *[1] * dims)
+        for along, n in enumerate(size_vox):
+            u = (2 * torch.arange(n, device=device, dtype=torch.float32) + 1) / n - 1
+            slope = views.affine[..., axis, along].view(batch, count, *[1] * dims)
+            at = at + slope * u.view(-1, *[1] * (dims - 1 - along))
+        index = index * length + (at + 0.5).floor().long().clamp(0, length - 1)
+    return parent.flatten(1).gather(1, index.flatten(1)).view(batch, count, 1, *size_vox)
+
+
 def _blur_sigma(views: ViewGeometry, size_vox: Size) -> Tensor:
     """Return (B, V, d): standard deviation of the pre-blur along the parent's axes, in parent voxels."""
     permutation = signed_permutations(views.edge.device, len(size_vox))[views.orientation].abs()

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from agssd.geometry import constant, per_sample
-from agssd.transforms.crops import OverlapCrops, ViewSet, box_in_view, extract
+from agssd.transforms.crops import OverlapCrops, ViewSet, box_in_view, extract, extract_numbers
 from agssd.transforms.edges import (
     MIN_FOREGROUND,
     edge_magnitude,
@@ -44,6 +44,9 @@ class Views:
     edge_q99: Tensor  # (B, C)
     spacing_mm: Tensor  # (B, 2, d) of the global views, along their own axes
     centre_mm: Tensor  # (B, 2, d) centre of the global views minus centre of the volume, along the volume's axes
+    # (B, 2, 1, [D,] H, W) int32, of the nearest voxel; 0 = none, and a number is the same region in both views. None
+    # unless the batch has regions.
+    regions: Tensor | None = None
 
     @property
     def size_vox(self) -> Size:
@@ -71,7 +74,7 @@ def make_views(
     The global views are the same for every recipe of one seed, whatever else is asked for.
 
     Args:
-        batch: parent crops as stored.
+        batch: parent crops as stored; with ``regions`` the views have them too.
         crops: where the views lie.
         appearance: augmentation of intensities, drawn per view; None leaves ``inputs`` equal to ``clean``.
         seed: of the run.
@@ -110,6 +113,7 @@ def make_views(
         edge_q99=batch["edge_q99"],
         spacing_mm=geometry.globals.spacing_mm(batch["spacing_mm"], crops.size_vox),
         centre_mm=batch["centre_mm"][:, None] + from_middle * batch["spacing_mm"][:, None],
+        regions=extract_numbers(batch["regions"], geometry.globals, crops.size_vox) if "regions" in batch else None,
     )
     return replace(views, edges=edge_maps(views, views.hidden_view)) if with_edges else views
 

@@ -105,9 +105,14 @@ class CacheExaminer:
         name = None if info.class_index is None else cache.class_names[info.class_index]
         done = Examined(check_index(info), info, class_name=name)
         sane = not any(finding.check == "constants" for finding in done.findings)
-        kinds: tuple[Kind, ...] = ("image", "foreground", "label")
+        has: dict[Kind, bool] = {
+            "image": True,
+            "foreground": True,
+            "label": info.label_values is not None,
+            "regions": info.num_regions is not None,
+        }
         arrays: dict[str, Any] = {}
-        for kind in kinds if info.label_values is not None else kinds[:2]:
+        for kind in [kind for kind, there in has.items() if there]:
             try:
                 arrays[kind] = cache.read_whole(row, kind)
             except ValueError as error:
@@ -160,16 +165,16 @@ def check_arrays(info: CaseInfo, arrays: dict[str, Any]) -> list[Finding]:
 
     Args:
         info: of the case.
-        arrays: "image", "foreground", "label", "foreground_chunks", as far as they could be read.
+        arrays: "image", "foreground", "label", "regions", "foreground_chunks", as far as they could be read.
     """
     wrong = []
-    shapes = {"image": (info.channels, *info.shape), "foreground": info.shape, "label": info.shape}
+    shapes = {"image": (info.channels, *info.shape), **dict.fromkeys(("foreground", "label", "regions"), info.shape)}
     for kind, shape in shapes.items():
         if kind in arrays and arrays[kind].shape != shape:
             wrong.append(f"{kind} has shape {_times(arrays[kind].shape)}, the index says {_times(shape)}")
             del arrays[kind]
-    if "image" in arrays and info.fill != (lowest := tuple(int(channel.min()) for channel in arrays["image"])):
-        wrong.append(f"the lowest values are {_list(lowest)}, the index says {_list(info.fill)}")
+    if "image" in arrays and info.fill != (fill := tuple(int(channel.min()) for channel in arrays["image"])):
+        wrong.append(f"the lowest values are {_list(fill)}, the index says {_list(info.fill)}")
     if "foreground" in arrays:
         body = arrays["foreground"]
         fraction = np.count_nonzero(body) / body.size
@@ -185,6 +190,10 @@ def check_arrays(info: CaseInfo, arrays: dict[str, Any]) -> list[Finding]:
         values = tuple(int(value) for value in np.unique(arrays["label"]))
         if values != info.label_values:
             wrong.append(f"label values are {_list(values)}, the index says {_list(info.label_values)}")
+    if "regions" in arrays:
+        lowest, highest = int(arrays["regions"].min()), int(arrays["regions"].max())
+        if lowest < 0 or highest != info.num_regions:
+            wrong.append(f"regions are numbered {lowest} to {highest}, the index says up to {info.num_regions}")
     return [Finding("index", "error", f"{text[0].upper()}{text[1:]}.") for text in wrong]
 
 

@@ -119,6 +119,7 @@ def _pretraining(fit: Fit) -> Any:
 
 def _rehearse(fit: Fit, step: Step, batch: int, device: str) -> Measured:
     from agssd.commands.plan.measure import measure_here
+    from agssd.commands.plan.rehearsal import parent_batch
 
     def build() -> Any:
         fit.build()
@@ -126,7 +127,8 @@ def _rehearse(fit: Fit, step: Step, batch: int, device: str) -> Measured:
         return model
 
     channels = build().student["backbone"].in_channels
-    return measure_here(build, step, batch, channels, fit.datamodule.parent_vox, device)
+    parents = parent_batch(batch, channels, fit.datamodule.parent_vox, fit.datamodule.regions)
+    return measure_here(build, step, parents, device)
 
 
 class _Plan:
@@ -149,7 +151,7 @@ class _Plan:
         self.strategy = strategy if isinstance(strategy, str) else strategy.class_path
         refuse_other_sharding(self.strategy)
         self.sharded = self.strategy.rpartition(".")[2] == "ShardedStrategy"
-        self.forecast: Forecast = Forecast(self.model, step, self.channels, self.data.parent_vox)
+        self.forecast: Forecast = Forecast(self.model, step, self.channels, self.data.parent_vox, self.data.regions)
 
     def _devices(self) -> int:
         """Return how many devices the command line names, all machines together."""

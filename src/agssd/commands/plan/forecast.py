@@ -41,14 +41,17 @@ class Forecast:
         step: how a step is taken.
         channels: of the parent crops.
         parent_vox: their size.
+        regions: whether they have region maps.
 
     Attributes:
         guessed: numbers that fake tensors could not know and that were taken as 1.
     """
 
-    def __init__(self, model: PretrainModule, step: Step, channels: int, parent_vox: Size) -> None:
+    def __init__(
+        self, model: PretrainModule, step: Step, channels: int, parent_vox: Size, regions: bool = False
+    ) -> None:
         self.model, self.step = model, step
-        self._parents = (channels, parent_vox)
+        self._parents = (channels, parent_vox, regions)
         set_stage(model, step)
         made = [self._make_views(batch) for batch in (1, 2)]
         self._views = (made[0][0], made[1][0])

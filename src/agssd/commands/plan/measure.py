@@ -25,9 +25,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from agssd.commands.plan.rehearsal import Stage, Step, parent_batch, rehearse, set_stage
+from agssd.commands.plan.rehearsal import Stage, Step, rehearse, set_stage
 from agssd.methods.base import PretrainModule
-from agssd.types import ParentBatch, Size
+from agssd.types import ParentBatch
 
 _GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 _TIMED = 3
@@ -60,17 +60,13 @@ def measure_in_child(of_fit: Sequence[str], batch: int, device: str) -> Measured
     return Measured(**json.loads(lines[-1]))
 
 
-def measure_here(
-    build: Callable[[], PretrainModule], step: Step, batch: int, channels: int, parent_vox: Size, device: str
-) -> Measured:
+def measure_here(build: Callable[[], PretrainModule], step: Step, parents: ParentBatch, device: str) -> Measured:
     """Take real steps and return their peak and time; for a process that does nothing else.
 
     Args:
         build: returns a new model to which nothing else refers.
         step: how a step is taken.
-        batch: samples per micro-batch.
-        channels: of the parent crops.
-        parent_vox: size of the parent crops.
+        parents: micro-batch of parent crops.
         device: "cpu" or "cuda".
     """
     micro_batches = min(step.accumulate, 2)  # of each rehearsed step
@@ -93,7 +89,6 @@ def measure_here(
         ends = [*starts[::micro_batches], _now(device)]
         return min(after - before for before, after in zip(ends[:-1], ends[1:], strict=True)) / micro_batches
 
-    parents = parent_batch(batch, channels, parent_vox)
     run(parents, 2)
     _give_back()
     if device == "cuda":

@@ -58,14 +58,14 @@ def autocast_of(precision: Any) -> torch.dtype | None:
     return _DTYPES[str(precision)]
 
 
-def parent_batch(batch: int, channels: int, parent_vox: Size) -> ParentBatch:
-    """Return synthetic parent crops: noise in an ellipsoid that fills the crop."""
+def parent_batch(batch: int, channels: int, parent_vox: Size, regions: bool = False) -> ParentBatch:
+    """Return synthetic parent crops: noise in an ellipsoid that fills the crop, and regions that are slabs of it."""
     torch_generator = torch.Generator().manual_seed(0)
     axes = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in parent_vox), indexing="ij")
     body = (sum(axis.square() for axis in axes) < 1).to(torch.uint8)  # type: ignore[union-attr]  # sum of tensors
     values = torch.randint(0, 1000, (batch, channels, *parent_vox), generator=torch_generator, dtype=torch.int16)
     ones = torch.ones((batch, channels))
-    return {
+    made: ParentBatch = {
         "image": values * body,
         "foreground": body.expand(batch, 1, *parent_vox).contiguous(),
         "scale": ones,
@@ -80,6 +80,10 @@ def parent_batch(batch: int, channels: int, parent_vox: Size) -> ParentBatch:
         "case": torch.arange(batch),
         "broken": torch.full((batch, 4), -1),
     }
+    if regions:
+        slabs = 1 + torch.arange(parent_vox[-1], dtype=torch.int32) // 8
+        made["regions"] = (slabs * body).expand(batch, 1, *parent_vox).contiguous()
+    return made
 
 
 def set_step(model: PretrainModule, step: int, max_steps: int) -> None:

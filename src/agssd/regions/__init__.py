@@ -1,0 +1,1 @@
+"""Where region maps come from: supervoxels, label maps, and SAM."""

@@ -1,0 +1,46 @@
+"""What a source of regions is given and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class RegionCase:
+    """One case as a source of regions sees it. Axes and triples in tensor order.
+
+    Attributes:
+        key: of the case, for messages.
+        image: (C, D, H, W) float32 in [0, 1]: the stored range of the modality, clipped (CT: [-1000, 1000] HU).
+        foreground: (D, H, W) bool.
+        label: (D, H, W) integers, or None without a label map.
+        spacing_mm: voxel size; in pixels where the source does not say how large they are.
+        spatial_dims: 3 for a volume; 2 for frames, which D counts, and of which each is segmented by itself.
+    """
+
+    key: str
+    image: NDArray[np.float32]
+    foreground: NDArray[np.bool_]
+    label: NDArray[np.integer[Any]] | None
+    spacing_mm: tuple[float, float, float]
+    spatial_dims: int
+
+
+class RegionSource(Protocol):
+    """Finds the regions of a case; picklable, and a function of the case and its settings alone."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return all settings that a map depends on, in plain types: a map made with others is made again."""
+        ...
+
+    def __call__(self, case: RegionCase) -> NDArray[np.integer[Any]]:
+        """Return (D, H, W) integers, 0 = no region, else numbers from 1 on, each of one region of the whole case.
+
+        Raises:
+            ValueError: a case that it cannot work on, naming its key.
+        """
+        ...
