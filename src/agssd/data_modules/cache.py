@@ -198,7 +198,8 @@ class VolumeCache:
 
         Returns:
             (C, d, h, w) int16 for the image, (d, h, w) uint8 for the foreground, (d, h, w) uint8 or int16 for the
-            label, (d, h, w) uint8, int16 or int32 for the regions. Outside the volume the image holds its lowest stored value per channel, the others 0.
+            label, (d, h, w) uint8, int16 or int32 for the regions. Outside the volume the image holds its lowest
+            stored value per channel, the others 0.
 
         Raises:
             ValueError: no such case, no such array, a size below 1, or the file can no longer be read.
