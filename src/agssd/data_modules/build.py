@@ -247,7 +247,10 @@ def write_arrays(group: Any, case: PreparedCase, layout: str, compression: Mappi
         compression: what ``filter_arguments`` returned; for ``"chunks"``.
     """
     chunk = chunk_shape(case.foreground.shape, case.spatial_dims)
-    arrays = {"image": (case.image, (1, *chunk)), "foreground": (case.foreground, chunk)}
+    arrays: dict[str, tuple[NDArray[Any], tuple[int, ...]]] = {
+        "image": (case.image, (1, *chunk)),
+        "foreground": (case.foreground, chunk),
+    }
     if case.label is not None:
         arrays["label"] = (case.label, chunk)
     for name, (array, chunks) in arrays.items():
