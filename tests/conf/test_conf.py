@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from monai.networks.nets import SwinUNETR
+from tiny_sam import save_tiny_adapted, save_tiny_sam
 
 from agssd.lightning_cli import AgssdCLI
 from agssd.models.monai_swin_keys import load_into_monai_swin
@@ -93,6 +94,9 @@ def only_parse(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def arguments(experiment: Path, *more: str) -> list[str]:
+    if experiment.stem.startswith("lp_sam") and not Path("sam-vit-base").exists():  # in the test's own folder
+        save_tiny_adapted(Path(content(CONF / "task/lp_sam_prompts.yaml")["init_args"]["adapted"]))
+        save_tiny_sam(Path("sam-vit-base"))
     model = () if "model" in content(experiment) else ("--model", str(CONF / "method/agssd_small.yaml"))
     return ["fit", "--config", str(experiment), *model, "--data.cache", "cache.h5", *more]
 

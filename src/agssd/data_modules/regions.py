@@ -53,7 +53,8 @@ def write_regions(
         cache: written by ``agssd prepare``.
         out: the copy; not the cache itself.
         source: of the regions.
-        workers: processes; the result does not depend on it.
+        workers: processes of one thread each; the result does not depend on it, but for rounding where a source
+            computes otherwise on several threads, as SAM may.
         shard_bytes: stored bytes per file of a copy that is a folder of several, or None for one file.
         overwrite: replace an existing cache.
 

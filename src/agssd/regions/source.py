@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,3 +46,23 @@ class RegionSource(Protocol):
             ValueError: a case that it cannot work on, naming its key.
         """
         ...
+
+
+def numbered_by_frame(frames: Sequence[NDArray[np.integer[Any]]]) -> NDArray[np.int64]:
+    """Return (D, H, W) int64: maps (H, W) of frames, numbered on from frame to frame."""
+    out = np.stack(frames).astype(np.int64)
+    highest = 0
+    for frame in out:
+        frame[frame > 0] += highest
+        highest = max(highest, int(frame.max()))
+    return out
+
+
+def require(module: str, package: str, what: str) -> None:
+    """Refuse where a library of the extra ``regions`` is not installed.
+
+    Raises:
+        ValueError: naming the package, what needs it and how to get it.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f'{what} needs {package}, which is not installed: pip install "agssd[regions]"')
