@@ -31,12 +31,12 @@ SMALL := \
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## Create .venv and install the package, the demo's, the benches' and the developers' tools
+install: $(STAMP) ## Create .venv and install the package, the demo's, the benches', the regions' and the developers' tools
 
 $(STAMP): pyproject.toml $(wildcard constraints.txt)
 	@test -n "$(PYTHON)" || { echo "agssd needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[demo,dev,bench]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[demo,dev,bench,regions]'
 	@touch $@
 
 demo: $(STAMP) ## Simulate a cohort, pretrain, fine-tune, and print the table

@@ -194,9 +194,14 @@ def test_dependencies__cover_every_import() -> None:
     """Nothing is imported that the metadata does not name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    texts = [*project["dependencies"], *extras["bench"], *extras["slices"]]
+    texts = [*project["dependencies"], *extras["bench"], *extras["slices"], *extras["regions"]]
     named = {re.split(r"[\[><=!~]", text)[0].lower() for text in texts}
-    modules = {"pil": "pillow", "yaml": "pyyaml", "lightning_utilities": "lightning-utilities"}
+    modules = {
+        "pil": "pillow",
+        "yaml": "pyyaml",
+        "lightning_utilities": "lightning-utilities",
+        "skimage": "scikit-image",
+    }
     imported = set()
     for path in (ROOT / "src").rglob("*.py"):
         for name in re.findall(r"^\s*(?:from|import) ([A-Za-z_]\w*)", path.read_text(), re.MULTILINE):

@@ -44,9 +44,10 @@ def test_regions__labels_of_frames(frames_cache: Path, tmp_path: Path, capsys: p
     assert not (tmp_path / "out.h5").exists()
 
 
-def test_regions__labels_are_the_regions(tiny_cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_regions__labels_are_the_regions(tiny_cache: Path, tmp_path: Path, workers: int) -> None:
     out = tmp_path / "out.h5"
-    assert main(["regions", str(tiny_cache), "--source", "labels", "--out", str(out), "--workers", "2"]) == 0
+    assert main(["regions", str(tiny_cache), "--source", "labels", "--out", str(out), "--workers", str(workers)]) == 0
     cache = VolumeCache(out)
     for row in range(len(cache)):
         assert np.array_equal(cache.read_whole(row, "regions"), cache.read_whole(row, "label"))

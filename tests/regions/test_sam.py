@@ -160,6 +160,8 @@ def test_point_prompts__know_other_weights(folder: Path, tmp_path: Path) -> None
     for name in ("config.json", "model.safetensors"):
         (copied / name).write_bytes((folder / name).read_bytes())
     assert PointPrompts(folder).identity() == PointPrompts(copied).identity()
+    (copied / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    assert PointPrompts(copied).identity() == PointPrompts(other).identity()
 
 
 def test_add_adapters__change_nothing_at_first_and_learn_alone(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,22 @@ def test_supervoxels__spacing_is_seen() -> None:
     counts = [int(Supervoxels(8.0, 10.0)(case(image, foreground, (mm, 1.0, 1.0))).max()) for mm in (1.0, 2.0)]
     assert 1.5 < counts[1] / counts[0] < 2.5
     assert 0.5 < counts[1] / (48 * 48 * 48 / 8**3) < 2
+
+
+def test_supervoxels__without_a_size_suit_the_case() -> None:
+    """16 mm in large bodies; some 100 pieces in small ones, and in frames whatever their number of pixels."""
+    rng = np.random.default_rng(0)
+
+    def count(shape: tuple[int, int, int], mm: float, dims: int = 3, in_mm: bool = True) -> int:
+        image = rng.uniform(0, 1, shape).astype(np.float32)
+        one = replace(case(image, np.ones(shape, bool), (mm,) * 3, dims), in_mm=in_mm)
+        return int(Supervoxels(compactness=10.0)(one).max())
+
+    assert 0.5 < count((40, 40, 40), 4.0) / 10**3 < 2
+    assert 50 < count((36, 50, 35), 1.0) < 200
+    assert 50 < count((1, 90, 120), 0.5, 2) < 200
+    for pixels in (100, 400):
+        assert 50 < count((1, pixels, pixels), 1.0, 2, in_mm=False) < 200
 
 
 @pytest.mark.parametrize("settings", [{"size_mm": 0.0}, {"compactness": -1.0}])

@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size-mm",
         type=positive,
         metavar="L",
-        help="supervoxels: edge of a piece in mm, or in pixels where their size is not known (default: 16)",
+        help="supervoxels: edge of a piece in mm, or in pixels where their size is not known (default: 16 mm, or about "
+        "100 pieces where that is too large or not known)",
     )
     parser.add_argument(
         "--compactness", type=positive, metavar="C", help="supervoxels: higher is more cubic (default: 0.1)"

@@ -173,6 +173,7 @@ def region_case(cache: VolumeCache, row: int) -> RegionCase:
         label=None if info.label_values is None else cache.read_whole(row, "label"),
         spacing_mm=info.spacing_mm,
         spatial_dims=info.spatial_dims,
+        in_mm=info.in_mm,
     )
 
 

@@ -2,8 +2,9 @@
 
 Source: ANAUS (arXiv 2605.25402), after its repository and supplement: adapters on SAM's image encoder; then, with SAM
 frozen, learned sparse tokens and a small CNN's embedding of the image as dense prompt, refined by N = 4 two-way blocks
-of 8 heads. Ours: one prompt per mask, so that several classes are found at once, and the plain tokens that prompt while
-adapters are tuned, of which nothing is published.
+of 8 heads. Ours: one prompt per mask, so that several classes are found at once; the plain tokens that prompt while
+adapters are tuned, of which nothing is published; and widths, with SAM ViT-B 6.8 M parameters of the engine, where
+11.1 M are published.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class LPSAMSettings:
     """
 
     num_masks: int = 1
-    adapter_dim: int = 64
+    adapter_dim: int = 256
     num_tokens: int = 2
     num_blocks: int = 0
     num_heads: int = 8
@@ -75,13 +76,13 @@ class LPSAM(nn.Module):
         if self.engine is not None:
             sparse, more = self.engine(pixels, seen, sparse)
             dense = dense + more
-        masks, _ = self.sam.mask_decoder(
+        masks = self.sam.mask_decoder(
             image_embeddings=seen,
             image_positional_embeddings=places,
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=False,
-        )
+        )[0]
         return from_sam(masks[:, :, 0].float(), self.edge, image.shape[-2], image.shape[-1])
 
     def plain(self) -> dict[str, Any]:

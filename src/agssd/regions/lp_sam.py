@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 
 from agssd.models.lp_sam import LPSAM, load_lp_sam
 from agssd.regions.labels import components_of
-from agssd.regions.sam import file_digest
-from agssd.regions.source import RegionCase, numbered_by_frame
+from agssd.regions.source import RegionCase, file_digest, numbered_by_frame, stamp
+
+
+def trained(checkpoint: Path, device: str) -> LPSAM:
+    """Return the LP-SAM of a checkpoint on a device; the last one is kept until its file changes."""
+    return _trained_once(checkpoint, device, stamp(checkpoint))
 
 
 @lru_cache(maxsize=1)
-def trained(checkpoint: Path, device: str) -> LPSAM:
-    """Return the LP-SAM of a checkpoint on a device; the last one is kept."""
+def _trained_once(checkpoint: Path, device: str, _: tuple[int, ...]) -> LPSAM:
     return load_lp_sam(checkpoint).to(device)
 
 

@@ -5,7 +5,6 @@ Every frame is looked at by itself, of a volume every axial slice.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agssd.models.sam import WEIGHTS, fitted_size, from_sam, load_sam, sam_size, to_sam
-from agssd.regions.source import RegionCase, RegionSource, numbered_by_frame
+from agssd.regions.source import RegionCase, RegionSource, file_digest, numbered_by_frame, stamp
 
 _POINTS_AT_ONCE = 64
 _MASKS_AT_ONCE = 32
@@ -163,23 +162,19 @@ def _distinct(logits: Tensor, quality: Tensor, max_overlap: float) -> Tensor:
     order = torch.argsort(quality, descending=True, stable=True)
     flat = (logits[order] > 0).flatten(1).float()
     area = flat.sum(1)
+    shared = flat @ flat.T
+    near = (shared > max_overlap * (area[:, None] + area - shared)).cpu().numpy()
     kept: list[int] = []
-    for index in range(len(flat)):
-        if area[index] == 0:
-            continue
-        shared = flat[kept] @ flat[index]
-        if not (shared > max_overlap * (area[kept] + area[index] - shared)).any():
+    for index in area.nonzero()[:, 0].tolist():
+        if not near[index, kept].any():
             kept.append(index)
-    return logits[order][kept]
+    return logits[order[kept]]
+
+
+def _loaded(folder: Path, device: str) -> Any:
+    return _loaded_once(folder, device, stamp(Path(folder) / WEIGHTS))
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: Path, device: str) -> Any:
+def _loaded_once(folder: Path, device: str, _: tuple[int, ...]) -> Any:
     return load_sam(folder).to(device)
-
-
-@lru_cache(maxsize=4)
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file; the last few are kept."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +25,7 @@ class RegionCase:
         label: (D, H, W) integers, or None without a label map.
         spacing_mm: voxel size; in pixels where the source does not say how large they are.
         spatial_dims: 3 for a volume; 2 for frames, which D counts, and of which each is segmented by itself.
+        in_mm: whether ``spacing_mm`` is in mm.
     """
 
     key: str
@@ -30,6 +34,7 @@ class RegionCase:
     label: NDArray[np.integer[Any]] | None
     spacing_mm: tuple[float, float, float]
     spatial_dims: int
+    in_mm: bool = True
 
 
 class RegionSource(Protocol):
@@ -66,3 +71,22 @@ def require(module: str, package: str, what: str) -> None:
     """
     if importlib.util.find_spec(module) is None:
         raise ValueError(f'{what} needs {package}, which is not installed: pip install "agssd[regions]"')
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written anew, () where it is not there."""
+    if not path.exists():
+        return ()
+    stat = path.stat()
+    return (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, which is read once while it stays as it is."""
+    return _digest_once(path, stamp(path))
+
+
+@lru_cache(maxsize=4)
+def _digest_once(path: Path, _: tuple[int, ...]) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

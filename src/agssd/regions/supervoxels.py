@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from agssd.regions.source import RegionCase, numbered_by_frame, require
 
 _SAME_SPACING = 1.02  # ratio of the largest to the smallest, up to which voxels are taken for cubes
+_SIZE_MM = 16.0
+_PIECES = 100  # of a body too small for pieces of 16 mm
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,17 @@ class Supervoxels:
 
     Attributes:
         size_mm: edge of a piece, the cubic (of frames: square) root of its mean size; pixels where a case's are of
-            unknown size.
+            unknown size. None takes 16 mm, or, where the size of pixels is not known or the foreground (of the frame)
+            is too small for it, what gives about 100 pieces.
         compactness: weight of distance against intensity: higher makes pieces more cubic. Intensities are in [0, 1].
     """
 
-    size_mm: float = 16.0
+    size_mm: float | None = None
     compactness: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
-        if not self.size_mm > 0 or not self.compactness > 0:
+        if (self.size_mm is not None and not self.size_mm > 0) or not self.compactness > 0:
             raise ValueError(f"--size-mm is {self.size_mm} and --compactness {self.compactness}; both must be positive")
 
     def identity(self) -> dict[str, Any]:
@@ -47,11 +50,11 @@ class Supervoxels:
         require("skimage", "scikit-image", "--source supervoxels")
         if case.spatial_dims == 2:
             frames = zip(np.moveaxis(case.image, 1, 0), case.foreground, strict=True)
-            return numbered_by_frame([self._pieces(*frame, case.spacing_mm[1:]) for frame in frames])
-        return self._pieces(case.image, case.foreground, case.spacing_mm)
+            return numbered_by_frame([self._pieces(*frame, case.spacing_mm[1:], case.in_mm) for frame in frames])
+        return self._pieces(case.image, case.foreground, case.spacing_mm, case.in_mm)
 
     def _pieces(
-        self, image: NDArray[np.float32], foreground: NDArray[np.bool_], spacing: tuple[float, ...]
+        self, image: NDArray[np.float32], foreground: NDArray[np.bool_], spacing: tuple[float, ...], in_mm: bool
     ) -> NDArray[np.int64]:
         """Return the pieces of one volume or frame: image (C, ...), foreground (...), numbered from 1 without gaps."""
         from scipy.ndimage import zoom
@@ -67,11 +70,12 @@ class Supervoxels:
             cube = math.prod(spacing) ** (1 / len(spacing))
             scale = [mm / cube for mm in spacing]
             values = np.stack([zoom(channel, scale, order=1, mode="nearest", grid_mode=True) for channel in values])
+        size = self.size_mm or _usual_size(int(inside.sum()) * math.prod(spacing), len(spacing), in_mm)
         extent = math.prod(n * mm for n, mm in zip(inside.shape, spacing, strict=True))
         width = float(values.max() - values.min())  # SLIC brings the image into [0, 1] by itself
         found = slic(
             values,
-            n_segments=max(1, round(extent / self.size_mm ** len(spacing))),
+            n_segments=max(1, round(extent / size ** len(spacing))),
             compactness=self.compactness / max(width, 1e-6),
             convert2lab=False,
             start_label=1,
@@ -85,3 +89,9 @@ class Supervoxels:
             found = found[np.ix_(*places)]
         out[box][inside] = 1 + np.unique(found[inside], return_inverse=True)[1]
         return out
+
+
+def _usual_size(extent: float, dims: int, in_mm: bool) -> float:
+    """Return the edge of pieces where none is given, for a foreground of so many mm (or pixels) to the ``dims``."""
+    size = math.pow(extent / _PIECES, 1 / dims)
+    return min(_SIZE_MM, size) if in_mm else size
