@@ -27,7 +27,7 @@ def test_regions__supervoxels_with_a_sheet(
         assert np.array_equal(cache.read_whole(row, "regions") != 0, body)
     assert f"written {out}: 8 cases" in capsys.readouterr().out
     picture = matplotlib.image.imread(sheet)[..., :3]
-    assert picture.shape == (512, 512, 3)
+    assert picture.shape == (512, 1024, 3)
     assert ((picture.max(-1) - picture.min(-1)) > 0.1).mean() > 0.05  # colours upon grey
     assert main(["inspect", str(out), "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["cases"]

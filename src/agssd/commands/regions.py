@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "100 pieces where that is too large or not known)",
     )
     parser.add_argument(
-        "--compactness", type=positive, metavar="C", help="supervoxels: higher is more cubic (default: 0.1)"
+        "--compactness", type=positive, metavar="C", help="supervoxels: higher is more cubic (default: 0.2)"
     )
     parser.add_argument(
         "--components",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from agssd.data_modules.cache import VolumeCache
 
-TILE = 256  # pixels a side
+TILE = 256  # pixels a side of a picture; the same with its regions stands to its right
 
 
 def draw_sheet(cache: VolumeCache, path: Path, count: int) -> None:
@@ -32,14 +32,15 @@ def draw_sheet(cache: VolumeCache, path: Path, count: int) -> None:
     from agssd.whole_file import whole_file
 
     rows = np.unique(np.linspace(0, len(cache) - 1, min(count, len(cache))).round().astype(int)).tolist()
-    across = math.ceil(math.sqrt(len(rows)))
-    sheet = np.zeros((math.ceil(len(rows) / across) * TILE, across * TILE, 3), dtype=np.uint8)
+    across = math.ceil(math.sqrt(len(rows) / 2))
+    sheet = np.zeros((math.ceil(len(rows) / across) * TILE, 2 * across * TILE, 3), dtype=np.uint8)
     for place, row in enumerate(rows):
-        tile = Image.fromarray(_tile(cache, row))
-        scale = TILE / max(tile.size)
-        tile = tile.resize((max(1, round(tile.width * scale)), max(1, round(tile.height * scale))))
-        top, left = place // across * TILE, place % across * TILE
-        sheet[top : top + tile.height, left : left + tile.width] = np.asarray(tile)
+        for side, picture in enumerate(_pair(cache, row)):
+            tile = Image.fromarray(picture)
+            scale = TILE / max(tile.size)
+            tile = tile.resize((max(1, round(tile.width * scale)), max(1, round(tile.height * scale))))
+            top, left = place // across * TILE, (2 * (place % across) + side) * TILE
+            sheet[top : top + tile.height, left : left + tile.width] = np.asarray(tile)
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, format="png")
     try:
@@ -49,18 +50,20 @@ def draw_sheet(cache: VolumeCache, path: Path, count: int) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _tile(cache: VolumeCache, row: int) -> NDArray[np.uint8]:
-    """Return (h, w, 3): the slice with most pixels in regions, plain on the left and with them on the right."""
+def _pair(cache: VolumeCache, row: int) -> list[NDArray[np.uint8]]:
+    """Return a slice (h, w, 3) plain and with its regions: the one nearest the middle that shows about most of them."""
     info = cache.cases[row]
     regions = cache.read_whole(row, "regions")
-    index = int((regions != 0).sum((1, 2)).argmax())
+    shown = (regions != 0).sum((1, 2))
+    most = np.flatnonzero(shown >= 0.99 * shown.max())
+    index = int(most[np.abs(most - len(shown) // 2).argmin()])
     box = ((index, 0, 0), (1, *info.shape[1:]))
     stored = cache.read(row, *box)[0, 0].astype(np.float32) * info.scale[0] + info.offset[0]
     grey = ((stored - info.low[0]) / max(info.high[0] - info.low[0], 1e-6)).clip(0, 1)[..., None].repeat(3, -1)
     cut = regions[index]
-    picture = np.concatenate([grey, np.where((cut != 0)[..., None], 0.5 * grey + 0.5 * _colours(cut), grey)], 1)
-    picture = (255 * picture).round().astype(np.uint8)
-    return picture if info.spatial_dims == 2 else picture[::-1]  # up is anterior
+    coloured = np.where((cut != 0)[..., None], 0.5 * grey + 0.5 * _colours(cut), grey)
+    pair = [(255 * picture).round().astype(np.uint8) for picture in (grey, coloured)]
+    return pair if info.spatial_dims == 2 else [picture[::-1] for picture in pair]  # up is anterior
 
 
 def _colours(numbers: NDArray[Any]) -> NDArray[np.float32]:

@@ -34,7 +34,7 @@ class Supervoxels:
     """
 
     size_mm: float | None = None
-    compactness: float = 0.1
+    compactness: float = 0.2
 
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
