@@ -64,6 +64,12 @@ def test_overlap__subjects_by_key_and_scans_by_hash(info: CaseInfo) -> None:
     assert not overlap(seen, [other], [(0, 2), (0, 3)])
 
 
+def test_overlap__a_sequence_is_known_by_any_of_its_frames(info: CaseInfo) -> None:
+    seen = contract(cache_of(info, ("a", hashed(0) + hashed(1) + hashed(2))))["seen"]
+    other = cache_of(info, ("b", hashed(7) + hashed(1, 9) + hashed(2, 5)), ("c", hashed(7)), ("d", None))
+    assert overlap(seen, [other], rows(other)).duplicates == {"k0": 5}
+
+
 def test_overlap__same_key_of_another_salt__is_another_subject(info: CaseInfo) -> None:
     seen = contract(cache_of(info, ("a", None), salt="one"))["seen"]
     for salt, same in (("one", True), ("two", False), (None, False)):

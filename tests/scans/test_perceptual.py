@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from agssd.scans.perceptual import MAX_DISTANCE, NUM_BITS, near_duplicates, perceptual_hash
+from agssd.scans.perceptual import (
+    MAX_DISTANCE,
+    NUM_BITS,
+    near_duplicates,
+    perceptual_hash,
+    perceptual_hash_of_frames,
+    single_hashes,
+)
 from agssd.scans.prepare import Recipe, prepare_case
+from agssd.scans.prepare_frames import prepare_frames
 
 SHAPE = (64, 72, 60)
 
@@ -112,3 +120,65 @@ def test_shared_hippocampus__copies_at_another_spacing_are_found_and_no_two_peop
 def test_shared_orientations__one_head_in_other_storage_orders_has_one_hash(shared_data: Path) -> None:
     paths = sorted((shared_data / "odd" / "orientations").glob("*.nii.gz"))[::5]
     assert len(paths) == 5 and len({prepare_case([path], modality="mri").perceptual_hash for path in paths}) == 1
+
+
+def fan(height: int, width: int) -> np.ndarray:
+    y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    return ((np.hypot(y + 0.2, x) < 1.1) & (np.abs(x) < 0.9 * (y + 0.2))).astype(np.uint8)
+
+
+def frame(seed: int, speckle: int = 0, height: int = 160, width: int = 200) -> np.ndarray:
+    """Return tissue of its own under speckle, depth gain and a fan that are everyone's, (H, W) float32 in [0, 255]."""
+    rng = np.random.default_rng(seed)
+    tissue = ndimage.zoom(rng.uniform(0.3, 1, (8, 10)), (height / 8, width / 10), order=3)
+    noise = np.random.default_rng((seed, speckle)).rayleigh(0.8, (height, width))
+    gain = np.linspace(1, 0.5, height)[:, None]
+    return (150 * tissue * gain * ndimage.gaussian_filter(noise, 1.0)).clip(0, 255).astype(np.float32)
+
+
+def hash_of_frames(*frames: np.ndarray) -> str:
+    body = np.stack([fan(*frames[0].shape)] * len(frames))
+    found = perceptual_hash_of_frames(np.stack(frames) * body, body, 0, 255)
+    assert found is not None
+    return found
+
+
+def test_hash_of_frames__a_still_that_comes_again_in_another_sequence_is_near() -> None:
+    rng = np.random.default_rng(0)
+    still = frame(3)
+    again = [
+        still,
+        np.round(still / 20) * 20,
+        still + rng.normal(0, 15, still.shape).astype(np.float32),
+        255 * (still / 255) ** 0.8,
+        ndimage.zoom(still, 1.5, order=1),
+    ]
+    one = hash_of_frames(frame(1), frame(2), still, frame(4))
+    others = [hash_of_frames(*(frame(9 + n, 0, *picture.shape) for n in (0, 1)), picture) for picture in again]
+    found = near_duplicates([one], others)
+    assert [pair[:2] for pair in found] == [(0, row) for row in range(len(others))]
+    without = hash_of_frames(frame(9), frame(10))
+    assert near_duplicates([one], [without, None]) == []
+
+
+def test_hash_of_frames__two_frames_under_one_fan_are_far() -> None:
+    hashes = [hash_of_frames(frame(seed)) for seed in range(20)]
+    apart = [bits(a, b) for row, a in enumerate(hashes) for b in hashes[:row]]
+    assert min(apart) > 2 * MAX_DISTANCE and np.median(apart) > NUM_BITS / 3
+
+
+def test_hash_of_frames__frames_that_are_alike_share_a_hash() -> None:
+    still = frame(0)
+    assert hash_of_frames(still, still + 1, still) == hash_of_frames(still)
+    assert len(single_hashes(hash_of_frames(still, frame(1), still))) == 2
+    small = np.ones((3, 31, 200), np.uint8)
+    assert perceptual_hash_of_frames(np.zeros((3, 31, 200)), small, 0, 1) is None and single_hashes(None) == []
+
+
+@pytest.mark.slow
+def test_shared_ultrasound__frames_of_two_files_are_far(shared_data: Path) -> None:
+    paths = sorted((shared_data / "ultrasound").glob("*.igs.*"))
+    hashes = [prepare_frames([path]).perceptual_hash for path in paths]
+    pairs = [(one, two) for row, one in enumerate(hashes) for two in hashes[:row]]
+    apart = [bits(a.hex(), b.hex()) for one, two in pairs for a in single_hashes(one) for b in single_hashes(two)]
+    assert len(hashes) == 7 and all(hashes) and min(apart) > 200

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from agssd.data_modules.cache import CaseInfo, VolumeCache
-from agssd.scans.perceptual import MAX_DISTANCE, NUM_BITS, near_duplicates
+from agssd.scans.perceptual import MAX_DISTANCE, NUM_BITS, near_duplicates, single_hashes
 
 _LOG = logging.getLogger(__name__)
 _DIGEST_BYTES = 8
@@ -34,7 +34,8 @@ def seen_record(caches: Sequence[VolumeCache], rows: Sequence[Row]) -> dict[str,
     infos = [caches[cache].cases[case] for cache, case in rows]
     salts = {caches[cache].salt_fingerprint for cache, _ in rows}
     digests = {_digest(caches[cache].salt_fingerprint, caches[cache].cases[case].subject) for cache, case in rows}
-    return _record(len(rows), salts, digests, {bytes.fromhex(info.perceptual_hash or "") for info in infos} - {b""})
+    hashes = {piece for info in infos for piece in single_hashes(info.perceptual_hash)}
+    return _record(len(rows), salts, digests, hashes)
 
 
 def record_after(

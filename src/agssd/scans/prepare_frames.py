@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from agssd.scans.case import PreparedCase, RefusedError
 from agssd.scans.frames import Frames, read_frames
+from agssd.scans.perceptual import perceptual_hash_of_frames
 from agssd.scans.prepare import SAME_SPACING, Recipe, store_by_percentiles
 from agssd.scans.sector import background_value, sector
 
@@ -77,6 +78,7 @@ def prepare_frames(paths: Sequence[Path], label: Path | None = None, recipe: Rec
         low=(low,),
         high=(high,),
         edge_q99=(_edge_constant(image, scale, offset, foreground, mm[1:]),),
+        perceptual_hash=perceptual_hash_of_frames(image, foreground, (low - offset) / scale, (high - offset) / scale),
         notes=tuple(notes),
         spatial_dims=2,
         in_mm=frames.spacing_mm is not None,

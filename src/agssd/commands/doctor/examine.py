@@ -18,7 +18,7 @@ from agssd.data_modules.parts import Refusal, prepare_or_refuse
 from agssd.scans.checks import check_geometry, check_intensities, check_prepared
 from agssd.scans.findings import Finding, note, refusal
 from agssd.scans.foreground import bounding_box
-from agssd.scans.perceptual import perceptual_hash
+from agssd.scans.perceptual import perceptual_hash, perceptual_hash_of_frames
 from agssd.scans.prepare import Recipe, canonical
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ class CacheExaminer:
             done.findings += check_prepared(foreground, label, info.edge_q99, info.modality)
             if info.perceptual_hash is None and sane and image is not None:  # caches of early versions have none
                 values = image[0] * info.scale[0] + info.offset[0]
-                code = perceptual_hash(values, foreground, info.low[0], info.high[0])
+                of = perceptual_hash if info.spatial_dims == 3 else perceptual_hash_of_frames
+                code = of(values, foreground, info.low[0], info.high[0])
                 done.info = replace(info, perceptual_hash=code)
         if self.pictures and sane and image is not None:
             done.picture = _picture_of_case(info, image, foreground, label)
