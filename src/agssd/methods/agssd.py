@@ -9,7 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from agssd.geometry import constant, correspondence, sample_tokens, token_centres
+from agssd.evaluation.view_figures import alignment_figures, fusion_figures, overlap_figures, reconstruction_figures
+from agssd.geometry import correspondence, sample_tokens
 from agssd.losses.distillation import (
     Centre,
     cross_entropy,
@@ -22,7 +23,7 @@ from agssd.losses.koleo import koleo
 from agssd.losses.reconstruction import patch_l1, standardise_patches
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
-from agssd.models.fuser import CrossViewFuser
+from agssd.models.fuser import CrossViewFuser, forbidden_keys, position_bias
 from agssd.models.heads import PrototypeHead, ReconstructionHead, move_means, predict_hidden
 from agssd.schedules import linear
 from agssd.transforms.crops import OverlapCrops
@@ -32,9 +33,6 @@ from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
 from agssd.transforms.views import Views, body_of, in_hidden_view, make_views, mask_hidden_view, panel_of, pick
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
-
-_BIAS_PITCHES = 2.0  # standard deviation of the position bias, in token pitches of the other view
-_COUNTERPART_PITCHES = 1.5  # keys closer than this to a token's place are its counterpart
 
 
 @dataclass
@@ -279,26 +277,15 @@ class AGSSD(PretrainModule):
     def _position_bias(self, views: Views, query_view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return how the tokens of ``query_view`` lie in the other view.
 
-        Returns:
-            bias (B, 1 + N, N) float32 for attention, 0 for [CLS] and for tokens outside the overlap; distance
-            (B, N, N) float32 in token pitches of the other view (largest axis); valid (B, N) bool.
+        See :func:`agssd.models.fuser.position_bias`.
         """
         affine = views.geometry.globals.affine
-        u, valid = correspondence(pick(affine, query_view), pick(affine, 1 - query_view), self.grid)
-        pitch = constant(self.grid, u.device) / 2
-        offset = (u[:, :, None] - token_centres(self.grid, u.device)[None, None]) * pitch  # (B, N, N, 3)
-        bias = -(offset**2).sum(-1) / (2 * _BIAS_PITCHES**2)
-        bias = torch.where(valid[..., None], bias, torch.zeros_like(bias))
-        return nn.functional.pad(bias, (0, 0, 1, 0)), offset.abs().amax(-1), valid
+        return position_bias(pick(affine, query_view), pick(affine, 1 - query_view), self.grid)
 
     def _forbidden(self, views: Views, mask: Tensor, distance: Tensor) -> Tensor:
         """Return (B, 1 + N, N) bool: key dropout, and the counterparts of some hidden tokens."""
         random = KeyedRandom(self.seed, views.sample, "fuser")
-        tokens = mask.shape[1]
-        dropped = (random.uniform(tokens) < self.key_dropout)[:, None].expand(-1, tokens + 1, -1)
-        alone = mask & (random.uniform(tokens) < self.counterpart_drop)
-        counterpart = alone[..., None] & (distance < _COUNTERPART_PITCHES)
-        return dropped | nn.functional.pad(counterpart, (0, 0, 1, 0))
+        return forbidden_keys(random, mask, distance, self.key_dropout, self.counterpart_drop)
 
     # ---------------------------------------------------------------- loss
 
@@ -503,49 +490,25 @@ class AGSSD(PretrainModule):
 
     def _figures(self, step: _Step) -> dict[str, Tensor]:
         """Return AG-SSD's own figures of docs/method.md (c), each (); NaN where nothing could be measured."""
-        views, counts = step.views, step.counts
-        geometry, hidden = views.geometry, views.hidden_view
+        views, counts, hidden = step.views, step.counts, step.views.hidden_view
+        assert views.edges is not None
+        scores = patch_scores(views.edges, self.patch)
+        affine = views.geometry.globals.affine
+        u, valid = correspondence(pick(affine, hidden), pick(affine, 1 - hidden), self.grid)
+        aligned = sample_tokens(pick(step.tokens, 1 - hidden).float(), self.grid, u)
         figures = {
-            "overlap": geometry.overlap.mean(),
-            "overlap_target": geometry.target_overlap.mean(),
-            "overlap_above_095": (geometry.overlap > 0.95).float().mean(),
-            **_histogram("overlap", geometry.overlap),
+            **overlap_figures(views.geometry),
             "mask_ratio_nominal": step.ratio.mean(),
             "mask_ratio": step.mask.float().mean(),
             "mask_foreground": counts.sum() / step.mask.sum().clamp_min(1),
+            "mask_edge_mass": (scores * step.mask).sum() / scores.sum().clamp_min(1e-6),
+            "overlap_tokens": valid.float().mean(),
+            **alignment_figures(pick(step.tokens, hidden), aligned, valid),
         }
-        assert views.edges is not None
-        scores = patch_scores(views.edges, self.patch)
-        figures["mask_edge_mass"] = (scores * step.mask).sum() / scores.sum().clamp_min(1e-6)
-
-        affine = geometry.globals.affine
-        u, valid = correspondence(pick(affine, hidden), pick(affine, 1 - hidden), self.grid)
-        figures["overlap_tokens"] = valid.float().mean()
-        own = nn.functional.normalize(pick(step.tokens, hidden).float(), dim=-1, eps=1e-6)
-        other = pick(step.tokens, 1 - hidden).float()
-        aligned = nn.functional.normalize(sample_tokens(other, self.grid, u), dim=-1, eps=1e-6)
-        weight = valid[..., None].float()  # random ones are interpolated too, which alone makes tokens more alike
-        mean_aligned = (weight * aligned).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
-        figures["cosine_corresponding"] = _mean_where((own * aligned).sum(-1), valid)
-        figures["cosine_random"] = _mean_where((own * mean_aligned).sum(-1), valid)
         if step.fused is not None:
-            chosen = counts & valid.gather(1, step.index)
-            plain = _mean_where(step.plain, chosen)
-            figures["cvaa_gap"] = plain - _mean_where(step.fused, chosen)
-            figures["cvaa_gap_share"] = figures["cvaa_gap"] / plain
-
-        weight = counts[..., None].float().expand_as(step.target)
-        total = weight.sum((1, 2), keepdim=True).clamp_min(1)
-        mean = (step.target * weight).sum((1, 2), keepdim=True) / total
-        figures["rec_l1"] = _mean_where((step.prediction - step.target).abs(), weight > 0)
-        figures["rec_l1_of_mean"] = _mean_where((mean - step.target).abs(), weight > 0)
-        edges = gather_tokens(patch_scores(views.edges, self.patch)[..., None], step.index)[..., 0]
-        middle = edges.median(1, keepdim=True).values
-        error = (step.prediction - step.target).pow(2).mean(-1)
-        span = torch.where(views.is_ct, 1.0, 2.0)[:, None]
-        for name, chosen in (("edge", counts & (edges > middle)), ("flat", counts & (edges <= middle))):
-            figures[f"rec_psnr_{name}"] = -10 * _mean_where(error / span**2, chosen).log10()
-        return figures
+            figures |= fusion_figures(step.plain, step.fused, counts & valid.gather(1, step.index))
+        edges = scores.gather(1, step.index)
+        return figures | reconstruction_figures(step.prediction, step.target, counts, edges, views.is_ct)
 
     @torch.no_grad()
     def view_panel(self, index: int) -> ViewPanel:
@@ -571,15 +534,3 @@ class AGSSD(PretrainModule):
         if encoder.has_cls_attention:
             panel["attention"] = encoder.cls_attention(views.inputs[index])
         return panel
-
-
-def _histogram(name: str, values: Tensor, bins: int = 5) -> dict[str, Tensor]:
-    """Return the share of values in each of ``bins`` equal parts of [0, 1], named by their ends in percent."""
-    part = (values.flatten() * bins).long().clamp(0, bins - 1)
-    shares = (part[:, None] == torch.arange(bins, device=values.device)).float().mean(0)
-    return {f"{name}_{100 * i // bins}_{100 * (i + 1) // bins}": share for i, share in enumerate(shares.unbind())}
-
-
-def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return the mean of the chosen values, NaN if none is."""
-    return (values * chosen).sum() / chosen.sum()

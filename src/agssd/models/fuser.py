@@ -9,6 +9,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from agssd.geometry import constant, correspondence, token_centres
+from agssd.transforms.keyed_random import KeyedRandom
+from agssd.types import Size
+
+_BIAS_PITCHES = 2.0  # standard deviation of the position bias, in token pitches of the other view
+_COUNTERPART_PITCHES = 1.5  # keys closer than this to a token's place are its counterpart
+
 
 class CrossViewBlock(nn.Module):
     """One cross-attention block and an MLP, both residual.
@@ -119,3 +126,42 @@ class CrossViewFuser(nn.Module):
         for block in self.blocks:
             query = block(query, memory, bias, forbidden)
         return query
+
+
+def position_bias(query: Tensor, memory: Tensor, grid: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how the tokens of one view, the queries, lie in another one.
+
+    Args:
+        query: (B, d + 1, d + 1) float32, ``u`` of the queries' view to parent voxels.
+        memory: (B, d + 1, d + 1) float32, the same of the other view.
+        grid: token grid of both.
+
+    Returns:
+        bias (B, 1 + N, N) float32 for attention, 0 for [CLS] and for tokens outside the overlap; distance
+        (B, N, N) float32 in token pitches of the other view (largest axis); valid (B, N) bool.
+    """
+    u, valid = correspondence(query, memory, grid)
+    pitch = constant(grid, u.device) / 2
+    offset = (u[:, :, None] - token_centres(grid, u.device)[None, None]) * pitch  # (B, N, N, d)
+    bias = -(offset**2).sum(-1) / (2 * _BIAS_PITCHES**2)
+    bias = torch.where(valid[..., None], bias, torch.zeros_like(bias))
+    return F.pad(bias, (0, 0, 1, 0)), offset.abs().amax(-1), valid
+
+
+def forbidden_keys(
+    random: KeyedRandom, mask: Tensor, distance: Tensor, key_dropout: float, counterpart_drop: float
+) -> Tensor:
+    """Return (B, 1 + N, N) bool, the keys that queries may not look at: dropped ones, and counterparts.
+
+    Args:
+        random: keyed by the B samples.
+        mask: (B, N) bool, hidden tokens.
+        distance: (B, N, N) of :func:`position_bias`.
+        key_dropout: share of the keys that no query sees.
+        counterpart_drop: share of the hidden tokens that do not see keys at their own place.
+    """
+    tokens = mask.shape[1]
+    dropped = (random.uniform(tokens) < key_dropout)[:, None].expand(-1, tokens + 1, -1)
+    alone = mask & (random.uniform(tokens) < counterpart_drop)
+    counterpart = alone[..., None] & (distance < _COUNTERPART_PITCHES)
+    return dropped | F.pad(counterpart, (0, 0, 1, 0))
