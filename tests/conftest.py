@@ -145,6 +145,18 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def region_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the same as tiny_cache with region maps: cubes of 10 voxels, cut to the foreground."""
+    from made_regions import Blocks
+
+    from agssd.data_modules.regions import write_regions
+
+    folder = tmp_path_factory.mktemp("regions")
+    list(write_regions(build_cache(folder / "tiny.h5"), folder / "blocks.h5", Blocks()))
+    return folder / "blocks.h5"
+
+
+@pytest.fixture(scope="session")
 def frames_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sequences and pictures of ultrasound with masks, of five persons each in two classes, and a cine; see fans.py."""
     from fans import save_folder

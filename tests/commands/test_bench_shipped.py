@@ -146,6 +146,7 @@ def ct_organs(folder: Path) -> None:
 MAKERS: dict[str, Callable[[Path], None]] = {
     "hippocampus": hippocampus,
     "hippocampus_head": hippocampus,
+    "hippocampus_regions": hippocampus,
     "btcv": btcv,
     "msd_spleen": spleen,
     "amos": amos,
@@ -166,6 +167,7 @@ CASES = {
     "medmnist3d": 25,
     "adni": 24,
     "hippocampus": 12,
+    "hippocampus_regions": 12,
 }
 
 

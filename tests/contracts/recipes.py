@@ -24,6 +24,7 @@ from torch.utils.data import default_collate
 
 import agssd.methods
 from agssd.callbacks.ema_teacher import EMATeacher
+from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.pretrain import PretrainDataModule
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
@@ -125,8 +126,9 @@ def build(kind: type[PretrainModule], views: dict[str, Any] | None = None, **giv
 
 
 def data_module(cache: Path, **given: Any) -> PretrainDataModule:
-    """Return small parent crops of ``cache``."""
+    """Return small parent crops of ``cache``, with regions where it has them."""
     settings: dict[str, Any] = {"parent_vox": PARENT, "global_batch_size": GLOBAL_BATCH, "num_workers": 0}
+    settings["regions"] = all(info.num_regions is not None for info in VolumeCache(cache).cases)
     return PretrainDataModule(str(cache), **settings | given)
 
 

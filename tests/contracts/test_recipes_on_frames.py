@@ -35,9 +35,11 @@ def parents(count: int = 4, shape: tuple[int, int] = (56, 48)) -> dict[str, torc
     rows, columns = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in shape), indexing="ij")
     waves = torch.stack([(6 * rows + k).sin() * (5 * columns - k).cos() for k in range(count)])[:, None]
     noise = torch.rand(waves.shape, generator=generator)
+    body = (rows**2 + columns**2 < 1.6).int()
+    blocks = 1 + torch.arange(shape[0])[:, None] // 12 * 8 + torch.arange(shape[1]) // 12
     return {
         "image": (60 * waves + 60 * noise + 90).clamp(0, 255).to(torch.int16),
-        "foreground": (rows**2 + columns**2 < 1.6).to(torch.uint8).expand(count, 1, -1, -1),
+        "foreground": body.to(torch.uint8).expand(count, 1, -1, -1),
         "scale": torch.ones(count, 1),
         "offset": torch.zeros(count, 1),
         "low": torch.zeros(count, 1),
@@ -49,6 +51,7 @@ def parents(count: int = 4, shape: tuple[int, int] = (56, 48)) -> dict[str, torc
         "sample": torch.arange(count),
         "case": torch.arange(count),
         "broken": torch.full((count, 4), -1),
+        "regions": (blocks * body).int().expand(count, 1, -1, -1),
     }
 
 

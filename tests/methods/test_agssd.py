@@ -154,7 +154,7 @@ def test_agssd__background_tokens_enter_neither_loss_nor_centre(batch: Any) -> N
     assert torch.equal(again.terms["rec"], loss.terms["rec"])
 
 
-@pytest.mark.parametrize("score", ["edge", "entropy", "attention", "loss", "random", "block"])
+@pytest.mark.parametrize("score", ["edge", "region", "entropy", "attention", "loss", "random", "block"])
 @pytest.mark.parametrize("cvaa", ["student", "teacher", "casa", "none"])
 def test_agssd__sample_without_body_gives_finite_loss_and_gradient(score: str, cvaa: str, batch: Any, at: Any) -> None:
     at(0.6)

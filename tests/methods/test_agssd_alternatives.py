@@ -27,6 +27,7 @@ VIEWS = {"size_vox": [32, 32, 32], "local_size_vox": [16, 16, 16], "num_local": 
 ENCODER = {"patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "drop_path": 0.3}
 ALTERNATIVES: dict[str, dict[str, Any]] = {
     "entropy": {"model": {"mask_score": "entropy"}},
+    "region": {"model": {"mask_score": "region"}},
     "teacher attention": {"model": {"mask_score": "attention"}},
     "teacher loss": {"model": {"mask_score": "loss"}},
     "random": {"model": {"mask_score": "random"}},
@@ -50,6 +51,7 @@ ALTERNATIVES: dict[str, dict[str, Any]] = {
     "all orientations": {"views": {"orientations": "all"}},
     "no flips": {"views": {"orientations": "none"}},
     "rotation": {"views": {"rotation_deg": 15.0}},
+    "balanced centres": {"views": {"centres": "regions"}},
 }
 
 

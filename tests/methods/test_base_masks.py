@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from agssd.methods.base import PretrainModule
+from agssd.methods.dino import DINO
 from agssd.methods.dinov2 import DINOv2
 from agssd.methods.ibot import IBOT
+from agssd.methods.simmim import SimMIM
 from agssd.models.heads import ReconstructionHead
 from agssd.models.vit import ViT
 from agssd.transforms.keyed_random import KeyedRandom
@@ -243,3 +245,19 @@ def test_masked_recipe__teacher_is_built_where_it_is_needed(kind: type[PretrainM
         assert module.has_teacher == (distils or score in TEACHER_SCORES)
         kept = module.teacher if module.has_teacher else module.student
         assert module.backbone is cast(Any, kept)["backbone"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(SimMIM, {"mask_score": "region"}), (IBOT, {"mask_score": "region"}), (DINO, {"views": {"centres": "regions"}})],
+    ids=["SimMIM", "IBOT", "DINO"],
+)
+def test_recipe__that_needs_regions_is_refused_before_the_first_batch_of_data_without(
+    kind: Any, settings: dict[str, Any], tiny_cache: Path
+) -> None:
+    module = recipes.build(kind, **settings)
+    with pytest.raises(
+        ValueError, match=rf"{kind.__name__}: batches have no region maps.*agssd regions.*data\.regions"
+    ):
+        recipes.trainer().fit(module, recipes.data_module(tiny_cache, regions=False))
+    recipes.trainer(max_steps=1).fit(module, recipes.data_module(tiny_cache))

@@ -11,7 +11,8 @@ import yaml
 
 from agssd.geometry import invert, rotation_matrices, signed_permutations, transform, view_affine
 from agssd.transforms import crops
-from agssd.transforms.crops import OverlapCrops, ViewGeometry, box_in_view, box_share, extract
+from agssd.transforms.crops import OverlapCrops, ViewGeometry, balanced_voxels, box_in_view, box_share, extract
+from agssd.transforms.keyed_random import KeyedRandom
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -398,3 +399,77 @@ def test_extract__a_view_does_not_depend_on_the_rest_of_the_batch():
         for v in range(4):
             alone = place(centre[b : b + 1, v : v + 1], edge[b : b + 1, v : v + 1], index[b : b + 1, v : v + 1])
             assert torch.equal(extract(parent[b : b + 1], alone, (9, 9, 9))[0, 0], together[b, v])
+
+
+# ------------------------------------------------------------ balance over regions
+
+
+def three_regions(parent) -> torch.Tensor:
+    """A region of nearly all, one of a slab of a tenth, and one of a single voxel."""
+    regions = torch.full((1, 1, *parent), 12, dtype=torch.int32)
+    regions[:, :, : parent[0] // 10] = 4000
+    regions[(0, 0, *(n // 2 for n in parent))] = 7
+    regions[:, :, -2:] = 0
+    return regions
+
+
+@pytest.mark.parametrize("parent", [(20, 12, 14), (40, 32)])
+def test_balanced_voxels__every_region_equally_often_and_every_voxel_of_it(parent):
+    regions = three_regions(parent)
+    voxel, some = balanced_voxels(
+        regions.expand(3000, *[-1] * (len(parent) + 1)), KeyedRandom(0, torch.arange(3000), "")
+    )
+    assert some.all() and voxel.dtype == torch.int64
+    numbers = regions[0, 0][tuple(voxel.unbind(-1))]
+    assert not (numbers == 0).any()
+    for number in (12, 4000, 7):
+        assert abs(float((numbers == number).float().mean()) - 1 / 3) < 5 * (2 / 9 / 3000) ** 0.5
+    slab = voxel[numbers == 4000].float()
+    for axis, length in enumerate((parent[0] // 10, *parent[1:])):
+        assert slab[:, axis].min() < max(1, 0.02 * length) and slab[:, axis].max() > 0.97 * length - 1
+        assert abs(float(slab[:, axis].mean()) - (length - 1) / 2) < 5 * length / (12 * 1000) ** 0.5
+
+
+def test_balanced_voxels__is_a_function_of_seed_and_sample_and_knows_where_nothing_is():
+    generator = torch.Generator().manual_seed(0)
+    regions = torch.randint(0, 5, (6, 1, 8, 9, 7), generator=generator)
+    regions[4] = 0
+    sample = torch.tensor([5, 9, 2, 2**40, 1, 0])
+    whole, some = balanced_voxels(regions, KeyedRandom(3, sample, "a"))
+    assert some.tolist() == [True, True, True, True, False, True]
+    for b in range(6):
+        voxel, _ = balanced_voxels(regions[b : b + 1], KeyedRandom(3, sample[b : b + 1], "a"))
+        assert torch.equal(voxel[0], whole[b])
+    assert not torch.equal(balanced_voxels(regions, KeyedRandom(4, sample, "a"))[0], whole)
+
+
+@pytest.mark.parametrize(("parent", "size"), [((20, 28, 24), (16, 16, 16)), ((60, 50), (32, 32))])
+def test_sample__centres_balanced_over_regions_hold_small_ones_and_keep_the_target(parent, size):
+    dims = len(parent)
+    settings = {
+        "size_vox": size,
+        "local_size_vox": (16,) * dims,
+        "prob_flip": (0.5,) * dims,
+        "scale": (0.2, 0.4),
+        "num_local": 0,
+    }
+    regions = three_regions(parent).expand(300, *[-1] * (dims + 1))
+    body, sample = ones(parent).expand(300, *[-1] * (dims + 1)), torch.arange(300)
+    held = []
+    for centres in ("uniform", "regions"):
+        drawn = OverlapCrops(**settings, centres=centres).sample(body, sample, 0, regions)
+        low, high = drawn.globals.centre - drawn.globals.edge / 2, drawn.globals.centre + drawn.globals.edge / 2
+        assert low.min() > -1e-3 and (high - torch.tensor(parent)).max() < 1e-3
+        assert (drawn.overlap - drawn.target_overlap).min() >= -1e-5
+        at = torch.tensor([n // 2 + 0.5 for n in parent])
+        held.append(((low[:, 0] < at) & (at < high[:, 0])).all(-1).float().mean())
+    assert held[1] > 1 / 3 - 0.08 and held[1] > held[0] + 0.1
+    plain = OverlapCrops(**settings).sample(body, sample, 0)
+    assert torch.equal(plain.globals.affine, OverlapCrops(**settings).sample(body, sample, 0, regions).globals.affine)
+
+
+def test_sample__balanced_over_an_empty_map_is_as_without():
+    views, body = OverlapCrops(**SMALL, num_local=0, centres="regions"), ones((40, 56, 40), 4)
+    nothing = torch.zeros(4, 1, 40, 56, 40, dtype=torch.int32)
+    plain = OverlapCrops(**SMALL, num_local=0).sample(body, torch.arange(4), 0)
+    assert torch.equal(views.sample(body, torch.arange(4), 0, nothing).globals.affine, plain.globals.affine)

@@ -14,6 +14,7 @@ from agssd.transforms.edges import (
     normalise_edges,
     patch_scores,
     patches_of,
+    region_boundaries,
     standardise,
     suppress_border,
 )
@@ -213,3 +214,47 @@ def test_standardise__over_eligible_patches_only():
     chosen = scores[0, eligible[0]].double().numpy()
     np.testing.assert_allclose(z[0].numpy(), (scores[0].numpy() - chosen.mean()) / chosen.std(), rtol=1e-4, atol=1e-5)
     assert torch.equal(z[1:], torch.zeros(2, 40))
+
+
+# ------------------------------------------------------------------ boundaries of regions
+
+
+def half_spaces(shape, spacing_mm, direction):
+    """Two regions on either side of a plane through the middle, and the distance of every voxel from it in mm."""
+    normal = torch.tensor(direction) / torch.tensor(direction).norm()
+    distance = (world_mm(shape, spacing_mm) * normal[:, None, None, None]).sum(0) + 0.013
+    return torch.where(distance < 0, 7, 3).int()[None, None], distance
+
+
+@pytest.mark.parametrize("spacing", [(0.5, 0.5, 0.5), (0.4, 0.7, 0.55)])
+@pytest.mark.parametrize("direction", [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0), (1.0, 2.0, -1.5)])
+def test_region_boundaries__fall_with_the_distance_in_mm_whichever_way_they_run(spacing, direction):
+    regions, distance = half_spaces((40, 36, 40), spacing, direction)
+    found = region_boundaries(regions, torch.tensor([spacing]))[0, 0]
+    inner = (slice(8, -8),) * 3
+    wanted = torch.exp(-(distance**2) / 2)  # 1 on it
+    assert (found - wanted)[inner].abs().max() < 0.13
+    assert abs(float((found - wanted)[inner].mean())) < 0.01
+    if len(set(spacing)) > 1:
+        blind = region_boundaries(regions, torch.ones(1, 3))[0, 0]
+        assert (blind - wanted)[inner].abs().max() > 0.25
+
+
+def test_region_boundaries__follow_flips_permutations_and_other_numbers():
+    generator = torch.Generator().manual_seed(0)
+    regions = torch.randint(0, 3, (2, 1, 2, 3, 4), generator=generator).int()
+    for dim in (2, 3, 4):
+        regions = regions.repeat_interleave(6, dim)
+    spacing = torch.tensor([[1.5, 0.8, 2.0], [0.5, 1.0, 3.0]])
+    reference = region_boundaries(regions, spacing)
+    assert reference.min() >= 0 and reference.max() <= 1 and reference.std() > 0.05
+    for dims in ([2], [3], [4], [2, 3, 4]):
+        torch.testing.assert_close(region_boundaries(regions.flip(dims), spacing), reference.flip(dims))
+    turned = region_boundaries(regions.permute(0, 1, 4, 2, 3), spacing[:, [2, 0, 1]])
+    torch.testing.assert_close(turned, reference.permute(0, 1, 4, 2, 3))
+    renamed = torch.tensor([900, 2**31 - 1, 5], dtype=torch.int32)[regions.long()]
+    assert torch.equal(region_boundaries(renamed, spacing), reference)
+    for b in range(2):
+        assert torch.equal(region_boundaries(regions[b : b + 1], spacing[b : b + 1]), reference[b : b + 1])
+    flat = region_boundaries(torch.full((1, 1, 8, 8), 4), torch.ones(1, 2))
+    assert torch.equal(flat, torch.zeros(1, 1, 8, 8))

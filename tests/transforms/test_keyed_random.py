@@ -132,3 +132,20 @@ def test_split__gives_unrelated_streams_that_do_not_depend_on_the_cut():
     assert abs(np.corrcoef(parent.uniform(16).flatten(), streams[:, 0].flatten())[0, 1]) < limit
     again = KeyedRandom(7, SAMPLES[:8], "appearance")
     assert not torch.equal(again.split(2), again.split(2))  # a second split gives other streams
+
+
+def test_of_numbers__equal_numbers_of_a_sample_get_equal_draws_and_others_independent_ones():
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(0, 2000, (3, 20000), generator=generator, dtype=torch.int32)
+    sample = torch.arange(3)
+    stream = KeyedRandom(0, sample, "a")
+    first, second = stream.of_numbers(numbers), stream.of_numbers(numbers)
+    assert first.dtype == torch.float32 and first.shape == numbers.shape and 0 < first.min() and first.max() < 1
+    table = torch.zeros(3, 2000).scatter_(1, numbers.long(), first)
+    assert torch.equal(table.gather(1, numbers.long()), first)
+    assert abs(float(table.mean()) - 0.5) < 0.03 and abs(float(table.var()) - 1 / 12) < 0.01
+    other = torch.zeros(3, 2000).scatter_(1, numbers.long(), second)
+    for a, b in ((table[0], table[1]), (table[0], other[0]), (table[0, 1:], table[0, :-1])):
+        assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.1
+    for b in range(3):
+        assert torch.equal(KeyedRandom(0, sample[b : b + 1], "a").of_numbers(numbers[b : b + 1])[0], first[b])

@@ -238,7 +238,7 @@ def test_mask_sampler__hides_as_many_as_it_says_for_every_score(score, block):
         assert masks.exact(ratio) <= masks.limit(ratio) < masks.exact(ratio) + block**3 + 1
 
 
-@pytest.mark.parametrize("score", ["edge", "entropy", "attention", "loss"])
+@pytest.mark.parametrize("score", ["edge", "region", "entropy", "attention", "loss"])
 def test_mask_sampler__prefers_its_score_more_as_the_run_proceeds(score):
     # Patch n of the second half of the grid holds noise (edges, entropy, high scores); of the first half nothing.
     masks = MaskSampler((4, 4, 4), (4, 4, 4), score, hints=0.0)

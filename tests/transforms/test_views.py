@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,20 @@ import recipes
 import torch
 
 from agssd.transforms.crops import OverlapCrops
-from agssd.transforms.edges import patches_of, unpatch
+from agssd.transforms.edges import patch_scores, patches_of, unpatch
 from agssd.transforms.intensity import Appearance
 from agssd.transforms.masking import MaskSampler
-from agssd.transforms.views import body_of, edge_maps, in_hidden_view, make_views, mask_both_views, panel_of, pick
+from agssd.transforms.views import (
+    body_of,
+    boundary_maps,
+    edge_maps,
+    in_hidden_view,
+    make_views,
+    mask_both_views,
+    mask_hidden_view,
+    panel_of,
+    pick,
+)
 
 CROPS = OverlapCrops((24, 24, 24), scale=(0.6, 1.0), num_local=2, local_size_vox=(16, 16, 16))
 
@@ -86,3 +97,60 @@ def test_panel_of__refuses_what_is_not_in_the_batch(batch) -> None:
     for given, index in ((views, 4), (views, -1), (None, 0)):
         with pytest.raises(IndexError, match=f"sample {index} is not in the last batch"):
             panel_of(given, index)
+
+
+# ------------------------------------------------------------------ regions
+
+
+def slabs(batch, flat_end: slice):
+    """The batch with regions of 4 voxels along S, none of which ends within ``flat_end``."""
+    number = 1 + torch.arange(batch["foreground"].shape[2], dtype=torch.int32) // 4
+    number[flat_end] = 99
+    regions = number[:, None, None].expand(batch["foreground"].shape)
+    return batch | {"regions": regions, "foreground": torch.ones_like(batch["foreground"])}
+
+
+def test_boundary_maps__lie_where_numbers_of_the_view_change_and_not_at_the_outline(batch) -> None:
+    views = make_views(slabs(batch, slice(0, 0)), CROPS, None, 0, with_locals=False)
+    for which in (torch.zeros(4, dtype=torch.int64), torch.tensor([1, 0, 1, 1])):
+        found, regions = boundary_maps(views, which), pick(views.regions, which)
+        changes = regions.diff(dim=2) != 0
+        at = torch.zeros(regions.shape, dtype=torch.bool)
+        at[:, :, 1:] |= changes
+        at[:, :, :-1] |= changes
+        assert found[at].min() > 0.3 and found[at].mean() > 1.5 * found[~at].mean()
+    cut = views.foreground.clone()
+    cut[..., :12, :, :] = False  # the outline of the body is a boundary of no region
+    half = boundary_maps(replace(views, foreground=cut), which)
+    whole = boundary_maps(views, which)
+    assert not half[:, :, :12].any()
+    torch.testing.assert_close(half[:, :, 12:14], 0.25 * whole[:, :, 12:14])
+    assert torch.equal(half[:, :, 14:], whole[:, :, 14:])
+
+
+def test_mask_region__hides_boundaries_first_in_either_way_of_masking(batch) -> None:
+    views = make_views(slabs(batch, slice(16, None)), CROPS, None, 0, with_locals=False)
+    masks = MaskSampler((3, 3, 3), (8, 8, 8), "region", score_share=1.0, temperature=(0.1, 0.1), hints=0.0)
+    both = mask_both_views(views, torch.ones(8, 27, dtype=torch.bool), masks, (0.3, 0.3), 0, 1.0)
+    one, _ = mask_hidden_view(views, torch.ones(4, 27, dtype=torch.bool), masks, (0.3, 0.3), 0, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, _ = mask_hidden_view(views, torch.ones(4, 27, dtype=torch.bool), masks, (0.3, 0.3), 0, 1.0)
+    assert torch.equal(one, again)
+    for mask, which in (
+        (one, views.hidden_view),
+        *((both.unflatten(0, (4, 2))[:, v], torch.full((4,), v)) for v in (0, 1)),
+    ):
+        scores = patch_scores(boundary_maps(views, which), (8, 8, 8))
+        varied = scores.std(1) > 0.1  # some views hold boundaries everywhere
+        hidden = mask.flatten(1).float()
+        mean = (scores * hidden).sum(1) / hidden.sum(1)
+        assert varied.any() and (mean > 1.1 * scores.mean(1))[varied].all()
+
+
+def test_region_settings__without_maps_are_refused_with_the_remedy(batch) -> None:
+    views = make_views({name: value for name, value in batch.items() if name != "regions"}, CROPS, None, 0)
+    with pytest.raises(ValueError, match=r"no region maps.*agssd regions.*--data.regions true"):
+        boundary_maps(views, views.hidden_view)
+    around = OverlapCrops((24, 24, 24), num_local=0, centres="regions")
+    with pytest.raises(ValueError, match=r"views.centres is regions, but.*no region maps.*agssd regions"):
+        make_views({name: value for name, value in batch.items() if name != "regions"}, around, None, 0)

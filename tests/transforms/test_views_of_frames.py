@@ -48,6 +48,7 @@ def frames(count: int = 6, shape: tuple[int, int] = (70, 90), seed: int = 0) -> 
         "sample": torch.arange(count),
         "case": torch.arange(count),
         "broken": torch.full((count, 4), -1),
+        "regions": (1 + torch.arange(shape[0] * shape[1]) // 900).view(1, 1, *shape).expand(count, -1, -1, -1).int(),
     }
 
 
@@ -216,7 +217,7 @@ def test_draw_masks__count_is_exact_and_blocks_are_squares(block):
         assert (squares.float().mean((2, 4)) % 1 == 0).all()
 
 
-@pytest.mark.parametrize("score", ["edge", "entropy", "block", "random"])
+@pytest.mark.parametrize("score", ["edge", "region", "entropy", "block", "random"])
 def test_mask_hidden_view__hides_what_the_score_prefers_with_exact_counts(score):
     batch = frames(12)
     views = make_views(batch, crops(), Appearance(), 0, with_edges=True)

@@ -96,7 +96,8 @@ class AGSSD(PretrainModule):
         temperature_patch: teacher's temperature for patches, from first to second over 30 % of the run.
         mask_ratio: range of the share of hidden tokens, one draw per sample.
         mask_score: what EAAM prefers, or ``"random"`` and ``"block"`` masks; see
-            :class:`agssd.transforms.masking.MaskSampler`. ``"loss"`` is that of reconstruction.
+            :class:`agssd.transforms.masking.MaskSampler`. ``"loss"`` is that of reconstruction; ``"region"`` needs
+            region maps (``data.regions``).
         teacher_score_edges: share of the edge score mixed into the teacher's, ``"attention"`` or ``"loss"``.
         mask_edge_share: share of hidden tokens drawn by score at the end of the run; it rises linearly from 0.
         mask_temperature: of that draw, from first to second over the run (linear in its logarithm).

@@ -22,6 +22,7 @@ from agssd.sharding import is_sharded, refuse_other_sharding, shard
 from agssd.transforms.edges import standardise
 from agssd.transforms.keyed_random import KeyedRandom, drop_path_noise
 from agssd.transforms.masking import TEACHER_SCORES, MaskSampler
+from agssd.transforms.views import NO_REGIONS
 from agssd.types import LossTerms, ParentBatch
 
 _STEPS = ("training_step", "validation_step", "total_loss")
@@ -51,6 +52,7 @@ class PretrainModule(L.LightningModule, ABC):
     masks: MaskSampler  # only where hide_by was called
     mask_ratio: tuple[float, float]  # likewise, set before it
     last_layers: tuple[nn.Parameter, ...] = ()
+    needs_regions: bool = False  # whether batches must have region maps
     weights: Mapping[str, float] = MappingProxyType({})  # of the loss terms; 1 where a term has none
     measure_gradients: bool = False
     gradient_norms: dict[str, Tensor]  # of the last training step that was told to measure them, else empty
@@ -194,6 +196,7 @@ class PretrainModule(L.LightningModule, ABC):
         if not 0 < low <= high < 1:
             raise ValueError(f"mask_ratio is ({low}, {high}); give two shares of hidden tokens, 0 < low <= high < 1")
         self.masks = masks
+        self.needs_regions = self.needs_regions or masks.score == "region"
         if masks.score not in TEACHER_SCORES:
             return
         distils = self.has_teacher
@@ -285,11 +288,15 @@ class PretrainModule(L.LightningModule, ABC):
         return [cast(Backbone, network["backbone"]) for network in networks]
 
     def on_fit_start(self) -> None:
-        """Refuse a run whose teacher nobody moves.
+        """Refuse a run whose teacher nobody moves, or that needs region maps and would not get them.
 
         Raises:
-            ValueError: if the module has a teacher and no callback updates it.
+            ValueError: if the module has a teacher and no callback updates it, or needs regions and the data has none.
         """
+        balanced = getattr(getattr(self, "views", None), "centres", "uniform") == "regions"
+        given = getattr(getattr(self.trainer, "datamodule", None), "regions", True)
+        if (self.needs_regions or balanced) and not given:
+            raise ValueError(f"{type(self).__name__}: {NO_REGIONS}")
         callbacks = cast(Any, self.trainer).callbacks  # Lightning declares the attribute nowhere
         if self.has_teacher and not any(getattr(callback, "updates_teacher", False) for callback in callbacks):
             raise ValueError(

@@ -50,16 +50,10 @@ def shuffle_windows(image: Tensor, random: KeyedRandom, max_share: float = 0.1, 
     # Voxels sorted by window, once in raster order and once in random order: equal ranks exchange places.
     target = window.argsort(stable=True, dim=1)
     source = (window.double() + random.uniform(window.shape[1]).double()).argsort(1)
-    chosen = (_per_window(window, random) < share).gather(1, target)
+    chosen = (random.of_numbers(window) < share).gather(1, target)
     flat = image.flatten(2)
     moved = flat.gather(2, torch.where(chosen, source, target)[:, None].expand(-1, channels, -1))
     return torch.empty_like(flat).scatter_(2, target[:, None].expand(-1, channels, -1), moved).view_as(image)
-
-
-def _per_window(window: Tensor, random: KeyedRandom) -> Tensor:
-    """Return (B, n) float32: one uniform number per window, the same for all its voxels (B, n)."""
-    number = KeyedRandom.from_keys((random.split(1)[:, None] ^ (window + 1) * 0x5851F42D4C957F2D).flatten()).uniform(1)
-    return number.view(window.shape)
 
 
 def bezier_intensity(unit: Tensor, random: KeyedRandom, prob_invert: float | Tensor = 0.5) -> Tensor:

@@ -23,6 +23,7 @@ from agssd.transforms.separable import apply_separable, gaussian_matrix, interpo
 from agssd.types import Size
 
 Orientations = Literal["none", "flips", "all"]
+Centres = Literal["uniform", "regions"]
 _TRIES = 10
 _NO_BLUR_VOX = 0.17  # a Gaussian so narrow has weights below 2⁻²⁴ beside its centre: the identity in float32
 
@@ -77,6 +78,10 @@ class OverlapCrops:
             ``grid_sample`` instead of separable products. Overlap is that of the boxes before the rotation, and a
             corner that turns out of the parent repeats its border.
         min_foreground: redraw, up to 10 times, while the overlap holds less body than this; the best draw is kept.
+        centres: where the first global view of a sample lies, around which the others are placed: ``"uniform"`` in the
+            parent, or balanced over ``"regions"``: around a voxel of one of the parent's regions, each of which is as
+            likely as any other, so that small ones are met as often as large ones (ours). The view is moved into the
+            parent where it would stick out; a parent without any region is cut as by ``"uniform"``.
 
     Raises:
         ValueError: if a range is empty or out of bounds, sizes differ in their number of axes, or
@@ -97,6 +102,7 @@ class OverlapCrops:
         prob_flip: tuple[float, ...] = (0.5, 0.5, 0.5),
         rotation_deg: float = 0.0,
         min_foreground: float = 0.25,
+        centres: Centres = "uniform",
     ) -> None:
         dims = len(size_vox)
         if dims not in (2, 3):
@@ -135,14 +141,16 @@ class OverlapCrops:
         self.prob_flip = tuple(prob_flip)
         self.rotation_deg = rotation_deg
         self.min_foreground = min_foreground
+        self.centres = centres
 
-    def sample(self, foreground: Tensor, sample: Tensor, seed: int) -> ViewSet:
-        """Draw the views of every sample; a function of (seed, sample) and the foreground alone.
+    def sample(self, foreground: Tensor, sample: Tensor, seed: int, regions: Tensor | None = None) -> ViewSet:
+        """Draw the views of every sample; a function of (seed, sample), the foreground and the regions alone.
 
         Args:
             foreground: (B, 1, D, H, W) bool or uint8 of the parent crops.
             sample: (B,) int64.
             seed: seed of the run.
+            regions: (B, 1, D, H, W) integers, 0 = none, for ``centres="regions"``.
         """
         device = foreground.device
         parent = constant(tuple(foreground.shape[2:]), device)
@@ -161,6 +169,11 @@ class OverlapCrops:
 
         edge_a, edge_b = edges[:, :, 0], edges[:, :, 1]
         centre_a = edge_a / 2 + random.uniform(tries, dims) * (parent - edge_a)
+        if self.centres == "regions":
+            assert regions is not None, "make_views refuses batches without"
+            voxel, some = balanced_voxels(regions, KeyedRandom(seed, sample, "regions of views"))
+            around = (voxel + 0.5)[:, None].clamp(edge_a / 2, parent - edge_a / 2)
+            centre_a = torch.where(some[:, None, None], around, centre_a)
         step = (edge_a + edge_b) / 2 - shared
         sign = torch.where(random.uniform(tries, dims) < 0.5, -1.0, 1.0)
         wanted = torch.stack([centre_a + sign * step, centre_a - sign * step])
@@ -230,6 +243,26 @@ class OverlapCrops:
             rotation = rotation_matrices(random.between(-limit, limit, views, num_rotations(dims)))
         affine = view_affine(centre - 0.5, edge, table[index], rotation)
         return ViewGeometry(centre, edge, index, affine, rotation is not None)
+
+
+def balanced_voxels(regions: Tensor, random: KeyedRandom) -> tuple[Tensor, Tensor]:
+    """Draw a region of each crop uniformly among those that it holds, and one of its voxels uniformly.
+
+    Args:
+        regions: (B, 1, [D,] H, W) integers, 0 = none.
+        random: keyed by the B samples.
+
+    Returns:
+        The voxel (B, d) int64, and (B,) bool whether the crop holds any region; the voxel means nothing where not.
+    """
+    numbers = regions.flatten(1)
+    lots = random.of_numbers(numbers).masked_fill(numbers == 0, -1)  # the region of the highest lot is drawn
+    drawn = numbers.gather(1, lots.argmax(1, keepdim=True))
+    counted = (numbers == drawn).cumsum(1)  # (B, V)
+    count = counted[:, -1:]
+    nth = torch.minimum((random.uniform(1) * count).long(), count - 1)  # a float32 below 1 times n may round to n
+    index = torch.searchsorted(counted, nth + 1)[:, 0]
+    return torch.stack(torch.unravel_index(index, regions.shape[2:]), -1), drawn[:, 0] > 0
 
 
 def box_views(low: Tensor, edge: Tensor) -> ViewGeometry:

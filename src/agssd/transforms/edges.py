@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -49,6 +51,32 @@ def edge_magnitude(image: Tensor, spacing_mm: Tensor, is_ct: Tensor) -> Tensor:
         return wide
     soft = _gradient_magnitude(image.clamp(*SOFT_TISSUE_HU), spacing_mm)
     return torch.where(ct, torch.maximum(soft, 0.5 * wide), wide)
+
+
+def region_boundaries(regions: Tensor, spacing_mm: Tensor) -> Tensor:
+    """Return how strong the boundaries between regions are at each voxel, in [0, 1].
+
+    Along each axis, every change of number from one voxel to the next is a crossing; a voxel takes the mean of the two
+    beside it, per mm. Smoothed by a Gaussian of 1 mm per axis, their norm is the area of boundary per volume, which way
+    ever it runs. 1 is the middle of one flat boundary where voxels are small beside 1 mm; more does not count.
+
+    Args:
+        regions: (B, 1, [D,] H, W) integers; 0, no region, is told from others like any number.
+        spacing_mm: (B, d) float32, of these voxels (for a resampled view, the view's own).
+
+    Returns:
+        (B, 1, [D,] H, W) float32, before :func:`suppress_border`.
+    """
+    crossings = []
+    for axis in range(regions.ndim - 2):
+        dim, length = axis + 2, regions.shape[axis + 2]
+        changed = (regions.diff(dim=dim) != 0).float()
+        # At the border of the view the one that is seen counts whole, as in the slope of an image.
+        beside = torch.cat([changed.narrow(dim, 0, 1), changed, changed.narrow(dim, length - 2, 1)], dim)
+        mean = (beside.narrow(dim, 0, length) + beside.narrow(dim, 1, length)) / 2
+        crossings.append(mean / per_sample(spacing_mm[:, axis], mean))
+    density: Tensor = smooth(torch.cat(crossings, 1), 1.0 / spacing_mm).norm(dim=1, keepdim=True)  # mm² per mm³
+    return (density * math.sqrt(2 * math.pi)).clamp_max(1)
 
 
 def suppress_border(magnitude: Tensor, foreground: Tensor) -> Tensor:

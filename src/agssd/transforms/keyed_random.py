@@ -68,6 +68,11 @@ class KeyedRandom:
         bits = _shift_right(_mix(self._key[:, None] + counter * _GOLDEN), 41)  # (B, count), 23 bits
         return ((bits.to(torch.float32) + 0.5) * 2.0**-23).reshape(-1, *shape)
 
+    def of_numbers(self, numbers: Tensor) -> Tensor:
+        """Return (B, n) float32, uniform in (0, 1): one draw per integer of ``numbers`` (B, n)."""
+        keys = self.split(1)[:, None] ^ (numbers.long() + 1) * 0x5851F42D4C957F2D
+        return KeyedRandom.from_keys(keys.flatten()).uniform(1).view(numbers.shape)
+
     def normal(self, *shape: int) -> Tensor:
         """Return (B, *shape) float32, standard normal (Box-Muller)."""
         radius = (-2.0 * self.uniform(*shape).log()).sqrt()

@@ -21,7 +21,8 @@ from agssd.transforms.edges import entropy_scores, patch_scores, standardise
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.types import Size
 
-MaskScore = Literal["random", "block", "edge", "entropy", "attention", "loss"]
+MaskScore = Literal["random", "block", "edge", "region", "entropy", "attention", "loss"]
+MAP_SCORES = ("edge", "region")  # of the voxels of a map
 TEACHER_SCORES = ("attention", "loss")  # what only a teacher can tell; the recipe brings them
 
 BACKGROUND_WEIGHT = 0.2  # of a background token in the random quota
@@ -147,8 +148,9 @@ class MaskSampler:
         grid: token grid of a view.
         patch: voxels of a token.
         score: ``"random"``; ``"block"`` for unions of cuboids; or what is preferred: ``"edge"`` (strong edges),
-            ``"entropy"`` (of the intensities of a patch) [R: arXiv 2605.21970], ``"attention"`` (of the teacher's [CLS]
-            to the whole view) [R: AttMask], ``"loss"`` (what the teacher predicts badly) [R: AnatoMask].
+            ``"region"`` (boundaries between the regions of region maps; ours), ``"entropy"`` (of the intensities of a
+            patch) [R: arXiv 2605.21970], ``"attention"`` (of the teacher's [CLS] to the whole view) [R: AttMask],
+            ``"loss"`` (what the teacher predicts badly) [R: AnatoMask].
         block: tokens per side of a hidden block.
         score_share: share of the hidden tokens drawn by score at the end of the run.
         temperature: first and last.
@@ -193,8 +195,8 @@ class MaskSampler:
         if self.score in TEACHER_SCORES:
             assert given is not None, "the recipe brings its teacher's scores"
             return given
-        if self.score == "edge":
-            assert edges is not None, "the recipe asks for edges where they are the score"
+        if self.score in MAP_SCORES:
+            assert edges is not None, "the recipe asks for the map where it is the score"
             return standardise(patch_scores(edges, self.patch), body)
         if self.score == "entropy":
             return standardise(entropy_scores(image, self.patch), body)
@@ -218,7 +220,7 @@ class MaskSampler:
             progress: share of the run that is done.
             body: (B, N) bool, patches that hold body.
             image: (B, C, [D,] H, W) float32, the clean views.
-            edges: (B, 1, [D,] H, W) their edge maps, for ``score="edge"``.
+            edges: (B, 1, [D,] H, W) their edge maps, for ``score="edge"``, or boundaries of regions for ``"region"``.
             given: (B, N) float32 z-scores of the teacher, for ``"attention"`` and ``"loss"``.
         """
         if self.score == "block":

@@ -15,12 +15,18 @@ from agssd.transforms.edges import (
     edge_magnitude,
     foreground_share,
     normalise_edges,
+    region_boundaries,
     suppress_border,
 )
 from agssd.transforms.intensity import Appearance, to_model_range
 from agssd.transforms.keyed_random import KeyedRandom
-from agssd.transforms.masking import MaskSampler
+from agssd.transforms.masking import MAP_SCORES, MaskSampler
 from agssd.types import ParentBatch, Size, ViewPanel
+
+NO_REGIONS = (
+    "batches have no region maps to learn from; write a cache that has: agssd regions CACHE --source supervoxels --out "
+    "CACHE2, and train with --data.cache CACHE2 --data.regions true"
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,16 @@ class Views:
         """Size of a global view."""
         return tuple(self.clean.shape[3:])
 
+    def known_regions(self) -> Tensor:
+        """Return ``regions``.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if self.regions is None:
+            raise ValueError(NO_REGIONS)
+        return self.regions
+
 
 def parent_image(batch: ParentBatch) -> Tensor:
     """Return the parent crops (B, C, [D,] H, W) float32 in the model's range."""
@@ -80,11 +96,16 @@ def make_views(
         seed: of the run.
         with_locals: False leaves the local views out.
         with_edges: find the edges of the hidden view.
+
+    Raises:
+        ValueError: if centres are balanced over regions and the batch has none.
     """
+    if crops.centres == "regions" and "regions" not in batch:
+        raise ValueError(f"views.centres is regions, but {NO_REGIONS}")
     sample, is_ct = batch["sample"], batch["is_ct"]
     low, high = batch["low"], batch["high"]
     parent = parent_image(batch)
-    geometry = crops.sample(batch["foreground"], sample, seed)
+    geometry = crops.sample(batch["foreground"], sample, seed, batch.get("regions"))
 
     channels = parent.shape[1]
     stacked = torch.cat([parent, batch["foreground"].float()], 1)
@@ -141,6 +162,18 @@ def edge_maps(views: Views, which: Tensor) -> Tensor:
     return normalise_edges(magnitude, views.edge_q99).amax(1, keepdim=True)
 
 
+def boundary_maps(views: Views, which: Tensor) -> Tensor:
+    """Return the boundaries between regions (B, 1, [D,] H, W) in [0, 1] of global view ``which`` (B,).
+
+    At the outline of the body they are as weak as edges are there: 0 outside, a quarter within 2 voxels.
+
+    Raises:
+        ValueError: if the views have no regions.
+    """
+    strength = region_boundaries(pick(views.known_regions(), which), pick(views.spacing_mm, which))
+    return suppress_border(strength, pick(views.foreground, which))
+
+
 def body_of(foreground: Tensor, patch: Size) -> Tensor:
     """Return (B, N) bool: the patches of (B, 1, [D,] H, W) that hold body; all others are left out of patch losses."""
     return foreground_share(foreground, patch) >= MIN_FOREGROUND
@@ -172,8 +205,11 @@ def mask_hidden_view(
     """
     random = KeyedRandom(seed, views.sample, "mask")
     share = random.between(*ratio, 1)[:, 0]
-    clean = pick(views.clean, views.hidden_view)
-    return masks.draw(random, share, progress, body, clean, views.edges, given), share
+    clean, edges = pick(views.clean, views.hidden_view), views.edges
+    if masks.score == "region":
+        with torch.autocast(clean.device.type, enabled=False):
+            edges = boundary_maps(views, views.hidden_view)
+    return masks.draw(random, share, progress, body, clean, edges, given), share
 
 
 def in_hidden_view(mask: Tensor, hidden_view: Tensor) -> Tensor:
@@ -207,8 +243,9 @@ def mask_both_views(
     share = random.between(*ratio, 1)[:, 0]
     edges = None
     with torch.autocast(views.clean.device.type, enabled=False):
-        if masks.score == "edge":
-            maps = [edge_maps(views, torch.full_like(views.hidden_view, v)) for v in (0, 1)]
+        if masks.score in MAP_SCORES:
+            map_of = edge_maps if masks.score == "edge" else boundary_maps
+            maps = [map_of(views, torch.full_like(views.hidden_view, v)) for v in (0, 1)]
             edges = torch.stack(maps, 1).flatten(0, 1)
         return masks.draw(random, share, progress, body, views.clean.flatten(0, 1), edges, given)
 
