@@ -127,6 +127,18 @@ def test_load_into_monai_swin__encoder_equal_and_decoder_kept(use_v2: bool) -> N
     torch.testing.assert_close(back(x).tokens, model(x).tokens, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("downsample", ["merging", "mergingv2"])
+def test_monai_swin_keys__of_frames_go_there_and_back(downsample: Any) -> None:
+    model = encoder(spatial_dims=2, use_v2=True, downsample=downsample)
+    network = swin_unetr(spatial_dims=2, use_v2=True, downsample=downsample)
+    load_into_monai_swin(model, network)
+    x = torch.randn(2, 1, 64, 32)
+    with torch.no_grad():
+        assert_equal_states(model(x).levels, network.swinViT(x))
+        back = from_monai_swin(network.state_dict(), downsample=downsample)
+    assert back.config == model.config and torch.equal(back(x).tokens, model(x).tokens)
+
+
 def test_load_into_monai_swin__misfits_named() -> None:
     with pytest.raises(ValueError, match="downsample='mergingv2' and the MONAI network in another order"):
         load_into_monai_swin(encoder(), swin_unetr(downsample="merging"))

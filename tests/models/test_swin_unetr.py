@@ -13,13 +13,14 @@ from monai.networks.nets import SwinUNETR
 from monai.networks.nets.swin_unetr import PatchMerging, PatchMergingV2
 from torch import Tensor, nn
 
-from agssd.models.swin_unetr import MERGING, SwinUNETREncoder, merge_cells
+from agssd.models.swin_unetr import MERGING, MERGING_OF_FRAMES, SwinUNETREncoder, merge_cells
 
 torch.set_num_threads(1)
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"use_v2": True, "depths": (1, 1, 2), "num_heads": (1, 2, 4), "patch_embed_stride": 1},
     {"patch_embed_stride": (1, 2, 2), "window_size": (2, 3, 2), "downsample": "merging_1.4"},
+    {"patch_embed_stride": (1, 2), "window_size": (2, 3), "use_v2": True, "spatial_dims": 2},
 ]
 
 
@@ -29,8 +30,12 @@ def swin(**kwargs: Any) -> SwinUNETREncoder:
     return SwinUNETREncoder(**sizes | kwargs)
 
 
+def grid_of(model: SwinUNETREncoder, grid: tuple[int, int, int]) -> tuple[int, ...]:
+    return grid[-model.spatial_dims :]
+
+
 def shape_of(model: SwinUNETREncoder, grid: tuple[int, int, int]) -> tuple[int, ...]:
-    return tuple(n * p for n, p in zip(grid, model.patch_size, strict=True))
+    return tuple(n * p for n, p in zip(grid_of(model, grid), model.patch_size, strict=True))
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
@@ -43,18 +48,21 @@ def uniforms(*shape: int, seed: int = 2) -> Tensor:
 
 @pytest.mark.parametrize("use_v2", [False, True])
 @pytest.mark.parametrize("downsample", ["merging", "mergingv2"])
-def test_forward__hidden_states_are_monais(use_v2: bool, downsample: Any) -> None:
+@pytest.mark.parametrize("dims", [2, 3])
+def test_forward__hidden_states_are_monais(use_v2: bool, downsample: Any, dims: int) -> None:
     torch.manual_seed(0)
+    shape, one = (32, 64, 32)[-dims:], (1, 2, 1)[-dims:]
     sizes: dict[str, Any] = {"feature_size": 12, "depths": (2, 1, 1, 2), "num_heads": (1, 2, 3, 4), "window_size": 3}
-    network = SwinUNETR(2, 3, **sizes, use_v2=use_v2, downsample=downsample).eval()
+    sizes |= {"use_v2": use_v2, "downsample": downsample, "spatial_dims": dims}
+    network = SwinUNETR(2, 3, **sizes).eval()
     orders = {"merging": PatchMerging, "mergingv2": PatchMergingV2}
     assert type(network.swinViT.layers1[0].downsample) is orders[downsample]
-    model = SwinUNETREncoder(2, **sizes, use_v2=use_v2, downsample=downsample).eval()
+    model = SwinUNETREncoder(2, **sizes).eval()
     with torch.no_grad():
         for parameter in network.swinViT.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
     model.swinViT.load_state_dict(network.swinViT.state_dict())
-    x = noise(2, 2, 32, 64, 32)
+    x = noise(2, 2, *shape)
     with torch.no_grad():
         theirs, raw, features = network.swinViT(x), network.swinViT(x, normalize=False), model(x)
         for mine, other in zip(model.hidden_states(x, normalize=False), raw, strict=True):
@@ -62,11 +70,11 @@ def test_forward__hidden_states_are_monais(use_v2: bool, downsample: Any) -> Non
     for mine, other in zip(features.levels, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
     assert [level.shape[1] for level in features.levels] == list(model.level_channels)
-    assert [tuple(n // s for n, s in zip((32, 64, 32), stride, strict=True)) for stride in model.level_strides] == [
+    assert [tuple(n // s for n, s in zip(shape, stride, strict=True)) for stride in model.level_strides] == [
         tuple(level.shape[2:]) for level in features.levels
     ]
-    assert features.grid == (1, 2, 1) and features.tokens.shape == (2, 2, model.embed_dim) == (2, 2, 192)
-    assert torch.equal(features.tokens[:, 1], features.levels[-1][:, :, 0, 1, 0])
+    assert features.grid == one and features.tokens.shape == (2, 2, model.embed_dim) == (2, 2, 192)
+    assert torch.equal(features.tokens[:, 1], features.levels[-1].flatten(2)[:, :, 1])
     torch.testing.assert_close(features.cls, features.tokens.mean(1))
 
 
@@ -80,6 +88,14 @@ def test_merge_cells__names_every_cell_of_a_block_by_its_place(order: tuple[int,
         assert torch.equal(merged[0, 1, 2, 0, position], torch.tensor([2, 4, 0]) + inside)
 
 
+def test_merge_cells__of_frames_names_every_cell_too() -> None:
+    places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij"), -1)[None]
+    merged = merge_cells(places, MERGING_OF_FRAMES).unflatten(-1, (4, 2))
+    assert merged.shape == (1, 2, 3, 4, 2)
+    for position, cell in enumerate(MERGING_OF_FRAMES):
+        assert merged[0, 1, 2, position].tolist() == [2 + cell // 2, 4 + cell % 2]
+
+
 def test_merging__before_monai_1_5_leaves_two_cells_of_eight_out() -> None:
     assert sorted(set(range(8)) - set(MERGING["merging_1.4"])) == [3, 6]
     assert all(sorted(MERGING[name]) == list(range(8)) for name in ("merging", "mergingv2"))
@@ -89,7 +105,7 @@ def test_merging__before_monai_1_5_leaves_two_cells_of_eight_out() -> None:
 def test_masked_content__changes_nothing(kwargs: dict[str, Any]) -> None:
     model = swin(**kwargs)
     x = noise(2, 1, *shape_of(model, (2, 3, 2)))
-    mask = uniforms(2, 2, 3, 2) < 0.5
+    mask = uniforms(2, *grid_of(model, (2, 3, 2))) < 0.5
     hidden = mask
     for axis, size in enumerate(model.patch_size, 1):
         hidden = hidden.repeat_interleave(size, axis)
@@ -113,8 +129,9 @@ def test_mask__gradient_stops_at_hidden_voxels_and_nowhere_else() -> None:
 @pytest.mark.parametrize("kwargs", VARIANTS)
 def test_forward_views__groups_and_samples_equal_separate_passes(kwargs: dict[str, Any]) -> None:
     model = swin(drop_path=0.5, **kwargs)
-    grids = [(2, 3, 2), (1, 1, 1), (1, 3, 2)]
-    views = [noise(n, 1, *shape_of(model, grid), seed=n) for n, grid in zip((4, 3, 2), grids, strict=True)]
+    grids = [grid_of(model, grid) for grid in ((2, 3, 2), (1, 1, 1), (1, 3, 2))]
+    shapes = [tuple(n * p for n, p in zip(grid, model.patch_size, strict=True)) for grid in grids]
+    views = [noise(n, 1, *shape, seed=n) for n, shape in zip((4, 3, 2), shapes, strict=True)]
     masks = [uniforms(4, *grids[0]) < 0.5, None, uniforms(2, *grids[2]) < 0.5]
     drops = [uniforms(4, model.depth), uniforms(3, model.depth, seed=7), None]
     for i, group in enumerate(model.forward_views(views, masks, drops)):
@@ -161,7 +178,7 @@ def test_drop_noise__without_it_nothing_is_random() -> None:
 def test_gradient__reaches_every_parameter(kwargs: dict[str, Any], masked: bool) -> None:
     model = swin(drop_path=0.2, **kwargs)
     views = [noise(2, 1, *shape_of(model, (2, 3, 2))), noise(3, 1, *shape_of(model, (1, 2, 2)))]
-    masks = [uniforms(2, 2, 3, 2) < 0.5, None] if masked else None
+    masks = [uniforms(2, *grid_of(model, (2, 3, 2))) < 0.5, None] if masked else None
     out = model.forward_views(views, masks, [uniforms(2, model.depth), None])
     sum((f.cls * noise(*f.cls.shape)).sum() + (f.tokens * noise(*f.tokens.shape)).sum() for f in out).backward()
     for name, parameter in model.named_parameters():
@@ -270,6 +287,8 @@ def test_arguments__misfit_refused() -> None:
         ({"drop_path": 1.0}, "probability"),
         ({"window_size": 0}, "at least 1"),
         ({"downsample": "pooling"}, "merging_1.4"),
+        ({"spatial_dims": 1}, "3 for volumes or 2 for frames"),
+        ({"window_size": (3, 3)}, "give one number, or 3 with spatial_dims: 3"),
     ]
     for given, words in bad:
         with pytest.raises(ValueError, match=words):

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agssd.models.swin_unetr import MERGING, Downsample, SwinUNETREncoder
-from agssd.types import Triple
+from agssd.models.swin_unetr import Downsample, SwinUNETREncoder
+from agssd.types import Size
 
 PATCH = "patch_embed.proj.weight"
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "network_weights", "model", "net")
@@ -58,18 +58,19 @@ def read_monai_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def from_monai_swin(
-    state: Mapping[str, Tensor], *, downsample: Downsample, window_size: Triple | None = None
+    state: Mapping[str, Tensor], *, downsample: Downsample, window_size: Size | None = None
 ) -> SwinUNETREncoder:
     """Return our encoder with the weights of a MONAI SwinUNETR, of its ``swinViT``, or of a released SSL checkpoint.
 
-    Sizes, stages, heads and version 1 or 2 are read from the shapes. The mask token, which MONAI lacks, is fresh.
+    Axes of space, sizes, stages, heads and version 1 or 2 are read from the shapes. The mask token, which MONAI lacks, is
+    fresh.
 
     Args:
         state: tensors by name, see :func:`read_monai_weights`; decoder and heads are left out.
         downsample: how the network that the weights come from joins cells, which no weight tells. "mergingv2" where it
             was built with ``downsample="mergingv2"``; else "merging" if it was trained under MONAI 1.5 or newer, and
             "merging_1.4" under older ones, as the files released with SwinUNETR and VoCo were.
-        window_size: cells of a window per axis; None = a cube.
+        window_size: cells of a window per axis; None = a cube, of frames a square.
 
     Raises:
         ValueError: if weights are missing, unknown or of other shapes; the message names them.
@@ -82,12 +83,11 @@ def from_monai_swin(
     if missing:
         raise ValueError(f"{missing[0]} is missing among the MONAI weights")
     patch = own[PATCH]
-    if patch.ndim != 5:
-        raise ValueError(f"the patch embedding has shape {tuple(patch.shape)}; only 3D networks can be read")
-    d, h, w = patch.shape[2:]
+    dims = patch.ndim - 2
+    if dims not in (2, 3):
+        raise ValueError(f"the patch embedding has shape {tuple(patch.shape)}; only 2D and 3D networks can be read")
     if window_size is None:
-        edge = (round(len(own[tables[0]]) ** (1 / 3)) + 1) // 2
-        window_size = (edge, edge, edge)
+        window_size = ((round(len(own[tables[0]]) ** (1 / dims)) + 1) // 2,) * dims
     if torch.Size(2 * n - 1 for n in window_size).numel() != len(own[tables[0]]):
         raise ValueError(
             f"the position table has {len(own[tables[0]])} rows, which is no {window_size}; pass window_size="
@@ -95,13 +95,14 @@ def from_monai_swin(
     model = SwinUNETREncoder(
         in_channels=patch.shape[1],
         feature_size=patch.shape[0],
-        patch_embed_stride=(d, h, w),
+        patch_embed_stride=tuple(patch.shape[2:]),
         depths=depths,
         num_heads=tuple(own[name].shape[1] for name in tables),
         window_size=window_size,
         mlp_ratio=len(own[mlp]) / patch.shape[0],
         use_v2=any(name.startswith("layers1c.") for name in own),
         downsample=downsample,
+        spatial_dims=dims,
     )
     target = model.swinViT.state_dict()
     own |= {name: value for name, value in target.items() if name.endswith("relative_position_index")}
@@ -134,7 +135,7 @@ def load_into_monai_swin(backbone: SwinUNETREncoder, network: nn.Module) -> None
         raise ValueError(f"{type(network).__name__} has no {PATCH}; give a MONAI SwinUNETR or SwinTransformer")
     state = to_monai_swin(backbone)
     _check_fit(state, target, "our weights", f"the MONAI {type(network).__name__}")
-    if _joining_order(swin) != MERGING[backbone.downsample]:
+    if _joining_order(swin, backbone.spatial_dims) != backbone.merging:
         raise ValueError(
             f"the backbone joins cells by downsample={backbone.downsample!r} and the MONAI network in another order; "
             f"build the network with downsample={backbone.downsample!r}, or where this MONAI has none such, set "
@@ -173,11 +174,11 @@ def _depths(own: Mapping[str, Tensor]) -> tuple[int, ...]:
     return present
 
 
-def _joining_order(swin: Any) -> tuple[int, ...]:
-    """Return the order in which a MONAI network joins the eight cells of a block, by letting it join numbered ones."""
+def _joining_order(swin: Any, dims: int) -> tuple[int, ...]:
+    """Return the order in which a MONAI network joins the cells of a block, by letting it join numbered ones."""
     merging = type(swin.layers1[0].downsample)(1)
     merging.norm = merging.reduction = nn.Identity()
-    return tuple(int(n) for n in merging(torch.arange(8.0).view(1, 2, 2, 2, 1)).flatten())
+    return tuple(int(n) for n in merging(torch.arange(2.0**dims).view(1, *[2] * dims, 1)).flatten())
 
 
 def _check_fit(state: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str, place: str) -> None:
@@ -207,10 +208,10 @@ class MonaiSwinEncoder(nn.Module):
         self.backbone = backbone
 
     def forward(self, x: Tensor, normalize: bool = True) -> list[Tensor]:
-        """Return the maps (B, E_i, D_i, H_i, W_i) after the embedding and after each stage.
+        """Return the maps (B, E_i, [D_i,] H_i, W_i) after the embedding and after each stage.
 
         Args:
-            x: (B, C, D, H, W).
+            x: (B, C, [D,] H, W).
             normalize: whether they are normed.
         """
         return self.backbone.hidden_states(x, normalize)
