@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import agssd
 from agssd.hub import export_backbone, load_backbone, resize_kernel
+from agssd.models.resnet_fpn import ResNetFPN
 from agssd.models.swin_unetr import SwinUNETREncoder
 from agssd.models.vit import ViT
 from agssd.types import Features
@@ -155,6 +156,26 @@ def test_load__swin__other_channels_adapted_and_other_patches_refused_with_the_r
         assert type(other) is SwinUNETREncoder and other.in_channels == channels
     for patch in (2, 4, 16):  # 2 is the size of its kernel, not of its tokens
         with pytest.raises(ValueError, match=r"SwinUNETREncoder has tokens of \(8, 8, 8\) voxels.*without patch_size"):
+            load_backbone(file, patch_size=patch)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_load__resnet_fpn__other_channels_adapted_and_other_patches_refused_with_the_remedy(
+    dims: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(4)
+    model = ResNetFPN(2, "basic", (1, 1), 8, 12, 8, 4, spatial_dims=dims)
+    file = export_backbone(model, tmp_path, contract=PREPARED)
+    x = torch.randn(1, 1, *(16, 8, 16)[-dims:])
+    space = [-1] * dims
+    expected = model(x.expand(-1, 2, *space)).levels
+    for channels in (1, 2, 3):
+        other = load_backbone(file, in_channels=channels, patch_size=8)  # what it has
+        for ours, theirs in zip(other(x.expand(-1, channels, *space)).levels, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert type(other) is ResNetFPN and other.in_channels == channels
+    for patch in (4, 7, 16):  # 7 is the size of its kernel, not of its tokens
+        with pytest.raises(ValueError, match=r"ResNetFPN has tokens of \(8, .*without patch_size"):
             load_backbone(file, patch_size=patch)
 
 

@@ -276,19 +276,24 @@ def test_backbone__replaces_another_without_a_trace(first: Path, second: Path, o
         assert {"class_path": found.class_path, "init_args": plain} == content(second)
 
 
+@pytest.mark.parametrize("name", first_quick(["swin_unetr_tiny", "resnet_fpn_small"]))
 @pytest.mark.parametrize("method", METHODS, ids=names(METHODS))
-def test_method__takes_the_second_family_of_encoders_or_says_why_not(
-    method: Path, only_build: list[AgssdCLI], capsys: pytest.CaptureFixture[str]
+def test_method__takes_other_families_of_encoders_or_says_why_not(
+    method: Path, name: str, only_build: list[AgssdCLI]
 ) -> None:
-    parts = ["--model", str(method), "--backbone", str(CONF / "backbone/swin_unetr_tiny.yaml")]
+    parts = ["--model", str(method), "--backbone", str(CONF / f"backbone/{name}.yaml")]
+    kind = content(CONF / f"backbone/{name}.yaml")["class_path"].rpartition(".")[2]
     command = ["fit", "--config", str(CONF / "experiment/small.yaml"), *parts, "--data.cache", "cache.h5"]
     try:
         AgssdCLI([*command, "--trainer.accelerator", "cpu"])
     except ValueError as error:
-        assert method.stem == "mae" and "SwinUNETREncoder cannot leave tokens out; use a ViT" in str(error)
+        reasons = {"mae": "cannot leave tokens out; use a ViT"}
+        if name == "resnet_fpn_small":
+            reasons["moco_v3"] = "no patch embedding to freeze; set model.freeze_patch_embedding to false"
+        assert f"{kind} " in str(error) and reasons[method.stem] in str(error)
         return
     encoder = only_build[0].model.backbone
-    assert type(encoder).__name__ == "SwinUNETREncoder" and encoder.patch_size == (8, 8, 8)
+    assert type(encoder).__name__ == kind and encoder.patch_size == (8, 8, 8)
 
 
 def test_swin_unetr_v2__has_monais_usual_sizes(only_build: list[AgssdCLI]) -> None:

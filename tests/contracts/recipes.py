@@ -28,6 +28,7 @@ from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.pretrain import PretrainDataModule
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
+from agssd.models.resnet_fpn import ResNetFPN
 from agssd.models.swin_unetr import SwinUNETREncoder
 from agssd.models.vit import ViT
 from agssd.transforms.crops import OverlapCrops
@@ -52,12 +53,15 @@ SMALL: dict[str, Any] = {
 
 # Second to the ViT, and without its [CLS]: windows that shift and that need padding.
 SECOND = "swin"
+THIRD = "resnet"  # a pyramid of convolutions, of which a cell of the last level reaches beyond a view of 24
 
 
 def encoder(family: str, drop_path: float) -> Backbone:
-    """Return a small encoder of 48 channels with tokens of 8 voxels; "vit" or "swin"."""
+    """Return a small encoder of 48 channels with tokens of 8 voxels; "vit", "swin" or "resnet"."""
     if family == SECOND:
         return SwinUNETREncoder(1, 24, 4, (2,), (2,), 3, 2.0, drop_path=drop_path)
+    if family == THIRD:
+        return ResNetFPN(1, "basic", (1, 1, 1), 8, 48, 8, 4, drop_path)
     return ViT(1, 8, depth=2, embed_dim=48, num_heads=3, drop_path=drop_path)
 
 
@@ -76,7 +80,7 @@ def variants(kind: type[PretrainModule]) -> list[dict[str, Any]]:
     """Return ``{}`` and every alternative that the signature shows.
 
     Other choices of a ``Literal``, the other value of a bool, and 0.1 for a ``weight_*`` that is 0 by default; and the
-    second family of encoders, unless the recipe refuses it.
+    other families of encoders, unless the recipe refuses them.
     """
     hints = typing.get_type_hints(kind.__init__)
     found: list[dict[str, Any]] = [{}]
@@ -88,8 +92,8 @@ def variants(kind: type[PretrainModule]) -> list[dict[str, Any]]:
             found.append({name: not parameter.default})
         elif name.startswith("weight_") and parameter.default == 0:
             found.append({name: 0.1})
-    if "backbone" in hints and refusal(kind, {}) is None:
-        found.append({"backbone": SECOND})
+    if "backbone" in hints:
+        found += [{"backbone": family} for family in (SECOND, THIRD) if refusal(kind, {}, family) is None]
     return found
 
 
@@ -98,10 +102,10 @@ def cases(alternatives: bool) -> list[tuple[type[PretrainModule], dict[str, Any]
     return [(kind, variant) for kind in find_recipes() for variant in variants(kind) if bool(variant) == alternatives]
 
 
-def refusal(kind: type[PretrainModule], variant: dict[str, Any]) -> str | None:
-    """Return why a variant does not take the second family of encoders, or None if it does."""
+def refusal(kind: type[PretrainModule], variant: dict[str, Any], family: str = SECOND) -> str | None:
+    """Return why a variant does not take another family of encoders, or None if it does."""
     try:
-        build(kind, **variant, backbone=SECOND)
+        build(kind, **variant, backbone=family)
     except ValueError as error:
         return str(error)
     return None

@@ -26,11 +26,19 @@ RECIPES = recipes.find_recipes()
 CASES = [(kind, variant) for kind in RECIPES for variant in recipes.variants(kind)]
 every_recipe = pytest.mark.parametrize("kind", RECIPES, ids=lambda kind: kind.__name__)
 NAMES = [f"{kind.__name__}-{recipes.name_of(variant)}" for kind, variant in CASES]
-every_variant = pytest.mark.parametrize(("kind", "variant"), CASES, ids=NAMES)
+every_variant = pytest.mark.parametrize(  # of the families of encoders one besides the ViT is held to it at once
+    ("kind", "variant"),
+    [pytest.param(*case, marks=pytest.mark.slow if case[1].get("backbone") == recipes.THIRD else ()) for case in CASES],
+    ids=NAMES,
+)
 every_variant_trained = pytest.mark.parametrize(  # what is not the default only in `make test-slow`
     ("kind", "variant"), [pytest.param(*case, marks=pytest.mark.slow if case[1] else ()) for case in CASES], ids=NAMES
 )
-ON_SECOND = [kind for kind, variant in CASES if variant == {"backbone": recipes.SECOND}]
+ON_OTHERS = [
+    pytest.param(kind, variant["backbone"], marks=pytest.mark.slow if variant["backbone"] == recipes.THIRD else ())
+    for kind, variant in CASES
+    if "backbone" in variant
+]
 ON_VIT = [(kind, variant) for kind, variant in CASES if "backbone" not in variant]
 STEPS, RESUMED_AT = 24, 10
 VOLUME = torch.randn(2, 1, 32, 24, 24, generator=torch.Generator().manual_seed(0))
@@ -251,14 +259,14 @@ def assert_same_features(encoder: Any, module: Any) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-# ------------------------------------------------------------------ the second family of encoders
+# ------------------------------------------------------------------ other families of encoders
 
 
-@pytest.mark.parametrize("kind", ON_SECOND, ids=lambda kind: kind.__name__)
-def test_recipe__second_family_trains_and_exports_to_equal_features(
-    kind: type[PretrainModule], tiny_cache: Path, tmp_path: Path
+@pytest.mark.parametrize(("kind", "family"), ON_OTHERS)
+def test_recipe__other_families_train_and_export_to_equal_features(
+    kind: type[PretrainModule], family: str, tiny_cache: Path, tmp_path: Path
 ) -> None:
-    module = recipes.build(kind, backbone=recipes.SECOND)
+    module = recipes.build(kind, backbone=family)
     before = copy.deepcopy(module.backbone.state_dict())
     trainer = recipes.trainer(max_steps=2, default_root_dir=tmp_path)
     trainer.fit(module, recipes.data_module(tiny_cache))

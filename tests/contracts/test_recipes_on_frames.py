@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 from agssd.callbacks.panel_drawing import save_panels
 from agssd.hub import export_backbone, load_backbone
 from agssd.methods.base import PretrainModule
+from agssd.models.backbone import Backbone
+from agssd.models.resnet_fpn import ResNetFPN
+from agssd.models.swin_unetr import SwinUNETREncoder
 from agssd.models.vit import ViT
 
 RECIPES = recipes.find_recipes()
@@ -77,6 +81,33 @@ def test_recipe__every_trainable_parameter_gets_gradient_and_the_panel_is_drawn(
     if hasattr(module, "view_panel"):
         save_panels([module.view_panel(1)], tmp_path / "panel.png", "frames")
         assert (tmp_path / "panel.png").stat().st_size > 2000
+
+
+def swin() -> Backbone:
+    return SwinUNETREncoder(1, 24, 4, (2,), (2,), 3, 2.0, spatial_dims=2)
+
+
+def resnet() -> Backbone:
+    return ResNetFPN(1, "basic", (1, 1, 1), 8, 48, 8, 4, spatial_dims=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "encoder"), [(recipes.SECOND, swin), (recipes.THIRD, resnet)])
+@every_recipe
+def test_recipe__other_families_of_encoders_learn_from_frames_where_they_do_from_volumes(
+    kind: type[PretrainModule], family: str, encoder: Callable[[], Backbone]
+) -> None:
+    reason = recipes.refusal(kind, {}, family)
+    if reason is not None:
+        with pytest.raises(ValueError, match=reason.rpartition(" ")[2]):
+            build(kind, backbone=encoder())
+        return
+    module = build(kind, backbone=encoder())
+    loss = module.pretrain_loss(module.make_views(parents())).total
+    loss.backward()
+    assert loss.isfinite()
+    still = [n for n, p in module.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not still
 
 
 @every_recipe

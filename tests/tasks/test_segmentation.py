@@ -15,6 +15,7 @@ import torch
 
 from agssd.data_modules.downstream import SegmentationDataModule
 from agssd.hub import export_backbone
+from agssd.models.resnet_fpn import ResNetFPN
 from agssd.models.swin_unetr import SwinUNETREncoder
 from agssd.models.vit import ViT
 from agssd.tasks.segmentation import SegmentationTask
@@ -56,18 +57,24 @@ def swin() -> SwinUNETREncoder:
     return SwinUNETREncoder(1, 12, 2, (1, 2), (1, 2), 4)
 
 
+def resnet() -> ResNetFPN:
+    torch.manual_seed(0)
+    return ResNetFPN(1, "basic", (1, 1, 1, 1), 8, 12, 8, 4)
+
+
 @pytest.mark.parametrize("decoder", ["unetr", "linear"])
-def test_fit__swin_unetr__every_part_moves_and_exports_to_the_same_scores(
-    tmp_path: Path, tiny_cache: Path, make_trainer: MakeTrainer, decoder: str
+@pytest.mark.parametrize("encoder", [swin, resnet])
+def test_fit__encoder_of_levels__every_part_moves_and_exports_to_the_same_scores(
+    tmp_path: Path, tiny_cache: Path, make_trainer: MakeTrainer, encoder: Any, decoder: str
 ) -> None:
-    module = task(swin(), decoder=decoder, feature_size=4)
+    module = task(encoder(), decoder=decoder, feature_size=4)
     before = {name: value.clone() for name, value in module.named_parameters()}
     trainer = make_trainer(2)
     trainer.fit(module, data(tiny_cache))
     still = [name for name, value in module.named_parameters() if torch.equal(before[name], value)]
     assert still in (["backbone.mask_token"], []), "only what masked views train may stay"
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    again = task(swin(), encoder=str(tmp_path / "last.ckpt"), decoder=decoder, feature_size=4)
+    again = task(encoder(), encoder=str(tmp_path / "last.ckpt"), decoder=decoder, feature_size=4)
     again.decoder.load_state_dict(module.decoder.state_dict())
     image = torch.randn(1, 1, 40, 33, 50)
     with torch.no_grad():
