@@ -62,8 +62,8 @@ def from_monai_swin(
 ) -> SwinUNETREncoder:
     """Return our encoder with the weights of a MONAI SwinUNETR, of its ``swinViT``, or of a released SSL checkpoint.
 
-    Axes of space, sizes, stages, heads and version 1 or 2 are read from the shapes. The mask token, which MONAI lacks, is
-    fresh.
+    Axes of space, sizes, stages, heads and version 1 or 2 are read from the shapes. The mask token, which MONAI lacks,
+    is fresh.
 
     Args:
         state: tensors by name, see :func:`read_monai_weights`; decoder and heads are left out.
