@@ -164,7 +164,7 @@ def test_hash_of_frames__a_still_that_comes_again_in_another_sequence_is_near() 
 def test_hash_of_frames__two_frames_under_one_fan_are_far() -> None:
     hashes = [hash_of_frames(frame(seed)) for seed in range(20)]
     apart = [bits(a, b) for row, a in enumerate(hashes) for b in hashes[:row]]
-    assert min(apart) > 2 * MAX_DISTANCE and np.median(apart) > NUM_BITS / 3
+    assert min(apart) > 3 * MAX_DISTANCE and np.median(apart) > 0.42 * NUM_BITS  # by chance half of them
 
 
 def test_hash_of_frames__frames_that_are_alike_share_a_hash() -> None:
