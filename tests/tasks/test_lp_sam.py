@@ -209,7 +209,7 @@ def test_two_stages__raise_dice_of_the_masks_and_a_killed_run_of_them_is_resumed
     of_sam = ("--model.sam", str(sam), "--model.num_classes", "3", "--model.adapter_dim", "64")
     scores = {}
     untuned = fit("adapters", 1, *of_sam)
-    adapted = fit("adapters", 200, *of_sam)
+    adapted = fit("adapters", 150, *of_sam)
     prompted = fit("prompts", 150, "--model.adapted", str(adapted))
     for name, path in (("untuned", untuned), ("adapted", adapted), ("prompted", prompted)):
         out = tmp_path / f"{name}.h5"
@@ -218,7 +218,7 @@ def test_two_stages__raise_dice_of_the_masks_and_a_killed_run_of_them_is_resumed
         scores[name] = dice_of_regions(out)
     record_property("printed", f"LP-SAM, Dice of produced masks on a made set: {scores}")
     assert scores["adapted"] > scores["untuned"] + 0.4
-    assert scores["prompted"] > scores["untuned"] + 0.4
+    assert scores["prompted"] > scores["adapted"] + 0.03
 
     out = tmp_path / "killed.h5"
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as this process: sums are then rounded alike
