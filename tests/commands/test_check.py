@@ -194,6 +194,9 @@ def test_handles__too_few(tiny_cache: Path, tmp_path: Path) -> None:
 def test_shared_memory__too_small(tiny_cache: Path, tmp_path: Path) -> None:
     place = ready(tiny_cache, tmp_path, "--data.num_workers", "8", "--data.global_batch_size", "2")
     assert run_check(BY_NAME["shared memory"], place).problem == ""
+    needed, _ = checks.count_shared_memory(place)
+    place.data.regions = True
+    assert 3 * checks.count_shared_memory(place)[0] == 7 * needed  # 2 bytes of image, 1 of foreground, 4 of regions
     place.data.global_batch_size = 10**8
     fails("shared memory", place, "batches that wait take", "data.num_workers")
 

@@ -28,7 +28,7 @@ SECONDS_TO_SAVE = 60.0  # within which a run that is told to stop writes its che
 MAX_SKEW_S = 2.0
 SHARED_MEMORY = Path("/dev/shm")
 _TRIAL_BYTES = 64 * 2**20
-_TENSORS_PER_BATCH = 13  # of a ParentBatch; each travels from a worker as a file handle
+_TENSORS_PER_BATCH = 14  # of a ParentBatch with regions; each travels from a worker as a file handle
 _OTHER_HANDLES = 256  # libraries, logs, sockets
 
 
@@ -299,7 +299,8 @@ def count_shared_memory(place: Place) -> tuple[int, int]:
 
     data, accumulate = place.data, place.settings.trainer.accumulate_grad_batches
     batch = micro_batch_size(data.global_batch_size, place.world_size, accumulate)
-    sample = math.prod(data.parent_vox) * (2 * data.caches[0].cases[0].channels + 1)
+    regions = 4 if data.regions else 0
+    sample = math.prod(data.parent_vox) * (2 * data.caches[0].cases[0].channels + 1 + regions)
     return batch * sample * data.num_workers * data.prefetch, shutil.disk_usage(SHARED_MEMORY).free
 
 
