@@ -767,3 +767,7 @@ def test_changed_settings__what_early_checkpoints_do_not_name_is_what_it_was_the
     for dims, changes in ((3, 0), (2, 1)):
         given = {"backbone": {"class_path": "agssd.models.vit.ViT", "init_args": {"depth": 4, "spatial_dims": dims}}}
         assert len(changed_settings(saved | {"trainer": {}}, given | {"trainer": {}}, {})) == changes
+    parts: dict[str, Any] = {"trainer": {}, "data": {"parent_vox": [40, 56, 40]}, "views": {"init_args": {}}}
+    for regions, centres, changes in ((False, "uniform", 0), (True, "regions", 2)):
+        given = {"data": parts["data"] | {"regions": regions}, "views": {"init_args": {"centres": centres}}}
+        assert len(changed_settings(parts, parts | given, {})) == changes

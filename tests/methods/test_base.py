@@ -11,6 +11,7 @@ import torch
 
 from agssd.methods.agssd import AGSSD
 from agssd.methods.base import gradient_norms
+from agssd.methods.mae import MAE
 from agssd.types import LossTerms
 
 STEPS, THAW = 200, 10
@@ -64,6 +65,34 @@ def test_run__last_layer_is_bit_identical_until_the_thaw_and_changed_after_it(ru
 def test_run__the_norm_by_which_gradients_are_clipped_knows_nothing_of_frozen_prototypes(run: Any) -> None:
     for judged, given in run[1].norms:
         assert given == pytest.approx(min(judged, 3.0), rel=1e-5)
+
+
+class Given(recipes.Recorder):
+    """Keeps norm and largest entry of what the optimiser was given, and whether the guard has let go of it."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        gradients = [p.grad.flatten() for p in pl_module.student.parameters() if p.grad is not None]
+        self.judged, self.norm = float(pl_module.step_figures[1]), float(torch.cat(gradients).norm())
+        self.largest, self.held = float(torch.cat(gradients).abs().max()), pl_module.guard._judged
+
+
+@pytest.mark.parametrize(
+    ("value", "algorithm"), [(0.1, "norm"), (0.1, None), (1e-3, "value"), (None, None), (0.0, None), (-1.0, "norm")]
+)
+def test_configure_gradient_clipping__whatever_is_asked_for_and_nothing_is_kept(
+    value: float | None, algorithm: str | None, tiny_cache: Path
+) -> None:
+    given = Given()
+    settings = {"gradient_clip_val": value, "gradient_clip_algorithm": algorithm}
+    recipes.trainer(given, teacher=False, max_steps=1, **settings).fit(
+        recipes.build(MAE), recipes.data_module(tiny_cache, global_batch_size=2)
+    )
+    assert given.held is None, "a second set of gradients would stay in memory"
+    assert given.judged > 0.2
+    if algorithm == "value":
+        assert given.largest == pytest.approx(1e-3)
+    else:
+        assert given.norm == pytest.approx(value if value and value > 0 else given.judged, rel=1e-5)
 
 
 def test_run__every_schedule_leaves_its_start(run: Any) -> None:

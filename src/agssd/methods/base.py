@@ -384,7 +384,9 @@ class PretrainModule(L.LightningModule, ABC):
     ) -> None:
         """Clip by the norm that the guard has just judged; whatever else a trainer asks for, Lightning does."""
         by_norm = gradient_clip_algorithm in (None, "norm") and _clips_by_whole_norm(self.trainer.precision_plugin)
-        if not (by_norm and gradient_clip_val and self.guard.clip(gradient_clip_val)):
+        clipped = by_norm and (gradient_clip_val or 0) > 0 and self.guard.clip(cast(float, gradient_clip_val))
+        self.guard.forget()
+        if not clipped:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -82,10 +82,15 @@ class StepGuard:
         """
         if self._judged is None:
             return False
-        (gradients, norm), self._judged = self._judged, None
+        gradients, norm = self._judged
+        self.forget()
         if gradients:
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return True
+
+    def forget(self) -> None:
+        """Let go of the gradients just judged, which would take memory until the next are."""
+        self._judged = None
 
     @contextmanager
     def keeping(self, module: nn.Module) -> Iterator[None]:

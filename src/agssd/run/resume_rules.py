@@ -53,7 +53,7 @@ RESUMED_FREELY = (
 )
 
 # Settings that early checkpoints do not name, and what they were then.
-NOT_NAMED_ONCE = {"backbone.spatial_dims": 3}
+NOT_NAMED_ONCE = {"backbone.spatial_dims": 3, "data.regions": False, "views.centres": "uniform"}
 
 
 def refuse_missing(ckpt_path: str) -> None:
