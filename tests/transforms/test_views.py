@@ -147,6 +147,15 @@ def test_mask_region__hides_boundaries_first_in_either_way_of_masking(batch) -> 
         assert varied.any() and (mean > 1.1 * scores.mean(1))[varied].all()
 
 
+def test_panel_of__shows_boundaries_where_they_are_asked_for(batch) -> None:
+    views = make_views(slabs(batch, slice(0, 0)), CROPS, None, 0)
+    for index in (0, 3):
+        edges = panel_of(views, index, boundaries=True)["edges"]
+        for v in (0, 1):
+            assert torch.equal(edges[v], boundary_maps(views, torch.full((4,), v))[index, 0])
+        assert not torch.equal(edges, panel_of(views, index)["edges"])
+
+
 def test_region_settings__without_maps_are_refused_with_the_remedy(batch) -> None:
     views = make_views({name: value for name, value in batch.items() if name != "regions"}, CROPS, None, 0)
     with pytest.raises(ValueError, match=r"no region maps.*agssd regions.*--data.regions true"):
