@@ -118,7 +118,7 @@ def test_boundary_maps__lie_where_numbers_of_the_view_change_and_not_at_the_outl
         at = torch.zeros(regions.shape, dtype=torch.bool)
         at[:, :, 1:] |= changes
         at[:, :, :-1] |= changes
-        assert found[at].min() > 0.3 and found[at].mean() > 1.5 * found[~at].mean()
+        assert found[at].min() > 0.3 and found[at].mean() > 1.3 * found[~at].mean()
     cut = views.foreground.clone()
     cut[..., :12, :, :] = False  # the outline of the body is a boundary of no region
     half = boundary_maps(replace(views, foreground=cut), which)
@@ -141,10 +141,19 @@ def test_mask_region__hides_boundaries_first_in_either_way_of_masking(batch) -> 
         *((both.unflatten(0, (4, 2))[:, v], torch.full((4,), v)) for v in (0, 1)),
     ):
         scores = patch_scores(boundary_maps(views, which), (8, 8, 8))
-        varied = scores.std(1) > 0.1  # some views hold boundaries everywhere
+        varied = scores.std(1) > 0.05  # some views hold boundaries everywhere
         hidden = mask.flatten(1).float()
         mean = (scores * hidden).sum(1) / hidden.sum(1)
         assert varied.any() and (mean > 1.1 * scores.mean(1))[varied].all()
+
+
+def test_panel_of__shows_boundaries_where_they_are_asked_for(batch) -> None:
+    views = make_views(slabs(batch, slice(0, 0)), CROPS, None, 0)
+    for index in (0, 3):
+        edges = panel_of(views, index, boundaries=True)["edges"]
+        for v in (0, 1):
+            assert torch.equal(edges[v], boundary_maps(views, torch.full((4,), v))[index, 0])
+        assert not torch.equal(edges, panel_of(views, index)["edges"])
 
 
 def test_region_settings__without_maps_are_refused_with_the_remedy(batch) -> None:

@@ -530,7 +530,7 @@ class AGSSD(PretrainModule):
             patches[0, step.index[index][shown]] = step.prediction[index][shown].to(patches.dtype)
             reconstruction[hidden] = unpatch(patches, self.grid, self.patch)[0, 0]
         masks = in_hidden_view(step.mask.unflatten(1, self.grid), views.hidden_view)
-        panel = panel_of(views, index, masks, reconstruction)
+        panel = panel_of(views, index, masks, reconstruction, self.masks.score == "region")
         encoder = cast(Backbone, self.teacher["backbone"])
         if encoder.has_cls_attention:
             panel["attention"] = encoder.cls_attention(views.inputs[index])

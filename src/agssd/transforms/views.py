@@ -251,7 +251,11 @@ def mask_both_views(
 
 
 def panel_of(
-    views: Views | None, index: int, mask: Tensor | None = None, reconstruction: Tensor | None = None
+    views: Views | None,
+    index: int,
+    mask: Tensor | None = None,
+    reconstruction: Tensor | None = None,
+    boundaries: bool = False,
 ) -> ViewPanel:
     """Return what can be drawn of one sample's views.
 
@@ -260,6 +264,7 @@ def panel_of(
         index: sample.
         mask: (B, 2, *grid) bool, True = hidden, of the global views of all samples.
         reconstruction: (2, [D,] H, W) float32 of this sample.
+        boundaries: draw boundaries of regions in the place of edges.
 
     Raises:
         IndexError: if the batch has no such sample, or no step was taken.
@@ -268,7 +273,10 @@ def panel_of(
         raise IndexError(f"sample {index} is not in the last batch")
     fields = ("clean", "foreground", "is_ct", "low", "high", "edge_q99", "spacing_mm")
     one = replace(views, **{name: getattr(views, name)[index : index + 1] for name in fields})
-    edges = [edge_maps(one, torch.full_like(views.hidden_view[:1], v))[0, 0] for v in (0, 1)]
+    if boundaries:
+        one = replace(one, regions=views.known_regions()[index : index + 1])
+    map_of = boundary_maps if boundaries else edge_maps
+    edges = [map_of(one, torch.full_like(views.hidden_view[:1], v))[0, 0] for v in (0, 1)]
     geometry = views.geometry
     boxes = [box_in_view(geometry.globals, v, geometry.overlap_box, views.size_vox)[index] for v in (0, 1)]
     panel: ViewPanel = {
