@@ -161,6 +161,11 @@ class RegionContrast(PretrainModule):
         self.build_teacher()
         self._step: tuple[RegionViews, Tensor, Tensor] | None = None
 
+    @property
+    def couples_samples(self) -> tuple[str, ...]:
+        """The negatives."""
+        return ("negatives",)
+
     def make_views(self, batch: ParentBatch) -> RegionViews:
         """Cut two global views from every parent, and the core that they share; draw the regions."""
         views = make_views(batch, self.views, self.appearance, self.seed, with_locals=False)
