@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -103,5 +105,5 @@ class Doubling(nn.Module):
 
 def average_cells(x: Tensor, cells: Size) -> Tensor:
     """Return (B, *cells, C) float32: means of maps (B, *grid, C) over cells of nearly equal size."""
-    pooled: Tensor = _AVERAGE[len(cells)](x.float().movedim(-1, 1), cells)
+    pooled: Tensor = cast(Any, _AVERAGE[len(cells)])(x.float().movedim(-1, 1), cells)  # torch: two numbers or three
     return pooled.movedim(1, -1)

@@ -68,4 +68,5 @@ def region_weights(regions: Tensor, numbers: Tensor, cells: Size) -> Tensor:
     votes.scatter_add_(1, slot * total + cell.flatten(), torch.ones_like(flat, dtype=torch.float32))
     own = torch.searchsorted(known, numbers)[..., None].expand(-1, -1, total)
     spread = votes.unflatten(1, (count + 1, total)).gather(1, own)
-    return spread / spread.sum(-1, keepdim=True).clamp_min(1)
+    weights: Tensor = spread / spread.sum(-1, keepdim=True).clamp_min(1)
+    return weights
