@@ -22,8 +22,9 @@ from agssd.regions.labels import LabelRegions
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.regions import region_weights
 
-SIZES = {2: (96, 64), 3: (48, 32)}  # of a body and of a view, by axes of space
-STEPS = 300
+SIZES = {2: (72, 48), 3: (40, 24)}  # of a body and of a view, by axes of space
+STEPS, BATCH = 300, 4
+APPEARANCE = {"prob_gamma": 1.0, "gamma": 2.0, "prob_histogram": 1.0, "prob_blur": 0.5, "prob_noise": 0.5}
 
 
 def build(dims: int, seed: int) -> RegionContrast:
@@ -34,7 +35,9 @@ def build(dims: int, seed: int) -> RegionContrast:
         (size,) * dims, (0.6, 1.3), num_local=0, local_size_vox=(8,) * dims, prob_flip=(0.5,) * dims, orientations="all"
     )
     heads: dict[str, Any] = {"head_hidden": 128, "predictor_hidden": 128, "head_dim": 64}
-    return RegionContrast(encoder, crops, num_regions=made_anatomy.NUM_REGIONS, lr=1e-3, seed=seed, **heads)
+    return RegionContrast(
+        encoder, crops, num_regions=made_anatomy.NUM_REGIONS, lr=1e-3, seed=seed, appearance=APPEARANCE, **heads
+    )
 
 
 @torch.no_grad()
@@ -75,7 +78,7 @@ def test_region_retrieval__rises_above_random_weights_and_random_regions(
         for name in sources:
             module = build(dims, seed)
             data = PretrainDataModule(
-                str(tmp_path / f"{name}.h5"), (size,) * dims, 16, num_workers=0, seed=seed, regions=True
+                str(tmp_path / f"{name}.h5"), (size,) * dims, BATCH, num_workers=0, seed=seed, regions=True
             )
             recipes.trainer(max_steps=STEPS).fit(module, data)
             found[name].append(retrieval(module.backbone, cache))

@@ -44,9 +44,10 @@ def make_case(dims: int, size: int, seed: int) -> PreparedCase:
             label = np.where(inside & (label > 0), number, label)
         waves = [gaussian_filter(rng.normal(size=shape), grain) for _ in range(2)]
         speckle = np.hypot(*waves) / np.hypot(*waves).mean()
-        echo = np.where(label == number, mean * rng.uniform(0.8, 1.25) * speckle, echo)
-    values = np.log1p(6 * rng.uniform(0.5, 2.0) * echo)
-    values = np.where(label > 0, 10 + 230 * values / values.max(), 0).round().astype(np.int16)
+        echo = np.where(label == number, mean * rng.uniform(0.6, 1.6) * speckle, echo)
+    values = np.log1p(6 * rng.uniform(0.3, 3.0) * echo)  # gain, then a curve of its own
+    values = (values / values.max()) ** rng.uniform(0.5, 2.0)
+    values = np.where(label > 0, 10 + 230 * values, 0).round().astype(np.int16)
     stored = (1, *shape) if dims == 2 else shape
     return PreparedCase(
         image=values.reshape(1, *stored),
