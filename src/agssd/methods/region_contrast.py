@@ -265,5 +265,5 @@ def _spread(given: RegionViews, cells: Size) -> Tensor:
 
 def _means(spread: Tensor, maps: Tensor) -> Tensor:
     """Return (B, 2, K, C) float32: means of maps (2B, *cells, C) over regions."""
-    means: Tensor = spread @ maps.flatten(1, -2).float()
-    return means.unflatten(0, (-1, 2))
+    means: Tensor = (spread @ maps.flatten(1, -2).float()).unflatten(0, (-1, 2))
+    return means
