@@ -17,19 +17,19 @@ from agssd.data_modules.pretrain import PretrainDataModule
 from agssd.data_modules.regions import write_regions
 from agssd.methods.region_contrast import RegionContrast
 from agssd.models.backbone import Backbone
-from agssd.models.vit import ViT
+from agssd.models.resnet_fpn import ResNetFPN
 from agssd.regions.labels import LabelRegions
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.regions import region_weights
 
-SIZES = {2: (72, 48), 3: (40, 24)}  # of a body and of a view, by axes of space
+SIZES = {2: (72, 48), 3: (40, 32)}  # of a body and of a view, by axes of space
 STEPS, BATCH = 300, 4
 APPEARANCE = {"prob_gamma": 1.0, "gamma": 2.0, "prob_histogram": 1.0, "prob_blur": 0.5, "prob_noise": 0.5}
 
 
 def build(dims: int, seed: int) -> RegionContrast:
     torch.manual_seed(seed)
-    encoder = ViT(1, 8, embed_dim=96, depth=3, num_heads=3, spatial_dims=dims)
+    encoder = ResNetFPN(1, "basic", (1, 1, 1), 16, 64, 8, 8, spatial_dims=dims)
     size = SIZES[dims][1]
     crops = OverlapCrops(
         (size,) * dims, (0.6, 1.3), num_local=0, local_size_vox=(8,) * dims, prob_flip=(0.5,) * dims, orientations="all"

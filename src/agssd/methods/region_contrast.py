@@ -67,8 +67,10 @@ class RegionContrast(PretrainModule):
     both, and a sample in which a tenth of its edges is still too much has no core (ours). The prediction is compared
     by its direction, 2 - 2 cos, where the paper has a squared error, in cells of the core that hold body (ours); boxes
     are one to ten, and curves invert no CT. The teacher moves once per optimiser step, where the released trainer
-    moves it at every scale. The teacher holds a copy of the predictor too, which is not read. Layer norm and GELU in
-    the heads; AdamW in place of LARS; our views, encoder and schedules. [CLS] learns only through attention.
+    moves it at every scale. The teacher holds a copy of the predictor too, which is not read. The heads standardise
+    over the regions or cells of a view and not over the batch (ours, see :class:`agssd.models.heads.PointNorm`; with
+    layer norm the second term makes all features alike), with GELU; AdamW in place of LARS; our views, encoder and
+    schedules. [CLS] learns only through attention.
 
     Negatives are the other samples of a micro-batch of all ranks, so accumulation changes the result: fewer negatives.
 
@@ -153,9 +155,9 @@ class RegionContrast(PretrainModule):
                 "backbone": backbone,
                 "pyramid": pyramid,
                 "projectors": nn.ModuleList(
-                    ProjectionHead(width, head_hidden, head_dim, layers=2) for width in pyramid.channels
+                    ProjectionHead(width, head_hidden, head_dim, 2, over_points=True) for width in pyramid.channels
                 ),
-                "predictor": ProjectionHead(head_dim, predictor_hidden, head_dim, layers=2),
+                "predictor": ProjectionHead(head_dim, predictor_hidden, head_dim, 2, over_points=True),
             }
         )
         self.build_teacher()

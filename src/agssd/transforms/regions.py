@@ -45,6 +45,9 @@ def draw_regions(regions: Tensor, count: int, min_voxels: int, random: KeyedRand
 def region_weights(regions: Tensor, numbers: Tensor, cells: Size) -> Tensor:
     """Return how each region is spread over the cells of a map: the weights of its mean feature.
 
+    Cells divide the image evenly; those of an encoder whose last cells reach beyond it (a view that is no multiple of
+    the stride) are taken a little too small.
+
     Args:
         regions: (V, *size) integers, 0 = none.
         numbers: (V, K) int64, regions to look at, any of them repeatedly; 0 for none.
