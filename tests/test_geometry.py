@@ -11,10 +11,12 @@ from agssd.geometry import (
     correspondence,
     invert,
     mutual_neighbours,
+    num_rotations,
     overlap_grid,
     rotation_from_6d,
     rotation_matrices,
     sample_tokens,
+    shrink_into_views,
     signed_permutations,
     token_centres,
     transform,
@@ -225,3 +227,33 @@ def test_mutual_neighbours__are_those_of_a_search_over_all_distances(rotated: bo
         assert len(found[chosen].unique()) == chosen.sum()  # one to one
     again, other_way, _ = mutual_neighbours(second, first, grid)
     assert other_way.sum() == mutual.sum()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_shrink_into_views__is_the_largest_box_of_its_proportions_that_lies_in_every_view(dims):
+    generator = torch.Generator().manual_seed(dims)
+    centre = 20 + 3 * torch.rand(200, 2, dims, generator=generator)
+    edge = 10 + 8 * torch.rand(200, 2, dims, generator=generator)
+    low, high = (centre - edge / 2).amax(1), (centre + edge / 2).amin(1)
+    box = torch.stack([low, high], -1)
+    table = signed_permutations(dims=dims)
+    orientation = table[torch.randint(len(table), (200, 2), generator=generator)]
+    plain = view_affine(centre - 0.5, edge, orientation)
+    found, fits = shrink_into_views(box, plain)
+    assert fits.all()
+    torch.testing.assert_close(found, box, rtol=0, atol=1e-4)
+
+    angles = 0.6 * torch.rand(200, 2, num_rotations(dims), generator=generator) - 0.3
+    turned = view_affine(centre - 0.5, edge, orientation, rotation_matrices(angles))
+    found, fits = shrink_into_views(box, turned)
+    share = (found[..., 1] - found[..., 0]) / (high - low)
+    torch.testing.assert_close(share, share[:, :1].expand(-1, dims))
+    torch.testing.assert_close(found.mean(-1), box.mean(-1))
+    corners = torch.cartesian_prod(*[torch.tensor([-0.5, 0.5])] * dims)
+    for factor, inside in ((0.999, True), (1.001, False)):
+        points = found.mean(-1)[:, None] + factor * corners * (found[..., 1] - found[..., 0])[:, None]
+        u = transform(invert(turned), (points - 0.5)[:, None].expand(-1, 2, -1, -1))
+        assert ((u.abs() <= 1).all((1, 2, 3)) == inside)[fits & (share[:, 0] < 1)].all()
+    assert fits.float().mean() > 0.9 and (share[:, 0] < 0.95).float().mean() > 0.5
+    _, fits = shrink_into_views(box + 2 * edge.amax(1)[..., None], turned)
+    assert not fits.any()

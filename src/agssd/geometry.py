@@ -228,6 +228,30 @@ def overlap_grid(affine_a: Tensor, affine_b: Tensor, box: Tensor, points_per_axi
     return transform(invert(affine_a), points), transform(invert(affine_b), points)
 
 
+def shrink_into_views(box: Tensor, affine: Tensor, least: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Return boxes shrunk about their middles, in their proportions, until they lie in every view of their sample.
+
+    Where views are only flipped and turned by quarters, the intersection of two is a box that stays as it is. A view
+    that is rotated further has turned out of some corners, and the largest box of these proportions is left.
+
+    Args:
+        box: (B, d, 2) float32, in parent voxels, [low, high) edges per axis.
+        affine: (B, V, d + 1, d + 1) float32, ``u`` of each view to parent voxels.
+        least: smallest share of the edges that is looked for.
+
+    Returns:
+        The boxes (B, d, 2) float32, and (B,) bool: False where ``least`` of the edges is still too much, and the box
+        sticks out.
+    """
+    middle, half = box.mean(-1), (box[..., 1] - box[..., 0]) / 2
+    inverse = torch.linalg.inv_ex(affine[..., :-1, :-1]).inverse  # (B, V, d, d)
+    u = (inverse @ (middle[:, None, :, None] - 0.5 - affine[..., :-1, -1:]))[..., 0]  # (B, V, d), of the middle
+    reach = (inverse.abs() @ half[:, None, :, None])[..., 0]  # of the corner that lies farthest along each axis
+    share = ((1 - u.abs()) / reach).amin((1, 2)).clamp_max(1)  # (B,)
+    half = half * share.clamp_min(least)[:, None]
+    return torch.stack([middle - half, middle + half], -1), share >= least
+
+
 def rotation_from_6d(vectors: Tensor) -> Tensor:
     """Return (..., 3, 3) rotations whose first two columns are nearest to the two vectors (..., 6), by Gram-Schmidt.
 

@@ -39,6 +39,8 @@ GLOBAL_BATCH = 4
 SMALL: dict[str, Any] = {
     "num_prototypes": 64,
     "head_hidden": 64,
+    "predictor_hidden": 64,
+    "num_regions": 8,
     "head_bottleneck": 32,
     "head_dim": 32,
     "fuser_heads": 3,

@@ -117,6 +117,11 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "head_bottleneck": (0,),
     "head_dim": (0,),
     "points_per_axis": (0,),
+    "num_regions": (0,),
+    "num_scales": (0,),
+    "core_cells": (0,),
+    "predictor_hidden": (0,),
+    "min_share": (1.0, -0.1),
     "crop_scale": (0.0, -1.0),
     "prob_paint": (-0.1, 1.5),
 }

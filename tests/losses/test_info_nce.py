@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from agssd.losses.info_nce import KeyQueue, first_among_all, info_nce
+from agssd.losses.info_nce import KeyQueue, first_among_all, info_nce, region_info_nce
 
 
 def rows(count: int, width: int, seed: int) -> torch.Tensor:
@@ -163,3 +165,101 @@ def test_queue__of_more_keys_than_room_keeps_the_last() -> None:
 def test_queue__is_refused_without_room() -> None:
     with pytest.raises(ValueError, match="queue_size is 0"):
         KeyQueue(0, 4)
+
+
+# ------------------------------------------------------------------ regions
+
+
+NUMBERS = torch.tensor([[[3, 9, 4], [9, 3, 5]], [[7, 7, 0], [7, 8, 8]], [[0, 0, 0], [0, 0, 0]]])
+
+
+def plain_regions(queries: torch.Tensor, keys: torch.Tensor, numbers: torch.Tensor, temperature: float) -> float:
+    """Each distinct region of each view finds itself in the other view, among distinct regions; loops in float64."""
+    q, k = (x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=-1, keepdims=True) for x in (queries, keys))
+    samples = []
+    for b in range(len(q)):
+        losses = []
+        for v in (0, 1):
+            for number in set(numbers[b, v].tolist()) - {0}:
+                if number not in numbers[b, 1 - v]:
+                    continue
+                query = q[b, v, numbers[b, v].tolist().index(number)]
+                total = 0.0
+                for image in range(len(q)):
+                    for view in (0, 1):
+                        for other in set(numbers[image, view].tolist()) - {0}:
+                            key = k[image, view, numbers[image, view].tolist().index(other)]
+                            share = np.exp(query @ key / temperature)
+                            if (image, other) != (b, number):
+                                total += share
+                            elif view != v:
+                                own = share
+                losses.append(-np.log(own / (own + total)))
+        samples.append(np.mean(losses) if losses else 0.0)
+    return float(np.mean(samples))
+
+
+def features_of(numbers: torch.Tensor, seed: int) -> torch.Tensor:
+    """Random features, the same where a view has drawn a region again."""
+    x = torch.randn(*numbers.shape, 10, generator=torch.Generator().manual_seed(seed))
+    first = (numbers[..., None] == numbers[..., None, :]).int().argmax(-1)
+    return x.gather(2, first[..., None].expand_as(x))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_region_info_nce__equals_numpy(temperature: float) -> None:
+    queries, keys = features_of(NUMBERS, 0), features_of(NUMBERS, 1)
+    found = region_info_nce(queries, keys, NUMBERS, temperature)
+    assert found.item() == pytest.approx(plain_regions(queries, keys, NUMBERS, temperature), rel=1e-5)
+
+
+def test_region_info_nce__is_smallest_where_every_region_finds_itself() -> None:
+    numbers = torch.tensor([[[4, 5, 6]] * 2, [[4, 8, 9]] * 2])
+    keys = torch.eye(6).view(2, 1, 3, 6).expand(2, 2, 3, 6)
+    own = region_info_nce(keys, keys, numbers, 0.1).item()
+    assert own == pytest.approx(np.log(1 + 10 * np.exp(-10)), rel=1e-4)  # 2 views x 5 other regions
+    for order in itertools.permutations(range(3)):
+        other = region_info_nce(keys[:, :, list(order)], keys, numbers, 0.1).item()
+        assert order == (0, 1, 2) or other > own + 3
+    same = torch.ones_like(keys)  # collapse: nothing is told from anything
+    assert region_info_nce(same, same, numbers, 0.1).item() == pytest.approx(np.log(11), rel=1e-5)
+
+
+def test_region_info_nce__names_of_regions_and_their_order_change_nothing() -> None:
+    queries, keys = features_of(NUMBERS, 0), features_of(NUMBERS, 1)
+    found = region_info_nce(queries, keys, NUMBERS, 0.1)
+    renamed = torch.where(NUMBERS > 0, (NUMBERS * 7919) % 97 + 2**40, 0)
+    assert torch.equal(region_info_nce(queries, keys, renamed, 0.1), found)
+    order = torch.tensor([2, 0, 1])
+    moved = [x[:, :, order] for x in (queries, keys, NUMBERS)]
+    torch.testing.assert_close(region_info_nce(*moved, 0.1), found)
+
+
+def test_region_info_nce__drawing_a_region_again_changes_nothing() -> None:
+    queries, keys = features_of(NUMBERS, 0), features_of(NUMBERS, 1)
+    again = [torch.cat([x, x[:, :, 1:2], x[:, :, 1:2]], 2) for x in (queries, keys, NUMBERS)]
+    torch.testing.assert_close(region_info_nce(*again, 0.1), region_info_nce(queries, keys, NUMBERS, 0.1))
+
+
+def test_region_info_nce__the_same_region_of_the_own_view_is_no_negative() -> None:
+    numbers = torch.tensor([[[3, 3], [3, 3]]])
+    queries = features_of(numbers, 0).requires_grad_()
+    loss = region_info_nce(queries, features_of(numbers, 1), numbers, 0.1)
+    assert loss.item() == 0  # there is nothing else to be told from
+    loss.backward()
+    assert queries.grad is not None and not queries.grad.any()
+    other = torch.tensor([[[3, 4], [3, 4]]])
+    assert region_info_nce(features_of(other, 0), features_of(other, 1), other, 0.1) > 0
+
+
+def test_region_info_nce__gradient_flows_to_queries_alone_and_is_finite_without_regions() -> None:
+    queries, keys = features_of(NUMBERS, 0).requires_grad_(), features_of(NUMBERS, 1).requires_grad_()
+    region_info_nce(queries, keys, NUMBERS, 0.1).backward()
+    assert keys.grad is None and queries.grad is not None and queries.grad.isfinite().all()
+    assert queries.grad[0].abs().sum(-1).gt(0).tolist() == [[True, True, False], [True, True, False]]
+    assert not queries.grad[2].any()
+    nothing = region_info_nce(queries, keys, 0 * NUMBERS, 0.1)
+    assert nothing.item() == 0
+    queries.grad = None
+    nothing.backward()
+    assert queries.grad is not None and not queries.grad.any()

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agssd.distributed import gather_rows, rank
+from agssd.losses.distillation import masked_mean
+
+_NEVER = -1e4  # a logit that counts for nothing, and whose gradient is 0
 
 
 def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
@@ -27,6 +30,48 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
         offered = F.normalize(gather_rows(keys.detach().float()), dim=-1, eps=1e-6)
         own = torch.arange(len(found), device=found.device) + rank() * len(found)
         return 2 * temperature * F.cross_entropy(found @ offered.T / temperature, own)
+
+
+def region_info_nce(queries: Tensor, keys: Tensor, numbers: Tensor, temperature: float) -> Tensor:
+    """Return how well each region of a view finds itself in the other view of its image; a mean over samples.
+
+    Every query is told to find the key of the same region in the other view among the keys of all other regions, of
+    both views and of all images of the micro-batch of all ranks. Keys of the same region of the same image, in the own
+    view or drawn more than once, are no negatives. Queries and negatives that were drawn m times count 1/m each, so
+    that drawing a region again changes nothing. Regions of a sample count alike, and then samples; one without regions
+    counts 0. Accumulation changes the result: negatives come from one micro-batch.
+
+    Source: Hénaff et al., ICCV 2021, arXiv 2103.10957 [R: DetCon], whose form ANAUS has, arXiv 2605.25402.
+    Deviates: negatives that were drawn repeatedly count once (ours; there they count as often as they were drawn).
+
+    Args:
+        queries: (B, 2, K, E) of the student, of K regions of both views.
+        keys: (B, 2, K, E) of the teacher; no gradient flows to them.
+        numbers: (B, 2, K) int64, of which region each row is; 0 for none.
+        temperature: of the softmax.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        found = F.normalize(queries.float(), dim=-1, eps=1e-6)
+        offered = F.normalize(gather_rows(keys.detach().float()), dim=-1, eps=1e-6)
+        batch, _, count = numbers.shape
+        times = (numbers[..., None] == numbers[..., None, :]).sum(-1)  # (B, 2, K): how often each was drawn
+        weight = (numbers > 0) / times
+        all_numbers, all_weights = gather_rows(numbers), gather_rows(weight)
+        cosines = (found.flatten(0, 2) @ offered.flatten(0, 2).T).view(batch, 2, count, -1, 2, count)
+        logits = cosines / temperature
+
+        image = torch.arange(batch, device=numbers.device) + rank() * batch
+        own = image[:, None] == torch.arange(len(all_numbers), device=numbers.device)  # (B, ranks * B)
+        same = own[:, None, None, :, None, None] & (numbers[:, :, :, None, None, None] == all_numbers)
+        other_view = ~torch.eye(2, dtype=torch.bool, device=numbers.device)
+        positive = same & other_view[:, None, None, :, None] & (all_weights > 0)
+        negative = ~same & (all_weights > 0)
+        known = positive.sum((-3, -2, -1))  # (B, 2, K)
+        wanted = (logits * positive).sum((-3, -2, -1)) / known.clamp_min(1)
+        others = (logits + all_weights.clamp_min(1e-6).log()).masked_fill(~negative, _NEVER)
+        loss = F.softplus(others.flatten(3).logsumexp(-1) - wanted)
+        weight = weight * (known > 0)
+        return masked_mean(loss.flatten(1), weight.flatten(1))
 
 
 def first_among_all(cosines: Tensor, temperature: float) -> Tensor:

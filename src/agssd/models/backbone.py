@@ -92,11 +92,12 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__} cannot leave tokens out; use a ViT, or SimMIM instead of MAE")
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Features:
+    def forward(self, x: Tensor, drop_noise: Tensor | None = None) -> Features:
         """Return features of unmasked volumes with ``levels`` filled.
 
         Args:
             x: (B, C, [D,] H, W) in the model's intensity range; D, H, W divisible by ``patch_size``.
+            drop_noise: (B, depth) uniforms in [0, 1) for stochastic depth, or None for no drop.
 
         Raises:
             ValueError: if the channels or the shape do not fit.

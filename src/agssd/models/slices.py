@@ -95,8 +95,8 @@ class SliceEncoder(Backbone):
             )
         return maps, pooled
 
-    def forward(self, x: Tensor) -> Features:
-        """Return features of volumes (B, C, D, H, W)."""
+    def forward(self, x: Tensor, drop_noise: Tensor | None = None) -> Features:
+        """Return features of volumes (B, C, D, H, W); nothing is dropped here."""
         d, h, w = grid = self.check_input(x)
         sliced = x.movedim(self.axis + 2, 1)  # (B, S, C, h, w)
         in_plane = [n for axis, n in enumerate(grid) if axis != self.axis]

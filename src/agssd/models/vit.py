@@ -407,7 +407,7 @@ class ViT(Backbone):
         patches = tokens[:, self.num_prefix :]
         return Features(patches.mean(1) if self.cls_token is None else tokens[:, 0], patches, grid, levels)
 
-    def forward(self, x: Tensor) -> Features:
+    def forward(self, x: Tensor, drop_noise: Tensor | None = None) -> Features:
         """Return features of unmasked volumes.
 
         ``levels`` are four maps (B, E, *grid): the residual stream after blocks ``i * depth // 4`` (counted from
@@ -416,11 +416,12 @@ class ViT(Backbone):
 
         Args:
             x: (B, C, [D,] H, W) in the model's intensity range.
+            drop_noise: (B, depth) uniforms in [0, 1), or None, as for :meth:`forward_views`.
 
         Raises:
             ValueError: if channels or shape do not fit.
         """
-        normed, states, grids = self._blocks([x], None, None, tuple(set(self.level_blocks)))
+        normed, states, grids = self._blocks([x], None, [drop_noise], tuple(set(self.level_blocks)))
         by_block = dict(zip(sorted(set(self.level_blocks)), states, strict=True))
         maps = [by_block[i][0] for i in self.level_blocks] + normed
         levels = [m[:, self.num_prefix :].mT.unflatten(2, grids[0]) for m in maps]

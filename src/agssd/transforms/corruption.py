@@ -17,7 +17,6 @@ from agssd.transforms.intensity import apply_where
 from agssd.transforms.keyed_random import KeyedRandom
 
 _CURVE_POINTS = 256
-_MAX_BOXES = 5
 _NEXT_BOX = 0.95  # probability that another box follows [R: Models Genesis]
 
 
@@ -80,24 +79,25 @@ def bezier_intensity(unit: Tensor, random: KeyedRandom, prob_invert: float | Ten
     return torch.lerp(y0, y1, share).view_as(unit)
 
 
-def paint(unit: Tensor, random: KeyedRandom, prob_out: float = 0.8) -> Tensor:
+def paint(unit: Tensor, random: KeyedRandom, prob_out: float = 0.8, max_boxes: int = 5) -> Tensor:
     """Return the images with boxes of noise inside (in-painting) or noise around boxes (out-painting).
 
-    One to five boxes per image; edges of a sixth to a third of the image's for in-painting, of 3/7 to 4/7 for
+    One to ``max_boxes`` boxes per image; edges of a sixth to a third of the image's for in-painting, of 3/7 to 4/7 for
     out-painting.
 
     Args:
         unit: (B, C, [D,] H, W) float32 in [0, 1].
         random: keyed by the B images.
         prob_out: share of images that are painted around their boxes.
+        max_boxes: another box follows the last with probability 0.95, up to so many.
     """
     outside = random.uniform(1, 1) < prob_out  # (B, 1, 1)
     size = constant(tuple(unit.shape[2:]), unit.device)
-    draw = random.uniform(_MAX_BOXES, len(size))
+    draw = random.uniform(max_boxes, len(size))
     edge = torch.where(outside, 3 / 7 + draw / 7, 1 / 6 + draw / 6) * size  # (B, boxes, d)
     edge = edge.round().clamp_min(1)
-    start = (random.uniform(_MAX_BOXES, len(size)) * (size - edge + 1)).floor()
-    follows = torch.cat([torch.ones_like(outside[:, :, 0]), (random.uniform(_MAX_BOXES - 1) < _NEXT_BOX).float()], 1)
+    start = (random.uniform(max_boxes, len(size)) * (size - edge + 1)).floor()
+    follows = torch.cat([torch.ones_like(outside[:, :, 0]), (random.uniform(max_boxes - 1) < _NEXT_BOX).float()], 1)
     used = follows.cumprod(1) > 0  # (B, boxes)
     covered = per_sample(used, unit)
     for axis, length in enumerate(unit.shape[2:]):
@@ -119,9 +119,10 @@ class Corruption:
         invert_ct: also on CT, whose Hounsfield units mean something; else every curve rises there.
         prob_paint: share of views that are painted.
         prob_out: share of these that are painted around boxes and not inside.
+        max_boxes: most boxes that are painted.
 
     Raises:
-        ValueError: if a share is no number from 0 to 1.
+        ValueError: if a share is no number from 0 to 1, or there is no box.
     """
 
     def __init__(
@@ -131,16 +132,20 @@ class Corruption:
         invert_ct: bool = False,
         prob_paint: float = 0.9,
         prob_out: float = 0.8,
+        max_boxes: int = 5,
     ) -> None:
         shares = {"shuffle": prob_shuffle, "curve": prob_curve, "paint": prob_paint, "out": prob_out}
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"prob_{name} is {share}; a share lies from 0 to 1")
+        if max_boxes < 1:
+            raise ValueError(f"max_boxes is {max_boxes}; give at least 1")
         self.prob_shuffle = prob_shuffle
         self.prob_curve = prob_curve
         self.invert_ct = invert_ct
         self.prob_paint = prob_paint
         self.prob_out = prob_out
+        self.max_boxes = max_boxes
 
     def __call__(self, views: Tensor, is_ct: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return the corrupted views.
@@ -174,4 +179,4 @@ class Corruption:
         return bezier_intensity(unit, KeyedRandom.from_keys(keys), prob_invert)
 
     def _paint(self, unit: Tensor, keys: Tensor, is_ct: Tensor) -> Tensor:
-        return paint(unit, KeyedRandom.from_keys(keys), self.prob_out)
+        return paint(unit, KeyedRandom.from_keys(keys), self.prob_out, self.max_boxes)
