@@ -208,6 +208,8 @@ def test_method__keeps_its_own_settings_in_every_experiment(
     model, data = ["--model", str(method)], ["--data.cache", "cache.h5", "--trainer.accelerator", "cpu"]
     if name != "small" and method.stem.endswith("_small"):
         pytest.skip("sized for small experiments")
+    if "ultrasound" in name and len(content(method)["init_args"].get("base_grid", [])) == 3:
+        pytest.skip("a grid of volumes; frames need a --model.base_grid of two numbers")
     AgssdCLI(["fit", "--config", str(CONF / f"experiment/{name}.yaml"), *model, *data])
     (cli,) = only_build
     stated = content(method)
