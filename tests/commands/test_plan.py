@@ -189,6 +189,29 @@ def test_plan__refuses(arguments: list[str], names: str, capsys: pytest.CaptureF
     assert names in capsys.readouterr().err
 
 
+def test_plan__weights_have_gradients_and_two_moments(tiny_cache: Path) -> None:
+    text = plan(*MAE, "--device", "cpu", "--data.cache", str(tiny_cache), "--data.global_batch_size", "2")
+    trained = figure(text, r"trained, all together +([\d,]+)") * 4 / 2**20
+    assert figure(text, r"gradients +([\d.]+) MiB") == pytest.approx(trained, abs=0.1)
+    assert figure(text, r"optimiser +([\d.]+) MiB") == pytest.approx(2 * trained, abs=0.1)
+    parts = ("weights", "gradients", "optimiser", "views and inputs", "encoder activations", "heads, logits, losses")
+    total = sum(figure(text, rf"{part} +([\d.]+) MiB") for part in parts)
+    assert figure(text, r"together +([\d.]+) MiB") == pytest.approx(total, abs=0.5)
+
+
+@pytest.mark.slow
+def test_plan__regions_are_planned_for(tiny_cache: Path, tmp_path: Path) -> None:
+    settings = [*AGSSD, "--device", "cpu", "--data.global_batch_size", "4", "--data.cache"]
+    assert main(["regions", str(tiny_cache), "--source", "supervoxels", "--out", str(tmp_path / "regions.h5")]) == 0
+    chosen = ["--data.regions", "true", "--views.centres", "regions", "--model.mask_score", "region"]
+    with_regions = plan(*settings, str(tmp_path / "regions.h5"), *chosen, "--measure")
+    assert abs(deviation(with_regions)) < 15, with_regions
+    views = [
+        figure(text, r"views and inputs +([\d.]+) MiB") for text in (plan(*settings, str(tiny_cache)), with_regions)
+    ]
+    assert views[1] > views[0], "maps take memory"
+
+
 @pytest.mark.slow
 def test_plan__memory_is_that_of_a_real_step(tiny_cache: Path) -> None:
     batch = ["--data.global_batch_size", "4", "--data.parent_vox", "[40,56,40]", "--data.cache", str(tiny_cache)]
