@@ -63,7 +63,7 @@ def retrieval(encoder: Backbone, cache: VolumeCache) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dims", [2, 3])
-def test_region_retrieval__rises_above_random_weights_and_random_regions(
+def test_region_contrast_retrieval__rises_above_random_weights_and_random_regions(
     dims: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     size = SIZES[dims][0]
