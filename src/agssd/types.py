@@ -103,7 +103,9 @@ class ViewPanel(TypedDict, total=False):
     globals: Tensor  # (2, [D,] H, W) inputs after appearance augmentation
     clean: Tensor  # (2, [D,] H, W) clean global views
     locals: Tensor  # (L, [d,] h, w)
-    edges: Tensor  # (2, [D,] H, W) in [0, 1]; boundaries of regions where masks prefer these
+    core: Tensor  # (2, [D,] H, W) what both global views share, corrupted and clean
+    edges: Tensor  # (2, [D,] H, W) in [0, 1]
+    boundaries: Tensor  # (2, [D,] H, W) in [0, 1], of regions, where these matter and edges do not
     mask: Tensor  # (2, *grid) bool
     reconstruction: Tensor  # (2, [D,] H, W) prediction where masked, clean elsewhere
     overlap_box: Tensor  # (2, d, 2) float: overlap in voxels of each global view, [start, end) per axis

@@ -150,7 +150,7 @@ def test_mask_region__hides_boundaries_first_in_either_way_of_masking(batch) -> 
 def test_panel_of__shows_boundaries_where_they_are_asked_for(batch) -> None:
     views = make_views(slabs(batch, slice(0, 0)), CROPS, None, 0)
     for index in (0, 3):
-        edges = panel_of(views, index, boundaries=True)["edges"]
+        edges = panel_of(views, index, boundaries=True)["boundaries"]
         for v in (0, 1):
             assert torch.equal(edges[v], boundary_maps(views, torch.full((4,), v))[index, 0])
         assert not torch.equal(edges, panel_of(views, index)["edges"])

@@ -109,14 +109,15 @@ def _blocks(panel: ViewPanel, index: int) -> list[tuple[str, list[list[_Tile]]]]
         (f"sample {index + 1}\n{names[view]}", [_view_row(arrays, base[view], view, window, factor)])
         for view in range(len(base))
     ]
-    crops = arrays.get("locals")
-    if crops is not None and len(crops):
-        factor = max(1, factor * max(base.shape[1:]) // max(crops.shape[1:]))
-        row = [
-            _Tile(_upscaled(_grey(_slice(crop, 0, crop.shape[0] // 2), window), factor), f"local {number + 1}")
-            for number, crop in enumerate(crops[:8])
-        ]
-        blocks.append((f"sample {index + 1}\nlocals", [row]))
+    locals_ = [(f"local {number + 1}", crop) for number, crop in enumerate(arrays.get("locals", ())[:8])]
+    core = list(zip(("corrupted", "clean"), arrays.get("core", ()), strict=False))
+    for name, crops in (("locals", locals_), ("core", core)):
+        row = []
+        for title, crop in crops:
+            times = max(1, factor * max(base.shape[1:]) // max(crop.shape))
+            row.append(_Tile(_upscaled(_grey(_slice(crop, 0, crop.shape[0] // 2), window), times), title))
+        if row:
+            blocks.append((f"sample {index + 1}\n{name}", [row]))
     return blocks
 
 
@@ -158,8 +159,9 @@ def _view_row(
         hidden = spread(mask)[..., None]
         tinted = _grey(axial(inputs), window) * (1 - 0.55 * hidden) + 0.55 * hidden * _MASK_COLOUR
         tiles.append(_Tile(_upscaled(tinted, factor), f"mask, {share:.0%} hidden" if share else "mask, none hidden"))
-    if "edges" in arrays:
-        tiles.append(_Tile(_upscaled(_coloured(axial(arrays["edges"][view]), "magma"), factor), "edges"))
+    for name in ("edges", "boundaries"):
+        if name in arrays:
+            tiles.append(_Tile(_upscaled(_coloured(axial(arrays[name][view]), "magma"), factor), name))
     if "reconstruction" in arrays:
         tiles.append(_Tile(_upscaled(_grey(axial(arrays["reconstruction"][view]), window), factor), "reconstruction"))
     if "attention" in arrays:

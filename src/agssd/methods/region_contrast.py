@@ -247,8 +247,8 @@ class RegionContrast(PretrainModule):
         if self._step is None:
             return panel_of(None, index)
         given = self._step[0]
-        panel = panel_of(given.views, index)
-        panel["locals"] = torch.cat([given.core_inputs[index, :, 0], given.core[index, :, 0]])
+        panel = panel_of(given.views, index, boundaries=True)
+        panel["core"] = torch.cat([given.core_inputs[index, :, 0], given.core[index, :, 0]])
         return panel
 
 

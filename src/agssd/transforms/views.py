@@ -276,15 +276,15 @@ def panel_of(
     if boundaries:
         one = replace(one, regions=views.known_regions()[index : index + 1])
     map_of = boundary_maps if boundaries else edge_maps
-    edges = [map_of(one, torch.full_like(views.hidden_view[:1], v))[0, 0] for v in (0, 1)]
+    maps = [map_of(one, torch.full_like(views.hidden_view[:1], v))[0, 0] for v in (0, 1)]
     geometry = views.geometry
     boxes = [box_in_view(geometry.globals, v, geometry.overlap_box, views.size_vox)[index] for v in (0, 1)]
     panel: ViewPanel = {
         "globals": views.inputs[index, :, 0],
         "clean": views.clean[index, :, 0],
-        "edges": torch.stack(edges),
         "overlap_box": torch.stack(boxes),
     }
+    panel["boundaries" if boundaries else "edges"] = torch.stack(maps)
     if views.locals is not None:
         panel["locals"] = views.locals[index, :, 0]
     if mask is not None:
