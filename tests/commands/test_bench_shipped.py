@@ -297,6 +297,7 @@ def test_full_form__every_kind_of_command_builds(path: Path, tmp_path: Path, mon
             "AGSSD",
             "MAE",
             "IBOT",
+            "RegionContrast",
             "SegmentationTask",
             "ClassificationTask",
             "UNetTask",
