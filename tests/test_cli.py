@@ -706,7 +706,8 @@ sys.exit(agssd.cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("settles_s", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("settles_s", ["0", "1"])
 def test_fit__told_together_with_the_wandb_service_saves_itself_and_says_so(
     conf: Path, tmp_path: Path, settles_s: str
 ) -> None:
@@ -723,6 +724,7 @@ def test_fit__told_together_with_the_wandb_service_saves_itself_and_says_so(
     assert done.stderr.count("W&B is lost until the next start") == 1 and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_fit__without_checkpoints_a_signal_ends_it_as_any_program(conf: Path, tmp_path: Path) -> None:
     code = "import os, signal, sys, agssd.cli as cli; there = cli._import_training\n"
     code += "def told(): there(); os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -734,6 +736,7 @@ def test_fit__without_checkpoints_a_signal_ends_it_as_any_program(conf: Path, tm
     assert done.returncode == -signal.SIGTERM, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_fit__two_processes_reach_the_weights_of_one(
     conf: Path, tmp_path: Path, tiny_cache: Path, spoil_cache: Callable[..., Path]

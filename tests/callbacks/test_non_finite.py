@@ -360,6 +360,7 @@ def test_capture__holds_no_path_and_no_name_and_is_data_only(capture: Path, tiny
 # ----------------------------------------------------------------- two ranks
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_non_finite__two_ranks_withhold_alike_and_the_guilty_one_captures(tiny_cache: Path, tmp_path: Path) -> None:
     script = Path(__file__).with_name("one_goes_wrong.py")

@@ -388,7 +388,7 @@ def test_rollback__a_checkpoint_saved_within_the_window_of_a_report_is_not_healt
     assert [(one["from_step"], one["to_step"]) for one in monitor.rollback.done] == [(16, 4)]
 
 
-@pytest.mark.parametrize("cut_at", [5, 6, 7, 10])
+@pytest.mark.parametrize("cut_at", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (5, 7, 10))])
 def test_rollback__goes_where_an_undisturbed_run_goes_however_it_was_cut(
     cut_at: int, tiny_cache: Path, tmp_path: Path
 ) -> None:

@@ -79,7 +79,7 @@ def end(file: Path) -> None:
 
 
 WAYS = [
-    ("kill", LOST, r"rank 1 was ended by SIGKILL"),
+    pytest.param("kill", LOST, r"rank 1 was ended by SIGKILL", marks=pytest.mark.slow),
     pytest.param(
         "stop",
         LOST,

@@ -210,7 +210,12 @@ def bench_words(
     return found[-1]
 
 
-parametrised = pytest.mark.parametrize("bench_words", BENCHES, ids=lambda path: path.stem, indirect=True)
+LONG = ("heads", "hippocampus_regions")  # whose cache takes long to make
+parametrised = pytest.mark.parametrize(
+    "bench_words",
+    [pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in LONG else ()) for path in BENCHES],
+    indirect=True,
+)
 
 
 def test_bases__each_is_laid_under_a_bench() -> None:

@@ -33,6 +33,7 @@ def test_doctor__finds_nothing_wrong_with_frames(
     assert "field-of-view" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fit_and_report__on_frames(frames_cache: Path, tmp_path: Path) -> None:
     arguments = ["fit", "--config", str(CONF / "experiment/agssd_ultrasound_small.yaml"), "--data.cache",
                  str(frames_cache), "--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.max_steps", "1",
