@@ -59,6 +59,8 @@ class Backbone(nn.Module, ABC):
     can_leave_out: bool = False
     last_cls_attention: list[Tensor] | None = None
     _record_cls_attention: bool = False
+    drop_probs: tuple[float, ...]  # of each block to be skipped
+    drop_prob_row: Tensor  # the same, (depth,)
 
     @property
     def spatial_dims(self) -> int:
@@ -271,6 +273,22 @@ class Backbone(nn.Module, ABC):
             raise ValueError(
                 f"drop_noise has shape {tuple(noise.shape)}; expected (B, depth) = {(samples, self.depth)}"
             )
+
+    def keep_factors(self, noise: Tensor | None, samples: int) -> Tensor | None:
+        """Return (depth, B, 1, ..., 1) float32 factors of the blocks' branches, or None if nothing can drop.
+
+        For encoders with ``drop_probs`` and the same as a buffer, ``drop_prob_row``. 0 = skipped, else 1 / (1 - prob).
+
+        Raises:
+            ValueError: if ``noise`` is not (B, depth).
+        """
+        if noise is not None:
+            self.check_drop_noise(noise, samples)
+        if noise is None or self.drop_probs[-1] == 0.0:
+            return None
+        prob = self.drop_prob_row.float()
+        factors: Tensor = (noise >= prob).float() / (1 - prob)
+        return factors.t().reshape(self.depth, samples, *[1] * (self.spatial_dims + 1))
 
     def check_input(self, x: Tensor) -> Size:
         """Return the token grid of ``x`` (B, C, [D,] H, W).

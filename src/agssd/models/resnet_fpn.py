@@ -173,16 +173,6 @@ class ResNetFPN(Backbone):
         """Stop training the cell that replaces hidden ones."""
         self.mask_token.requires_grad_(False)
 
-    def _keep_factors(self, noise: Tensor | None, samples: int) -> Tensor | None:
-        """Return (depth, B, 1, ..., 1) branch factors, or None if nothing can drop."""
-        if noise is not None:
-            self.check_drop_noise(noise, samples)
-        if noise is None or self.drop_probs[-1] == 0.0:
-            return None
-        prob = self.drop_prob_row.float()
-        factors: Tensor = (noise >= prob).float() / (1 - prob)
-        return factors.t().reshape(self.depth, samples, *[1] * (self.spatial_dims + 1))
-
     def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return cells (B, width, [D_0,] H_0, W_0) behind the stem, hidden ones replaced."""
         grid = self.check_input(x)
@@ -200,7 +190,7 @@ class ResNetFPN(Backbone):
 
     def _maps(self, x: Tensor, mask: Tensor | None, noise: Tensor | None) -> list[Tensor]:
         """Return the maps of the pyramid (B, E, [D_i,] H_i, W_i), fine to coarse."""
-        keep = self._keep_factors(noise, len(x))
+        keep = self.keep_factors(noise, len(x))
         x, done = self._embed(x, mask), 0
         maps: dict[str, Tensor] = {}
         for stage in range(len(self.layers)):

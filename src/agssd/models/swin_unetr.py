@@ -238,16 +238,6 @@ class SwinUNETREncoder(Backbone):
         limits.cache_size_limit = max(limits.cache_size_limit, COMPILED_GRAPHS)
         self._run_block = torch.compile(run_block, dynamic=False, fullgraph=True, backend=backend)
 
-    def _keep_factors(self, noise: Tensor | None, samples: int) -> Tensor | None:
-        """Return (depth, B, 1, ..., 1) branch factors, or None if nothing can drop."""
-        if noise is not None:
-            self.check_drop_noise(noise, samples)
-        if noise is None or self.drop_probs[-1] == 0.0:
-            return None
-        prob = self.drop_prob_row.float()
-        factors: Tensor = (noise >= prob).float() / (1 - prob)
-        return factors.t().reshape(self.depth, samples, *[1] * (self.spatial_dims + 1))
-
     def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return cells (B, [D_0,] H_0, W_0, E_0) in the dtype of the weights, hidden ones replaced."""
         grid = self.check_input(x)
@@ -263,7 +253,7 @@ class SwinUNETREncoder(Backbone):
 
     def _maps(self, x: Tensor, mask: Tensor | None, noise: Tensor | None) -> list[Tensor]:
         """Return the maps (B, [D_i,] H_i, W_i, E_i) after the embedding and after each stage, not normed."""
-        keep = self._keep_factors(noise, len(x))
+        keep = self.keep_factors(noise, len(x))
         x, done = self._embed(x, mask), 0
         maps = [x]
         for stage in range(1, self.stages + 1):
