@@ -128,6 +128,7 @@ def assert_put_down(run: Path, cause: str) -> None:
     assert told["action"] == "watchdog" and told["reason"] == state["reason"]
 
 
+@pytest.mark.slow
 def test_watchdog__shows_where_a_hanging_rank_is(tmp_path: Path) -> None:
     script = tmp_path / "hang.py"
     script.write_text(

@@ -92,16 +92,12 @@ def fit(experiment: str, cache: Path, run: Path, *more: str) -> dict[str, float]
     return {name: value for name, value in found.items() if name not in own}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "online", "offline"),
     [
-        pytest.param("agssd_small", [], ["--on-val", "--precision", "bf16", *ALL], marks=pytest.mark.slow),
-        pytest.param(
-            "small",
-            ["--model", str(CONF / "method/simmim.yaml")],
-            ["--on-val", "--precision", "bf16", *ALL],
-            marks=pytest.mark.slow,
-        ),
+        ("agssd_small", [], ["--on-val", "--precision", "bf16", *ALL]),
+        ("small", ["--model", str(CONF / "method/simmim.yaml")], ["--on-val", "--precision", "bf16", *ALL]),
         (
             "agssd_small",
             ["--online_probe.num_folds", "2", "--trainer.precision", "32-true", "--online_probe.num_subjects", "2"]

@@ -74,6 +74,7 @@ def test_fit__stops_with_a_report_that_names_place_and_capture(diverged: tuple[P
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_replay__in_a_fresh_process_names_the_layer(diverged: tuple[Path, str], tmp_path: Path) -> None:
     run, _ = diverged
     (capture,) = (run / "captures").glob("*.pt")

@@ -310,6 +310,7 @@ def test_swin_unetr_v2__has_monais_usual_sizes(only_build: list[AgssdCLI]) -> No
     assert encoder.token_grid((96, 96, 96)) == (3, 3, 3) and encoder.embed_dim == 768
 
 
+@pytest.mark.slow
 def test_agssd_small__trains_and_its_callbacks_act(tiny_cache: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ["--data.cache", str(tiny_cache), "--trainer.default_root_dir", str(run), "--trainer.max_steps", "3"]
