@@ -157,7 +157,7 @@ WAYS: list[tuple[str, type[Any], dict[str, Any]]] = [
     ("correspondence_lost", Misplaced, {}),
     ("fuser_copies", Copying, {}),
 ]  # fmt: skip
-LONG = (1, 8, 9, 10, 11, 15)  # run with the slow tests
+LONG = (0, 1, 8, 9, 10, 11, 15)  # run with the slow tests
 
 
 def settings_of(kind: type[Any], changed: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,10 @@ def compare(alone: dict[str, Any], first: dict[str, Any], second: dict[str, Any]
     recipes.assert_equal_runs(alone, first)
 
 
-# One test for all, so that tests spread over processes do not start one group each.
-@pytest.mark.parametrize("which", ["defaults", pytest.param("alternatives", marks=pytest.mark.slow)])
+# One test for all, so that tests spread over processes do not start one group each. In `make test` the parts that ranks
+# share (tests/test_distributed.py) and a fit over two hosts (tests/cluster/test_two_hosts.py) are held to one process.
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["defaults", "alternatives"])
 def test_recipes__two_ranks_equal_one_process_on_the_joined_batch(which: str, tiny_cache: Path, tmp_path: Path) -> None:
     launch("two_ranks.py", tmp_path, str(tiny_cache), str(tmp_path), which)
     two_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
