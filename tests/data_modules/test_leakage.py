@@ -20,7 +20,7 @@ from agssd.data_modules.leakage import check_leakage, overlap, record_after, see
 from agssd.data_modules.pretrain import PretrainDataModule
 from agssd.hub import export_backbone
 from agssd.models.vit import ViT
-from agssd.scans.perceptual import NUM_BITS
+from agssd.scans.preparing.perceptual import NUM_BITS
 from agssd.tasks.encoders import load_encoder
 from agssd.tasks.segmentation import SegmentationTask
 

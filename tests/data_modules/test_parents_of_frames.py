@@ -14,8 +14,8 @@ from fans import save_folder
 from agssd.data_modules.build import chunk_fractions
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.pretrain import PretrainDataModule
-from agssd.scans.perceptual import single_hashes
-from agssd.scans.sources import plan_sources
+from agssd.scans.preparing.perceptual import single_hashes
+from agssd.scans.sources.plan import plan_sources
 
 PARENT = (96, 128)
 

@@ -23,7 +23,7 @@ from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.downstream import SegmentationDataModule
 from agssd.data_modules.pretrain import PretrainDataModule
-from agssd.scans import prepare as scans
+from agssd.scans.preparing import volumes as scans
 
 PARENT = (32, 40, 32)
 SpoilCache = Callable[[Path, list[str], Path], Path]

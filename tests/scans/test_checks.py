@@ -125,7 +125,7 @@ def _assert_never_in_doubt(name: str, array: np.ndarray) -> None:
 
 def test_check_intensities__no_brightness_of_a_simulated_head_looks_like_a_ct() -> None:
     pytest.importorskip("nilearn", reason="the template is in nilearn's wheel")
-    from agssd.scans.simulated import draw_parameters, load_template, simulate_subject
+    from agssd.scans.simulated.heads import draw_parameters, load_template, simulate_subject
 
     template = load_template(5.0)
     for number in range(2):

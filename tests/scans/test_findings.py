@@ -185,7 +185,7 @@ def _reasons() -> list[tuple[str, str]]:
         return str(node.value) if isinstance(node, ast.Constant) else "1"
 
     found = []
-    for path in sorted(Path(findings.__file__).parent.glob("*.py")):
+    for path in sorted(Path(findings.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "RefusedError":
                 found.append((f"{path.name}:{node.lineno}", text(node.args[0])))

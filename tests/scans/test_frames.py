@@ -13,9 +13,9 @@ from PIL import Image
 
 from agssd.scans.case import RefusedError
 from agssd.scans.frames import read_frames
-from agssd.scans.prepare import Recipe
-from agssd.scans.prepare_frames import prepare_frames
-from agssd.scans.sector import sector
+from agssd.scans.preparing.frames import prepare_frames
+from agssd.scans.preparing.sector import sector
+from agssd.scans.preparing.volumes import Recipe
 
 
 def overlap(one: np.ndarray, two: np.ndarray) -> float:

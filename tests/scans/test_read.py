@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from agssd.scans.angles import shear_degrees
 from agssd.scans.case import RefusedError
+from agssd.scans.preparing.angles import shear_degrees
 from agssd.scans.read import canonical_geometry, looks_like_labels, read_scan
 
 AFFINE = np.diag([2.0, 1.5, 3.0, 1.0])

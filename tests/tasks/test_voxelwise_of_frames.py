@@ -70,8 +70,8 @@ def test_segment__of_a_sequence_is_that_of_each_frame() -> None:
 def test_write_prediction__resampled_frames_come_back_on_the_source(tmp_path: Path) -> None:
 
     from agssd.evaluation.predictions import to_source_grid
-    from agssd.scans.prepare import Recipe
-    from agssd.scans.prepare_frames import prepare_frames
+    from agssd.scans.preparing.frames import prepare_frames
+    from agssd.scans.preparing.volumes import Recipe
 
     frames, inside = fan(2)
     case = prepare_frames([save_dicom(tmp_path / "a.dcm", frames, False, (0, 239, 0, 319))], None,

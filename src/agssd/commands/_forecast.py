@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from agssd.data_modules.parts import Workshop
-    from agssd.scans.jobs import Job
+    from agssd.scans.sources.jobs import Job
 
 FORECAST_FROM = 30  # scans; below that the build is as quick as a forecast
 _SAMPLE = 4

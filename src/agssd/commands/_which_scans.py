@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from agssd.scans.jobs import Plan
-    from agssd.scans.prepare import Recipe
+    from agssd.scans.preparing.volumes import Recipe
+    from agssd.scans.sources.jobs import Plan
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, others: str = "") -> None:
@@ -87,8 +87,8 @@ def plan_of(args: argparse.Namespace, downloads: Path) -> tuple[list[Path], Plan
     Raises:
         ValueError: as ``local_sources`` and ``plan_sources``.
     """
-    from agssd.scans.public import local_sources
-    from agssd.scans.sources import plan_sources
+    from agssd.scans.sources.plan import plan_sources
+    from agssd.scans.sources.public import local_sources
 
     sources, about_sets = local_sources(args.source, args.download_dir or downloads)
     modality = None if args.modality == "auto" else args.modality
@@ -99,8 +99,8 @@ def plan_of(args: argparse.Namespace, downloads: Path) -> tuple[list[Path], Plan
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """Return how the scans are to be prepared."""
-    from agssd.scans.label_groups import read_label_groups
-    from agssd.scans.prepare import Recipe
+    from agssd.scans.preparing.label_groups import read_label_groups
+    from agssd.scans.preparing.volumes import Recipe
 
     groups = None if args.label_groups is None else read_label_groups(args.label_groups)
     return Recipe(_spacing(args.spacing_mm), args.unshear, groups)

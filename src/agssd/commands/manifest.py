@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from agssd.scans.jobs import Job, Plan
+    from agssd.scans.sources.jobs import Job, Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def join_channels(plan: Plan, words: Sequence[str]) -> list[Job]:
 
     What is not one of the words, or lacks one of the others, is refused in the plan.
     """
-    from agssd.scans.files import stem_of
+    from agssd.scans.sources.files import stem_of
 
     found: dict[tuple[Path, str], dict[str, Job]] = defaultdict(dict)
     for job in plan.jobs:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agssd.data_modules.build_folder import BuildFolder, Shard
     from agssd.data_modules.cache import VolumeCache
     from agssd.data_modules.parts import Part, Refusal, Workshop
-    from agssd.scans.sources import Job, Plan
+    from agssd.scans.sources.plan import Job, Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +93,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from agssd.data_modules.build_folder import BuildFolder, build_path
     from agssd.data_modules.parts import Workshop
     from agssd.scans.keys import open_salt, salt_fingerprint, salt_place
-    from agssd.scans.quarantine import apply_quarantine
+    from agssd.scans.sources.quarantine import apply_quarantine
 
     out: Path = args.out
     recipe = recipe_of(args)
@@ -293,7 +293,7 @@ def _print_guesses(report: _Report) -> None:
 def print_summary(out: Path) -> None:
     """Print what a cache holds."""
     from agssd.data_modules.cache import VolumeCache
-    from agssd.scans.prepare import same_spacing
+    from agssd.scans.preparing.volumes import same_spacing
 
     cache = VolumeCache(out)
     infos = cache.cases
@@ -318,7 +318,7 @@ def print_summary(out: Path) -> None:
 
 def _warn_of_subjects(cache: VolumeCache) -> None:
     """Say where scans of one person may lie in two splits, or scans of many persons count as one's."""
-    from agssd.scans.perceptual import near_duplicates
+    from agssd.scans.preparing.perceptual import near_duplicates
 
     subjects = {info.subject for info in cache.cases}
     if len(subjects) == 1 and len(cache) >= 3:

@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: for a folder with content, impossible numbers, or a scan that cannot be used.
     """
-    from agssd.scans.label_groups import read_label_groups
+    from agssd.scans.preparing.label_groups import read_label_groups
     from agssd.scans.progress import progress
-    from agssd.scans.simulated import write_cohort
-    from agssd.scans.simulated_ct import load_labelled_scan, write_copies
+    from agssd.scans.simulated.heads import write_cohort
+    from agssd.scans.simulated.torsos import load_labelled_scan, write_copies
 
     if min(args.subjects) < 0 or args.subjects[0] < 1:
         raise ValueError(f"--subjects is {args.subjects}; give at least 1 of train, and 0 or more of val and test")

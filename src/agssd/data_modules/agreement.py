@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agssd.data_modules.cache import CaseInfo, VolumeCache
-from agssd.scans.prepare import CT_RANGE_HU, MRI_PERCENTILES, same_spacing
+from agssd.scans.preparing.volumes import CT_RANGE_HU, MRI_PERCENTILES, same_spacing
 from agssd.types import Size
 
 _LOG = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from agssd.data_modules.cache import CHECKSUM, CHUNK, FORMAT, SPLITS, VERSION, Affine, CaseInfo, is_folder_cache
 from agssd.data_modules.chunk_reader import checksum, write_extents
 from agssd.scans.case import PreparedCase
-from agssd.scans.foreground import bounding_box
+from agssd.scans.preparing.foreground import bounding_box
 from agssd.whole_file import sync
 
 LAYOUTS = ("chunks", "contiguous")

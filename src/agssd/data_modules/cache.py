@@ -72,8 +72,8 @@ class CaseInfo:
         foreground_box: smallest box around the foreground, [start, end) per axis.
         label_values: sorted values in the label map, or None without one.
         class_index: row in ``VolumeCache.class_names``, or None without a class.
-        perceptual_hash: of the first channel, see ``agssd.scans.perceptual``; None where it would tell nothing, and in
-            caches of early versions.
+        perceptual_hash: of the first channel, see ``agssd.scans.preparing.perceptual``; None where it would tell
+            nothing, and in caches of early versions.
         spatial_dims: 3 for a volume. 2 for a picture or a sequence of frames: D then counts frames, which all are in
             one split, the first spacing says nothing, and H runs downwards in the picture, W to its right.
         in_mm: whether ``spacing_mm`` is in mm; False where the source does not say how large its pixels are, and

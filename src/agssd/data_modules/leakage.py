@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from agssd.data_modules.cache import CaseInfo, VolumeCache
-from agssd.scans.perceptual import MAX_DISTANCE, NUM_BITS, near_duplicates, single_hashes
+from agssd.scans.preparing.perceptual import MAX_DISTANCE, NUM_BITS, near_duplicates, single_hashes
 
 _LOG = logging.getLogger(__name__)
 _DIGEST_BYTES = 8

@@ -24,10 +24,10 @@ from agssd.data_modules.build import case_info, filter_arguments, write_arrays
 from agssd.data_modules.cache import VERSION, CaseInfo
 from agssd.scans.case import PreparedCase, RefusedError
 from agssd.scans.keys import case_key, subject_key
-from agssd.scans.prepare import Recipe, prepare_case
-from agssd.scans.prepare_frames import prepare_frames
+from agssd.scans.preparing.frames import prepare_frames
+from agssd.scans.preparing.volumes import Recipe, prepare_case
 from agssd.scans.read import Scan
-from agssd.scans.sources import Job
+from agssd.scans.sources.plan import Job
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ class PreparedCase:
         low: per channel, low end of the model's range.
         high: per channel, high end.
         edge_q99: per channel.
-        perceptual_hash: of the first channel, see ``agssd.scans.perceptual``, or None where it would tell nothing.
+        perceptual_hash: of the first channel, see ``agssd.scans.preparing.perceptual``, or None where it would tell
+            nothing.
         modality_reason: why the modality was decided so, or None where it was given.
         notes: what the user should know of this scan.
         spatial_dims: 2 for frames: the first axis counts them, H runs downwards and W to the right.

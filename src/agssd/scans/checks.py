@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agssd.scans.findings import Finding
-from agssd.scans.prepare import CT_RANGE_HU, guess_modality
+from agssd.scans.preparing.volumes import CT_RANGE_HU, guess_modality
 from agssd.scans.read import Scan
 
 PLAUSIBLE_SPACING_MM = (0.15, 10.0)

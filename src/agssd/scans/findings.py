@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from agssd.scans.dicom_planes import TELLS
+from agssd.scans.dicom.planes import TELLS
 
 SEVERITIES = ("error", "warning", "info")
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agssd.scans.case import RefusedError
-from agssd.scans.dicom_headers import words
-from agssd.scans.files import PICTURES, READABLE, data_files, is_dicom, suffix_of
+from agssd.scans.dicom.headers import words
+from agssd.scans.sources.files import PICTURES, READABLE, data_files, is_dicom, suffix_of
 
 MIN_PIXELS = 32  # per side
 COLOURED = 24.0  # difference of the colour channels, of 255, above which a pixel is no grey value but drawn

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agssd.scans.angles import MAX_SHEAR_VOXELS, nearest_square, shear_degrees, voxels_apart
 from agssd.scans.case import RefusedError
-from agssd.scans.dicom import Series, series_at, series_reason
-from agssd.scans.files import READABLE, REFUSED, data_files, holds_dicom, lacks_data, suffix_of
+from agssd.scans.dicom.series import Series, series_at, series_reason
+from agssd.scans.preparing.angles import MAX_SHEAR_VOXELS, nearest_square, shear_degrees, voxels_apart
+from agssd.scans.sources.files import READABLE, REFUSED, data_files, holds_dicom, lacks_data, suffix_of
 
 MIN_SPACING_MM = 0.01
 MAX_SPACING_MM = 100.0
@@ -120,7 +120,7 @@ def _why_not_read(path: Path, suffix: str) -> str:
 
 
 def _read_series(series: Series, volume: int | None, sheared: bool, seen: list[Scan] | None) -> Scan:
-    from agssd.scans.dicom_volume import read_series
+    from agssd.scans.dicom.volume import read_series
 
     try:
         array, affine, sha256, notes = read_series(series.files, series.modality, volume)
@@ -184,8 +184,8 @@ def read_geometry(path: Path) -> tuple[tuple[int, ...], NDArray[np.float64]]:
     """Return shape (I, J, K) and affine of a file from its header alone; raises RefusedError as ``read_scan``."""
     try:
         if holds_dicom(path):
-            from agssd.scans.dicom_planes import read_planes
-            from agssd.scans.dicom_volume import arrange, choose_volume
+            from agssd.scans.dicom.planes import read_planes
+            from agssd.scans.dicom.volume import arrange, choose_volume
 
             affine, planes = arrange(choose_volume(read_planes(series_at(path).files))[0])
             return (*planes[0].shape, len(planes)), affine

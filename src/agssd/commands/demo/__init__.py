@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _demo(out: Path, size: Size, seed: int, quick: bool) -> None:
     from agssd.commands.demo.report import collect, write_pictures, write_table
-    from agssd.scans.simulated import write_cohort
+    from agssd.scans.simulated.heads import write_cohort
 
     started = time.monotonic()
     _prepare_folder(out)

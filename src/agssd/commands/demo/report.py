@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from agssd.scans.simulated import LABEL_NAMES
+from agssd.scans.simulated.heads import LABEL_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

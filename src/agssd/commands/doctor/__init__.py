@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from agssd.commands.doctor.across import Found, Member
     from agssd.commands.doctor.examine import Examined
     from agssd.commands.doctor.page import Report
-    from agssd.scans.jobs import Plan
-    from agssd.scans.quarantine import Entry
+    from agssd.scans.sources.jobs import Plan
+    from agssd.scans.sources.quarantine import Entry
 
 EXIT_FOUND = 3
 _EXAMPLES = 2  # per check on the terminal, without --all
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     from agssd.commands.doctor.page import as_csv, as_html, summary
-    from agssd.scans.quarantine import quarantine_text
+    from agssd.scans.sources.quarantine import quarantine_text
 
     _check_arguments(args)
     report, quarantine = _of_cache(args) if is_cache(args.source[0]) else _of_source(args)
@@ -234,8 +234,8 @@ def _quarantine(report: Report, plan: Plan, warnings: bool) -> _Quarantine:
     """
     from dataclasses import replace
 
-    from agssd.scans.files import data_files
-    from agssd.scans.quarantine import Entry, source_sha256
+    from agssd.scans.sources.files import data_files
+    from agssd.scans.sources.quarantine import Entry, source_sha256
 
     severities = ("error", "warning") if warnings else ("error",)
     reasons: dict[int, list[str]] = {}

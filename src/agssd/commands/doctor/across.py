@@ -12,7 +12,7 @@ import numpy as np
 from agssd.data_modules.agreement import check_agreement
 from agssd.data_modules.cache import SPLITS, CaseInfo, VolumeCache
 from agssd.scans.findings import SEVERITIES, Finding
-from agssd.scans.perceptual import NUM_BITS, near_duplicates
+from agssd.scans.preparing.perceptual import NUM_BITS, near_duplicates
 
 MANY_SCANS = 10  # of one subject, and five times as many as of others
 RARE_LABEL = 0.05  # share of the labelled cases

@@ -17,13 +17,13 @@ from agssd.data_modules.cache import CaseInfo, Kind, VolumeCache
 from agssd.data_modules.parts import Refusal, prepare_or_refuse
 from agssd.scans.checks import check_geometry, check_intensities, check_prepared
 from agssd.scans.findings import Finding, note, refusal
-from agssd.scans.foreground import bounding_box
-from agssd.scans.perceptual import perceptual_hash, perceptual_hash_of_frames
-from agssd.scans.prepare import Recipe, canonical
+from agssd.scans.preparing.foreground import bounding_box
+from agssd.scans.preparing.perceptual import perceptual_hash, perceptual_hash_of_frames
+from agssd.scans.preparing.volumes import Recipe, canonical
 
 if TYPE_CHECKING:
-    from agssd.scans.jobs import Job
     from agssd.scans.read import Scan
+    from agssd.scans.sources.jobs import Job
 
 
 @dataclass

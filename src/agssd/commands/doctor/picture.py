@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agssd.scans.foreground import bounding_box
+from agssd.scans.preparing.foreground import bounding_box
 
 TILE = 128  # pixels a side of one plane
 WIDTH, HEIGHT = 3 * TILE + 4, TILE

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agssd.scans.files import holds_dicom, suffix_of
 from agssd.scans.read import Scan
+from agssd.scans.sources.files import holds_dicom, suffix_of
 
 if TYPE_CHECKING:
-    from agssd.scans.dicom import Series
+    from agssd.scans.dicom.series import Series
 
 
 def preview(path: Path, series: Series | None = None) -> Scan | None:
@@ -29,7 +29,7 @@ def preview(path: Path, series: Series | None = None) -> Scan | None:
     """
     try:
         if series is not None or holds_dicom(path):
-            from agssd.scans.dicom import series_at
+            from agssd.scans.dicom.series import series_at
 
             array, affine = _of_series((series or series_at(path)).files)
         elif suffix_of(path) in (".nii", ".nii.gz", ".img", ".img.gz"):
@@ -68,8 +68,8 @@ def _of_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
 
 
 def _of_series(files: Sequence[Path]) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    from agssd.scans.dicom_planes import read_planes
-    from agssd.scans.dicom_volume import SAME_DIRECTION, SAME_PLACE_MM, decode_plane
+    from agssd.scans.dicom.planes import read_planes
+    from agssd.scans.dicom.volume import SAME_DIRECTION, SAME_PLACE_MM, decode_plane
 
     planes = read_planes(files)
     first = planes[0]

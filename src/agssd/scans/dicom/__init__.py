@@ -1,0 +1,1 @@
+"""DICOM: which files make up a scan or sequence, and their volumes."""

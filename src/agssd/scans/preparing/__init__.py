@@ -1,0 +1,1 @@
+"""From a source file to a case: orientation, spacing, intensity, foreground, constants."""

@@ -1,0 +1,1 @@
+"""Simulated cohorts, deformed and degraded copies of one real scan."""
