@@ -17,9 +17,10 @@ from agssd.evaluation.neighbours import candidates, neighbours, vote
 def test_neighbours__equal_a_loop_over_pairs(k: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_SIMILARITIES", chunk)
     rng = np.random.default_rng(k)
-    queries, training = rng.normal(size=(7, 5)), 3 * rng.normal(size=(20, 5))
+    queries, training = rng.normal(size=(7, 5)) + 2, 3 * rng.normal(size=(20, 5)) + 2
     excluded = rng.random((7, 20)) < 0.3
     weights, rows = neighbours(torch.tensor(queries), torch.tensor(training), k, torch.tensor(excluded))
+    queries, training = queries - training.mean(0), training - training.mean(0)
     for number, query in enumerate(queries):
         similar = {
             row: float(query @ other / (np.linalg.norm(query) * np.linalg.norm(other)))
@@ -32,8 +33,17 @@ def test_neighbours__equal_a_loop_over_pairs(k: int, chunk: int, monkeypatch: py
         assert weights[number].tolist() == pytest.approx(expected, rel=1e-3)
 
 
+def test_neighbours__what_all_features_share_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    queries, training = torch.tensor(rng.normal(size=(7, 5))), torch.tensor(rng.normal(size=(20, 5)))
+    weights, rows = neighbours(queries, training, 3)
+    moved, same = neighbours(queries + 100, training + 100, 3)
+    assert torch.equal(rows, same)
+    torch.testing.assert_close(moved, weights, rtol=1e-3, atol=1e-6)
+
+
 def test_neighbours__fewer_than_k_may_vote__the_rest_weigh_nothing() -> None:
-    weights, _ = neighbours(torch.ones(1, 2), torch.ones(3, 2), 3, torch.tensor([[True, False, True]]))
+    weights, _ = neighbours(torch.eye(2)[1:], torch.eye(3)[:, :2], 3, torch.tensor([[True, False, True]]))
     assert weights[0].tolist() == pytest.approx([1.0, 0.0, 0.0])
 
 

@@ -1,6 +1,8 @@
 """Weighted votes of the most similar training features.
 
-Source: [R: DINO] k-NN protocol (cosine similarity s, weight exp(s / 0.07)), docs/method.md (d).
+Source: [R: DINO] k-NN protocol (cosine similarity s, weight exp(s / 0.07)), docs/method.md (d); features are centred on
+the mean of the training features first [R: SimpleShot], since what all tokens of an encoder share tells none apart, and
+cosines near 1 make all votes alike.
 """
 
 from __future__ import annotations
@@ -35,13 +37,15 @@ def neighbours(queries: Tensor, training: Tensor, k: int, excluded: Tensor | Non
             An excluded feature has weight 0.
 
     Returns:
-        (M, k) float32 weights ``exp((s - 1) / 0.07)`` of the cosine similarity s, and (M, k) int64 rows.
+        (M, k) float32 weights ``exp((s - 1) / 0.07)`` of the cosine similarity s of centred features, and
+        (M, k) int64 rows.
     """
-    unit = F.normalize(training.float(), dim=-1)
+    mean = training.float().mean(0)
+    unit = F.normalize(training.float() - mean, dim=-1)
     chunk = max(1, _MAX_SIMILARITIES // len(unit))
     weights, rows = [], []
     for first in range(0, len(queries), chunk):
-        similar = F.normalize(queries[first : first + chunk].float(), dim=-1) @ unit.T
+        similar = F.normalize(queries[first : first + chunk].float() - mean, dim=-1) @ unit.T
         if excluded is not None:
             similar = similar.masked_fill(excluded[first : first + chunk], -torch.inf)
         best = similar.topk(k, dim=-1)
