@@ -46,6 +46,8 @@ def test_neighbour_shares__k_is_chosen_without_the_own_subject() -> None:
         learned += [ProbeVector(f"s{number}", feature, number % 2)] * 2
     asked = [ProbeVector(f"t{row}", torch.from_numpy(rng.normal(size=3)).float(), 0) for row in range(8)]
     unit = torch.nn.functional.normalize(torch.stack([case.feature for case in learned]), dim=-1)
+    mean = unit.mean(0)
+    unit = torch.nn.functional.normalize(unit - mean, dim=-1)
     targets = torch.tensor([case.target for case in learned])
 
     def shares_of(similar: torch.Tensor, rows: list[int], k: int) -> float:
@@ -64,7 +66,7 @@ def test_neighbour_shares__k_is_chosen_without_the_own_subject() -> None:
     assert k > 1
     found = neighbour_shares(learned, asked, 2)
     for case, share in zip(asked, found[:, 1].tolist(), strict=True):
-        query = torch.nn.functional.normalize(case.feature, dim=-1)
+        query = torch.nn.functional.normalize(torch.nn.functional.normalize(case.feature, dim=-1) - mean, dim=-1)
         assert share == pytest.approx(shares_of(unit @ query, list(range(80)), k), rel=1e-3)
 
 

@@ -124,7 +124,7 @@ def test_neighbour_readout__equals_a_loop_over_voxels(k: int) -> None:
     tokens, asked = (torch.from_numpy(rng.normal(size=(n, 6))).float() for n in (20, 9))
     found = NeighbourReadout([ProbeCase("s", tokens, labels)], 3, counts=[k])(asked)
     for row, query in enumerate(asked):
-        similar = torch.cosine_similarity(query[None], tokens)
+        similar = torch.cosine_similarity((query - tokens.mean(0))[None], tokens - tokens.mean(0))
         best = similar.argsort(descending=True)[:k].tolist()
         for voxel in range(4):
             votes = [0.0, 0.0, 0.0]
