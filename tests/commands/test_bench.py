@@ -24,6 +24,7 @@ from agssd.commands.bench.settings import (
     Method,
     Probe,
     Readout,
+    command_mark,
     kept_settings,
     label_flags,
     read_settings,
@@ -289,6 +290,20 @@ def test_probe__same_figures_as_the_readouts_alone_and_once_only(
     backbone.write_text(yaml.safe_dump({"class_path": "agssd.models.vit.ViT", "init_args": vit | {"depth": 2}}))
     with pytest.raises(ValueError, match="made with other settings"):
         probe(cells, settings, str(tiny_cache))
+
+
+def test_command_mark__changes_with_what_the_files_say_that_a_command_leads_to(tmp_path: Path) -> None:
+    views, experiment = tmp_path / "views.yaml", tmp_path / "experiments" / "one.yaml"
+    experiment.parent.mkdir()
+    views.write_text("scale: [0.4, 0.9]\n")
+    experiment.write_text("views: ../views.yaml\nrest: [1, later.yaml]\n")
+    command = ["fit", "--config", str(experiment), "--seed", "0", "--backbone", "missing.yaml"]
+    mark = command_mark(command)
+    views.write_text("scale: [0.4, 0.9] # a comment changes nothing\n")
+    assert command_mark(command) == mark
+    assert command_mark([*command[:-2], "--backbone", "other.yaml"]) != mark
+    views.write_text("scale: [0.4, 1.0]\n")
+    assert command_mark(command) != mark
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "bench").glob("*.yaml")), ids=lambda path: path.stem)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from agssd.losses.reconstruction import STD_FLOOR, patch_l1, patch_mse, standardise_patches
+from agssd.losses.reconstruction import STD_FLOOR, patch_l1, patch_mse, patch_scaling
 
 
 def tensors(batch=4, tokens=6, voxels=27):
@@ -57,18 +57,31 @@ def test_patch_l1__unused_tokens_have_neither_value_nor_gradient():
     torch.testing.assert_close(patch_l1(changed, target, weight, used), loss.detach())
 
 
-def test_standardise_patches__have_mean_0_and_std_1():
-    target = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) * 7 + 100
-    out = standardise_patches(target, torch.full((3,), 7.0)).double().numpy()
-    x = target.double().numpy()
+def standardised(voxels, views):
+    mean, scale = patch_scaling(voxels, views, standardise=True)
+    return (voxels - mean) / scale
+
+
+def test_patch_scaling__standardised_patches_have_mean_0_and_std_1():
+    voxels = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) * 7 + 100
+    out = standardised(voxels, voxels[:, None]).double().numpy()
+    x = voxels.double().numpy()
     wanted = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
     np.testing.assert_allclose(out, wanted, atol=1e-4)
 
 
-def test_standardise_patches__the_floor_keeps_noise_small():
+def test_patch_scaling__the_floor_keeps_noise_small():
     noise = torch.randn(2, 1, 512, generator=torch.Generator().manual_seed(0)) * 0.01
-    out = standardise_patches(100 + noise, torch.tensor([1.0, 10.0]))  # floors 0.05 and 0.5
+    views = torch.randn(2, 1, 4096, generator=torch.Generator().manual_seed(1))
+    views[1] *= 10
+    out = standardised(100 + noise, views)  # floors 0.05 and 0.5
     torch.testing.assert_close(out.std((1, 2)), torch.tensor([0.2, 0.02]), rtol=0.05, atol=0)
     assert STD_FLOOR == 0.05
-    flat = standardise_patches(torch.full((1, 2, 8), 3.0), torch.zeros(1))
+    flat = standardised(torch.full((1, 2, 8), 3.0), torch.full((1, 1, 8), 3.0))
     assert torch.equal(flat, torch.zeros(1, 2, 8))
+
+
+def test_patch_scaling__without_standardising_changes_nothing():
+    voxels = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    mean, scale = patch_scaling(voxels, voxels[:, None], standardise=False)
+    assert torch.equal((voxels - mean) / scale, voxels)

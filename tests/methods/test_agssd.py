@@ -226,9 +226,10 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def test_agssd__objective_equals_a_reference_by_loops(batch: Any, at: Any) -> None:
+@pytest.mark.parametrize("settings", [{}, {"norm_pix": False, "clean_teacher": False}], ids=str)
+def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], batch: Any, at: Any) -> None:
     at(0.15)
-    module = recipes.build(AGSSD, cvaa="none", drop_path=0.0, assignment="centring")
+    module = recipes.build(AGSSD, cvaa="none", drop_path=0.0, assignment="centring", **settings)
     for centre in (module.centre_cls, module.centre_patch):
         centre.centre.copy_(torch.randn(64, generator=torch.Generator().manual_seed(1)) * 0.05)
     views, loss, step = step_of(module, half_background(batch))
@@ -242,7 +243,7 @@ def test_agssd__objective_equals_a_reference_by_loops(batch: Any, at: Any) -> No
             for v in (0, 1):
                 image = views.inputs[b, v][None]
                 student.append(module.student["backbone"].forward_views([image], [mask if v == hidden else None])[0])
-                teacher.append(module.teacher["backbone"](image))
+                teacher.append(module.teacher["backbone"](image if settings else views.clean[b, v][None]))
             for features in teacher:
                 scores.append(module.teacher["cls_head"](features.cls)[0].double().numpy())
             seen = [module.student["cls_head"](features.cls)[0].double().numpy() for features in student]
@@ -265,7 +266,11 @@ def test_agssd__objective_equals_a_reference_by_loops(batch: Any, at: Any) -> No
             i, j, k = (8 * int(x) for x in np.unravel_index(n, module.grid))
             box = (0, slice(i, i + 8), slice(j, j + 8), slice(k, k + 8))
             weight = 1 + views.edges[b][box].double().numpy().ravel()
-            error += (weight * np.abs(predicted[n] - views.clean[b, hidden][box].double().numpy().ravel())).sum()
+            voxels = views.clean[b, hidden][box].double().numpy().ravel()
+            if not settings:
+                floor = 0.05 * views.clean[b, hidden].double().numpy().std(ddof=1)
+                voxels = (voxels - voxels.mean()) / max(voxels.std(), floor)
+            error += (weight * np.abs(predicted[n] - voxels)).sum()
             weights += weight.sum()
         patch.append(np.mean(losses))
         rec.append(error / weights)
@@ -284,6 +289,28 @@ def test_agssd__reconstructs_the_clean_view(batch: Any) -> None:
             i, j, k = (8 * int(x) for x in np.unravel_index(int(step.index[b, m]), module.grid))
             expected = views.clean[b, hidden, 0, i : i + 8, j : j + 8, k : k + 8].flatten()
             assert torch.equal(step.target[b, m], expected)
+
+
+def test_agssd__the_teacher_does_not_know_the_appearance_that_the_student_sees(batch: Any) -> None:
+    strong = {"prob_noise": 1.0, "noise": 0.2, "prob_gamma": 1.0}
+    tokens, inputs = [], []
+    for appearance in (None, strong):
+        module = recipes.build(AGSSD, appearance=appearance)
+        views, _, step = step_of(module, batch)
+        tokens.append(step.tokens)
+        inputs.append(views.inputs)
+    assert not torch.equal(*inputs) and torch.equal(*tokens)
+    module = recipes.build(AGSSD, appearance=strong, clean_teacher=False)
+    assert not torch.equal(step_of(module, batch)[2].tokens, tokens[0])
+
+
+def test_agssd__predictions_of_standardised_patches_are_shown_as_intensities(batch: Any) -> None:
+    module = recipes.build(AGSSD)
+    with torch.no_grad():
+        for parameter in module.student["reconstruction"].parameters():
+            parameter.zero_()  # the mean of each patch, in units of its own
+    _, _, step = step_of(module, batch)
+    torch.testing.assert_close(step.prediction, step.target.mean(-1, keepdim=True).expand_as(step.target))
 
 
 def test_agssd__weights_scale_their_terms_and_zero_keeps_the_graph(batch: Any, at: Any) -> None:

@@ -115,8 +115,9 @@ def test_mae__mask_token_of_the_encoder_stays_as_it_is() -> None:
     assert id(module.student["decoder"].mask_token) in trained
 
 
-def test_mae__panel_shows_predictions_where_hidden(tiny_cache: Path) -> None:
-    module = recipes.build(MAE, norm_pix=False)
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_mae__panel_shows_predictions_where_hidden(norm_pix: bool, tiny_cache: Path) -> None:
+    module = recipes.build(MAE, norm_pix=norm_pix)
     with pytest.raises(IndexError, match="not in the last batch"):
         module.view_panel(0)
     views = module.make_views(recipes.parents(tiny_cache, [0, 1]))

@@ -39,15 +39,20 @@ def patch_mse(prediction: Tensor, target: Tensor, token_weight: Tensor) -> Tenso
     return masked_mean((prediction - target).square().mean(-1), token_weight)
 
 
-def standardise_patches(target: Tensor, volume_std: Tensor) -> Tensor:
-    """Return patches (B, M, P) with mean 0 and standard deviation 1, divided by at least 0.05 of the volume's std.
+def patch_scaling(voxels: Tensor, views: Tensor, standardise: bool) -> tuple[Tensor, Tensor]:
+    """Return mean and scale (B, N, 1) by which patches become targets: ``(voxels - mean) / scale``.
 
-    The floor keeps homogeneous patches (air, fluid) from turning into amplified noise (ours).
+    Those of each patch, so that its target has mean 0 and standard deviation 1 [R: MAE], or 0 and 1, which leave
+    intensities as they are. The scale is at least 0.05 of the view's standard deviation, which keeps homogeneous
+    patches (air, fluid) from turning into amplified noise (ours).
 
     Args:
-        target: (B, M, P) float32.
-        volume_std: (B,) float32.
+        voxels: (B, N, P) float32.
+        views: (B, C, [D,] H, W) float32, which the patches are of.
+        standardise: the patches.
     """
-    mean = target.mean(-1, keepdim=True)
-    std = target.std(-1, keepdim=True, unbiased=False)
-    return (target - mean) / torch.maximum(std, STD_FLOOR * volume_std[:, None, None]).clamp_min(1e-6)
+    if not standardise:
+        return torch.zeros_like(voxels[..., :1]), torch.ones_like(voxels[..., :1])
+    floor = STD_FLOOR * views.std(tuple(range(1, views.ndim)))
+    scale = torch.maximum(voxels.std(-1, keepdim=True, unbiased=False), floor[:, None, None])
+    return voxels.mean(-1, keepdim=True), scale.clamp_min(1e-6)

@@ -20,7 +20,7 @@ from agssd.losses.distillation import (
     sinkhorn,
 )
 from agssd.losses.koleo import koleo
-from agssd.losses.reconstruction import patch_l1, standardise_patches
+from agssd.losses.reconstruction import patch_l1, patch_scaling
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
 from agssd.models.fuser import CrossViewFuser, forbidden_keys, position_bias
@@ -49,8 +49,8 @@ class _Step:
     student_patch: Tensor  # (B, M, K) logits over the temperature
     cls_features: Tensor  # (2B, E)
     tokens: Tensor  # (B, 2, N, E) teacher
-    prediction: Tensor  # (B, M, P)
-    target: Tensor  # (B, M, P)
+    prediction: Tensor  # (B, M, P) intensities; with norm_pix each patch's own mean and spread are given to it
+    target: Tensor  # (B, M, P) intensities
     plain: Tensor  # (B, M) cross-entropy without fusion
     fused: Tensor | None  # (B, M) with
     ratio: Tensor  # (B,) nominal
@@ -112,7 +112,11 @@ class AGSSD(PretrainModule):
         counterpart_drop: probability that a hidden token may not look at its own place in the other view.
         key_dropout: share of the other view's tokens hidden from the fuser.
         reconstruction_edges: weight of edges in the reconstruction, ``1 + weight * edge``.
-        norm_pix: standardise target patches (std floor 0.05 of the view's).
+        norm_pix: standardise target patches (std floor 0.05 of the view's). Figures and pictures are of intensities
+            all the same: each patch's own mean and spread are given back to what is predicted of it.
+        clean_teacher: the teacher sees the views before appearance augmentation (ours). Seeing the student's own
+            appearance, its targets come to stand for brightness and contrast, which each shown token gives away
+            (docs/evidence.md).
         appearance: settings of :class:`agssd.transforms.intensity.Appearance` that differ from its defaults.
         lr: peak learning rate, for example ``5e-4 * global batch / 256``.
         min_lr: last learning rate.
@@ -156,7 +160,8 @@ class AGSSD(PretrainModule):
         counterpart_drop: float = 0.5,
         key_dropout: float = 0.25,
         reconstruction_edges: float = 1.0,
-        norm_pix: bool = False,
+        norm_pix: bool = True,
+        clean_teacher: bool = True,
         appearance: dict[str, float] | None = None,
         lr: float = 5e-4,
         min_lr: float = 1e-6,
@@ -189,6 +194,7 @@ class AGSSD(PretrainModule):
         self.key_dropout = key_dropout
         self.reconstruction_edges = reconstruction_edges
         self.norm_pix = norm_pix
+        self.clean_teacher = clean_teacher
         self.appearance = Appearance.of(appearance)
         self.patch = backbone.patch_size
         self.grid = backbone.token_grid(views.size_vox)
@@ -250,21 +256,18 @@ class AGSSD(PretrainModule):
         """Cut two global and the local views from every parent, and find the edges of the one to be masked."""
         return make_views(batch, self.views, self.appearance, self.seed, with_edges=True)
 
+    def _teacher_inputs(self, views: Views) -> Tensor:
+        return views.clean if self.clean_teacher else views.inputs
+
     # ---------------------------------------------------------------- EAAM
 
-    def _voxels(self, views: Views) -> Tensor:
-        """Return (B, N, P): what is reconstructed of each patch of the hidden view."""
-        clean = pick(views.clean, views.hidden_view)
-        voxels = patches_of(clean, self.patch)
-        return standardise_patches(voxels, clean.std(tuple(range(1, clean.ndim)))) if self.norm_pix else voxels
-
-    def _scores(self, views: Views, body: Tensor, voxels: Tensor, attention: Tensor | None) -> Tensor | None:
+    def _scores(self, views: Views, body: Tensor, targets: Tensor, attention: Tensor | None) -> Tensor | None:
         """Return (B, N) z-scores of the teacher mixed with edges, where the teacher is asked."""
-        view = pick(views.inputs, views.hidden_view)
+        view = pick(self._teacher_inputs(views), views.hidden_view)
 
         def error(mask: Tensor, index: Tensor) -> Tensor:
             prediction, _ = predict_hidden(self.teacher, "reconstruction", view, mask, index)
-            return (prediction - gather_tokens(voxels, index)).abs().mean(-1)
+            return (prediction - gather_tokens(targets, index)).abs().mean(-1)
 
         scores = self.teacher_scores(views.sample, view, body, error, attention)
         if scores is None:
@@ -304,12 +307,15 @@ class AGSSD(PretrainModule):
         hidden = views.hidden_view
 
         with torch.no_grad():
-            seen = cast(Backbone, self.teacher["backbone"]).forward_crops(views.inputs)
+            seen = cast(Backbone, self.teacher["backbone"]).forward_crops(self._teacher_inputs(views))
             teacher_cls, teacher_tokens = seen.cls, seen.tokens
             attention = None if seen.attention is None else pick(seen.attention, hidden)
             body = body_of(pick(views.foreground, hidden), self.patch)
-            voxels = self._voxels(views)
-            given = self._scores(views, body, voxels, attention)
+            clean = pick(views.clean, hidden)
+            voxels = patches_of(clean, self.patch)  # (B, N, P)
+            mean, scale = patch_scaling(voxels, clean, self.norm_pix)
+            rec_targets = (voxels - mean) / scale
+            given = self._scores(views, body, rec_targets, attention)
             mask, ratio = mask_hidden_view(views, body, self.masks, self.mask_ratio, self.seed, self.progress, given)
             flat_mask = mask.flatten(1)
             index, used = masked_indices(flat_mask, self.masks.limit(self.mask_ratio[1]))
@@ -360,9 +366,9 @@ class AGSSD(PretrainModule):
 
         # Voxels of hidden patches.
         prediction = self.student["reconstruction"](gather_tokens(hidden_tokens, index))
-        target = gather_tokens(voxels, index)
         assert views.edges is not None
-        edges = gather_tokens(patches_of(views.edges.expand_as(pick(views.clean, hidden)), self.patch), index)
+        edges = gather_tokens(patches_of(views.edges.expand_as(clean), self.patch), index)
+        target = gather_tokens(rec_targets, index)
         loss_rec = patch_l1(prediction, target, 1 + self.reconstruction_edges * edges, counts)
 
         terms = {"cls": loss_cls, "patch": loss_patch, "rec": loss_rec}
@@ -380,8 +386,8 @@ class AGSSD(PretrainModule):
             student_patch=student_logits.detach(),
             cls_features=teacher_cls.flatten(0, 1).float(),
             tokens=teacher_tokens,
-            prediction=prediction.detach(),
-            target=target,
+            prediction=prediction.detach() * gather_tokens(scale, index) + gather_tokens(mean, index),
+            target=gather_tokens(voxels, index),
             plain=plain.detach(),
             fused=None if fused is None else fused.detach(),
             ratio=ratio,
@@ -524,11 +530,10 @@ class AGSSD(PretrainModule):
         views = step.views
         hidden = int(views.hidden_view[index])
         reconstruction = views.clean[index, :, 0].clone()
-        if not self.norm_pix:
-            patches = patches_of(views.clean[index, hidden][None], self.patch).clone()
-            shown = step.mask[index].gather(0, step.index[index])
-            patches[0, step.index[index][shown]] = step.prediction[index][shown].to(patches.dtype)
-            reconstruction[hidden] = unpatch(patches, self.grid, self.patch)[0, 0]
+        patches = patches_of(views.clean[index, hidden][None], self.patch).clone()
+        shown = step.mask[index].gather(0, step.index[index])
+        patches[0, step.index[index][shown]] = step.prediction[index][shown].to(patches.dtype)
+        reconstruction[hidden] = unpatch(patches, self.grid, self.patch)[0, 0]
         masks = in_hidden_view(step.mask.unflatten(1, self.grid), views.hidden_view)
         panel = panel_of(views, index, masks, reconstruction, self.masks.score == "region")
         encoder = cast(Backbone, self.teacher["backbone"])

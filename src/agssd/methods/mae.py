@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from agssd.losses.reconstruction import patch_mse, standardise_patches
+from agssd.losses.reconstruction import patch_mse, patch_scaling
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
 from agssd.models.heads import ReconstructionHead
@@ -88,7 +88,7 @@ class MAE(PretrainModule):
     MSE of standardised patches over hidden patches alone; in 3D SelfMedMAE [R: SelfMedMAE] and nnssl [R: nnssl];
     loss-guided masks: Li et al., arXiv 2407.06468 [R: AnatoMask].
     Deviates: standard deviations of target patches have a floor (ours, see
-    :func:`agssd.losses.reconstruction.standardise_patches`); patches with less than 5 % body are not predicted (ours);
+    :func:`agssd.losses.reconstruction.patch_scaling`); patches with less than 5 % body are not predicted (ours);
     our views, encoder and schedules.
 
     Args:
@@ -169,9 +169,9 @@ class MAE(PretrainModule):
         """Return the MSE of the voxels of hidden patches that hold body."""
         clean = views.clean.flatten(0, 1)  # (2B, C, [D,] H, W)
         body = body_of(views.foreground.flatten(0, 1), self.patch)  # (2B, N)
-        target = patches_of(clean, self.patch)  # (2B, N, P)
-        if self.norm_pix:
-            target = standardise_patches(target, clean.std(tuple(range(1, clean.ndim))))
+        voxels = patches_of(clean, self.patch)  # (2B, N, P)
+        mean, scale = patch_scaling(voxels, clean, self.norm_pix)
+        target = (voxels - mean) / scale
         hidden_count = self.masks.exact(self._one_ratio())
 
         def error(mask: Tensor, hidden: Tensor) -> Tensor:
@@ -184,7 +184,8 @@ class MAE(PretrainModule):
         (noise,) = self.drop_noise(views.sample, 2)
         prediction, features = self._predict(self.student, clean, mask, hidden, noise)
         loss = patch_mse(prediction, gather_tokens(target, hidden), body.gather(1, hidden))
-        self._step = (views, mask, hidden, prediction.detach())
+        shown = prediction.detach() * gather_tokens(scale, hidden) + gather_tokens(mean, hidden)
+        self._step = (views, mask, hidden, shown)
         return LossTerms(loss, {"rec": loss}, (features.tokens,))
 
     @staticmethod
@@ -205,7 +206,7 @@ class MAE(PretrainModule):
             return panel_of(None, index)
         views, mask, hidden, prediction = self._step
         masks = mask.unflatten(1, self.grid).unflatten(0, (-1, 2))
-        if self.norm_pix or not 0 <= index < len(masks):  # what is predicted are no intensities
+        if not 0 <= index < len(masks):
             return panel_of(views, index, masks)
         rows = slice(2 * index, 2 * index + 2)
         patches = patches_of(views.clean[index], self.patch)

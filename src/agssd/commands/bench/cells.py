@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agssd.commands.bench.equal_time import clock_flags, steps_of
-from agssd.commands.bench.settings import Bench, Labels, fingerprint, label_flags
+from agssd.commands.bench.settings import Bench, Labels, command_mark, fingerprint, label_flags
 
 ROW = "row.json"
 
@@ -151,7 +151,7 @@ def pretrain(one: Pretraining, threads: int) -> dict[str, Any]:
     Raises:
         ValueError: if it fails; the message names its log.
     """
-    return once(one.folder, fingerprint(one.command), lambda: _timed(one, threads))
+    return once(one.folder, command_mark(one.command), lambda: _timed(one, threads))
 
 
 def _timed(one: Pretraining, threads: int) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def train_and_measure(cell: Cell, bench: str, figure: str, threads: int) -> dict
     Raises:
         ValueError: if it fails; the message names its log.
     """
-    before = None if cell.pretraining is None else fingerprint(cell.pretraining.command)
+    before = None if cell.pretraining is None else command_mark(cell.pretraining.command)
 
     def work() -> dict[str, Any]:
         started = time.perf_counter()
@@ -182,7 +182,7 @@ def train_and_measure(cell: Cell, bench: str, figure: str, threads: int) -> dict
         shutil.rmtree(cell.folder / "checkpoints")  # hundreds of cells; the command in the row makes it again
         return row
 
-    return once(cell.folder, fingerprint([cell.fit, cell.measure, before]), work)
+    return once(cell.folder, fingerprint([command_mark(cell.fit), command_mark(cell.measure), before]), work)
 
 
 def row_of(cell: Cell, bench: str, figure: str, subjects: dict[str, float], started: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from agssd.commands.bench.cells import Cell, balanced, once, row_of
-from agssd.commands.bench.settings import Bench, Labels, fingerprint
+from agssd.commands.bench.settings import Bench, Labels, command_mark, fingerprint
 from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import check_leakage
@@ -51,7 +51,7 @@ def probe(cells: Sequence[Cell], bench: Bench, cache: str) -> dict[str, Any]:
     torch.set_num_threads(bench.threads)
     frozen = _Frozen(cells[0], bench, cache)
     for cell in cells:
-        before = None if cell.pretraining is None else fingerprint(cell.pretraining.command)
+        before = None if cell.pretraining is None else command_mark(cell.pretraining.command)
         one = bench.readouts[cell.readout]
         given = [one.probe, one.window_vox, cache, cell.labels, cell.draw, cell.seed, cell.fold, bench.num_folds]
         given.append(frozen.config if before is None else before)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -189,6 +190,29 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def command_mark(words: Sequence[str]) -> str:
+    """Return 12 hex digits that change with a command line or with what the YAML files say that it leads to."""
+    return fingerprint([_contents(Path(word)) if _names_yaml(word) else word for word in words])
+
+
+def _contents(path: Path) -> Any:
+    """Return what a YAML file says, with what others say in place of their names."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        inner = path.parent / value if _names_yaml(value) else None
+        return _contents(inner) if inner is not None and inner.is_file() else value
+
+    return filled(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else str(path)
+
+
+def _names_yaml(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith((".yaml", ".yml"))
+
+
 def label_flags(labels: Labels) -> list[str]:
     """Return the flags of the data module for an amount of labels."""
     if isinstance(labels, int):
@@ -284,7 +308,7 @@ def _resolved(folder: Path, value: Any) -> Any:
         return {key: _resolved(folder, item) for key, item in value.items()}
     if isinstance(value, list):
         return [_resolved(folder, item) for item in value]
-    if isinstance(value, str) and value.endswith((".yaml", ".yml")) and not Path(value).is_absolute():
+    if _names_yaml(value) and not Path(value).is_absolute():
         return os.path.normpath(folder / value)
     return value
 
