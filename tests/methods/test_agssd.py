@@ -17,6 +17,7 @@ from agssd.geometry import token_centres, transform
 from agssd.methods.agssd import AGSSD
 from agssd.methods.base import PretrainModule
 from agssd.transforms.edges import MIN_FOREGROUND
+from agssd.transforms.views import edge_maps
 
 SAMPLES = [0, 1, 2, 3]
 
@@ -126,7 +127,8 @@ def test_agssd__edge_quota_and_temperature_hide_more_edges_as_the_run_proceeds(t
 
 
 def test_agssd__background_tokens_enter_neither_loss_nor_centre(batch: Any) -> None:
-    module = recipes.build(AGSSD, assignment="centring", centre_momentum=(0.9, 0.9))
+    # norm_pix off: the floor of its scale is a share of the spread of the whole view, background included.
+    module = recipes.build(AGSSD, assignment="centring", centre_momentum=(0.9, 0.9), norm_pix=False)
     views, loss, step = step_of(module, half_background(batch))
     shares = body_of(views)
     hidden_background = step.mask.numpy() & (shares < MIN_FOREGROUND)
@@ -226,7 +228,11 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-@pytest.mark.parametrize("settings", [{}, {"norm_pix": False, "clean_teacher": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"norm_pix": False, "clean_teacher": False}, {"masked_views": 2}],
+    ids=["defaults", "plain", "both"],
+)
 def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], batch: Any, at: Any) -> None:
     at(0.15)
     module = recipes.build(AGSSD, cvaa="none", drop_path=0.0, assignment="centring", **settings)
@@ -234,50 +240,73 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
         centre.centre.copy_(torch.randn(64, generator=torch.Generator().manual_seed(1)) * 0.05)
     views, loss, step = step_of(module, half_background(batch))
     centre_cls, centre_patch = module.centre_cls.centre.numpy(), module.centre_patch.centre.numpy()
-    shares = body_of(views)
     cls, patch, rec = [], [], []
     for b, hidden in enumerate(views.hidden_view.tolist()):
-        mask = step.mask[b].reshape(1, *module.grid)
+        masks = {hidden: step.mask[b]} if module.masked_views == 1 else {v: step.mask[2 * b + v] for v in (0, 1)}
         student, teacher, scores = [], [], []
         with torch.no_grad():
             for v in (0, 1):
                 image = views.inputs[b, v][None]
-                student.append(module.student["backbone"].forward_views([image], [mask if v == hidden else None])[0])
-                teacher.append(module.teacher["backbone"](image if settings else views.clean[b, v][None]))
+                mask = masks[v].reshape(1, *module.grid) if v in masks else None
+                student.append(module.student["backbone"].forward_views([image], [mask])[0])
+                teacher.append(module.teacher["backbone"](views.clean[b, v][None] if module.clean_teacher else image))
             for features in teacher:
                 scores.append(module.teacher["cls_head"](features.cls)[0].double().numpy())
             seen = [module.student["cls_head"](features.cls)[0].double().numpy() for features in student]
             for image in views.locals[b]:
                 features = module.student["backbone"](image[None])
                 seen.append(module.student["cls_head"](features.cls)[0].double().numpy())
-            teacher_patch = module.teacher["patch_head"](teacher[hidden].tokens)[0].double().numpy()
-            student_patch = module.student["patch_head"](student[hidden].tokens)[0].double().numpy()
-            predicted = module.student["reconstruction"](student[hidden].tokens)[0].double().numpy()
         pairs = []
         for q in (0, 1):
             target = softmax((scores[q] - centre_cls) / 0.04)
             pairs += [-(target * np.log(softmax(logits / 0.1))).sum() for v, logits in enumerate(seen) if v != q]
         cls.append(np.mean(pairs))
         temperature = 0.04 + (0.07 - 0.04) * 0.5  # half of 30 % of the run
-        losses, error, weights = [], 0.0, 0.0
-        for n in np.flatnonzero(step.mask[b].numpy() & (shares[b] >= 0.05)):
-            target = softmax((teacher_patch[n] - centre_patch) / temperature)
-            losses.append(-(target * np.log(softmax(student_patch[n] / 0.1))).sum())
-            i, j, k = (8 * int(x) for x in np.unravel_index(n, module.grid))
-            box = (0, slice(i, i + 8), slice(j, j + 8), slice(k, k + 8))
-            weight = 1 + views.edges[b][box].double().numpy().ravel()
-            voxels = views.clean[b, hidden][box].double().numpy().ravel()
-            if not settings:
-                floor = 0.05 * views.clean[b, hidden].double().numpy().std(ddof=1)
-                voxels = (voxels - voxels.mean()) / max(voxels.std(), floor)
-            error += (weight * np.abs(predicted[n] - voxels)).sum()
-            weights += weight.sum()
-        patch.append(np.mean(losses))
-        rec.append(error / weights)
+        for v, mask in masks.items():
+            with torch.no_grad():
+                teacher_patch = module.teacher["patch_head"](teacher[v].tokens)[0].double().numpy()
+                student_patch = module.student["patch_head"](student[v].tokens)[0].double().numpy()
+                predicted = module.student["reconstruction"](student[v].tokens)[0].double().numpy()
+            edges = edge_maps(views, torch.full((len(views.sample),), v))[b].double().numpy()
+            clean = views.clean[b, v].double().numpy()
+            losses, error, weights = [], 0.0, 0.0
+            for n in np.flatnonzero(mask.numpy()):
+                i, j, k = (8 * int(x) for x in np.unravel_index(n, module.grid))
+                box = (0, slice(i, i + 8), slice(j, j + 8), slice(k, k + 8))
+                if views.foreground[b, v][box].double().mean() < 0.05:
+                    continue
+                target = softmax((teacher_patch[n] - centre_patch) / temperature)
+                losses.append(-(target * np.log(softmax(student_patch[n] / 0.1))).sum())
+                weight, voxels = 1 + edges[box].ravel(), clean[box].ravel()
+                if module.norm_pix:
+                    voxels = (voxels - voxels.mean()) / max(voxels.std(), 0.05 * clean.std(ddof=1))
+                error += (weight * np.abs(predicted[n] - voxels)).sum()
+                weights += weight.sum()
+            patch.append(np.mean(losses))
+            rec.append(error / weights)
     assert float(loss.terms["cls"]) == pytest.approx(np.mean(cls), rel=1e-5)
     assert float(loss.terms["patch"]) == pytest.approx(np.mean(patch), rel=1e-5)
     assert float(loss.terms["rec"]) == pytest.approx(np.mean(rec), rel=1e-5)
     assert float(loss.total) == pytest.approx(np.mean(cls) + np.mean(patch) + 10 * np.mean(rec), rel=1e-5)
+
+
+def test_agssd__masks_of_both_views_are_drawn_apart_and_shown(batch: Any, at: Any) -> None:
+    at(0.6)
+    module = recipes.build(AGSSD, masked_views=2)
+    views, _, step = step_of(module, batch)
+    masks = step.mask.unflatten(0, (4, 2))
+    assert (masks.sum(2) > 0).all() and not (masks[:, 0] == masks[:, 1]).all(1).any()
+    figures = module.observations["scalars"]
+    assert all(torch.isfinite(value) for value in figures.values())
+    panel = module.view_panel(2)
+    assert torch.equal(panel["mask"].flatten(1), masks[2])
+    changed = panel["reconstruction"] != panel["clean"]
+    covered = panel["mask"].repeat_interleave(8, 1).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert not (changed & ~covered).any() and (changed & covered).sum() > 0.99 * covered.sum()
+    with pytest.raises(IndexError, match="sample 4"):
+        module.view_panel(4)
+    with pytest.raises(ValueError, match="masked_views is 3; give 1 or 2"):
+        recipes.build(AGSSD, masked_views=3)
 
 
 def test_agssd__reconstructs_the_clean_view(batch: Any) -> None:
@@ -412,7 +441,7 @@ def test_agssd__teacher_fuses_each_view_with_the_other_from_its_own_place(
         one = module.make_views(recipes.take(batch, slice(b, b + 1)))
         for v in (0, 1):
             bias, _, _ = module._position_bias(one, torch.tensor([v]))
-            own, other = (module.teacher["backbone"](views.inputs[b, which][None]) for which in (v, 1 - v))
+            own, other = (module.teacher["backbone"](views.clean[b, which][None]) for which in (v, 1 - v))
             query = torch.cat([own.cls[:, None], own.tokens], 1)
             expected = fuser(query, other.tokens, bias)[0]
             torch.testing.assert_close(fused.unflatten(0, (4, 2))[b, v], expected, rtol=0, atol=1e-5)

@@ -18,7 +18,7 @@ from agssd.methods.mae import MAE
 from agssd.models.vit import ViT
 from agssd.transforms.edges import patches_of
 from agssd.transforms.keyed_random import KeyedRandom
-from agssd.transforms.views import body_of, mask_both_views
+from agssd.transforms.views import body_of, mask_views
 
 
 def step(module: Any, views: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, Any, Any]:
@@ -139,7 +139,7 @@ def test_mae__loss_is_the_teachers_error_per_patch_from_half_of_the_others(
         parameter.data.mul_(1.5)  # the score is the teacher's
     views = module.make_views(recipes.parents(tiny_cache, [0, 1, 2]))
     given: list[Any] = []
-    monkeypatch.setattr(mae, "mask_both_views", lambda *all: given.append(all[-1]) or mask_both_views(*all))
+    monkeypatch.setattr(mae, "mask_views", lambda *all: given.append(all[-1]) or mask_views(*all))
     module.pretrain_loss(views)
     clean = views.clean.flatten(0, 1)
     target = patches_of(clean, module.patch)

@@ -15,12 +15,12 @@ from agssd.transforms.intensity import Appearance
 from agssd.transforms.masking import MaskSampler
 from agssd.transforms.views import (
     body_of,
+    both_views,
     boundary_maps,
     edge_maps,
-    in_hidden_view,
+    in_their_views,
     make_views,
-    mask_both_views,
-    mask_hidden_view,
+    mask_views,
     panel_of,
     pick,
 )
@@ -53,37 +53,48 @@ def test_make_views__each_view_of_many_samples_is_hidden_half_the_time(tiny_cach
     assert 0.42 < float(share) < 0.58
 
 
-def test_mask_both_views__masks_of_a_sample_differ_and_do_not_depend_on_the_cut(batch) -> None:
+def test_mask_views__masks_of_a_sample_differ_and_do_not_depend_on_the_cut(batch) -> None:
     views = make_views(batch, CROPS, None, 0, with_locals=False)
     body = body_of(views.foreground.flatten(0, 1), (8, 8, 8))
     for score in ("random", "edge"):
         masks = MaskSampler((3, 3, 3), (8, 8, 8), score)
-        whole = mask_both_views(views, body, masks, (0.3, 0.7), 0, 0.5)
+        whole, _ = mask_views(views, both_views(views), body, masks, (0.3, 0.7), 0, 0.5)
         assert whole.shape == (8, 3, 3, 3)
         assert not any(torch.equal(whole[2 * b], whole[2 * b + 1]) for b in range(4))
         for b in range(4):
             one = make_views(recipes.take(batch, slice(b, b + 1)), CROPS, None, 0, with_locals=False)
-            part = mask_both_views(one, body[2 * b : 2 * b + 2], masks, (0.3, 0.7), 0, 0.5)
+            part, _ = mask_views(one, both_views(one), body[2 * b : 2 * b + 2], masks, (0.3, 0.7), 0, 0.5)
             assert torch.equal(part, whole[2 * b : 2 * b + 2])
 
 
-def test_mask_both_views__edges_of_each_view_guide_its_own_mask(batch) -> None:
+def test_mask_views__edges_of_each_view_guide_its_own_mask(batch) -> None:
     views = make_views(batch, CROPS, None, 0, with_locals=False)
     views.clean[:, 0, :, :8], views.clean[:, 1, :, 16:] = 0.0, 0.0  # each view is flat at another end
     body = torch.ones(8, 27, dtype=torch.bool)
     masks = MaskSampler((3, 3, 3), (8, 8, 8), "edge", score_share=1.0, temperature=(0.1, 0.1), hints=0.0)
-    mask = mask_both_views(views, body, masks, (0.3, 0.3), 0, 1.0).unflatten(0, (4, 2)).flatten(2)
+    mask, _ = mask_views(views, both_views(views), body, masks, (0.3, 0.3), 0, 1.0)
+    mask = mask.unflatten(0, (4, 2)).flatten(2)
     for v in (0, 1):
         edges = patches_of(edge_maps(views, torch.full((4,), v)), (8, 8, 8)).mean(-1)
         hidden, as_other = (float((edges * mask[:, w]).sum() / mask[:, w].sum()) for w in (v, 1 - v))
         assert hidden > 1.2 * float(edges.mean()) and hidden > 1.2 * as_other
 
 
-def test_in_hidden_view__puts_the_mask_into_its_view() -> None:
+def test_in_their_views__puts_each_mask_into_its_view() -> None:
     mask = torch.rand(5, 2, 2, 2, generator=torch.Generator().manual_seed(0)) < 0.5
     which = torch.tensor([0, 1, 1, 0, 1])
-    both = in_hidden_view(mask, which)
-    assert torch.equal(pick(both, which), mask) and not pick(both, 1 - which).any()
+    found = in_their_views(mask, which, 5)
+    assert torch.equal(pick(found, which), mask) and not pick(found, 1 - which).any()
+    mask = torch.rand(6, 2, 2, 2, generator=torch.Generator().manual_seed(0)) < 0.5
+    which = torch.tensor([0, 1, 0, 1, 0, 1])
+    assert torch.equal(pick(in_their_views(mask, which, 3), which), mask)
+
+
+def test_edge_maps__of_both_views_are_those_of_each(batch) -> None:
+    views = make_views(batch, CROPS, None, 0, with_locals=False)
+    both = edge_maps(views, both_views(views)).unflatten(0, (4, 2))
+    for v in (0, 1):
+        assert torch.equal(both[:, v], edge_maps(views, torch.full((4,), v)))
 
 
 def test_unpatch__inverts_patches_of() -> None:
@@ -131,10 +142,10 @@ def test_boundary_maps__lie_where_numbers_of_the_view_change_and_not_at_the_outl
 def test_mask_region__hides_boundaries_first_in_either_way_of_masking(batch) -> None:
     views = make_views(slabs(batch, slice(16, None)), CROPS, None, 0, with_locals=False)
     masks = MaskSampler((3, 3, 3), (8, 8, 8), "region", score_share=1.0, temperature=(0.1, 0.1), hints=0.0)
-    both = mask_both_views(views, torch.ones(8, 27, dtype=torch.bool), masks, (0.3, 0.3), 0, 1.0)
-    one, _ = mask_hidden_view(views, torch.ones(4, 27, dtype=torch.bool), masks, (0.3, 0.3), 0, 1.0)
+    both, _ = mask_views(views, both_views(views), torch.ones(8, 27, dtype=torch.bool), masks, (0.3, 0.3), 0, 1.0)
+    one, _ = mask_views(views, views.hidden_view, torch.ones(4, 27, dtype=torch.bool), masks, (0.3, 0.3), 0, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        again, _ = mask_hidden_view(views, torch.ones(4, 27, dtype=torch.bool), masks, (0.3, 0.3), 0, 1.0)
+        again, _ = mask_views(views, views.hidden_view, torch.ones(4, 27, dtype=torch.bool), masks, (0.3, 0.3), 0, 1.0)
     assert torch.equal(one, again)
     for mask, which in (
         (one, views.hidden_view),

@@ -25,7 +25,7 @@ from agssd.transforms.intensity import Appearance
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.masking import MaskSampler, draw_masks, mask_counts
 from agssd.transforms.separable import apply_separable
-from agssd.transforms.views import body_of, make_views, mask_hidden_view, panel_of, pick
+from agssd.transforms.views import body_of, make_views, mask_views, panel_of, pick
 
 GRID, PATCH, SIZE = (4, 6), (8, 8), (32, 48)
 
@@ -218,12 +218,12 @@ def test_draw_masks__count_is_exact_and_blocks_are_squares(block):
 
 
 @pytest.mark.parametrize("score", ["edge", "region", "entropy", "block", "random"])
-def test_mask_hidden_view__hides_what_the_score_prefers_with_exact_counts(score):
+def test_mask_views__hides_what_the_score_prefers_with_exact_counts(score):
     batch = frames(12)
     views = make_views(batch, crops(), Appearance(), 0, with_edges=True)
     sampler = MaskSampler(GRID, PATCH, score)
-    mask, ratio = mask_hidden_view(views, body_of(pick(views.foreground, views.hidden_view), PATCH), sampler,
-                                   (0.3, 0.6), 0, 0.5)  # fmt: skip
+    body = body_of(pick(views.foreground, views.hidden_view), PATCH)
+    mask, ratio = mask_views(views, views.hidden_view, body, sampler, (0.3, 0.6), 0, 0.5)
     assert mask.shape == (12, *GRID)
     assert torch.equal(mask.flatten(1).sum(1), mask_counts(ratio, GRID, 1))
 

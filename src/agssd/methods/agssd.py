@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -31,29 +31,39 @@ from agssd.transforms.edges import patch_scores, patches_of, standardise, unpatc
 from agssd.transforms.intensity import Appearance
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
-from agssd.transforms.views import Views, body_of, in_hidden_view, make_views, mask_hidden_view, panel_of, pick
+from agssd.transforms.views import (
+    Views,
+    body_of,
+    both_views,
+    edge_maps,
+    in_their_views,
+    make_views,
+    mask_views,
+    panel_of,
+    pick,
+)
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
 
 @dataclass
 class _Step:
-    """What the last step leaves for monitors; all detached."""
+    """What the last step leaves for monitors; all detached. R masked views, one or two of each of B samples."""
 
     views: Views
-    mask: Tensor  # (B, N)
-    counts: Tensor  # (B, M) bool
-    index: Tensor  # (B, M)
+    mask: Tensor  # (R, N)
+    counts: Tensor  # (R, M) bool
+    index: Tensor  # (R, M)
     teacher_cls: Tensor  # (2B, K) probabilities
     student_cls: Tensor  # (2B, K) logits over the temperature
-    teacher_patch: Tensor  # (B, M, K) probabilities
-    student_patch: Tensor  # (B, M, K) logits over the temperature
+    teacher_patch: Tensor  # (R, M, K) probabilities
+    student_patch: Tensor  # (R, M, K) logits over the temperature
     cls_features: Tensor  # (2B, E)
     tokens: Tensor  # (B, 2, N, E) teacher
-    prediction: Tensor  # (B, M, P) intensities; with norm_pix each patch's own mean and spread are given to it
-    target: Tensor  # (B, M, P) intensities
-    plain: Tensor  # (B, M) cross-entropy without fusion
-    fused: Tensor | None  # (B, M) with
-    ratio: Tensor  # (B,) nominal
+    prediction: Tensor  # (R, M, P) intensities; with norm_pix each patch's own mean and spread are given to it
+    target: Tensor  # (R, M, P) intensities
+    plain: Tensor  # (R, M) cross-entropy without fusion
+    fused: Tensor | None  # (R, M) with
+    ratio: Tensor  # (R,) nominal
 
 
 class AGSSD(PretrainModule):
@@ -103,6 +113,8 @@ class AGSSD(PretrainModule):
         mask_temperature: of that draw, from first to second over the run (linear in its logarithm).
         mask_hints: share of hidden tokens of the strongest patches that are shown after all.
         mask_block: tokens per side of a hidden block.
+        masked_views: 1 masks one of the two global views, so that the student's [CLS] sees whole views too [R: DINOv2];
+            2 masks both, each by a draw of its own: twice the patches to learn from at hardly more cost (ours).
         cvaa: ``"student"`` fuses the student's tokens (default), ``"teacher"`` mixes aligned tokens of the other view
             into the targets, ``"casa"`` is Alice's form, ``"none"`` switches CVAA off.
         fuser_depth: blocks of the fuser.
@@ -152,6 +164,7 @@ class AGSSD(PretrainModule):
         mask_temperature: tuple[float, float] = (4.0, 1.0),
         mask_hints: float = 0.1,
         mask_block: int = 1,
+        masked_views: Literal[1, 2] = 1,
         cvaa: Literal["student", "teacher", "casa", "none"] = "student",
         fuser_depth: int = 2,
         fuser_heads: int = 6,
@@ -185,7 +198,10 @@ class AGSSD(PretrainModule):
         self.temperature_student = temperature_student
         self.temperature_cls = temperature_cls
         self.temperature_patch = temperature_patch
+        if masked_views not in (1, 2):
+            raise ValueError(f"masked_views is {masked_views}; give 1 or 2")
         self.mask_ratio = mask_ratio
+        self.masked_views = masked_views
         self.teacher_score_edges = teacher_score_edges
         self.cvaa = cvaa
         self.fused_share = fused_share
@@ -253,8 +269,13 @@ class AGSSD(PretrainModule):
     # ---------------------------------------------------------------- CVAC
 
     def make_views(self, batch: ParentBatch) -> Views:
-        """Cut two global and the local views from every parent, and find the edges of the one to be masked."""
-        return make_views(batch, self.views, self.appearance, self.seed, with_edges=True)
+        """Cut two global and the local views from every parent, and find the edges of those to be masked."""
+        views = make_views(batch, self.views, self.appearance, self.seed)
+        return replace(views, edges=edge_maps(views, self._masked(views)))
+
+    def _masked(self, views: Views) -> Tensor:
+        """Return (R,): which views are masked, R = B or 2B."""
+        return views.hidden_view if self.masked_views == 1 else both_views(views)
 
     def _teacher_inputs(self, views: Views) -> Tensor:
         return views.clean if self.clean_teacher else views.inputs
@@ -263,7 +284,7 @@ class AGSSD(PretrainModule):
 
     def _scores(self, views: Views, body: Tensor, targets: Tensor, attention: Tensor | None) -> Tensor | None:
         """Return (B, N) z-scores of the teacher mixed with edges, where the teacher is asked."""
-        view = pick(self._teacher_inputs(views), views.hidden_view)
+        view = pick(self._teacher_inputs(views), self._masked(views))
 
         def error(mask: Tensor, index: Tensor) -> Tensor:
             prediction, _ = predict_hidden(self.teacher, "reconstruction", view, mask, index)
@@ -287,8 +308,10 @@ class AGSSD(PretrainModule):
         return position_bias(pick(affine, query_view), pick(affine, 1 - query_view), self.grid)
 
     def _forbidden(self, views: Views, mask: Tensor, distance: Tensor) -> Tensor:
-        """Return (B, 1 + N, N) bool: key dropout, and the counterparts of some hidden tokens."""
+        """Return (R, 1 + N, N) bool: key dropout, and the counterparts of some hidden tokens."""
         random = KeyedRandom(self.seed, views.sample, "fuser")
+        if len(mask) > len(views.sample):
+            random = KeyedRandom.from_keys(random.split(2))
         return forbidden_keys(random, mask, distance, self.key_dropout, self.counterpart_drop)
 
     # ---------------------------------------------------------------- loss
@@ -304,7 +327,7 @@ class AGSSD(PretrainModule):
         """Return the objective of one micro-batch: ``cls + patch + 10 rec`` by default."""
         self._step = None  # frees the last step before this one needs the memory
         now = self.scheduled(self.progress)
-        hidden = views.hidden_view
+        hidden = self._masked(views)
 
         with torch.no_grad():
             seen = cast(Backbone, self.teacher["backbone"]).forward_crops(self._teacher_inputs(views))
@@ -316,7 +339,7 @@ class AGSSD(PretrainModule):
             mean, scale = patch_scaling(voxels, clean, self.norm_pix)
             rec_targets = (voxels - mean) / scale
             given = self._scores(views, body, rec_targets, attention)
-            mask, ratio = mask_hidden_view(views, body, self.masks, self.mask_ratio, self.seed, self.progress, given)
+            mask, ratio = mask_views(views, hidden, body, self.masks, self.mask_ratio, self.seed, self.progress, given)
             flat_mask = mask.flatten(1)
             index, used = masked_indices(flat_mask, self.masks.limit(self.mask_ratio[1]))
             counts = used & body.gather(1, index)  # (B, M): hidden tokens that hold body
@@ -324,7 +347,7 @@ class AGSSD(PretrainModule):
         # Student: the masked and the clean global view, and the local views, in one pass.
         student = cast(Backbone, self.student["backbone"])
         seen_by_student = student.forward_crops(
-            views.inputs, views.locals, in_hidden_view(mask, hidden), self._drop_noise(views)
+            views.inputs, views.locals, in_their_views(mask, hidden, len(views.sample)), self._drop_noise(views)
         )
         student_cls, student_tokens = seen_by_student.cls, seen_by_student.tokens
         hidden_tokens = pick(student_tokens, hidden)
@@ -412,8 +435,9 @@ class AGSSD(PretrainModule):
         now: dict[str, float],
     ) -> tuple[Tensor, Tensor | None]:
         """Return the cross-entropy (B, M) after fusion, and the teacher's fused [CLS] (B, 2, E) or None (casa)."""
-        hidden = views.hidden_view
-        bias, distance, _ = self._position_bias(views, hidden)
+        hidden = self._masked(views)
+        biases, distances, _ = self._position_bias(views, both_views(views))
+        bias, distance = (pick(both.unflatten(0, (-1, 2)), hidden) for both in (biases, distances))
         forbidden = self._forbidden(views, mask, distance) if self.training else None
         query = torch.cat([pick(student_cls, hidden)[:, None], pick(student_tokens, hidden)], 1)
         memory = pick(teacher_tokens, 1 - hidden)
@@ -426,12 +450,8 @@ class AGSSD(PretrainModule):
         else:
             fused = self.student["fuser"](query, memory, bias, forbidden)
             with torch.no_grad():
-                other_bias, _, _ = self._position_bias(views, 1 - hidden)
-                as_first = torch.where((hidden == 0)[:, None, None], bias, other_bias)
-                as_second = torch.where((hidden == 0)[:, None, None], other_bias, bias)
                 queries = torch.cat([teacher_cls[:, :, None], teacher_tokens], 2).flatten(0, 1)
                 memories = teacher_tokens.flip(1).flatten(0, 1)
-                biases = torch.stack([as_first, as_second], 1).flatten(0, 1)
                 out = rearrange(self.teacher["fuser"](queries, memories, biases), "(b v) n e -> b v n e", v=2)
                 fused_cls = out[:, :, 0]
                 fused_teacher = pick(out, hidden)
@@ -453,7 +473,7 @@ class AGSSD(PretrainModule):
     ) -> Tensor:
         """Return targets mixed with those of the aligned tokens of the other view (``cvaa="teacher"``)."""
         affine = views.geometry.globals.affine
-        hidden = views.hidden_view
+        hidden = self._masked(views)
         u, valid = correspondence(pick(affine, hidden), pick(affine, 1 - hidden), self.grid)
         other = sample_tokens(pick(teacher_tokens, 1 - hidden).float(), self.grid, u)
         agreement = nn.functional.cosine_similarity(own.float(), other, dim=-1).clamp_min(0)
@@ -487,7 +507,7 @@ class AGSSD(PretrainModule):
                 "teacher_patch": step.teacher_patch[step.counts],
                 "student_patch": step.student_patch[step.counts],
                 "cls_features": step.cls_features,
-                "patch_features": gather_tokens(pick(step.tokens, step.views.hidden_view), step.index)[
+                "patch_features": gather_tokens(pick(step.tokens, self._masked(step.views)), step.index)[
                     step.counts
                 ].float(),
                 "centre_norm_cls": self.centre_cls.centre.norm(),
@@ -497,7 +517,7 @@ class AGSSD(PretrainModule):
 
     def _figures(self, step: _Step) -> dict[str, Tensor]:
         """Return AG-SSD's own figures of docs/method.md (c), each (); NaN where nothing could be measured."""
-        views, counts, hidden = step.views, step.counts, step.views.hidden_view
+        views, counts, hidden = step.views, step.counts, self._masked(step.views)
         assert views.edges is not None
         scores = patch_scores(views.edges, self.patch)
         affine = views.geometry.globals.affine
@@ -515,7 +535,8 @@ class AGSSD(PretrainModule):
         if step.fused is not None:
             figures |= fusion_figures(step.plain, step.fused, counts & valid.gather(1, step.index))
         edges = scores.gather(1, step.index)
-        return figures | reconstruction_figures(step.prediction, step.target, counts, edges, views.is_ct)
+        is_ct = views.is_ct.repeat_interleave(self.masked_views)
+        return figures | reconstruction_figures(step.prediction, step.target, counts, edges, is_ct)
 
     @torch.no_grad()
     def view_panel(self, index: int) -> ViewPanel:
@@ -525,16 +546,17 @@ class AGSSD(PretrainModule):
             IndexError: if the batch has no such sample, or no step was taken.
         """
         step = self._step
-        if step is None or not 0 <= index < step.mask.shape[0]:
+        if step is None or not 0 <= index < len(step.views.sample):
             raise IndexError(f"sample {index} is not in the last batch")
         views = step.views
-        hidden = int(views.hidden_view[index])
+        hidden = self._masked(views)
         reconstruction = views.clean[index, :, 0].clone()
-        patches = patches_of(views.clean[index, hidden][None], self.patch).clone()
-        shown = step.mask[index].gather(0, step.index[index])
-        patches[0, step.index[index][shown]] = step.prediction[index][shown].to(patches.dtype)
-        reconstruction[hidden] = unpatch(patches, self.grid, self.patch)[0, 0]
-        masks = in_hidden_view(step.mask.unflatten(1, self.grid), views.hidden_view)
+        for row in range(index * self.masked_views, (index + 1) * self.masked_views):
+            patches = patches_of(views.clean[index, hidden[row]][None], self.patch).clone()
+            shown = step.mask[row].gather(0, step.index[row])
+            patches[0, step.index[row][shown]] = step.prediction[row][shown].to(patches.dtype)
+            reconstruction[hidden[row]] = unpatch(patches, self.grid, self.patch)[0, 0]
+        masks = in_their_views(step.mask.unflatten(1, self.grid), hidden, len(views.sample))
         panel = panel_of(views, index, masks, reconstruction, self.masks.score == "region")
         encoder = cast(Backbone, self.teacher["backbone"])
         if encoder.has_cls_attention:

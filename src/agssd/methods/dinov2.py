@@ -23,7 +23,7 @@ from agssd.schedules import linear
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.intensity import Appearance
 from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
-from agssd.transforms.views import Views, body_of, in_hidden_view, make_views, mask_hidden_view, panel_of, pick
+from agssd.transforms.views import Views, body_of, in_their_views, make_views, mask_views, panel_of, pick
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
 
@@ -148,14 +148,14 @@ class DINOv2(PretrainModule):
 
             attention = None if seen.attention is None else pick(seen.attention, hidden)
             scores = self.teacher_scores(views.sample, view, body, error, attention)
-            mask, _ = mask_hidden_view(views, body, self.masks, self.mask_ratio, self.seed, self.progress, scores)
+            mask, _ = mask_views(views, hidden, body, self.masks, self.mask_ratio, self.seed, self.progress, scores)
             index, used = masked_indices(mask.flatten(1), self.masks.limit(self.mask_ratio[1]))
             counts = used & body.gather(1, index)  # (B, M): hidden tokens that hold body
             tokens = gather_tokens(whole, index)
             cls_targets = sinkhorn(self.teacher["cls_head"](seen.cls), temperature)
             patch_targets = sinkhorn(self.teacher["patch_head"](tokens), temperature, counts)
 
-        masks = in_hidden_view(mask, hidden)
+        masks = in_their_views(mask, hidden, len(views.sample))
         num_views = (2,) if views.locals is None else (2, views.locals.shape[1])
         noise = self.drop_noise(views.sample, *num_views)
         student = cast(Backbone, self.student["backbone"]).forward_crops(views.inputs, views.locals, masks, noise)

@@ -16,7 +16,7 @@ from agssd.models.vit import Block, Group
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.edges import patches_of, unpatch
 from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
-from agssd.transforms.views import Views, body_of, make_views, mask_both_views, panel_of
+from agssd.transforms.views import Views, body_of, both_views, make_views, mask_views, panel_of
 from agssd.types import Features, LossTerms, ParentBatch, Size, ViewPanel
 
 
@@ -179,7 +179,9 @@ class MAE(PretrainModule):
             return (prediction - gather_tokens(target, hidden)).square().mean(-1)
 
         scores = self.teacher_scores(views.sample, clean, body, error)
-        mask = mask_both_views(views, body, self.masks, self.mask_ratio, self.seed, self.progress, scores).flatten(1)
+        which = both_views(views)
+        mask, _ = mask_views(views, which, body, self.masks, self.mask_ratio, self.seed, self.progress, scores)
+        mask = mask.flatten(1)
         hidden, _ = masked_indices(mask, hidden_count)  # (2B, H)
         (noise,) = self.drop_noise(views.sample, 2)
         prediction, features = self._predict(self.student, clean, mask, hidden, noise)

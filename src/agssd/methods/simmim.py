@@ -12,7 +12,7 @@ from agssd.models.heads import ReconstructionHead, predict_hidden
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.edges import patches_of
 from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
-from agssd.transforms.views import Views, body_of, make_views, mask_both_views
+from agssd.transforms.views import Views, body_of, both_views, make_views, mask_views
 from agssd.types import LossTerms, ParentBatch
 
 
@@ -78,7 +78,8 @@ class SimMIM(PretrainModule):
             return (prediction - gather_tokens(voxels, index)).abs().mean(-1)
 
         scores = self.teacher_scores(views.sample, clean, body, error)
-        mask = mask_both_views(views, body, self.masks, self.mask_ratio, self.seed, self.progress, scores)
+        which = both_views(views)
+        mask, _ = mask_views(views, which, body, self.masks, self.mask_ratio, self.seed, self.progress, scores)
         index, used = masked_indices(mask.flatten(1), self.masks.limit(self.mask_ratio[1]))  # (2B, M)
         (noise,) = self.drop_noise(views.sample, 2)
         prediction, features = predict_hidden(self.student, "reconstruction", clean, mask, index, noise)

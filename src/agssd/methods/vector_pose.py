@@ -14,7 +14,7 @@ from agssd.models.heads import ProjectionHead, ReconstructionHead, predict_hidde
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.edges import patches_of
 from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
-from agssd.transforms.views import Views, body_of, edge_maps, make_views, mask_both_views, panel_of
+from agssd.transforms.views import Views, body_of, both_views, edge_maps, make_views, mask_views, panel_of
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
 POSE_MM = 100.0  # lengths are regressed in units of this many mm
@@ -111,8 +111,7 @@ class VectorPOSE(PretrainModule):
         clean = views.clean.flatten(0, 1)  # (2B, C, [D,] H, W)
         body = body_of(views.foreground.flatten(0, 1), self.patch)  # (2B, N)
         with torch.no_grad(), torch.autocast(clean.device.type, enabled=False):
-            maps = [edge_maps(views, torch.full_like(views.hidden_view, view)) for view in (0, 1)]
-            edges = torch.stack(maps, 1).flatten(0, 1).expand_as(clean)
+            edges = edge_maps(views, both_views(views)).expand_as(clean)
         voxels, weights = patches_of(clean, self.patch), 1 + self.weight_boundary * patches_of(edges, self.patch)
 
         def error(mask: Tensor, index: Tensor) -> Tensor:
@@ -120,7 +119,8 @@ class VectorPOSE(PretrainModule):
             return ((prediction - gather_tokens(voxels, index)).abs() * gather_tokens(weights, index)).mean(-1)
 
         scores = self.teacher_scores(views.sample, clean, body, error)
-        mask = mask_both_views(views, body, self.masks, self.mask_ratio, self.seed, self.progress, scores)
+        which = both_views(views)
+        mask, _ = mask_views(views, which, body, self.masks, self.mask_ratio, self.seed, self.progress, scores)
         index, used = masked_indices(mask.flatten(1), self.masks.limit(self.mask_ratio[1]))  # (2B, M)
         (noise,) = self.drop_noise(views.sample, 2)
         prediction, features = predict_hidden(self.student, "reconstruction", clean, mask, index, noise)

@@ -43,7 +43,9 @@ class Views:
     locals: Tensor | None  # (B, L, C, [d,] h, w)
     foreground: Tensor  # (B, 2, 1, [D,] H, W) bool
     hidden_view: Tensor  # (B,) int64, 0 or 1
-    edges: Tensor | None  # (B, 1, [D,] H, W) in [0, 1], of the hidden view; None where nobody asked for it
+    # (R, 1, [D,] H, W) in [0, 1], of the R views that are masked: the hidden ones, or both of each sample side by side.
+    # None where nobody asked for it.
+    edges: Tensor | None
     is_ct: Tensor  # (B,) bool
     low: Tensor  # (B, C)
     high: Tensor  # (B, C)
@@ -148,22 +150,33 @@ def _appear(appearance: Appearance | None, views: Tensor, is_ct: Tensor, random:
 
 
 def pick(x: Tensor, view: Tensor) -> Tensor:
-    """Return (B, ...): view ``view`` (B,) of each sample of (B, V, ...)."""
-    return x[torch.arange(x.shape[0], device=x.device), view]
+    """Return (R, ...): views ``view`` (R,) of (B, V, ...), one of each sample or several side by side."""
+    return x[_samples_of(view, x), view]
+
+
+def both_views(views: Views) -> Tensor:
+    """Return (2B,) int64: the two global views of each sample, side by side."""
+    return torch.arange(2, device=views.sample.device).repeat(len(views.sample))
+
+
+def _samples_of(view: Tensor, x: Tensor) -> Tensor:
+    """Return (R,) int64: the sample in (B, ...) that each of the views (R,) is of."""
+    return torch.arange(len(x), device=x.device).repeat_interleave(len(view) // len(x))
 
 
 def edge_maps(views: Views, which: Tensor) -> Tensor:
-    """Return the edge map (B, 1, [D,] H, W) in [0, 1] of global view ``which`` (B,), from its clean intensities."""
-    clean = pick(views.clean, which)
-    unit = torch.where(per_sample(views.is_ct, clean), clean, (clean + 1) / 2)
-    low, high = per_sample(views.low, clean), per_sample(views.high, clean)
-    magnitude = edge_magnitude(low + unit * (high - low), pick(views.spacing_mm, which), views.is_ct)
+    """Return the edge map (R, 1, [D,] H, W) in [0, 1] of global views ``which`` (R,), from their clean intensities."""
+    rows = _samples_of(which, views.clean)
+    clean, is_ct = pick(views.clean, which), views.is_ct[rows]
+    unit = torch.where(per_sample(is_ct, clean), clean, (clean + 1) / 2)
+    low, high = per_sample(views.low[rows], clean), per_sample(views.high[rows], clean)
+    magnitude = edge_magnitude(low + unit * (high - low), pick(views.spacing_mm, which), is_ct)
     magnitude = suppress_border(magnitude, pick(views.foreground, which))
-    return normalise_edges(magnitude, views.edge_q99).amax(1, keepdim=True)
+    return normalise_edges(magnitude, views.edge_q99[rows]).amax(1, keepdim=True)
 
 
 def boundary_maps(views: Views, which: Tensor) -> Tensor:
-    """Return the boundaries between regions (B, 1, [D,] H, W) in [0, 1] of global view ``which`` (B,).
+    """Return the boundaries between regions (R, 1, [D,] H, W) in [0, 1] of global views ``which`` (R,).
 
     At the outline of the body they are as weak as edges are there: 0 outside, a quarter within 2 voxels.
 
@@ -180,8 +193,9 @@ def body_of(foreground: Tensor, patch: Size) -> Tensor:
 
 
 @torch.no_grad()
-def mask_hidden_view(
+def mask_views(
     views: Views,
+    which: Tensor,
     body: Tensor,
     masks: MaskSampler,
     ratio: tuple[float, float],
@@ -189,65 +203,38 @@ def mask_hidden_view(
     progress: float,
     given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mask one global view per sample, the hidden one.
-
-    Args:
-        views: of the step, with edges where they are the score.
-        body: (B, N) bool, of the hidden view.
-        masks: how.
-        ratio: range of the share of hidden tokens, one draw per sample.
-        seed: of the run.
-        progress: share of the run that is done.
-        given: (B, N) float32 z-scores, where the score is the teacher's.
-
-    Returns:
-        mask (B, *grid) bool, True = hidden, and the nominal ratio (B,).
-    """
-    random = KeyedRandom(seed, views.sample, "mask")
-    share = random.between(*ratio, 1)[:, 0]
-    clean, edges = pick(views.clean, views.hidden_view), views.edges
-    if masks.score == "region":
-        with torch.autocast(clean.device.type, enabled=False):
-            edges = boundary_maps(views, views.hidden_view)
-    return masks.draw(random, share, progress, body, clean, edges, given), share
-
-
-def in_hidden_view(mask: Tensor, hidden_view: Tensor) -> Tensor:
-    """Return (B, 2, *grid) bool: a mask (B, *grid) in its view (B,), nothing hidden in the other."""
-    which = torch.arange(2, device=hidden_view.device) == hidden_view[:, None]
-    return mask[:, None] & per_sample(which, mask[:, None])
-
-
-@torch.no_grad()
-def mask_both_views(
-    views: Views,
-    body: Tensor,
-    masks: MaskSampler,
-    ratio: tuple[float, float],
-    seed: int,
-    progress: float,
-    given: Tensor | None = None,
-) -> Tensor:
-    """Return (2B, *grid) bool: each of the two global views masked by a draw of its own.
+    """Mask one global view of each sample, or each of the two by a draw of its own.
 
     Args:
         views: of the step.
-        body: (2B, N) bool.
+        which: (R,) int64, ``views.hidden_view`` or :func:`both_views`.
+        body: (R, N) bool.
         masks: how.
         ratio: range of the share of hidden tokens, one draw per view.
         seed: of the run.
         progress: share of the run that is done.
-        given: (2B, N) float32 z-scores, where the score is the teacher's.
+        given: (R, N) float32 z-scores, where the score is the teacher's.
+
+    Returns:
+        mask (R, *grid) bool, True = hidden, and the nominal ratio (R,).
     """
-    random = KeyedRandom.from_keys(KeyedRandom(seed, views.sample, "mask").split(2))
+    random = KeyedRandom(seed, views.sample, "mask")
+    if len(which) > len(views.sample):
+        random = KeyedRandom.from_keys(random.split(2))
     share = random.between(*ratio, 1)[:, 0]
-    edges = None
+    edges = views.edges if masks.score == "edge" else None
     with torch.autocast(views.clean.device.type, enabled=False):
-        if masks.score in MAP_SCORES:
-            map_of = edge_maps if masks.score == "edge" else boundary_maps
-            maps = [map_of(views, torch.full_like(views.hidden_view, v)) for v in (0, 1)]
-            edges = torch.stack(maps, 1).flatten(0, 1)
-        return masks.draw(random, share, progress, body, views.clean.flatten(0, 1), edges, given)
+        if masks.score in MAP_SCORES and (edges is None or len(edges) < len(which)):
+            edges = (edge_maps if masks.score == "edge" else boundary_maps)(views, which)
+        return masks.draw(random, share, progress, body, pick(views.clean, which), edges, given), share
+
+
+def in_their_views(mask: Tensor, which: Tensor, samples: int) -> Tensor:
+    """Return (B, 2, *grid) bool: masks (R, *grid) in their views (R,), nothing hidden in the others."""
+    if len(which) > samples:
+        return mask.unflatten(0, (samples, 2))
+    chosen = torch.arange(2, device=which.device) == which[:, None]
+    return mask[:, None] & per_sample(chosen, mask[:, None])
 
 
 def panel_of(
