@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -118,7 +119,7 @@ def _running(*both: Side) -> Iterator[None]:
     """Have the sides set up and warm, the first first, and end them."""
     try:
         for side in both:
-            side.turns.begin(lambda side=side: side.trainer.fit(side.module, side.data))  # type: ignore[misc]
+            side.turns.begin(partial(side.trainer.fit, side.module, side.data))
             side.turns.take(_WARM_UP)
         yield
     finally:

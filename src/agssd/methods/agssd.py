@@ -69,8 +69,8 @@ class _Step:
 class AGSSD(PretrainModule):
     """Anatomy-guided self-supervised distillation.
 
-    Per sample two overlapping global views and several local views of one parent crop (CVAC); one of the two global
-    views is masked where edges are strong (EAAM); a cross-attention fuser aligns the views (CVAA). Three terms:
+    Per sample two overlapping global views and several local views of one parent crop (CVAC); one or both of the global
+    views are masked where edges are strong (EAAM); a cross-attention fuser aligns the views (CVAA). Three terms:
 
     - ``patch``: hidden foreground tokens of the masked view against the teacher's tokens of the same view unmasked,
       plain and after fusion with the other view;
@@ -114,7 +114,7 @@ class AGSSD(PretrainModule):
         mask_hints: share of hidden tokens of the strongest patches that are shown after all.
         mask_block: tokens per side of a hidden block.
         masked_views: 1 masks one of the two global views, so that the student's [CLS] sees whole views too [R: DINOv2];
-            2 masks both, each by a draw of its own: twice the patches to learn from at hardly more cost (ours).
+            2 masks both, each by a draw of its own: twice the patches to learn from for half as much time again (ours).
         cvaa: ``"student"`` fuses the student's tokens (default), ``"teacher"`` mixes aligned tokens of the other view
             into the targets, ``"casa"`` is Alice's form, ``"none"`` switches CVAA off.
         fuser_depth: blocks of the fuser.
