@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -290,6 +293,26 @@ def test_probe__same_figures_as_the_readouts_alone_and_once_only(
     backbone.write_text(yaml.safe_dump({"class_path": "agssd.models.vit.ViT", "init_args": vit | {"depth": 2}}))
     with pytest.raises(ValueError, match="made with other settings"):
         probe(cells, settings, str(tiny_cache))
+
+
+@pytest.mark.slow
+def test_bench__killed__its_cells_end_too(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    cell = f"import os, pathlib, time; pathlib.Path({str(told)!r}).write_text(str(os.getpid())); time.sleep(300)"
+    source = f"from agssd.commands.bench import _work; _work({{'cell': (exec, {cell!r})}}, 1)"
+    bench = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__':\n    {source}"])
+    try:
+        deadline = time.monotonic() + 120
+        while not (told.exists() and told.read_text()):
+            assert bench.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        bench.kill()
+        bench.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{told.read_text()}").exists():
+        assert time.monotonic() < deadline, "the cell goes on without its bench"
+        time.sleep(0.1)
 
 
 def test_command_mark__changes_with_what_the_files_say_that_a_command_leads_to(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -173,7 +175,16 @@ def _work(tasks: dict[str, tuple[Any, ...]], workers: int) -> list[tuple[str, st
 
 def _quietly(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    Thread(target=_end_with_the_bench, daemon=True).start()
     return work(*given)
+
+
+def _end_with_the_bench() -> None:
+    """Have this process told to save itself and end when the bench is killed, or a second bench would meet it."""
+    bench = parent_process()
+    if bench is not None:
+        bench.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _tables(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> int:
