@@ -232,7 +232,8 @@ def mask_views(
 def in_their_views(mask: Tensor, which: Tensor, samples: int) -> Tensor:
     """Return (B, 2, *grid) bool: masks (R, *grid) in their views (R,), nothing hidden in the others."""
     if len(which) > samples:
-        return mask.unflatten(0, (samples, 2))
+        both: Tensor = mask.unflatten(0, (samples, 2))
+        return both
     chosen = torch.arange(2, device=which.device) == which[:, None]
     return mask[:, None] & per_sample(chosen, mask[:, None])
 
