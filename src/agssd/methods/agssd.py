@@ -283,7 +283,7 @@ class AGSSD(PretrainModule):
     # ---------------------------------------------------------------- EAAM
 
     def _scores(self, views: Views, body: Tensor, targets: Tensor, attention: Tensor | None) -> Tensor | None:
-        """Return (B, N) z-scores of the teacher mixed with edges, where the teacher is asked."""
+        """Return (R, N) z-scores of the teacher mixed with edges, where the teacher is asked."""
         view = pick(self._teacher_inputs(views), self._masked(views))
 
         def error(mask: Tensor, index: Tensor) -> Tensor:
@@ -335,16 +335,16 @@ class AGSSD(PretrainModule):
             attention = None if seen.attention is None else pick(seen.attention, hidden)
             body = body_of(pick(views.foreground, hidden), self.patch)
             clean = pick(views.clean, hidden)
-            voxels = patches_of(clean, self.patch)  # (B, N, P)
+            voxels = patches_of(clean, self.patch)  # (R, N, P)
             mean, scale = patch_scaling(voxels, clean, self.norm_pix)
             rec_targets = (voxels - mean) / scale
             given = self._scores(views, body, rec_targets, attention)
             mask, ratio = mask_views(views, hidden, body, self.masks, self.mask_ratio, self.seed, self.progress, given)
             flat_mask = mask.flatten(1)
             index, used = masked_indices(flat_mask, self.masks.limit(self.mask_ratio[1]))
-            counts = used & body.gather(1, index)  # (B, M): hidden tokens that hold body
+            counts = used & body.gather(1, index)  # (R, M): hidden tokens that hold body
 
-        # Student: the masked and the clean global view, and the local views, in one pass.
+        # Student: both global views, what is hidden masked, and the local views, in one pass.
         student = cast(Backbone, self.student["backbone"])
         seen_by_student = student.forward_crops(
             views.inputs, views.locals, in_their_views(mask, hidden, len(views.sample)), self._drop_noise(views)
@@ -434,7 +434,7 @@ class AGSSD(PretrainModule):
         teacher_tokens: Tensor,
         now: dict[str, float],
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the cross-entropy (B, M) after fusion, and the teacher's fused [CLS] (B, 2, E) or None (casa)."""
+        """Return the cross-entropy (R, M) after fusion, and the teacher's fused [CLS] (B, 2, E) or None (casa)."""
         hidden = self._masked(views)
         biases, distances, _ = self._position_bias(views, both_views(views))
         bias, distance = (pick(both.unflatten(0, (-1, 2)), hidden) for both in (biases, distances))
