@@ -278,6 +278,7 @@ class AGSSD(PretrainModule):
         return views.hidden_view if self.masked_views == 1 else both_views(views)
 
     def _teacher_inputs(self, views: Views) -> Tensor:
+        """Return (B, 2, C, [D,] H, W) in the model's range: the global views as the teacher sees them (ours)."""
         return views.clean if self.clean_teacher else views.inputs
 
     # ---------------------------------------------------------------- EAAM

@@ -196,7 +196,7 @@ def command_mark(words: Sequence[str]) -> str:
 
 
 def _contents(path: Path) -> Any:
-    """Return what a YAML file says, with what others say in place of their names."""
+    """Return what a YAML file says, with what other files say in place of their names; the path where there is none."""
 
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
