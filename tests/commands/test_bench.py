@@ -37,7 +37,7 @@ from agssd.commands.bench.tables import compare, markdown
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.probe_set import ProbeSet
 from agssd.evaluation.probe import READOUTS, run_readouts
-from agssd.evaluation.probe_features import encode
+from agssd.evaluation.probe_features import Depths, encode
 from agssd.models.backbone import build_fresh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,26 +257,30 @@ def test_probe__names_are_those_of_agssd_probe() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("figure", "kinds", "num_folds"),
-    [("dice", ("knn-seg", "linear-seg"), None), ("accuracy", ("knn-cls", "linear-cls"), 2)],
+    ("figure", "kinds", "num_folds", "depths"),
+    [
+        ("dice", ("knn-seg", "linear-seg"), None, "last"),
+        ("dice", ("linear-seg",), None, "all"),
+        ("accuracy", ("knn-cls", "linear-cls"), 2, "last"),
+    ],
 )
 def test_probe__same_figures_as_the_readouts_alone_and_once_only(
-    figure: str, kinds: tuple[str, ...], num_folds: int | None, tiny_cache: Path, tmp_path: Path
+    figure: str, kinds: tuple[str, ...], num_folds: int | None, depths: Depths, tiny_cache: Path, tmp_path: Path
 ) -> None:
     backbone = tmp_path / "encoder.yaml"
     vit = {"in_channels": 1, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
     backbone.write_text(yaml.safe_dump({"class_path": "agssd.models.vit.ViT", "init_args": vit}))
-    readouts = {name: Readout(probe=name, window_vox=[16, 16, 16]) for name in kinds}  # type: ignore[arg-type]
+    readouts = {name: Readout(probe=name, window_vox=[16, 16, 16], depths=depths) for name in kinds}  # type: ignore[arg-type]
     given = {"readouts": readouts, "figure": figure, "backbone": str(backbone), "num_folds": num_folds}
     settings = bench(methods={"scratch": Method()}, labels=[2, "100%"], draws=2, **given)
     cells = [c for c in list_cells(settings, str(tiny_cache), tmp_path) if c.seed == 1 and c.fold in (None, 1)]
-    assert len(cells) == 2 * (2 + 1) and not any(cell.fit for cell in cells)
+    assert len(cells) == len(kinds) * (2 + 1) and not any(cell.fit for cell in cells)
     probe(cells, settings, str(tiny_cache))
     rows = [json.loads((cell.folder / "row.json").read_text()) for cell in cells]
     kind = "label" if figure == "dice" else "class"
     data = ProbeSet(VolumeCache(tiny_cache), num_folds, kinds=(kind,), measured_on="test")
     encoder = build_fresh(yaml.safe_load(backbone.read_text()), 1)
-    features = encode(encoder, data.volumes(), (16, 16, 16), 0.5)
+    features = encode(encoder, data.volumes(), (16, 16, 16), 0.5, depths=depths)
     for row in rows:
         few = None if row["labels"] == "100%" else row["labels"]
         drawn = ProbeSet(data.cache, num_folds, few, subset_seed=row["draw"], kinds=(kind,), measured_on="test")

@@ -67,6 +67,25 @@ def test_window_features__wrong_window__refused() -> None:
         window_features(Voxels((4, 4, 4)), torch.zeros(1, 8, 8, 8), (6, 8, 8))
 
 
+def test_window_features__all_depths__are_states_of_blocks_and_end_in_the_tokens() -> None:
+    torch.manual_seed(0)
+    encoder = ViT(1, 4, embed_dim=24, depth=4, num_heads=3).eval()
+    volume = torch.randn(1, 8, 16, 8)
+    last, cls = window_features(encoder, volume, (8, 8, 8), 0.0)
+    every, same_cls = window_features(encoder, volume, (8, 8, 8), 0.0, depths="all")
+    assert every.shape == (len(last), 4 * 24)
+    torch.testing.assert_close(every[:, -24:], last)  # the output comes last
+    torch.testing.assert_close(same_cls, cls)
+    _, states = encoder.hidden_states(volume[None, :, :, :8])
+    of_first_window = every.unflatten(0, (2, 4, 2))[:, :2].flatten(0, 2)
+    torch.testing.assert_close(of_first_window[:, :24], states[encoder.level_blocks[0]][0])
+
+
+def test_window_features__all_depths_of_an_encoder_without_levels__refused() -> None:
+    with pytest.raises(ValueError, match="depths: last"):
+        window_features(Voxels((4, 4, 4)), torch.zeros(1, 8, 8, 8), (8, 8, 8), depths="all")
+
+
 def cases_of(backbone: Backbone, count: int, noise: float = 0.1) -> list[ProbeCase]:
     """Return volumes whose classes are their intensity plus noise; two volumes per subject."""
     rng = np.random.default_rng(0)

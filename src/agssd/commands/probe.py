@@ -86,6 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slice-patch-vox", type=int, default=8, metavar="V", help="in-plane voxels per token of slices (default: 8)"
     )
+    parser.add_argument(
+        "--depths",
+        choices=("last", "all"),
+        default="last",
+        help="tokens: the encoder's output, or that of four depths side by side (default: last)",
+    )
     parser.add_argument("--overlap", type=float, default=0.5, metavar="F", help="of windows (default: 0.5)")
     parser.add_argument(
         "--max-vox", type=int, metavar="V", help="voxels per axis from the middle of each volume (default: all of it)"
@@ -150,7 +156,8 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     for name, backbone in encoders:
         started = time.perf_counter()
         backbone = backbone.to(args.device).eval()
-        features = encode(backbone, data.volumes(), _window(args.window_vox, backbone), args.overlap, dtype)
+        window = _window(args.window_vox, backbone)
+        features = encode(backbone, data.volumes(), window, args.overlap, dtype, args.depths)
         if not all_finite(features):
             raise ValueError(f"encoder {name} gives features that are not finite; its weights have diverged")
         result = run_readouts(features, data, args.readout, args.linear_steps, args.device)

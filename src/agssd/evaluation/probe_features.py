@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import product
 from operator import add
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -18,6 +18,7 @@ from agssd.models.backbone import Backbone
 from agssd.types import Features, Size
 
 OUTSIDE = 255
+Depths = Literal["last", "all"]
 
 
 class ProbeVolume(NamedTuple):
@@ -63,6 +64,7 @@ def window_features(
     overlap: float = 0.5,
     dtype: torch.dtype | None = None,
     batch_size: int = 16,
+    depths: Depths = "last",
 ) -> tuple[Tensor, Tensor]:
     """Return the tokens of a whole volume, each the mean over the windows that contain it, and the mean [CLS].
 
@@ -74,22 +76,39 @@ def window_features(
         overlap: of neighbouring windows, in [0, 1); rounded so that windows start on patch borders.
         dtype: of autocast; None computes in float32.
         batch_size: windows per forward pass.
+        depths: "last" takes the encoder's tokens; "all" the four levels of :class:`agssd.types.Features` side by side,
+            E four times as large, as DINOv2 segments with a linear layer.
 
     Returns:
         (N, E) float32 in raster order of the padded volume's patches, and (E,) float32, both on the CPU.
 
     Raises:
-        ValueError: if the window is no multiple of the patch or the overlap is out of range.
+        ValueError: if the window is no multiple of the patch or the overlap is out of range, or if all depths are
+            wanted of an encoder whose levels are not on the grid of its tokens.
     """
     cls: list[Tensor] = []
 
     def tokens(views: Tensor) -> Tensor:
         features: Features = backbone(views)
         cls.append(features.cls.float().cpu())
-        return features.tokens
+        return features.tokens if depths == "last" else _all_depths(features)
 
     mean = _over_windows(backbone, image, window_vox, overlap, dtype, batch_size, tokens)
     return mean, torch.cat(cls).mean(0)
+
+
+def _all_depths(features: Features) -> Tensor:
+    """Return (B, N, E), the levels of each token side by side.
+
+    Raises:
+        ValueError: if there are none, or they are not on the grid of the tokens.
+    """
+    if not features.levels or any(tuple(level.shape[2:]) != tuple(features.grid) for level in features.levels):
+        shapes = [tuple(level.shape[2:]) for level in features.levels]
+        raise ValueError(
+            f"the encoder has levels on the grids {shapes}, its tokens are on {tuple(features.grid)}; take depths: last"
+        )
+    return torch.cat([level.flatten(2).mT for level in features.levels], 2)
 
 
 @torch.no_grad()
@@ -192,11 +211,12 @@ def encode(
     window_vox: Size | None,
     overlap: float,
     dtype: torch.dtype | None = None,
+    depths: Depths = "last",
 ) -> list[ProbeFeatures]:
     """Return the features of each volume; arguments as in :func:`window_features`."""
     found = []
     for volume in volumes:
-        tokens, cls = window_features(backbone, volume.image, window_vox, overlap, dtype)
+        tokens, cls = window_features(backbone, volume.image, window_vox, overlap, dtype, depths=depths)
         labels = None if volume.label is None else patch_labels(volume.label, backbone.patch_size, window_vox)
         found.append(ProbeFeatures(volume.subject, tokens, cls, labels, volume.target))
     return found

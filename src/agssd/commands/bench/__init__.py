@@ -135,8 +135,9 @@ def _run(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> list[
     for cell in ready:
         if not cell.fit:
             place = "" if cell.fold is None else f", fold {cell.fold}"
-            window = "x".join(map(str, bench.readouts[cell.readout].window_vox))
-            probes.setdefault(f"probes of {cell.method}, seed {cell.seed}{place}, window {window}", []).append(cell)
+            one = bench.readouts[cell.readout]
+            features = f"window {'x'.join(map(str, one.window_vox))}, {one.depths} depth{'s' * (one.depths == 'all')}"
+            probes.setdefault(f"probes of {cell.method}, seed {cell.seed}{place}, {features}", []).append(cell)
     return failed + _work(
         {name: (probe, group, bench, args.cache) for name, group in probes.items()} | work, args.workers
     )

@@ -40,7 +40,7 @@ def probe(cells: Sequence[Cell], bench: Bench, cache: str) -> dict[str, Any]:
     """Do the probes of one encoder, or find that they are done, and return how long that took.
 
     Args:
-        cells: of one method, seed, fold and window.
+        cells: of one method, seed, fold, window and depths.
         bench: the settings.
         cache: labelled cache.
 
@@ -55,6 +55,7 @@ def probe(cells: Sequence[Cell], bench: Bench, cache: str) -> dict[str, Any]:
         one = bench.readouts[cell.readout]
         given = [one.probe, one.window_vox, cache, cell.labels, cell.draw, cell.seed, cell.fold, bench.num_folds]
         given.append(frozen.config if before is None else before)
+        given += [] if one.depths == "last" else [one.depths]
         once(cell.folder, fingerprint(given), partial(_measured, cell, bench, frozen))
     return {"seconds": time.perf_counter() - started}
 
@@ -72,6 +73,7 @@ class _Frozen:
         self.cell, self.bench, self.cache = cell, bench, cache
         d, h, w = bench.readouts[cell.readout].window_vox
         self.window_vox: Triple = (d, h, w)
+        self.depths = bench.readouts[cell.readout].depths
         assert bench.backbone is not None  # or the settings are refused
         self.config = yaml.safe_load(Path(bench.backbone).read_text(encoding="utf-8"))
 
@@ -101,7 +103,7 @@ class _Frozen:
 
     @cached_property
     def features(self) -> list[ProbeFeatures]:
-        found = encode(self._encoder(), self.data.volumes(), self.window_vox, 0.5)
+        found = encode(self._encoder(), self.data.volumes(), self.window_vox, 0.5, depths=self.depths)
         if not all_finite(found):
             raise ValueError(f"the features of {self.cell.method} are not finite: its weights have diverged")
         return found

@@ -54,12 +54,14 @@ class Readout:
         probe: a readout of ``agssd probe``, fitted to frozen features at its own settings: neighbours or linear, of
             tokens (dice) or of volumes (accuracy).
         window_vox: of those features, (D, H, W) in voxels, the size of view in pretraining.
+        depths: of those features: the encoder's tokens, or "all", four depths side by side.
     """
 
     fit: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     probe: Probe | None = None
     window_vox: list[int] = field(default_factory=list)
+    depths: Literal["last", "all"] = "last"
 
     @property
     def budgets(self) -> list[int]:
