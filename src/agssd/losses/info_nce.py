@@ -24,6 +24,7 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
         queries: (B, E), row i belongs to row i of ``keys``.
         keys: (B, E) of the teacher; no gradient flows to them.
         temperature: of the softmax.
+        own_image: negatives come from the query's own image alone, so that nothing depends on the batch (ours).
     """
     with torch.autocast(queries.device.type, enabled=False):
         found = F.normalize(queries.float(), dim=-1, eps=1e-6)
@@ -32,7 +33,9 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
         return 2 * temperature * F.cross_entropy(found @ offered.T / temperature, own)
 
 
-def region_info_nce(queries: Tensor, keys: Tensor, numbers: Tensor, temperature: float) -> Tensor:
+def region_info_nce(
+    queries: Tensor, keys: Tensor, numbers: Tensor, temperature: float, own_image: bool = False
+) -> Tensor:
     """Return how well each region of a view finds itself in the other view of its image; a mean over samples.
 
     Every query is told to find the key of the same region in the other view among the keys of all other regions, of
@@ -49,6 +52,7 @@ def region_info_nce(queries: Tensor, keys: Tensor, numbers: Tensor, temperature:
         keys: (B, 2, K, E) of the teacher; no gradient flows to them.
         numbers: (B, 2, K) int64, of which region each row is; 0 for none.
         temperature: of the softmax.
+        own_image: negatives come from the query's own image alone, so that nothing depends on the batch (ours).
     """
     with torch.autocast(queries.device.type, enabled=False):
         found = F.normalize(queries.float(), dim=-1, eps=1e-6)
@@ -66,6 +70,8 @@ def region_info_nce(queries: Tensor, keys: Tensor, numbers: Tensor, temperature:
         other_view = ~torch.eye(2, dtype=torch.bool, device=numbers.device)
         positive = same & other_view[:, None, None, :, None] & (all_weights > 0)
         negative = ~same & (all_weights > 0)
+        if own_image:
+            negative = negative & own[:, None, None, :, None, None]
         known = positive.sum((-3, -2, -1))  # (B, 2, K)
         wanted = (logits * positive).sum((-3, -2, -1)) / known.clamp_min(1)
         others = (logits + all_weights.clamp_min(1e-6).log()).masked_fill(~negative, _NEVER)

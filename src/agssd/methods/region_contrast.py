@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class RegionContrast(PretrainModule):
     layer norm the second term makes all features alike), with GELU; AdamW in place of LARS; our views, encoder and
     schedules. [CLS] learns only through attention.
 
-    Negatives are the other samples of a micro-batch of all ranks, so accumulation changes the result: fewer negatives.
+    Negatives of the batch are those of a micro-batch of all ranks, so accumulation changes the result: fewer negatives.
 
     Args:
         backbone: the student's encoder; the teacher is its copy.
@@ -86,6 +86,9 @@ class RegionContrast(PretrainModule):
         predictor_hidden: width of the predictor's hidden layer.
         head_dim: width of the projection.
         temperature: of the contrast.
+        negatives: ``"batch"`` are the other regions of both views and of all images of all ranks [paper];
+            ``"image"`` those of the same image alone (ours). Other bodies hold the same organs, which the first pushes
+            apart; the second leaves them alone, and nothing depends on how the batch is cut.
         prob_shuffle: share of cores whose voxels are shuffled in windows.
         prob_curve: share of cores whose intensities go through a Bezier curve; half of them inverted, but on CT.
         prob_paint: share of cores with boxes of noise.
@@ -117,6 +120,7 @@ class RegionContrast(PretrainModule):
         predictor_hidden: int = 4096,
         head_dim: int = 256,
         temperature: float = 0.1,
+        negatives: Literal["batch", "image"] = "batch",
         prob_shuffle: float = 0.8,
         prob_curve: float = 0.9,
         prob_paint: float = 1.0,
@@ -146,6 +150,9 @@ class RegionContrast(PretrainModule):
         self.min_voxels = max(1, round(min_share * torch.Size(views.size_vox).numel()))
         self.core_cells = core_cells
         self.temperature = temperature
+        if negatives not in ("batch", "image"):
+            raise ValueError(f"negatives is {negatives!r}; give 'batch' or 'image'")
+        self.own_image = negatives == "image"
         self.weights = {"context": weight_context}
         backbone.token_grid(views.size_vox)
         backbone.freeze_mask_token()
@@ -165,8 +172,8 @@ class RegionContrast(PretrainModule):
 
     @property
     def couples_samples(self) -> tuple[str, ...]:
-        """The negatives."""
-        return ("negatives",)
+        """The negatives, where they come from the batch."""
+        return () if self.own_image else ("negatives",)
 
     def make_views(self, batch: ParentBatch) -> RegionViews:
         """Cut two global views from every parent, and the core that they share; draw the regions."""
@@ -197,7 +204,7 @@ class RegionContrast(PretrainModule):
                 (told, told_core), (wanted, wanted_core) = (m.tensor_split([len(inputs)]) for m in (map_, target))
                 spread = _spread(given, tuple(map_.shape[1:-1]))
                 regions = self._project(scale, _means(spread, told), _means(spread, wanted))
-                contrast = contrast + region_info_nce(*regions, numbers, self.temperature)
+                contrast = contrast + region_info_nce(*regions, numbers, self.temperature, self.own_image)
                 cells = tuple(min(n, self.core_cells) for n in map_.shape[1:-1])
                 core = [average_cells(m, cells).flatten(1, -2) for m in (told_core, wanted_core)]
                 body = average_cells(given.core_body[:, 0].movedim(1, -1), cells).flatten(1) >= MIN_FOREGROUND
