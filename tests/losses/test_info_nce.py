@@ -213,6 +213,14 @@ def test_region_info_nce__equals_numpy(temperature: float) -> None:
     assert found.item() == pytest.approx(plain_regions(queries, keys, NUMBERS, temperature), rel=1e-5)
 
 
+def test_region_info_nce__own_image__is_the_mean_over_images_alone() -> None:
+    queries, keys = features_of(NUMBERS, 0), features_of(NUMBERS, 1)
+    found = region_info_nce(queries, keys, NUMBERS, 0.1, own_image=True)
+    alone = [plain_regions(queries[b, None], keys[b, None], NUMBERS[b, None], 0.1) for b in range(len(NUMBERS))]
+    assert found.item() == pytest.approx(np.mean(alone), rel=1e-5)
+    assert found.item() < region_info_nce(queries, keys, NUMBERS, 0.1).item()  # fewer to be told from
+
+
 def test_region_info_nce__is_smallest_where_every_region_finds_itself() -> None:
     numbers = torch.tensor([[[4, 5, 6]] * 2, [[4, 8, 9]] * 2])
     keys = torch.eye(6).view(2, 1, 3, 6).expand(2, 2, 3, 6)
