@@ -22,10 +22,9 @@ from agssd.losses.distillation import (
 from agssd.losses.koleo import koleo
 from agssd.losses.reconstruction import patch_l1, patch_scaling
 from agssd.methods.base import PretrainModule
-from agssd.models.backbone import Backbone, CropFeatures
+from agssd.models.backbone import Backbone
 from agssd.models.fuser import CrossViewFuser, forbidden_keys, position_bias
 from agssd.models.heads import PrototypeHead, ReconstructionHead, move_means, predict_hidden
-from agssd.models.token_decoder import TokenDecoder
 from agssd.schedules import linear
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.edges import patch_scores, patches_of, standardise, unpatch
@@ -43,7 +42,7 @@ from agssd.transforms.views import (
     panel_of,
     pick,
 )
-from agssd.types import Features, LossTerms, Observations, ParentBatch, ViewPanel
+from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
 
 @dataclass
@@ -120,12 +119,6 @@ class AGSSD(PretrainModule):
             into the targets, ``"casa"`` is Alice's form, ``"none"`` switches CVAA off.
         fuser_depth: blocks of the fuser.
         fuser_heads: its attention heads.
-        hidden: ``"token"`` gives the student a learned token for each hidden patch [R: iBOT]; ``"left_out"`` shows it
-            the visible patches alone, and a light decoder works out the hidden tokens, which the terms then ask for
-            [R: MAE, data2vec 2.0]. It needs ``masked_views`` 2 and one share of hidden tokens for all samples.
-        decoder_dim: width of that decoder.
-        decoder_depth: its blocks.
-        decoder_heads: its attention heads.
         fused_share: weight of the fused patch loss at 20 % of the run, from 0 at 5 %.
         fused_share_cls: weight of the fused teacher [CLS] in the targets, reached at 20 % from 0 at 10 %.
         counterpart_drop: probability that a hidden token may not look at its own place in the other view.
@@ -175,10 +168,6 @@ class AGSSD(PretrainModule):
         cvaa: Literal["student", "teacher", "casa", "none"] = "student",
         fuser_depth: int = 2,
         fuser_heads: int = 6,
-        hidden: Literal["token", "left_out"] = "token",
-        decoder_dim: int = 384,
-        decoder_depth: int = 2,
-        decoder_heads: int = 12,
         fused_share: float = 0.5,
         fused_share_cls: float = 0.25,
         counterpart_drop: float = 0.5,
@@ -212,7 +201,6 @@ class AGSSD(PretrainModule):
         if masked_views not in (1, 2):
             raise ValueError(f"masked_views is {masked_views}; give 1 or 2")
         self.mask_ratio = mask_ratio
-        self.leaves_out = hidden == "left_out"
         self.masked_views = masked_views
         self.teacher_score_edges = teacher_score_edges
         self.cvaa = cvaa
@@ -242,15 +230,6 @@ class AGSSD(PretrainModule):
                 "reconstruction": ReconstructionHead(backbone.embed_dim, self.patch, backbone.in_channels),
             }
         )
-        if self.leaves_out:
-            self._refuse_leaving_out(backbone)
-            backbone.freeze_mask_token()
-            self.student["decoder"] = TokenDecoder(
-                backbone.embed_dim, self.grid, decoder_dim, decoder_depth, decoder_heads
-            )
-            self.student["decoder_out"] = nn.Sequential(
-                nn.LayerNorm(decoder_dim, eps=1e-6), nn.Linear(decoder_dim, backbone.embed_dim)
-            )
         if cvaa == "student":
             self.student["fuser"] = CrossViewFuser(backbone.embed_dim, fuser_heads, fuser_depth)
         elif cvaa == "casa":
@@ -267,26 +246,6 @@ class AGSSD(PretrainModule):
         self.centre_patch = Centre(num_prototypes, centre_momentum[1], rule)
         self.centre_fused = Centre(num_prototypes, centre_momentum[1], rule)
         self._step: _Step | None = None
-
-    def _refuse_leaving_out(self, backbone: Backbone) -> None:
-        """Raise if hidden patches cannot be left out."""
-        backbone.refuse_without_leaving_out()
-        if self.masked_views != 2:
-            raise ValueError("hidden is left_out and masked_views is 1; give masked_views 2")
-
-    def _one_ratio(self) -> float:
-        """Return the share of hidden tokens where all samples must hide equally many.
-
-        Raises:
-            ValueError: if it is a range.
-        """
-        low, high = self.mask_ratio
-        if low != high:
-            raise ValueError(
-                f"mask_ratio is ({low}, {high}) and hidden is left_out, where all samples must hide equally many; give "
-                "the same number twice (with the callback: --mask_ratio.kind constant)"
-            )
-        return low
 
     @property
     def couples_samples(self) -> tuple[str, ...]:
@@ -329,11 +288,7 @@ class AGSSD(PretrainModule):
         view = pick(self._teacher_inputs(views), self._masked(views))
 
         def error(mask: Tensor, index: Tensor) -> Tensor:
-            if self.leaves_out:
-                decoded, _ = self._decoded(self.teacher, view, mask.flatten(1))
-                prediction = self.teacher["reconstruction"](gather_tokens(decoded, index))
-            else:
-                prediction, _ = predict_hidden(self.teacher, "reconstruction", view, mask, index)
+            prediction, _ = predict_hidden(self.teacher, "reconstruction", view, mask, index)
             return (prediction - gather_tokens(targets, index)).abs().mean(-1)
 
         scores = self.teacher_scores(views.sample, view, body, error, attention)
@@ -391,7 +346,10 @@ class AGSSD(PretrainModule):
             counts = used & body.gather(1, index)  # (R, M): hidden tokens that hold body
 
         # Student: both global views, what is hidden masked, and the local views, in one pass.
-        seen_by_student = self._seen_by_student(views, mask, hidden)
+        student = cast(Backbone, self.student["backbone"])
+        seen_by_student = student.forward_crops(
+            views.inputs, views.locals, in_their_views(mask, hidden, len(views.sample)), self._drop_noise(views)
+        )
         student_cls, student_tokens = seen_by_student.cls, seen_by_student.tokens
         hidden_tokens = pick(student_tokens, hidden)
 
@@ -459,38 +417,6 @@ class AGSSD(PretrainModule):
             ratio=ratio,
         )
         return LossTerms(total, terms, seen_by_student.shared)
-
-    def _seen_by_student(self, views: Views, mask: Tensor, hidden: Tensor) -> CropFeatures:
-        """Return the student's features of both global views, with the tokens of what is hidden, and the local views.
-
-        Args:
-            views: of the step.
-            mask: (R, *grid) bool.
-            hidden: (R,), the masked views.
-        """
-        student = cast(Backbone, self.student["backbone"])
-        noise = self._drop_noise(views)
-        if not self.leaves_out:
-            places = in_their_views(mask, hidden, len(views.sample))
-            return student.forward_crops(views.inputs, views.locals, places, noise)
-        batch = len(views.sample)
-        decoded, seen = self._decoded(self.student, views.inputs.flatten(0, 1), mask.flatten(1), noise[0])
-        tokens, cls = decoded.unflatten(0, (batch, 2)), seen.cls.unflatten(0, (batch, 2))
-        if views.locals is None:
-            return CropFeatures(cls, tokens, None, None, (seen.tokens, seen.cls))
-        (local,) = student.forward_views([views.locals.flatten(0, 1)], None, noise[1:])
-        shared = (seen.tokens, seen.cls, local.cls)
-        return CropFeatures(cls, tokens, local.cls.unflatten(0, (batch, -1)), None, shared)
-
-    def _decoded(
-        self, network: nn.ModuleDict, views: Tensor, mask: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, Features]:
-        """Return tokens (R, N, E) worked out from the visible patches of views (R, ...), and features of those."""
-        count = mask.shape[1] - self.masks.exact(self._one_ratio())
-        visible, _ = masked_indices(~mask, count)
-        seen = cast(Backbone, network["backbone"]).forward_visible(views, visible, noise)
-        decoded: Tensor = network["decoder_out"](network["decoder"](seen, visible))
-        return decoded, seen
 
     def _drop_noise(self, views: Views) -> list[Tensor | None]:
         """Return uniforms per view and block for stochastic depth, keyed by sample; none outside training."""

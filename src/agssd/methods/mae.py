@@ -11,7 +11,8 @@ from agssd.losses.reconstruction import patch_mse, patch_scaling
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
 from agssd.models.heads import ReconstructionHead
-from agssd.models.token_decoder import TokenDecoder
+from agssd.models.position import sincos_position
+from agssd.models.vit import Block, Group
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.edges import patches_of, unpatch
 from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
@@ -19,8 +20,10 @@ from agssd.transforms.views import Views, body_of, both_views, make_views, mask_
 from agssd.types import Features, LossTerms, ParentBatch, Size, ViewPanel
 
 
-class Decoder(TokenDecoder):
-    """MAE's decoder: hidden tokens, and from them voxels.
+class Decoder(nn.Module):
+    """Transformer blocks over all tokens of a view: encoded where visible, a learned token elsewhere.
+
+    Source: He et al., CVPR 2022 [paper]; fixed positions over the extent of the view as in our encoder.
 
     Args:
         encoder_dim: E of the encoder.
@@ -35,13 +38,25 @@ class Decoder(TokenDecoder):
         ValueError: if ``num_heads`` does not divide ``dim``.
     """
 
+    position: Tensor
+
     def __init__(
         self, encoder_dim: int, grid: Size, patch: Size, channels: int, dim: int, depth: int, num_heads: int
     ) -> None:
-        super().__init__(encoder_dim, grid, dim, depth, num_heads)
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"decoder_dim {dim} is not divisible by decoder_heads {num_heads}")
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.randn(dim) * 0.02)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, 4.0, None) for _ in range(depth))
         self.head = ReconstructionHead(dim, patch, channels)
+        self.register_buffer("position", sincos_position(grid, dim), persistent=False)
+        for module in (self.embed, *self.blocks.modules()):
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
-    def voxels(self, features: Features, visible: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, features: Features, visible: Tensor, hidden: Tensor) -> Tensor:
         """Return the predicted voxels (B, H, P) float32 of hidden patches.
 
         Args:
@@ -49,7 +64,16 @@ class Decoder(TokenDecoder):
             visible: (B, V) int64, their positions.
             hidden: (B, H) int64, positions of the patches to predict.
         """
-        decoded: Tensor = self.head(gather_tokens(self(features, visible), hidden))
+        seen = self.embed(torch.cat([features.cls[:, None], features.tokens], 1)).float()
+        batch, dim = seen.shape[0], seen.shape[2]
+        tokens = self.mask_token.expand(batch, len(self.position), dim)
+        tokens = tokens.scatter(1, visible[..., None].expand(-1, -1, dim), seen[:, 1:]) + self.position
+        x = torch.cat([seen[:, :1], tokens], 1)
+        group = Group(batch, x.shape[1])
+        flat = x.flatten(0, 1)
+        for block in self.blocks:
+            flat = block(flat, (group,))
+        decoded: Tensor = self.head(gather_tokens(flat.unflatten(0, (batch, -1))[:, 1:], hidden))
         return decoded
 
 
@@ -173,7 +197,7 @@ class MAE(PretrainModule):
         """Return the voxels (2B, H, P) of patches ``hidden`` (2B, H), and features of all others; ``mask`` (2B, N)."""
         visible, _ = masked_indices(~mask, mask.shape[1] - hidden.shape[1])  # (2B, V)
         features = cast(Backbone, network["backbone"]).forward_visible(clean, visible, noise)
-        return cast(Decoder, network["decoder"]).voxels(features, visible, hidden), features
+        return network["decoder"](features, visible, hidden), features
 
     # ------------------------------------------------------------ monitors
 
