@@ -20,10 +20,11 @@ from agssd.models.backbone import Backbone
 from agssd.models.resnet_fpn import ResNetFPN
 from agssd.regions.labels import LabelRegions
 from agssd.transforms.crops import OverlapCrops
-from agssd.transforms.regions import region_weights
+from agssd.transforms.regions import RegionSlots
 
 SIZES = {2: (72, 48), 3: (40, 32)}  # of a body and of a view, by axes of space
-STEPS, BATCH = {2: 300, 3: 200}, 4
+STEPS, BATCH = {2: 1500, 3: 600}, 4
+BODIES = {"train": 256, "test": 64}
 APPEARANCE = {"prob_gamma": 1.0, "gamma": 2.0, "prob_histogram": 1.0, "prob_blur": 0.5, "prob_noise": 0.5}
 
 
@@ -36,7 +37,14 @@ def build(dims: int, seed: int) -> RegionContrast:
     )
     heads: dict[str, Any] = {"head_hidden": 128, "predictor_hidden": 128, "head_dim": 64}
     return RegionContrast(
-        encoder, crops, num_regions=made_anatomy.NUM_REGIONS, lr=1e-3, seed=seed, appearance=APPEARANCE, **heads
+        encoder,
+        crops,
+        num_regions=made_anatomy.NUM_REGIONS,
+        lr=1e-3,
+        negatives="image",
+        seed=seed,
+        appearance=APPEARANCE,
+        **heads,
     )
 
 
@@ -52,7 +60,7 @@ def retrieval(encoder: Backbone, cache: VolumeCache) -> float:
             image, label = image[:, 0], label[0]
         seen = encoder(image[None])
         numbers = torch.arange(1, made_anatomy.NUM_REGIONS + 1)[None]
-        features.append((region_weights(label[None], numbers, seen.grid) @ seen.tokens)[0])
+        features.append((RegionSlots(label[None], numbers).weights(seen.grid) @ seen.tokens)[0])
         organs.append(numbers[0])
         bodies.append(torch.full_like(numbers[0], row))
     rows, organ, body = torch.cat(features), torch.cat(organs), torch.cat(bodies)
@@ -67,7 +75,7 @@ def test_region_contrast_retrieval__rises_above_random_weights_and_random_region
     dims: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     size = SIZES[dims][0]
-    plain = made_anatomy.build_set(tmp_path / "plain.h5", dims, size, train=64, test=24)
+    plain = made_anatomy.build_set(tmp_path / "plain.h5", dims, size, **BODIES)
     sources = {"anatomy": LabelRegions(), "random": made_anatomy.RandomCells()}
     for name, source in sources.items():
         list(write_regions(plain, tmp_path / f"{name}.h5", source))
@@ -86,5 +94,6 @@ def test_region_contrast_retrieval__rises_above_random_weights_and_random_region
     record_property(
         "printed", f"region retrieval in {dims}D, 3 seeds (chance {1 / made_anatomy.NUM_REGIONS:.3f}): {told}"
     )
-    assert np.mean(found["anatomy"]) > np.mean(found["untrained"]) + 0.02
-    assert np.mean(found["anatomy"]) > np.mean(found["random"])
+    assert np.mean(found["anatomy"]) > np.mean(found["untrained"]) + 0.05
+    assert np.mean(found["anatomy"]) > np.mean(found["random"]) + 0.02
+    assert all(taught > by_chance for taught, by_chance in zip(found["anatomy"], found["random"], strict=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from agssd.transforms.keyed_random import KeyedRandom
-from agssd.transforms.regions import draw_regions, region_weights
+from agssd.transforms.regions import RegionSlots, draw_regions
 
 
 def maps(batch: int, size: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -76,11 +76,11 @@ def test_draw_regions__every_region_is_as_likely_whatever_its_size_and_the_batch
 @pytest.mark.parametrize(
     ("size", "cells"), [((12, 8), (3, 2)), ((7, 9), (3, 4)), ((6, 4), (12, 4)), ((8, 6, 4), (2, 3, 1))]
 )
-def test_region_weights__count_voxels_per_cell(size: tuple[int, ...], cells: tuple[int, ...]) -> None:
+def test_region_slots__count_voxels_per_cell(size: tuple[int, ...], cells: tuple[int, ...]) -> None:
     regions = maps(3, size)[:, 0, 0]
     there = [row[row > 0].unique().tolist() for row in regions]
     numbers = torch.tensor([[*row[:1], 5, 0, row[-1], row[0]] for row in there])
-    found = region_weights(regions, numbers, cells)
+    found = RegionSlots(regions, numbers).weights(cells)
     for v in range(3):
         for k, number in enumerate(numbers[v].tolist()):
             wanted = np.zeros(cells)

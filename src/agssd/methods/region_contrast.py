@@ -21,9 +21,9 @@ from agssd.transforms.crops import OverlapCrops, box_views, extract
 from agssd.transforms.edges import MIN_FOREGROUND
 from agssd.transforms.intensity import Appearance
 from agssd.transforms.keyed_random import KeyedRandom
-from agssd.transforms.regions import draw_regions, region_weights
+from agssd.transforms.regions import RegionSlots, draw_regions
 from agssd.transforms.views import Views, make_views, panel_of, parent_image
-from agssd.types import Features, LossTerms, Observations, ParentBatch, Size, ViewPanel
+from agssd.types import Features, LossTerms, Observations, ParentBatch, ViewPanel
 
 
 @dataclass(frozen=True)
@@ -199,10 +199,11 @@ class RegionContrast(PretrainModule):
         own, maps = _look(self.student, images, torch.cat(noise) if noise else None)
         numbers = given.numbers[:, None].expand(-1, 2, -1)
         contrast = context = torch.zeros((), device=inputs.device)
+        slots = RegionSlots(given.views.known_regions().flatten(0, 2), given.numbers.repeat_interleave(2, 0))
         with torch.autocast(inputs.device.type, enabled=False):
             for scale, (map_, target) in enumerate(zip(maps, targets, strict=True)):  # (3B, *cells, C) each
                 (told, told_core), (wanted, wanted_core) = (m.tensor_split([len(inputs)]) for m in (map_, target))
-                spread = _spread(given, tuple(map_.shape[1:-1]))
+                spread = slots.weights(tuple(map_.shape[1:-1]))
                 regions = self._project(scale, _means(spread, told), _means(spread, wanted))
                 contrast = contrast + region_info_nce(*regions, numbers, self.temperature, self.own_image)
                 cells = tuple(min(n, self.core_cells) for n in map_.shape[1:-1])
@@ -210,7 +211,7 @@ class RegionContrast(PretrainModule):
                 body = average_cells(given.core_body[:, 0].movedim(1, -1), cells).flatten(1) >= MIN_FOREGROUND
                 context = context + masked_mean(cosine_distance(*self._project(scale, *core)), body)
             tokens = seen.tokens[: len(inputs)].unflatten(1, seen.grid)
-            self._step = (given, tokens.flatten(1, -2).mean(1), _means(_spread(given, seen.grid), tokens))
+            self._step = (given, tokens.flatten(1, -2).mean(1), _means(slots.weights(seen.grid), tokens))
         total = contrast + self.weights["context"] * context
         shared = cast(FeaturePyramid, self.student["pyramid"]).reads(own)
         return LossTerms(total, {"contrast": contrast, "context": context}, shared)
@@ -264,12 +265,6 @@ def _look(network: nn.ModuleDict, images: Tensor, drop_noise: Tensor | None = No
     features: Features = network["backbone"](images, drop_noise)
     pyramid = cast(FeaturePyramid, network["pyramid"])
     return features, pyramid(*pyramid.reads(features), grid=features.grid)
-
-
-def _spread(given: RegionViews, cells: Size) -> Tensor:
-    """Return (2B, K, N) float32: how the regions are spread over the cells of a map of both views."""
-    regions = given.views.known_regions().flatten(0, 2)  # (2B, [D,] H, W)
-    return region_weights(regions, given.numbers.repeat_interleave(2, 0), cells)
 
 
 def _means(spread: Tensor, maps: Tensor) -> Tensor:

@@ -42,34 +42,45 @@ def draw_regions(regions: Tensor, count: int, min_voxels: int, random: KeyedRand
     return drawn.gather(1, torch.arange(count, device=flat.device) % distinct)
 
 
-def region_weights(regions: Tensor, numbers: Tensor, cells: Size) -> Tensor:
-    """Return how each region is spread over the cells of a map: the weights of its mean feature.
-
-    Cells divide the image evenly; those of an encoder whose last cells reach beyond it (a view that is no multiple of
-    the stride) are taken a little too small.
+class RegionSlots:
+    """Which of the regions to look at each voxel belongs to; found once, and spread over the cells of any map.
 
     Args:
         regions: (V, *size) integers, 0 = none.
         numbers: (V, K) int64, regions to look at, any of them repeatedly; 0 for none.
-        cells: of the map.
-
-    Returns:
-        (V, K, N) float32: share of the region's voxels that lies in each cell, in raster order; 0 for a region that is
-        not there.
     """
-    device, count, total = regions.device, numbers.shape[1], 1
-    cell = torch.zeros((), dtype=torch.int64, device=device)
-    for axis, (length, n) in enumerate(zip(regions.shape[1:], cells, strict=True)):
-        at = torch.div(torch.arange(length, device=device) * n, length, rounding_mode="floor")
-        cell = cell * n + at.view(-1, *[1] * (len(cells) - 1 - axis))
-        total *= n
-    known = numbers.sort(1).values
-    flat = regions.flatten(1).long()
-    slot = torch.searchsorted(known, flat).clamp_max(count - 1)  # the first of equal ones
-    slot = torch.where((known.gather(1, slot) == flat) & (flat > 0), slot, count)  # the last slot is thrown away
-    votes = torch.zeros(len(flat), (count + 1) * total, device=device)
-    votes.scatter_add_(1, slot * total + cell.flatten(), torch.ones_like(flat, dtype=torch.float32))
-    own = torch.searchsorted(known, numbers)[..., None].expand(-1, -1, total)
-    spread = votes.unflatten(1, (count + 1, total)).gather(1, own)
-    weights: Tensor = spread / spread.sum(-1, keepdim=True).clamp_min(1)
-    return weights
+
+    def __init__(self, regions: Tensor, numbers: Tensor) -> None:
+        self.size, self.count = tuple(regions.shape[1:]), numbers.shape[1]
+        known = numbers.sort(1).values
+        flat = regions.flatten(1).long()
+        slot = torch.searchsorted(known, flat).clamp_max(self.count - 1)  # the first of equal ones
+        # (V, n); the last slot, of voxels of no region or of none to look at, is thrown away
+        self._slot = torch.where((known.gather(1, slot) == flat) & (flat > 0), slot, self.count)
+        self._own = torch.searchsorted(known, numbers)
+        self._one = torch.ones((), device=flat.device).expand_as(self._slot)
+
+    def weights(self, cells: Size) -> Tensor:
+        """Return how each region is spread over the cells of a map: the weights of its mean feature.
+
+        Cells divide the image evenly; those of an encoder whose last cells reach beyond it (a view that is no multiple
+        of the stride) are taken a little too small.
+
+        Args:
+            cells: of the map.
+
+        Returns:
+            (V, K, N) float32: share of the region's voxels that lies in each cell, in raster order; 0 for a region
+            that is not there.
+        """
+        total, cell = 1, torch.zeros((), dtype=torch.int64, device=self._slot.device)
+        for axis, (length, n) in enumerate(zip(self.size, cells, strict=True)):
+            at = torch.div(torch.arange(length, device=cell.device) * n, length, rounding_mode="floor")
+            cell = cell * n + at.view(-1, *[1] * (len(cells) - 1 - axis))
+            total *= n
+        votes = torch.zeros(len(self._slot), (self.count + 1) * total, device=cell.device)
+        votes.scatter_add_(1, self._slot * total + cell.flatten(), self._one)
+        own = self._own[..., None].expand(-1, -1, total)
+        spread = votes.unflatten(1, (self.count + 1, total)).gather(1, own)
+        weights: Tensor = spread / spread.sum(-1, keepdim=True).clamp_min(1)
+        return weights
