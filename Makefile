@@ -12,7 +12,10 @@ BENCH_FLAGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4
+# Tests of one file go to one worker, which then trains what they share once, and in the order of files: large ones first
+# would leave the few long tests for the end.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4 \
+	--dist loadscope --no-loadscope-reorder
 
 # What the comments of conf/method advise for the tiny encoder and 16 samples per step.
 HEADS := --model.num_prototypes 512 --model.head_hidden 512 --model.head_bottleneck 128

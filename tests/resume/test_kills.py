@@ -75,7 +75,6 @@ def test_fit__killed_at_a_few_moments_and_started_again_equals_an_undisturbed_ru
     record_property: Callable[[str, object], None],
 ) -> None:
     few = [
-        ((1, 1), ["save", 0, 9]),
         ((1, 1), ["save", 0, 29]),
         ((1, 4), ["micro-batch", 0, 5, 3]),
         ((2, 1), ["teacher", 1, 4]),
