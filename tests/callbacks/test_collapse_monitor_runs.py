@@ -185,7 +185,10 @@ def sound(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 @pytest.mark.parametrize(
     ("name", "kind", "changed"),
-    [pytest.param(*way, id=f"{way[0]}-{n}", marks=() if n in SHORT else pytest.mark.slow) for n, way in enumerate(WAYS)],
+    [
+        pytest.param(*way, id=f"{way[0]}-{n}", marks=() if n in SHORT else pytest.mark.slow)
+        for n, way in enumerate(WAYS)
+    ],
 )
 def test_collapse__a_run_made_to_collapse_raises_its_alarm_and_a_sound_one_does_not(
     name: str, kind: type[Any], changed: dict[str, Any], sound: Any, tiny_cache: Path, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pydicom
 import SimpleITK as sitk
 from PIL import Image, ImageDraw
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, UltrasoundMultiFrameImageStorage, generate_uid
+from pydicom.encaps import encapsulate
+from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, UltrasoundMultiFrameImageStorage, generate_uid
 
 TEXT = "DOE, JANE 1970-01-01"
 
@@ -51,8 +53,18 @@ def save_sequence(path: Path, frames: np.ndarray, spacing: float = 1.0, **about:
     return path
 
 
-def save_dicom(path: Path, frames: np.ndarray, colour: bool = False, region: tuple[int, ...] | None = None) -> Path:
-    """Write (T, H, W) or (T, H, W, 3) uint8 as a multi-frame ultrasound image with pixels of 0.3 x 0.2 mm."""
+def save_dicom(
+    path: Path,
+    frames: np.ndarray,
+    colour: bool = False,
+    region: tuple[int, ...] | None = None,
+    stored: str = "",
+    spatial_format: int = 1,
+) -> Path:
+    """Write (T, H, W) or (T, H, W, 3) uint8 as a multi-frame ultrasound image with pixels of 0.3 x 0.2 mm.
+
+    ``stored`` is the photometric interpretation, YBR_FULL or, in JPEG, YBR_FULL_422, of frames with colours.
+    """
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = UltrasoundMultiFrameImageStorage
     meta.MediaStorageSOPInstanceUID = generate_uid()
@@ -67,14 +79,29 @@ def save_dicom(path: Path, frames: np.ndarray, colour: bool = False, region: tup
     data.HighBit, data.PixelRepresentation = 7, 0
     if region is not None:
         item = Dataset()
-        item.RegionDataType, item.RegionSpatialFormat, item.RegionFlags = 1, 1, 0
+        item.RegionDataType, item.RegionSpatialFormat, item.RegionFlags = 1, spatial_format, 0
         item.RegionLocationMinY0, item.RegionLocationMaxY1, item.RegionLocationMinX0, item.RegionLocationMaxX1 = region
         item.PhysicalUnitsXDirection = item.PhysicalUnitsYDirection = 3
         item.PhysicalDeltaX, item.PhysicalDeltaY = 0.02, -0.03
         data.SequenceOfUltrasoundRegions = [item]
     data.PixelData = frames.tobytes()
+    if stored:
+        data.PhotometricInterpretation = stored
+    if stored == "YBR_FULL":
+        data.PixelData = pydicom.pixels.convert_color_space(frames, "RGB", stored, per_frame=True).tobytes()
+    elif stored == "YBR_FULL_422":
+        meta.TransferSyntaxUID = JPEGBaseline8Bit
+        data.PixelData = encapsulate([_jpeg(frame) for frame in frames])
+        data["PixelData"].is_undefined_length = True
+        data.LossyImageCompression = "01"
     pydicom.dcmwrite(path, data)
     return path
+
+
+def _jpeg(frame: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=95, subsampling=1)
+    return buffer.getvalue()
 
 
 def save_folder(folder: Path) -> Path:

@@ -10,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 from fans import fan, save_dicom, save_sequence, where_written, written
 from PIL import Image
+from pydicom.datadict import tag_for_keyword
 
 from agssd.scans.case import RefusedError
 from agssd.scans.frames import read_frames
@@ -42,6 +43,24 @@ def test_sector__text_within_it_that_never_changes_is_taken_out_where_the_rest_m
     assert sector(moving)[0][inside].mean() > 0.85
     frozen = np.repeat(moving[:1], 6, 0)  # nothing changes: nothing can be told
     assert sector(frozen)[0][inside].mean() > 0.98
+
+
+@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("level", [40, 90, 160])
+@pytest.mark.parametrize("place", ["header", "side"])
+@pytest.mark.parametrize("ink", ["white", "faint"])
+def test_sector__text_on_a_filled_header_or_panel_is_outside(count: int, level: int, place: str, ink: str) -> None:
+    frames, inside = fan(count)
+    panel = np.s_[:, :20, :] if place == "header" else np.s_[:, :, :130]
+    covered = np.zeros_like(inside)
+    covered[panel[1:]] = True
+    frames[panel] = level
+    at, colour = (4, 4), 255 if ink == "white" else level + 50
+    frames = np.stack([written(frame, at, colour) for frame in frames])
+    found = sector(frames)
+    text = where_written(frames.shape[1:], at)
+    assert not found[:, text].any()
+    assert overlap(found[0] != 0, inside & ~covered) > 0.85
 
 
 def test_sector__is_everything_where_no_screen_is_seen() -> None:
@@ -118,6 +137,48 @@ def test_read_frames__dicom_gives_frames_regions_and_millimetres(tmp_path: Path,
     case = prepare_frames([path])
     assert case.in_mm and case.spacing_mm == pytest.approx((1.0, 0.3, 0.2))
     assert not case.foreground[:, :10].any() and not case.foreground[:, :, 300:].any()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("stored", ["YBR_FULL", "YBR_FULL_422"])
+def test_read_frames__dicom_in_luma_and_chroma_is_the_picture(tmp_path: Path, stored: str, count: int) -> None:
+    frames, inside = fan(count)
+    coloured = np.stack([written(frame, (110, 120), (250, 200, 20), "RGB") for frame in frames])
+    path = save_dicom(tmp_path / "a.dcm", coloured, True, stored=stored)
+    found = read_frames(path)
+    text = where_written(frames.shape[1:], (110, 120))
+    assert np.abs(found.array[:, ~text] - frames[:, ~text]).mean() < 3
+    assert found.drawn is not None and found.drawn[:, text].mean() > 0.8 and found.drawn.mean() < 0.05
+    assert overlap(prepare_frames([path]).foreground[0] != 0, inside & ~text) > 0.85
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_read_frames__dicom_palette_of_either_width(tmp_path: Path, dtype: type[np.generic]) -> None:
+    frames, _ = fan(1)
+    path = save_dicom(tmp_path / "a.dcm", frames)
+    data = pydicom.dcmread(path)
+    data.PhotometricInterpretation = "PALETTE COLOR"
+    bits = 8 * np.dtype(dtype).itemsize
+    table = (np.arange(256) << (bits - 8)).astype(dtype)
+    for name in ("Red", "Green", "Blue"):
+        data.add_new(tag_for_keyword(f"{name}PaletteColorLookupTableDescriptor"), "US", [256, 0, bits])
+        data.add_new(tag_for_keyword(f"{name}PaletteColorLookupTableData"), "OW", table.tobytes())
+    data.save_as(path)
+    assert np.array_equal(read_frames(path).array, frames)
+
+
+def test_read_frames__a_region_that_is_no_picture_is_no_sector(tmp_path: Path) -> None:
+    frames, _ = fan(2)
+    strip = save_dicom(tmp_path / "a.dcm", frames, False, (200, 239, 0, 319), spatial_format=2)  # M-mode
+    assert read_frames(strip).regions == ()
+
+
+def test_read_frames__a_turned_photograph_is_turned_back(tmp_path: Path) -> None:
+    frames, _ = fan(1)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to look at it
+    Image.fromarray(np.rot90(frames[0]).copy()).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    assert np.abs(read_frames(tmp_path / "a.jpg").array[0].astype(int) - frames[0]).mean() < 4
 
 
 def test_prepare_frames__resamples_to_the_spacing_asked_for(tmp_path: Path) -> None:

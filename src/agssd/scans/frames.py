@@ -26,6 +26,7 @@ COLOURED = 24.0  # difference of the colour channels, of 255, above which a pixe
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _CENTIMETRES = 3  # code of the unit in DICOM's ultrasound regions
 _TISSUE = 1  # code of a region that shows tissue
+_2D = 1  # code of a region that is a picture; others are M-mode, waveforms, graphics
 Box = tuple[int, int, int, int]  # top, bottom, left, right; [start, end)
 
 
@@ -88,6 +89,7 @@ def _read_picture(data: bytes) -> Frames:
         with image_module.open(io.BytesIO(data)) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 raise RefusedError("an animated picture; save its frames as DICOM or MetaImage")
+            picture = import_module("PIL.ImageOps").exif_transpose(picture)
             if picture.mode in ("P", "RGBA", "LA", "CMYK", "YCbCr", "1"):
                 picture = picture.convert("L" if picture.mode in ("LA", "1") else "RGB")
             array = np.asarray(picture)
@@ -139,15 +141,12 @@ def _read_dicom(data: bytes) -> Frames:
             dataset = pydicom.dcmread(io.BytesIO(data), force=True)
             if not {"US", "IVUS"} & set(words(dataset, "Modality")):
                 raise RefusedError("its header names another modality than ultrasound; --modality says us")
-            array = dataset.pixel_array  # colours are turned to RGB
+            array = dataset.pixel_array  # YBR is turned to RGB already
             colours = int(dataset.get("SamplesPerPixel") or 1) > 1
             palette = words(dataset, "PhotometricInterpretation") == ["PALETTE COLOR"]
             if palette:
-                array, colours = pydicom.pixels.apply_color_lut(array, dataset) >> 8, True
-            elif colours and words(dataset, "PhotometricInterpretation")[0].startswith("YBR"):
-                array = pydicom.pixels.convert_color_space(
-                    array, str(dataset.PhotometricInterpretation), "RGB", per_frame=array.ndim == 4
-                )
+                array, colours = pydicom.pixels.apply_color_lut(array, dataset), True
+                array = array >> 8 if array.dtype == np.uint16 else array
             regions, spacing, notes = _regions(dataset)
             inverted = words(dataset, "PhotometricInterpretation") == ["MONOCHROME1"]
     except RefusedError:
@@ -166,7 +165,7 @@ def _regions(dataset: Any) -> tuple[tuple[Box, ...], tuple[float, float] | None,
     """Return the regions of tissue, their common spacing in mm, and notes."""
     boxes, spacings = [], set()
     for item in dataset.get("SequenceOfUltrasoundRegions") or ():
-        if int(item.get("RegionDataType") or 0) != _TISSUE:
+        if int(item.get("RegionDataType") or 0) != _TISSUE or int(item.get("RegionSpatialFormat") or _2D) != _2D:
             continue
         left, top = int(item.RegionLocationMinX0), int(item.RegionLocationMinY0)
         boxes.append((top, int(item.RegionLocationMaxY1) + 1, left, int(item.RegionLocationMaxX1) + 1))

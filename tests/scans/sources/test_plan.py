@@ -321,3 +321,19 @@ def test_plan__numbered_cases_are_no_channels(tmp_path: Path) -> None:
     plan = plan_sources([tmp_path], labels=["labelsVa/*"])
     assert _subjects(plan) == {name: name.removesuffix(".nii.gz") for name in names}
     assert all(job.label == tmp_path / "labelsVa" / job.paths[0].name for job in plan.jobs) and len(plan.jobs) == 4
+
+
+def test_plan__numbered_pictures_are_frames_of_one_recording(tmp_path: Path) -> None:
+    flat = [f"video12_frame{number:03d}.png" for number in range(30)] + [f"video13_frame{n}.png" for n in range(4)]
+    own = [f"video1/v1_{number:03d}.png" for number in range(30)] + [f"video2/{n:04d}.jpg" for n in range(12)]
+    long = [f"seq1_{number:04d}.png" for number in range(120)]
+    _touch(tmp_path / "us", *flat, *own, *long, *(f"benign ({number}).png" for number in range(3)), "p1.png", "p2.png")
+    plan = plan_sources([tmp_path / "us"], modality="us")
+    whose = {job.paths[0].relative_to(tmp_path / "us").as_posix(): job.subject for job in plan.jobs}
+    assert len(whose) == 34 + 42 + 120 + 5
+    for names, recordings in ((flat[:30], 1), (flat[30:], 1), (own[:30], 1), (own[30:], 1), (long, 1)):
+        assert len({whose[name] for name in names}) == recordings
+    assert len(set(whose.values())) == 5 + 5
+    assert any("196 numbered pictures taken as frames of 5 recordings" in note for note in plan.notes)
+    named = plan_sources([tmp_path / "us"], subject=r"([^/]+)\.(png|jpg)$", modality="us")
+    assert len({job.subject for job in named.jobs}) > 100 and not any("recordings" in note for note in named.notes)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from agssd.scans.case import PreparedCase, RefusedError
 from agssd.scans.frames import Frames, read_frames
 from agssd.scans.preparing.perceptual import perceptual_hash_of_frames
-from agssd.scans.preparing.sector import background_value, sector
+from agssd.scans.preparing.sector import STILL, background_value, sector
 from agssd.scans.preparing.volumes import SAME_SPACING, Recipe, store_by_percentiles
 
 MIN_TISSUE = 0.02  # share of the frames
@@ -40,6 +40,8 @@ def prepare_frames(paths: Sequence[Path], label: Path | None = None, recipe: Rec
     frames = read_frames(paths[0])
     notes = list(frames.notes)
     foreground = sector(frames.array, frames.drawn, frames.regions)
+    if len(frames.array) < STILL and not frames.regions:
+        notes.append("too few frames to tell writing inside the sector from tissue: look at agssd inspect CACHE --draw")
     share = float(foreground.mean())
     if share < MIN_TISSUE:
         raise RefusedError(f"no sector found: {100 * share:.1f} % of the picture could be tissue")

@@ -16,11 +16,13 @@ from agssd.scans.frames import Box
 _DARK = 0.02  # of the range of intensities above the background: what a lossy codec leaves there
 _SCREEN = 0.1  # share of the border that is screen, where there is one
 _SAMPLED = 64  # frames that are looked at
-_STILL = 5  # frames from which on what never changes is told from tissue
+STILL = 5  # frames from which on what never changes is told from tissue
 _BRIGHT = 0.6  # of the range: drawn text and marks are bright
 _WINDOW = 0.04  # of the shorter side: wider than the strokes of letters and the gaps of speckle
 _LARGE = 0.05  # of the largest piece: grey scales, logos and large letters are smaller
 _MARGIN = 2  # pixels around text and marks, which are smoothed into it
+_FLAT = 5  # side of a window without any grain
+_PANEL = 0.003  # share of the picture that is flat at one grey value, in a header or panel beside the sector
 
 
 def background_value(frames: NDArray[Any]) -> float:
@@ -41,7 +43,8 @@ def sector(
     Tissue is dense and writing is not: where more than half of a window of 4 % of the side is ever brighter than the
     screen around, tissue is shown. The convex hull of the large pieces of that is the sector: a fan, a rectangle, or a
     trapezoid. Shadows stay inside. From it are taken what is coloured, and in sequences of at least 5 frames that move
-    what is bright and never changes.
+    what is bright and never changes. A grey value that fills flat areas in all frames, such as that of a header on
+    which a name is written, counts as screen.
 
     Args:
         frames: (T, H, W) grey values.
@@ -61,6 +64,8 @@ def sector(
         lit = np.ones(some.shape[1:], dtype=bool)
     else:
         lit = np.abs(some - screen).max(0) > _DARK * span
+    for value in _flat_values(some, _DARK * span):
+        lit &= (np.abs(some - value) > _DARK * span).any(0)
     if drawn is not None:
         lit &= ~drawn[rows].all(0)
     if regions:
@@ -74,7 +79,7 @@ def sector(
     if regions:
         inside &= allowed
     marks = np.zeros(lit.shape, dtype=bool)
-    if len(some) >= _STILL:
+    if len(some) >= STILL:
         change = some.max(0) - some.min(0)
         if inside.any() and np.median(change[inside]) > 0.01 * span:  # the sequence moves
             marks = (change <= 0.004 * span) & (some[0] - some.min() > _BRIGHT * span)
@@ -84,6 +89,20 @@ def sector(
         spread = ndimage.binary_dilation(drawn, np.ones((1, 3, 3)), iterations=_MARGIN)
         found[spread] = 0
     return found
+
+
+def _flat_values(frames: NDArray[np.float32], tolerance: float) -> list[float]:
+    """Return the grey values that fill areas without grain and without change in frames (T, H, W)."""
+    from scipy import ndimage
+
+    low = ndimage.minimum_filter(frames.min(0), _FLAT)
+    high = ndimage.maximum_filter(frames.max(0), _FLAT)
+    middle = (low + high)[high - low <= tolerance] / 2
+    if not middle.size:
+        return []
+    bins = np.floor((middle - middle.min()) / tolerance).astype(int)
+    counts = np.bincount(bins)
+    return [float(np.median(middle[bins == bin_])) for bin_ in np.flatnonzero(counts >= _PANEL * low.size)]
 
 
 def _large_pieces(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

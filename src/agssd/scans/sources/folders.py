@@ -15,7 +15,7 @@ from agssd.scans.case import RefusedError
 from agssd.scans.read import canonical_geometry
 from agssd.scans.sources.bids import modality_of, owners_by_name, set_aside, why_no_image
 from agssd.scans.sources.decathlon import read_dataset
-from agssd.scans.sources.files import Listing, list_folder, stem_of
+from agssd.scans.sources.files import PICTURES, Listing, list_folder, stem_of, suffix_of
 from agssd.scans.sources.jobs import Job, Plan, add_cines, add_series, subject_of
 
 _KIND_OF_IMAGE = re.compile(
@@ -59,18 +59,22 @@ def add_folder(
     series = {job.paths[0]: job for job in jobs}
     taken = {path: job.label for path, job in listed.items() if job.label}
     persons = _folder_subjects([path for path in images if path not in listed], folder)
+    recordings = _recordings([path for path in images if path not in listed], folder) if modality == "us" else {}
     label_of = _pair(plan, named, [*images, *series], taken, persons)
     by_folder: list[str] = []
+    by_number: list[str] = []
     for path in sorted({*images, *listed}):
         job = listed.get(path)
         if job is None:
-            default = persons.get(path, stem_of(path))
+            default = persons.get(path, recordings.get(path, stem_of(path)))
             name = subject_of(path.relative_to(folder).as_posix(), default, pattern)
             if name is None:
                 plan.refused.append((path, f"its path does not match --subject {pattern.pattern!r}" if pattern else ""))
                 continue
             if pattern is None and path in persons and name == default:
                 by_folder.append(name)
+            elif pattern is None and path in recordings:
+                by_number.append(name)
             job = Job((path,), name, modality=modality or modality_of(path))
         plan.jobs.append(replace(job, label=job.label or label_of.get(path)))
     plan.jobs += [replace(job, label=label_of.get(path)) for path, job in series.items()]
@@ -78,6 +82,11 @@ def add_folder(
         plan.notes.append(
             f"{folder}: {len(by_folder)} files taken as {len(set(by_folder))} subjects by folder; "
             "use --subject REGEX if a file is a subject"
+        )
+    if by_number:
+        plan.notes.append(
+            f"{folder}: {len(by_number)} numbered pictures taken as frames of {len(set(by_number))} recordings, each a "
+            "subject, so that no recording is in two splits; use --subject REGEX if a picture is a subject"
         )
 
 
@@ -119,6 +128,28 @@ def _folder_subjects(images: list[Path], folder: Path) -> dict[Path, str]:
     persons = {place for place, found in inside.items() if len(found) <= 10}
     persons |= {place for found in places.values() if len(found) > 1 for place in found}
     return {path: path.parent.relative_to(folder).as_posix() for path in images if path.parent in persons}
+
+
+def _recordings(images: list[Path], folder: Path) -> dict[Path, str]:
+    """Return the pictures that are numbered like the frames of one recording, with its name.
+
+    Pictures of one folder are, if their names differ in a last number alone that is padded with zeros or follows the
+    word frame. Others, ``benign (7).png``, are pictures by themselves. In doubt they are frames of one recording: taken
+    for single pictures they would be in all splits.
+    """
+    found: dict[tuple[Path, str], list[tuple[Path, str]]] = defaultdict(list)
+    for path in images:
+        number = re.search(r"\d+$", path.stem)
+        if number and suffix_of(path) in PICTURES:
+            found[path.parent, path.stem[: number.start()]].append((path, number[0]))
+    named: dict[Path, str] = {}
+    for (place, trunk), numbered in found.items():
+        padded = any(number[0] == "0" and len(number) > 1 for _, number in numbered)
+        if len(numbered) > 1 and (padded or re.search(r"frame[-_ ]?$", trunk, re.IGNORECASE)):
+            inside = place.relative_to(folder).as_posix()
+            name = "/".join(part for part in (inside if inside != "." else "", trunk.rstrip("-_ .(")) if part)
+            named |= dict.fromkeys((path for path, _ in numbered), name or folder.name)
+    return named
 
 
 def _pair(
