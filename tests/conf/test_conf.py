@@ -264,8 +264,20 @@ def test_makefile__bench_methods_takes_what_the_comments_advise() -> None:
         assert given and given <= set(zip(wanted[::2], wanted[1::2], strict=True)), path
 
 
+@pytest.mark.parametrize(
+    ("name", "of"), [("agssd_ultrasound", "agssd_small"), ("region_contrast_ultrasound", "region_contrast_small")]
+)
+def test_method_of_ultrasound__differs_in_appearances_alone(name: str, of: str) -> None:
+    ours, volumes = (content(CONF / "method" / f"{stem}.yaml") for stem in (name, of))
+    appearance = ours["init_args"].pop("appearance")
+    assert appearance.items() >= volumes["init_args"].pop("appearance", {}).items()
+    assert ours == volumes
+
+
 def test_readme__lists_every_method_once() -> None:
-    listed = re.findall(r"^\| `(\w+)\.yaml` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    _, table = (ROOT / "README.md").read_text().split("| `conf/method/` | Method | Loss |\n")
+    rows = table.split("\n\n")[0].splitlines()[1:]
+    listed = [row.split("`")[1].removesuffix(".yaml") for row in rows]
     assert sorted(listed) == [path.stem for path in METHODS if not path.stem.endswith("_small")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import textwrap
@@ -64,12 +65,13 @@ def test_write_regions__copies_all_else_and_adds_the_maps(tiny_cache: Path, numb
     old, new = VolumeCache(tiny_cache), VolumeCache(numbered)
     assert new.salt_fingerprint == old.salt_fingerprint and new.class_names == old.class_names
     for row, (before, after) in enumerate(zip(old.cases, new.cases, strict=True)):
-        assert replace(after, num_regions=None) == before and before.num_regions is None
+        assert replace(after, num_regions=None, regions_sha256=None) == before and before.num_regions is None
         for what in ("image", "foreground", "label"):
             assert np.array_equal(old.read_whole(row, what), new.read_whole(row, what))
         assert np.array_equal(old.foreground_chunks(row), new.foreground_chunks(row))
         regions = new.read_whole(row, "regions")
         assert regions.shape == before.shape and regions.max() == after.num_regions
+        assert after.regions_sha256 == hashlib.sha256(regions.tobytes()).hexdigest()
         assert np.array_equal(regions != 0, new.read_whole(row, "foreground") != 0)
         outside = new.read(row, (-5, 2, 3), (10, 4, 5), "regions")
         assert not outside[:5].any() and np.array_equal(outside[5:], regions[:5, 2:6, 3:8])

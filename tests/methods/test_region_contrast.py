@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.commands.plan.rehearsal import parent_batch
 from agssd.losses.info_nce import region_info_nce
 from agssd.methods.region_contrast import RegionContrast
+from agssd.models.resnet_fpn import ResNetFPN
 from agssd.models.vit import ViT
 from agssd.transforms.crops import OverlapCrops
 
@@ -26,9 +28,9 @@ SAMPLES = [0, 1, 2, 3]
 
 
 def build(dims: int = 3, **given: Any) -> Any:
-    """A small module for volumes of 40 or frames of 48, with views of 16 or 24."""
+    """A small module for volumes of 40 or frames of 48, with views of 24."""
     torch.manual_seed(0)
-    size = given.pop("size", 16 if dims == 3 else 24)
+    size = given.pop("size", 24)
     views: dict[str, Any] = {"orientations": "all"} | given.pop("views", {})
     crops = OverlapCrops(
         (size,) * dims, (0.6, 1.3), num_local=0, local_size_vox=(8,) * dims, prob_flip=(0.5,) * dims, **views
@@ -195,6 +197,27 @@ def test_loss__is_0_without_regions_and_without_a_core() -> None:
 # ------------------------------------------------------------------ defects of the released trainer
 
 
+def test_first_step__student_and_teacher_are_handed_all_that_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defect of the released trainer: its first call of the model lacked an argument."""
+    module = build().train()
+    calls: list[tuple[str, Any]] = []
+    for name in ("student", "teacher"):
+        encoder = getattr(module, name)["backbone"]
+        plain, signature = encoder.forward, inspect.signature(encoder.forward)
+
+        def spy(*given: Any, name: str = name, plain: Any = plain, signature: Any = signature, **named: Any) -> Any:
+            calls.append((name, signature.bind(*given, **named).arguments))
+            return plain(*given, **named)
+
+        monkeypatch.setattr(encoder, "forward", spy)
+    given = module.make_views(parents(count=3))
+    assert module.progress == 0
+    assert module.pretrain_loss(given).total.isfinite()
+    assert [name for name, _ in calls] == ["teacher", "student"]
+    for (_, arguments), core in zip(calls, (given.core, given.core_inputs), strict=True):
+        assert torch.equal(arguments["x"], torch.cat([given.views.inputs.flatten(0, 1), core.flatten(0, 1)]))
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_teacher__moves_once_per_optimiser_step_and_not_at_every_scale(region_cache: Path, accumulate: int) -> None:
     module, states = recipes.build(RegionContrast, num_scales=4), recipes.States()
@@ -227,6 +250,19 @@ def test_fit__without_region_maps_says_how_to_get_them(make_cache: Callable[...,
     loader: DataLoader[Any] = DataLoader(data.train_crops, batch_size=2, sampler=[0, 1])
     with pytest.raises(ValueError, match=remedy):
         recipes.trainer().fit(module, loader)
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_build__a_map_of_one_cell_is_refused(family: str) -> None:
+    encoder = (
+        ResNetFPN(1, "basic", (1, 1, 1, 1), 8, 48, 8, 4)
+        if family == "resnet"
+        else ViT(1, 8, depth=1, embed_dim=48, num_heads=3)
+    )
+    side = max(encoder.level_strides[-1]) if family == "resnet" else 16  # a ViT's coarsest map has half its tokens
+    crops = OverlapCrops((side,) * 3, (0.6, 1.3), num_local=0, local_size_vox=(8,) * 3)
+    with pytest.raises(ValueError, match=r"a map of one cell.*views\.size_vox"):
+        RegionContrast(encoder, crops)
 
 
 def test_heads__are_one_projector_per_scale_and_one_predictor() -> None:

@@ -79,6 +79,8 @@ class CaseInfo:
         in_mm: whether ``spacing_mm`` is in mm; False where the source does not say how large its pixels are, and
             lengths are in pixels.
         num_regions: highest number in the region map, or None without one; see ``agssd.data_modules.regions``.
+        regions_sha256: of the region map, which tells a run from one on other regions; None without one, and in caches
+            of early versions.
     """
 
     key: str
@@ -106,6 +108,7 @@ class CaseInfo:
     spatial_dims: int = 3
     in_mm: bool = True
     num_regions: int | None = None
+    regions_sha256: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists, numbers and strings."""

@@ -354,7 +354,7 @@ class PretrainDataModule(L.LightningDataModule):
             "preparation": self._digest_of_cases(
                 "source_sha256", "shape", "spacing_mm", "scale", "offset", "low", "high"
             ),
-            "regions": self._digest_of_cases("num_regions") if self.regions else None,
+            "regions": self._digest_of_cases("num_regions", "regions_sha256") if self.regions else None,
         }
 
     def _digest_of_cases(self, *facts: str) -> str:

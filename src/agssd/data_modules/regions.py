@@ -149,7 +149,9 @@ class RegionBench:
             chunks = None if there["image"].chunks is None else chunk_shape(info.shape, info.spatial_dims)
             write_array(group, "regions", regions, chunks, filter_arguments(FILTERS[0]))
             class_name = None if info.class_index is None else whole.class_names[info.class_index]
-            part = Part(replace(info, num_regions=highest), class_name, None, (), stored_bytes(group))
+            digest_of_map = hashlib.sha256(regions.tobytes()).hexdigest()
+            told = replace(info, num_regions=highest, regions_sha256=digest_of_map)
+            part = Part(told, class_name, None, (), stored_bytes(group))
             file.attrs["part"] = part.to_json()
         write_whole(self.path(digest), buffer.getvalue())
         return part

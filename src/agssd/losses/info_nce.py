@@ -24,7 +24,6 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
         queries: (B, E), row i belongs to row i of ``keys``.
         keys: (B, E) of the teacher; no gradient flows to them.
         temperature: of the softmax.
-        own_image: negatives come from the query's own image alone, so that nothing depends on the batch (ours).
     """
     with torch.autocast(queries.device.type, enabled=False):
         found = F.normalize(queries.float(), dim=-1, eps=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -102,7 +103,7 @@ class RegionContrast(PretrainModule):
         compile: compile the encoders block by block with ``torch.compile``.
 
     Raises:
-        ValueError: if a number is below 1, or ``min_share`` is no share of a view.
+        ValueError: if a number is below 1, ``min_share`` is no share of a view, or a map has a single cell.
     """
 
     needs_regions = True
@@ -157,6 +158,13 @@ class RegionContrast(PretrainModule):
         backbone.token_grid(views.size_vox)
         backbone.freeze_mask_token()
         pyramid = FeaturePyramid(backbone, num_scales)
+        for cells in pyramid.grids(backbone, views.size_vox):
+            if math.prod(cells) < 2:
+                raise ValueError(
+                    f"of views of {tuple(views.size_vox)} voxels the encoder gives a map of one cell, in which regions "
+                    f"cannot be told apart; give a larger views.size_vox, an encoder of smaller strides, or for a ViT "
+                    f"model.num_scales 1 (it is {num_scales})"
+                )
         self.student = nn.ModuleDict(
             {
                 "backbone": backbone,

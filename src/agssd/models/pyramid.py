@@ -56,6 +56,15 @@ class FeaturePyramid(nn.Module):
         finer = [step.norm.normalized_shape[0] for step in self.steps if isinstance(step, Doubling)]
         self.channels = (*reversed(finer), *[backbone.embed_dim] * (1 + self.has_coarser))
 
+    def grids(self, backbone: Backbone, size: Size) -> list[Size]:
+        """Return the cells of each map, fine to coarse, for images of ``size`` voxels."""
+        if self.from_levels:
+            strides = backbone.level_strides[-len(self.channels) :]
+            return [tuple(-(-n // s) for n, s in zip(size, stride, strict=True)) for stride in strides]
+        tokens = backbone.token_grid(size)
+        found = [tuple(n * 2**finer for n in tokens) for finer in range(self.tokens_at, -1, -1)]
+        return found + [_halved(tokens)] * self.has_coarser
+
     def reads(self, features: Features) -> tuple[Tensor, ...]:
         """Return the encoder's outputs that the maps are made from."""
         return tuple(features.levels[-len(self.channels) :]) if self.from_levels else (features.tokens,)
@@ -73,8 +82,12 @@ class FeaturePyramid(nn.Module):
         for step in self.steps:
             maps.insert(0, step(maps[0]))
         if self.has_coarser:
-            maps.append(average_cells(maps[-1], tuple(-(-n // 2) for n in grid)))
+            maps.append(average_cells(maps[-1], _halved(grid)))
         return maps
+
+
+def _halved(grid: Size) -> Size:
+    return tuple(-(-n // 2) for n in grid)
 
 
 class Doubling(nn.Module):

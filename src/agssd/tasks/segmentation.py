@@ -43,7 +43,7 @@ class SegmentationTask(VoxelTask, DownstreamTask):
         warmup: share of the run with rising rate.
         sw_overlap: overlap of neighbouring windows, in [0, 1).
         sw_batch_size: windows per forward pass.
-        surface_tolerance_mm: tolerance of surface Dice.
+        surface_tolerance_mm: tolerance of surface Dice; in pixels for frames whose size in mm is not known.
         ignore_contract: accept data prepared differently from what the encoder was trained on.
 
     Raises:

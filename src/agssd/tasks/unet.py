@@ -31,7 +31,7 @@ class UNetTask(VoxelTask):
         warmup: share of the run with rising rate.
         sw_overlap: overlap of neighbouring windows, in [0, 1).
         sw_batch_size: windows per forward pass.
-        surface_tolerance_mm: tolerance of surface Dice.
+        surface_tolerance_mm: tolerance of surface Dice; in pixels for frames whose size in mm is not known.
 
     Raises:
         ValueError: for an impossible setting, or data of other channels.
