@@ -51,6 +51,9 @@ class LatentPrompts:
         model = trained(self.checkpoint, self.device)
         frames = []
         for image, body in zip(np.moveaxis(case.image, 1, 0), case.foreground, strict=True):
+            if not body.any():  # SAM's encoder is what takes the time
+                frames.append(np.zeros(body.shape, dtype=np.int64))
+                continue
             best, mask = model(torch.from_numpy(image.copy())[None].to(self.device))[0].max(0)
             frames.append(np.where(body, torch.where(best > 0, mask + 1, 0).cpu().numpy(), 0))
         if self.components:
