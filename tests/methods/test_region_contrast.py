@@ -253,7 +253,7 @@ def test_fit__without_region_maps_says_how_to_get_them(make_cache: Callable[...,
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
-def test_build__a_map_of_one_cell_is_refused(family: str) -> None:
+def test_loss__a_map_of_one_cell_counts_0_and_is_told(family: str, caplog: pytest.LogCaptureFixture) -> None:
     encoder = (
         ResNetFPN(1, "basic", (1, 1, 1, 1), 8, 48, 8, 4)
         if family == "resnet"
@@ -261,8 +261,21 @@ def test_build__a_map_of_one_cell_is_refused(family: str) -> None:
     )
     side = max(encoder.level_strides[-1]) if family == "resnet" else 16  # a ViT's coarsest map has half its tokens
     crops = OverlapCrops((side,) * 3, (0.6, 1.3), num_local=0, local_size_vox=(8,) * 3)
-    with pytest.raises(ValueError, match=r"a map of one cell.*views\.size_vox"):
-        RegionContrast(encoder, crops)
+    module = RegionContrast(encoder, crops, num_regions=6, head_hidden=32, predictor_hidden=32, head_dim=16)
+    assert module.tells == [True] * (len(module.tells) - 1) + [False]
+    assert "1 of the 4 maps have one cell" in caplog.text
+    given = module.make_views(parents(count=2))
+    found = module.pretrain_loss(given)
+    found.total.backward()
+    assert all(p.grad is not None for p in module.student.parameters() if p.requires_grad)
+    for scale, projector in enumerate(module.student["projectors"]):
+        assert any(p.grad.any() for p in projector.parameters()) == module.tells[scale]
+
+
+def test_build__an_encoder_of_one_cell_alone_is_refused() -> None:
+    crops = OverlapCrops((16,) * 3, (0.6, 1.3), num_local=0, local_size_vox=(16,) * 3)
+    with pytest.raises(ValueError, match=r"maps of one cell.*views\.size_vox"):
+        RegionContrast(ViT(1, 16, depth=1, embed_dim=48, num_heads=3), crops, num_scales=1)
 
 
 def test_heads__are_one_projector_per_scale_and_one_predictor() -> None:

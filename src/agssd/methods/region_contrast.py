@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -25,6 +26,8 @@ from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.regions import RegionSlots, draw_regions
 from agssd.transforms.views import Views, make_views, panel_of, parent_image
 from agssd.types import Features, LossTerms, Observations, ParentBatch, ViewPanel
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class RegionContrast(PretrainModule):
         views: sampler of the views; local ones are not used.
         num_regions: K, regions per sample.
         min_share: a view holds a region if this share of its voxels belongs to it.
-        num_scales: feature maps to read; an encoder with fewer levels gives all it has.
+        num_scales: feature maps to read; an encoder with fewer levels gives all it has. A map of one cell, where views
+            are small, tells no regions apart and counts 0 in both terms.
         core_cells: the core is predicted in so many cells per axis, or in as many as its map has.
         weight_context: weight of the core's term.
         head_hidden: width of the projectors' hidden layer.
@@ -103,7 +107,7 @@ class RegionContrast(PretrainModule):
         compile: compile the encoders block by block with ``torch.compile``.
 
     Raises:
-        ValueError: if a number is below 1, ``min_share`` is no share of a view, or a map has a single cell.
+        ValueError: if a number is below 1, ``min_share`` is no share of a view, or every map has a single cell.
     """
 
     needs_regions = True
@@ -158,13 +162,20 @@ class RegionContrast(PretrainModule):
         backbone.token_grid(views.size_vox)
         backbone.freeze_mask_token()
         pyramid = FeaturePyramid(backbone, num_scales)
-        for cells in pyramid.grids(backbone, views.size_vox):
-            if math.prod(cells) < 2:
-                raise ValueError(
-                    f"of views of {tuple(views.size_vox)} voxels the encoder gives a map of one cell, in which regions "
-                    f"cannot be told apart; give a larger views.size_vox, an encoder of smaller strides, or for a ViT "
-                    f"model.num_scales 1 (it is {num_scales})"
-                )
+        self.tells = [math.prod(cells) > 1 for cells in pyramid.grids(backbone, views.size_vox)]
+        if not any(self.tells):
+            raise ValueError(
+                f"of views of {tuple(views.size_vox)} voxels the encoder gives maps of one cell, in which no regions "
+                "can be told apart; give a larger views.size_vox or an encoder of smaller strides"
+            )
+        if not all(self.tells):
+            _LOG.warning(
+                "of views of %s voxels %d of the %d maps have one cell, in which no regions can be told apart; they "
+                "are left out of the loss",
+                tuple(views.size_vox),
+                self.tells.count(False),
+                len(self.tells),
+            )
         self.student = nn.ModuleDict(
             {
                 "backbone": backbone,
@@ -213,11 +224,12 @@ class RegionContrast(PretrainModule):
                 (told, told_core), (wanted, wanted_core) = (m.tensor_split([len(inputs)]) for m in (map_, target))
                 spread = slots.weights(tuple(map_.shape[1:-1]))
                 regions = self._project(scale, _means(spread, told), _means(spread, wanted))
-                contrast = contrast + region_info_nce(*regions, numbers, self.temperature, self.own_image)
+                counts = float(self.tells[scale])  # 0 leaves the parameters in the graph
+                contrast = contrast + counts * region_info_nce(*regions, numbers, self.temperature, self.own_image)
                 cells = tuple(min(n, self.core_cells) for n in map_.shape[1:-1])
                 core = [average_cells(m, cells).flatten(1, -2) for m in (told_core, wanted_core)]
                 body = average_cells(given.core_body[:, 0].movedim(1, -1), cells).flatten(1) >= MIN_FOREGROUND
-                context = context + masked_mean(cosine_distance(*self._project(scale, *core)), body)
+                context = context + counts * masked_mean(cosine_distance(*self._project(scale, *core)), body)
             tokens = seen.tokens[: len(inputs)].unflatten(1, seen.grid)
             self._step = (given, tokens.flatten(1, -2).mean(1), _means(slots.weights(seen.grid), tokens))
         total = contrast + self.weights["context"] * context
