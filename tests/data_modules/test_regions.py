@@ -61,6 +61,31 @@ def numbered(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return copy(tiny_cache, tmp_path_factory.mktemp("regions") / "numbered.h5")
 
 
+@dataclass
+class Mirrored(Numbered):
+    """The same numbers in the opposite order of voxels."""
+
+    def __call__(self, case: RegionCase) -> NDArray[Any]:
+        found = super().__call__(case)
+        return np.where(case.foreground, found[case.foreground].max() + found[case.foreground].min() - found, 0)
+
+
+def test_load_state_dict__refuses_other_maps_of_as_many_regions(
+    tiny_cache: Path, numbered: Path, tmp_path: Path
+) -> None:
+    other = copy(tiny_cache, tmp_path / "mirrored.h5", Mirrored())
+    first, second = (
+        PretrainDataModule(str(path), (16, 16, 16), 2, num_workers=0, regions=True) for path in (numbered, other)
+    )
+    for data in (first, second):
+        data.setup("fit")
+    maps = [case.num_regions for case in VolumeCache(numbered).cases]
+    assert maps == [case.num_regions for case in VolumeCache(other).cases]
+    first.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="regions was .*, is "):
+        second.load_state_dict(first.state_dict())
+
+
 def test_write_regions__copies_all_else_and_adds_the_maps(tiny_cache: Path, numbered: Path) -> None:
     old, new = VolumeCache(tiny_cache), VolumeCache(numbered)
     assert new.salt_fingerprint == old.salt_fingerprint and new.class_names == old.class_names

@@ -25,7 +25,7 @@ from agssd.transforms.intensity import Appearance
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.regions import RegionSlots, draw_regions
 from agssd.transforms.views import Views, make_views, panel_of, parent_image
-from agssd.types import Features, LossTerms, Observations, ParentBatch, ViewPanel
+from agssd.types import Features, LossTerms, Observations, ParentBatch, Size, ViewPanel
 
 _LOG = logging.getLogger(__name__)
 
@@ -219,10 +219,11 @@ class RegionContrast(PretrainModule):
         numbers = given.numbers[:, None].expand(-1, 2, -1)
         contrast = context = torch.zeros((), device=inputs.device)
         slots = RegionSlots(given.views.known_regions().flatten(0, 2), given.numbers.repeat_interleave(2, 0))
+        spreads: dict[Size, Tensor] = {}  # by the cells of a map
         with torch.autocast(inputs.device.type, enabled=False):
             for scale, (map_, target) in enumerate(zip(maps, targets, strict=True)):  # (3B, *cells, C) each
                 (told, told_core), (wanted, wanted_core) = (m.tensor_split([len(inputs)]) for m in (map_, target))
-                spread = slots.weights(tuple(map_.shape[1:-1]))
+                spread = spreads[tuple(map_.shape[1:-1])] = slots.weights(tuple(map_.shape[1:-1]))
                 regions = self._project(scale, _means(spread, told), _means(spread, wanted))
                 counts = float(self.tells[scale])  # 0 leaves the parameters in the graph
                 contrast = contrast + counts * region_info_nce(*regions, numbers, self.temperature, self.own_image)
@@ -230,8 +231,9 @@ class RegionContrast(PretrainModule):
                 core = [average_cells(m, cells).flatten(1, -2) for m in (told_core, wanted_core)]
                 body = average_cells(given.core_body[:, 0].movedim(1, -1), cells).flatten(1) >= MIN_FOREGROUND
                 context = context + counts * masked_mean(cosine_distance(*self._project(scale, *core)), body)
+            of_tokens = spreads[seen.grid] if seen.grid in spreads else slots.weights(seen.grid)
             tokens = seen.tokens[: len(inputs)].unflatten(1, seen.grid)
-            self._step = (given, tokens.flatten(1, -2).mean(1), _means(slots.weights(seen.grid), tokens))
+            self._step = (given, tokens.flatten(1, -2).mean(1), _means(of_tokens, tokens))
         total = contrast + self.weights["context"] * context
         shared = cast(FeaturePyramid, self.student["pyramid"]).reads(own)
         return LossTerms(total, {"contrast": contrast, "context": context}, shared)

@@ -167,7 +167,7 @@ class Backbone(nn.Module, ABC):
             ValueError: if this encoder cannot leave tokens out, or a shape does not fit.
         """
         self.refuse_without_leaving_out()
-        raise NotImplementedError
+        raise NotImplementedError  # an encoder that says it can_leave_out brings its own
 
     def freeze_mask_token(self) -> None:
         """Stop training what only masked views would train; called by recipes that mask nothing by a token."""
