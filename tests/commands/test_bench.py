@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ from agssd.commands.bench import _share
 from agssd.commands.bench.cells import list_cells, read_subjects
 from agssd.commands.bench.equal_time import seconds_per_step
 from agssd.commands.bench.probes import probe
-from agssd.commands.bench.results import Place, figures
+from agssd.commands.bench.results import Place, figures, places
 from agssd.commands.bench.settings import (
     Method,
     Probe,
@@ -51,6 +52,18 @@ def test_list_cells__every_combination_once_and_all_labels_drawn_once() -> None:
     assert {cell.readout for cell in cells if cell.method == "unet"} == {"full"}
     assert all((cell.pretraining is None) == (cell.method in ("scratch", "unet")) for cell in cells)
     assert len({cell.pretraining for cell in cells} - {None}) == 2 * 3, "one pretraining per method and seed"
+
+
+def test_list_cells__a_readout_may_have_amounts_of_labels_of_its_own() -> None:
+    whole = bench()
+    few = bench(readouts={**whole.readouts, "full": replace(whole.readouts["full"], labels=["2"])})
+    by_readout = {
+        name: {c.labels for c in list_cells(few, "c.h5", Path("o")) if c.readout == name} for name in few.readouts
+    }
+    assert by_readout == {"full": {2}, "linear": {2, "25%", "100%"}}
+    assert {place.labels for place in places(few) if place.readout == "full"} == {2}
+    same = {c.folder for c in list_cells(whole, "c.h5", Path("o")) if c.readout != "full" or c.labels == 2}
+    assert {c.folder for c in list_cells(few, "c.h5", Path("o"))} == same, "what is left out can be added later"
 
 
 def test_list_cells__commands_differ_by_nothing_but_what_is_compared() -> None:
@@ -161,6 +174,7 @@ def test_tables__a_figure_with_a_missing_run_is_left_out_and_other_subjects_are_
         ({"methods": {"ours": {"pretrain": ["x"]}}}, "scratch"),
         ({"labels": ["0%"]}, "labels has '0%'"),
         ({"labels": [2, 2]}, "give each amount once"),
+        ({"readouts": {"full": {"fit": [], "steps": [1], "labels": [4, "4"]}}}, "readouts.full.labels is"),
         ({"seeds": 0}, "seeds is 0"),
         ({"readouts": {"a b": {"fit": [], "steps": [1]}}}, "folder's name"),
         ({"colour": 1}, "colour"),

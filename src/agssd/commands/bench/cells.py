@@ -70,7 +70,7 @@ def list_cells(bench: Bench, cache: str, out: Path) -> list[Cell]:
         _cell(bench, cache, out, method, readout, steps, labels, draw, seed, fold)
         for readout, one in bench.readouts.items()
         for steps in one.budgets
-        for labels in bench.labels
+        for labels in bench.labels_of(readout)
         for draw in range(bench.draws_of(labels))
         for seed in range(bench.seeds)
         for fold in folds

@@ -69,7 +69,7 @@ def places(bench: Bench) -> list[Place]:
         Place(name, steps, labels)
         for name, one in bench.readouts.items()
         for steps in one.budgets
-        for labels in bench.labels
+        for labels in bench.labels_of(name)
     ]
 
 

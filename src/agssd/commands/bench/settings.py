@@ -55,6 +55,7 @@ class Readout:
             tokens (dice) or of volumes (accuracy).
         window_vox: of those features, (D, H, W) in voxels, the size of view in pretraining.
         depths: of those features: the encoder's tokens, or "all", four depths side by side.
+        labels: amounts of labels for this readout, where each costs much; None takes those of the bench.
     """
 
     fit: list[str] = field(default_factory=list)
@@ -62,6 +63,7 @@ class Readout:
     probe: Probe | None = None
     window_vox: list[int] = field(default_factory=list)
     depths: Literal["last", "all"] = "last"
+    labels: list[Labels] | None = None
 
     @property
     def budgets(self) -> list[int]:
@@ -135,10 +137,10 @@ class Bench:
                 raise ValueError(f"{name} is {value}; give at least 1")
         if self.num_folds is not None and self.num_folds < 2:
             raise ValueError(f"num_folds is {self.num_folds}; give at least 2, or null for the split test")
-        self.labels = [_label(value) for value in self.labels]
-        if not self.labels or len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"labels is {self.labels}; give each amount once, such as [2, 8, 100%]")
+        self.labels = _amounts("labels", self.labels)
         for name, one in self.readouts.items():
+            if one.labels is not None:
+                one.labels = _amounts(f"readouts.{name}.labels", one.labels)
             if one.probe is not None:
                 self._check_probe(name, one)
         self.methods = self._with_equal_time()
@@ -177,6 +179,11 @@ class Bench:
                     )
                 found[name + EQUAL_TIME] = twin
         return found
+
+    def labels_of(self, readout: str) -> list[Labels]:
+        """Return the amounts of labels of a readout."""
+        own = self.readouts[readout].labels
+        return self.labels if own is None else own
 
     def draws_of(self, labels: Labels) -> int:
         """Return how many draws of an amount there are: of all labels just one."""
@@ -313,6 +320,13 @@ def _resolved(folder: Path, value: Any) -> Any:
     if _names_yaml(value) and not Path(value).is_absolute():
         return os.path.normpath(folder / value)
     return value
+
+
+def _amounts(name: str, given: Sequence[Labels]) -> list[Labels]:
+    amounts = [_label(value) for value in given]
+    if not amounts or len(set(amounts)) < len(amounts):
+        raise ValueError(f"{name} is {amounts}; give each amount once, such as [2, 8, 100%]")
+    return amounts
 
 
 def _label(value: Labels) -> Labels:
