@@ -22,13 +22,14 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Shift int64 right without copying the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    """Mix x, which nobody else holds, in place: half the time of new tensors on a CPU."""
+    x.bitwise_xor_(_shift_right(x, 30)).mul_(_MIX_1)
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(_MIX_2)
+    return x.bitwise_xor_(_shift_right(x, 31))
 
 
 class KeyedRandom:
@@ -66,7 +67,7 @@ class KeyedRandom:
         counter = torch.arange(self._drawn + 1, self._drawn + count + 1, device=self._key.device)
         self._drawn += count
         bits = _shift_right(_mix(self._key[:, None] + counter * _GOLDEN), 41)  # (B, count), 23 bits
-        return ((bits.to(torch.float32) + 0.5) * 2.0**-23).reshape(-1, *shape)
+        return bits.to(torch.float32).add_(0.5).mul_(2.0**-23).reshape(-1, *shape)
 
     def of_numbers(self, numbers: Tensor) -> Tensor:
         """Return (B, n) float32, uniform in (0, 1): one draw per integer of ``numbers`` (B, n)."""
@@ -74,9 +75,13 @@ class KeyedRandom:
         return KeyedRandom.from_keys(keys.flatten()).uniform(1).view(numbers.shape)
 
     def normal(self, *shape: int) -> Tensor:
-        """Return (B, *shape) float32, standard normal (Box-Muller)."""
-        radius = (-2.0 * self.uniform(*shape).log()).sqrt()
-        return radius * (2.0 * math.pi * self.uniform(*shape)).cos()
+        """Return (B, *shape) float32, standard normal (Box-Muller: two of each pair of uniform numbers)."""
+        count = math.prod(shape)
+        half = (count + 1) // 2
+        radius = self.uniform(half).log_().mul_(-2.0).sqrt_()
+        angle = self.uniform(half).mul_(2.0 * math.pi)
+        both = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
+        return both[:, :count].reshape(-1, *shape)
 
     def gumbel(self, *shape: int) -> Tensor:
         """Return (B, *shape) float32, standard Gumbel.

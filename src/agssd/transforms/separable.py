@@ -37,6 +37,10 @@ def interpolation_matrix(positions: Tensor, length: int) -> Tensor:
 def gaussian_matrix(sigma_vox: Tensor, length: int) -> Tensor:
     """Return Gaussian smoothing weights, renormalised at the border; the identity where sigma is 0.
 
+    Weights that round off are 0. Left as they are, many are subnormal, and products with those take a CPU ten times as
+    long: smoothing 16 views of 32³ 19 ms against 1.9, of 96³ 682 against 66 (one thread of a 2-core x86-64 CPU, torch
+    2.13, 2026-11-22).
+
     Args:
         sigma_vox: (...) float32, standard deviation in voxels.
         length: number of voxels of the axis.
@@ -48,6 +52,7 @@ def gaussian_matrix(sigma_vox: Tensor, length: int) -> Tensor:
     distance = voxels[:, None] - voxels[None, :]
     sigma = sigma_vox.clamp_min(1e-3)[..., None, None]
     weights = torch.exp(-(distance**2) / (2 * sigma**2))
+    weights = torch.where(weights > _NEGLIGIBLE, weights, torch.zeros_like(weights))
     return weights / weights.sum(-1, keepdim=True)
 
 
