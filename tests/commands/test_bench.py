@@ -66,6 +66,21 @@ def test_list_cells__a_readout_may_have_amounts_of_labels_of_its_own() -> None:
     assert {c.folder for c in list_cells(few, "c.h5", Path("o"))} == same, "what is left out can be added later"
 
 
+def test_list_cells__a_readout_may_leave_second_pretrainings_out() -> None:
+    whole = bench(equal_time="ours")
+    readouts = {**whole.readouts, "full": replace(whole.readouts["full"], equal_time=False)}
+    methods = {
+        name: {
+            c.method
+            for c in list_cells(bench(equal_time="ours", readouts=readouts), "c.h5", Path("o"))
+            if c.readout == name
+        }
+        for name in readouts
+    }
+    assert methods["linear"] - methods["full"] == {"rival-equal-time"}
+    assert methods["full"] == {"scratch", "ours", "rival", "unet"}
+
+
 def test_list_cells__commands_differ_by_nothing_but_what_is_compared() -> None:
     cells = list_cells(bench(), "c.h5", Path("out"))
 

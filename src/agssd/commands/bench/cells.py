@@ -74,8 +74,8 @@ def list_cells(bench: Bench, cache: str, out: Path) -> list[Cell]:
         for draw in range(bench.draws_of(labels))
         for seed in range(bench.seeds)
         for fold in folds
-        for method, its in bench.methods.items()
-        if not its.fit or readout in its.fit
+        for method in bench.methods
+        if bench.takes_part(method, readout)
     ]
 
 

@@ -56,6 +56,7 @@ class Readout:
         window_vox: of those features, (D, H, W) in voxels, the size of view in pretraining.
         depths: of those features: the encoder's tokens, or "all", four depths side by side.
         labels: amounts of labels for this readout, where each costs much; None takes those of the bench.
+        equal_time: whether the second pretrainings of ``Bench.equal_time`` take part.
     """
 
     fit: list[str] = field(default_factory=list)
@@ -64,6 +65,7 @@ class Readout:
     window_vox: list[int] = field(default_factory=list)
     depths: Literal["last", "all"] = "last"
     labels: list[Labels] | None = None
+    equal_time: bool = True
 
     @property
     def budgets(self) -> list[int]:
@@ -184,6 +186,11 @@ class Bench:
         """Return the amounts of labels of a readout."""
         own = self.readouts[readout].labels
         return self.labels if own is None else own
+
+    def takes_part(self, method: str, readout: str) -> bool:
+        """Return whether a method is measured by a readout."""
+        its = self.methods[method]
+        return (not its.fit or readout in its.fit) and (its.time_of is None or self.readouts[readout].equal_time)
 
     def draws_of(self, labels: Labels) -> int:
         """Return how many draws of an amount there are: of all labels just one."""
