@@ -5,15 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from agssd.evaluation.folds import Fold
-from agssd.evaluation.probe_features import OUTSIDE, patch_labels, window_features
+from agssd.evaluation.probe_features import patch_labels, window_features
 from agssd.evaluation.segmentation_probe import (
     NeighbourReadout,
     ProbeCase,
     case_dice,
-    entropy_and_dice,
     fit_readout,
     linear_segmenter,
     predict_patches,
@@ -184,23 +182,3 @@ def test_case_dice__outside_voxels__do_not_count() -> None:
     found = case_dice(torch.tensor([[1, 0, 0, 1], [0, 2, 2, 2]]), case, 4)
     assert found[:2].tolist() == pytest.approx([2 / 3, 0.0])
     assert torch.isnan(found[2])
-
-
-@pytest.mark.parametrize("classes", [2, 3, 12])
-def test_entropy_and_dice__its_gradient_is_that_of_autograd(classes: int) -> None:
-    random = torch.Generator().manual_seed(classes)
-    scores = torch.randn(7, classes, 20, generator=random)
-    labels = torch.randint(0, classes, (7, 20), generator=random)
-    labels[0, :5] = labels[3] = OUTSIDE
-    loss, gradient = entropy_and_dice(scores, labels)
-
-    exact = scores.double().requires_grad_()
-    inside = labels != OUTSIDE
-    log_shares = exact.log_softmax(1)
-    shares = log_shares[:, 1:].exp() * inside[:, None]
-    truth = labels[:, None] == torch.arange(1, classes)[:, None]
-    overlap, size = (shares * truth).sum((0, 2)), shares.sum((0, 2)) + truth.sum((0, 2))
-    expected = F.nll_loss(log_shares, labels, ignore_index=OUTSIDE) + 1 - ((2 * overlap + 1) / (size + 1)).mean()
-    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, exact)[0], rtol=1e-4, atol=1e-8)
-    assert (gradient[~inside[:, None].expand_as(gradient)] == 0).all(), "voxels outside pull at nothing"

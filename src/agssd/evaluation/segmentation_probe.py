@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from agssd.evaluation.folds import Fold, refuse_leak
 from agssd.evaluation.neighbours import candidates, neighbours
@@ -60,44 +61,21 @@ def _by_subject(cases: Sequence[ProbeCase], subjects: Sequence[str]) -> list[Pro
     return [case for case in cases if case.subject in chosen]
 
 
-def entropy_and_dice(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cross-entropy plus 1 - mean soft Dice of the foreground classes over the batch (), and its gradient.
-
-    The gradient is written out, in half the time of autograd's many passes. With p the shares, y the true class, n the
-    voxels inside, and Dice ``(2 o + 1) / (s + 1)`` of class k, that by the score of class j is
-    ``p_j (1/n + b_j - m) + [j = y] (a_y p_y - 1/n)``: a and b are what the mean Dice changes by o and s, and
-    ``m = sum_k b_k p_k + a_y p_y``.
+def _loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return cross-entropy plus soft Dice of the foreground classes over the batch.
 
     Args:
         scores: (B, K, P) float32.
         labels: (B, P) int64, 255 outside the volume.
-
-    Returns:
-        () and (B, K, P) float32.
     """
-    classes = scores.shape[1]
-    inside = labels != OUTSIDE
-    weight, true = inside.float(), torch.where(inside, labels, 0)
-    count = weight.sum()
-    shares = scores.softmax(1).mul_(weight[:, None])
-    of_true = shares.gather(1, true[:, None])[:, 0]  # p_y (B, P)
-    overlap, size = (torch.zeros(classes, device=scores.device) for _ in range(2))
-    overlap.scatter_add_(0, true.flatten(), of_true.flatten())
-    size.scatter_add_(0, true.flatten(), weight.flatten())
-    size += shares.sum((0, 2))
-    dice = (2 * overlap + 1) / (size + 1)
-    entropy = -(of_true.clamp_min(1e-30).log() * weight).sum() / count
-
-    by_overlap = -2 / ((classes - 1) * (size + 1))  # a
-    by_size = dice / ((classes - 1) * (size + 1))  # b
-    by_overlap[0] = by_size[0] = 0
-    own = by_overlap[true].mul_(of_true)
-    rest = own.clone()  # m
-    for k in range(1, classes):
-        rest.addcmul_(shares[:, k], by_size[k])
-    gradient = shares.mul_((by_size + 1 / count)[:, None] - rest[:, None])
-    gradient.scatter_add_(1, true[:, None], (own.sub_(1 / count).mul_(weight))[:, None])
-    return entropy + 1 - dice[1:].mean(), gradient
+    foreground = torch.arange(1, scores.shape[1], dtype=labels.dtype, device=labels.device)[:, None]
+    truth = (labels[:, None] == foreground).float()  # (B, K - 1, P)
+    log_shares = scores.log_softmax(1)
+    entropy = F.nll_loss(log_shares, labels, ignore_index=OUTSIDE)
+    shares = log_shares[:, 1:].exp() * (labels != OUTSIDE).float()[:, None]
+    overlap = (shares * truth).sum((0, 2))
+    size = shares.sum((0, 2)) + truth.sum((0, 2))
+    return entropy + 1 - ((2 * overlap + 1) / (size + 1)).mean()
 
 
 def _with_background(scores: Tensor, num_classes: int) -> Tensor:
@@ -106,7 +84,7 @@ def _with_background(scores: Tensor, num_classes: int) -> Tensor:
     return torch.cat([torch.zeros_like(scores[:, :1]), scores], 1)
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def _train(
     cases: Sequence[ProbeCase], num_classes: int, decay: float, steps: int, seed: int, device: torch.device
 ) -> Readout:
@@ -115,8 +93,8 @@ def _train(
     mean, scale = tokens.mean(0), tokens.std(0, unbiased=False).clamp_min(1e-6)
     tokens = (tokens - mean) / scale
     outputs = (num_classes - 1) * labels.shape[1]
-    weight = torch.zeros(tokens.shape[1], outputs, device=device)
-    bias = torch.full((outputs,), -2.0, device=device)  # most voxels are background
+    weight = torch.zeros(tokens.shape[1], outputs, device=device, requires_grad=True)
+    bias = torch.full((outputs,), -2.0, device=device, requires_grad=True)  # most voxels are background
     optimizer = torch.optim.AdamW(
         [{"params": [weight], "weight_decay": decay}, {"params": [bias], "weight_decay": 0.0}], lr=RATE
     )
@@ -129,14 +107,14 @@ def _train(
             order = torch.randperm(len(tokens), generator=generator)
         chosen, order = order[:batch], order[batch:]
         chosen = chosen.to(device)
-        x = tokens[chosen]
-        _, gradient = entropy_and_dice(_with_background(x @ weight + bias, num_classes), labels[chosen].long())
-        gradient = gradient[:, 1:].flatten(1)
-        weight.grad, bias.grad = x.mT @ gradient, gradient.sum(0)
+        scores = _with_background(tokens[chosen] @ weight + bias, num_classes)
+        loss = _loss(scores, labels[chosen].long())
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
-    weight = weight / scale[:, None]
-    return Readout(weight, bias - mean @ weight, num_classes, decay)
+    weight = weight.detach() / scale[:, None]
+    return Readout(weight, bias.detach() - mean @ weight, num_classes, decay)
 
 
 def mean_dice(segment: Segmenter, cases: Sequence[ProbeCase], num_classes: int) -> float:

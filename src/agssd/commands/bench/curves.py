@@ -34,12 +34,24 @@ def draw(bench: Bench, rows: Sequence[dict[str, Any]], path: Path) -> None:
                 xs, means = [x for x, _ in points], [interval.mean for _, interval in points]
                 bars = [[i.mean - i.low for _, i in points], [i.high - i.mean for _, i in points]]
                 style = "--" if not bench.methods[method].pretrain else "-"
-                axis.errorbar(xs, means, bars, label=method, marker="o", markersize=4, linestyle=style, capsize=2)
+                axis.errorbar(
+                    xs,
+                    means,
+                    bars,
+                    label=method,
+                    color=f"C{number}",  # of a method the same in every panel, whoever else is in it
+                    marker="o",
+                    markersize=4,
+                    linestyle=style,
+                    capsize=2,
+                )
         axis.set_xticks(range(len(columns)), [str(place.labels) for place in columns])
         axis.set_xlabel("labelled subjects")
         axis.set_title(heading(readout, steps), fontsize=10)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("Dice" if bench.figure == "dice" else "balanced accuracy")
-    axes[0].legend(fontsize=8)
+    named = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    known = [name for name in bench.methods if name in named]
+    figure.legend([named[name] for name in known], known, fontsize=8, loc="outside right center")
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
