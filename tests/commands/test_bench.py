@@ -190,6 +190,7 @@ def test_tables__a_figure_with_a_missing_run_is_left_out_and_other_subjects_are_
         ({"labels": ["0%"]}, "labels has '0%'"),
         ({"labels": [2, 2]}, "give each amount once"),
         ({"readouts": {"full": {"fit": [], "steps": [1], "labels": [4, "4"]}}}, "readouts.full.labels is"),
+        ({"readouts": {"full": {"fit": [], "steps": [1], "labels": ["0%"]}}}, "readouts.full.labels has '0%'"),
         ({"seeds": 0}, "seeds is 0"),
         ({"readouts": {"a b": {"fit": [], "steps": [1]}}}, "folder's name"),
         ({"colour": 1}, "colour"),

@@ -330,18 +330,18 @@ def _resolved(folder: Path, value: Any) -> Any:
 
 
 def _amounts(name: str, given: Sequence[Labels]) -> list[Labels]:
-    amounts = [_label(value) for value in given]
+    amounts = [_label(name, value) for value in given]
     if not amounts or len(set(amounts)) < len(amounts):
         raise ValueError(f"{name} is {amounts}; give each amount once, such as [2, 8, 100%]")
     return amounts
 
 
-def _label(value: Labels) -> Labels:
+def _label(name: str, value: Labels) -> Labels:
     if isinstance(value, str) and value.strip().isdigit():
         value = int(value)
     if isinstance(value, int) and value >= 1:
         return value
     found = _PERCENT.fullmatch(str(value).strip())
     if found is None or not 0 < float(found[1]) <= 100:
-        raise ValueError(f"labels has {value!r}; give a count of subjects such as 4, or a share such as 25%")
+        raise ValueError(f"{name} has {value!r}; give a count of subjects such as 4, or a share such as 25%")
     return f"{float(found[1]):g}%"

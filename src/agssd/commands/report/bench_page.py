@@ -131,6 +131,11 @@ def _table(name: str, columns: Sequence[Place], rows: Sequence[tuple[str, list[t
     )
 
 
+def _colour(bench: Bench, method: str) -> int:
+    """Return the number of a method's colour, the same in every part of the page."""
+    return list(bench.methods).index(method) % 8
+
+
 def _chart(bench: Bench, methods: Sequence[str], means: _Means) -> str:
     """Return the means over the labels with their intervals; the table beside it holds the same figures."""
     intervals = [interval for one in means.values() for interval in one.values()]
@@ -166,8 +171,8 @@ def _chart(bench: Bench, methods: Sequence[str], means: _Means) -> str:
             told = escape(f"{method}, {label(place)}: {_interval(one)}")
             drawn += f'<line class="line" x1="{at:.1f}" x2="{at:.1f}" y1="{y(one.low):.1f}" y2="{y(one.high):.1f}"/>'
             drawn += f'<circle class="dot" cx="{at:.1f}" cy="{y(one.mean):.1f}" r="4"><title>{told}</title></circle>'
-        marks.append(f'<g class="s{number % 8}">{drawn}</g>')
-    legend = "".join(f'<span class="value s{number % 8}">{escape(name)}</span> ' for number, name in enumerate(methods))
+        marks.append(f'<g class="s{_colour(bench, method)}">{drawn}</g>')
+    legend = "".join(f'<span class="value s{_colour(bench, name)}">{escape(name)}</span> ' for name in methods)
     what = "Dice" if bench.figure == "dice" else "balanced accuracy"
     return (
         f'<figure class="spread"><figcaption class="legend">{legend}<span>{what} over labelled subjects; bars are 95 % '
