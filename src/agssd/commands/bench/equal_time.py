@@ -43,7 +43,7 @@ def seconds_per_step(folder: Path) -> float:
     """Return the seconds per optimiser step of a run's fastest interval, the one that other work disturbed least.
 
     Of nine runs with others beside them on a 2-core x86-64 CPU the medians of one method differed by up to 92 %, the
-    fastest intervals by 7 % (docs/evidence.md, 2026-11-22).
+    fastest intervals by 7 % (2026-11-22).
 
     Raises:
         ValueError: if the run has left none.
