@@ -81,6 +81,14 @@ def test_list_cells__a_readout_may_leave_second_pretrainings_out() -> None:
     assert methods["full"] == {"scratch", "ours", "rival", "unet"}
 
 
+def test_seconds_per_step__is_that_of_the_fastest_interval(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,throughput/s_per_step\n49,0.9\n50,\n99,0.25\n149,0.4\n")
+    assert seconds_per_step(tmp_path) == 0.25
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n49,0.9\n")
+    with pytest.raises(ValueError, match="throughput.every_n_steps"):
+        seconds_per_step(tmp_path)
+
+
 def test_list_cells__commands_differ_by_nothing_but_what_is_compared() -> None:
     cells = list_cells(bench(), "c.h5", Path("out"))
 
