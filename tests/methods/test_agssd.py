@@ -230,12 +230,21 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"norm_pix": False, "clean_teacher": False}, {"masked_views": 2}],
-    ids=["defaults", "plain", "both"],
+    [
+        {},
+        {"norm_pix": False, "clean_teacher": False},
+        {"masked_views": 2},
+        {"student_views": "masked"},
+        {"student_views": "masked", "num_local": 0},
+        {"student_views": "masked", "clean_teacher": False},
+    ],
+    ids=["defaults", "plain", "both", "one", "one and no locals", "one in a shared appearance"],
 )
 def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], batch: Any, at: Any) -> None:
     at(0.15)
-    module = recipes.build(AGSSD, cvaa="none", drop_path=0.0, assignment="centring", **settings)
+    given = {"num_local": settings["num_local"]} if "num_local" in settings else None
+    settings = {name: value for name, value in settings.items() if name != "num_local"}
+    module = recipes.build(AGSSD, given, cvaa="none", drop_path=0.0, assignment="centring", **settings)
     for centre in (module.centre_cls, module.centre_patch):
         centre.centre.copy_(torch.randn(64, generator=torch.Generator().manual_seed(1)) * 0.05)
     views, loss, step = step_of(module, half_background(batch))
@@ -253,13 +262,15 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
             for features in teacher:
                 scores.append(module.teacher["cls_head"](features.cls)[0].double().numpy())
             seen = [module.student["cls_head"](features.cls)[0].double().numpy() for features in student]
-            for image in views.locals[b]:
+            for image in () if views.locals is None else views.locals[b]:
                 features = module.student["backbone"](image[None])
                 seen.append(module.student["cls_head"](features.cls)[0].double().numpy())
         pairs = []
+        unseen = {1 - hidden} if module.student_views == "masked" else set()
         for q in (0, 1):
             target = softmax((scores[q] - centre_cls) / 0.04)
-            pairs += [-(target * np.log(softmax(logits / 0.1))).sum() for v, logits in enumerate(seen) if v != q]
+            others = [logits for v, logits in enumerate(seen) if v != q and v not in unseen]
+            pairs += [-(target * np.log(softmax(logits / 0.1))).sum() for logits in others]
         cls.append(np.mean(pairs))
         temperature = 0.04 + (0.07 - 0.04) * 0.5  # half of 30 % of the run
         for v, mask in masks.items():
@@ -307,6 +318,31 @@ def test_agssd__masks_of_both_views_are_drawn_apart_and_shown(batch: Any, at: An
         module.view_panel(4)
     with pytest.raises(ValueError, match="masked_views is 3; give 1 or 2"):
         recipes.build(AGSSD, masked_views=3)
+
+
+@pytest.mark.parametrize("num_local", [0, 2])
+def test_agssd__student_of_masked_views_never_sees_the_other(num_local: int, batch: Any, at: Any) -> None:
+    at(0.6)
+    strong = {"prob_noise": 1.0, "noise": 0.2, "prob_gamma": 1.0}
+    both = recipes.build(AGSSD, {"num_local": num_local}, appearance=strong)
+    module = recipes.build(AGSSD, {"num_local": num_local}, appearance=strong, student_views="masked")
+    wide, views = both.make_views(batch), module.make_views(batch)
+    for b, hidden in enumerate(views.hidden_view.tolist()):
+        assert torch.equal(views.inputs[b, hidden], wide.inputs[b, hidden])
+        assert torch.equal(views.inputs[b, 1 - hidden], views.clean[b, 1 - hidden])
+    noisy = views.inputs.clone()
+    for b, hidden in enumerate(views.hidden_view.tolist()):
+        noisy[b, 1 - hidden] += 1
+    totals = [module.pretrain_loss(dataclasses.replace(views, inputs=x)).total for x in (views.inputs, noisy)]
+    assert torch.equal(*totals)
+    totals[0].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.student.parameters())
+    observations = module.observations
+    assert len(observations["teacher_cls"]) == len(observations["student_cls"]) == 4
+    assert torch.equal(module.view_panel(1)["globals"], noisy[1, :, 0])
+    with pytest.raises(ValueError, match="casa .* set student_views to both"):
+        recipes.build(AGSSD, cvaa="casa", student_views="masked")
+    recipes.build(AGSSD, cvaa="casa", student_views="masked", masked_views=2)
 
 
 def test_agssd__reconstructs_the_clean_view(batch: Any) -> None:
@@ -396,7 +432,6 @@ def test_agssd__position_bias_is_the_true_distance_in_pitches_of_the_other_view(
     grid = np.array(module.grid)
     centres = np.array([(2 * np.array(index) + 1) / grid - 1 for index in np.ndindex(*module.grid)])
     bias, distance, valid = module._position_bias(views, views.hidden_view)
-    assert not bias[:, 0].any(), "[CLS] has no place"
     assert 0 < valid.sum() < valid.numel()
     for b, hidden in enumerate(views.hidden_view.tolist()):
         own, other = affine[b, hidden], affine[b, 1 - hidden]
@@ -408,7 +443,7 @@ def test_agssd__position_bias_is_the_true_distance_in_pitches_of_the_other_view(
         inside = (np.abs((parent - other[:3, 3]) @ np.linalg.inv(other[:3, :3]).T) <= 1 - 1 / grid + 1e-4).all(-1)
         np.testing.assert_array_equal(valid[b].numpy(), inside)
         expected = np.where(inside[:, None], -(offset**2).sum(-1) / 8, 0)
-        np.testing.assert_allclose(bias[b, 1:].numpy(), expected, atol=1e-4)
+        np.testing.assert_allclose(bias[b].numpy(), expected, atol=1e-4)
         np.testing.assert_allclose(distance[b].numpy(), np.abs(offset).max(-1), atol=1e-4)
 
 
@@ -425,26 +460,35 @@ def spied(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Tenso
     return calls
 
 
-def test_agssd__teacher_fuses_each_view_with_the_other_from_its_own_place(
-    batch: Any, at: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("student_views", ["both", "masked"])
+def test_agssd__teacher_fuses_hidden_tokens_and_cls_with_the_other_view(
+    student_views: str, batch: Any, at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at(0.6)
-    module = recipes.build(AGSSD)
+    module = recipes.build(AGSSD, student_views=student_views)
     for block in module.teacher["fuser"].blocks:
         block.scale_attention.fill_(1.0)
     fuser = module.teacher["fuser"]
     with monkeypatch.context() as patch:
         calls = spied(fuser, patch)
-        views, _, _ = step_of(module, batch)
-    ((_, fused),) = calls
-    for b in range(4):
+        views, _, step = step_of(module, batch)
+    (_, tokens), (_, cls) = calls
+    assert not tokens.requires_grad and not cls.requires_grad
+    asked = [(b, v) for b, hidden in enumerate(views.hidden_view.tolist()) for v in (0, 1)]
+    if student_views == "masked" and views.locals is None:
+        asked = [(b, 1 - hidden) for b, hidden in enumerate(views.hidden_view.tolist())]
+    assert len(cls) == len(asked)
+    for b, hidden in enumerate(views.hidden_view.tolist()):
         one = module.make_views(recipes.take(batch, slice(b, b + 1)))
         for v in (0, 1):
-            bias, _, _ = module._position_bias(one, torch.tensor([v]))
             own, other = (module.teacher["backbone"](views.clean[b, which][None]) for which in (v, 1 - v))
-            query = torch.cat([own.cls[:, None], own.tokens], 1)
-            expected = fuser(query, other.tokens, bias)[0]
-            torch.testing.assert_close(fused.unflatten(0, (4, 2))[b, v], expected, rtol=0, atol=1e-5)
+            if v == hidden:
+                bias, _, _ = module._position_bias(one, torch.tensor([v]))
+                expected = fuser(own.tokens, other.tokens, bias)[0, step.index[b]]
+                torch.testing.assert_close(tokens[b], expected, rtol=0, atol=1e-5)
+            if (b, v) in asked:
+                expected = fuser(own.cls[:, None], other.tokens)[0, 0]
+                torch.testing.assert_close(cls[asked.index((b, v)), 0], expected, rtol=0, atol=1e-5)
 
 
 def test_agssd__student_is_fused_with_the_teachers_tokens_of_the_unmasked_view(
@@ -472,8 +516,7 @@ def test_agssd__hidden_tokens_lose_sight_of_their_counterpart(batch: Any) -> Non
     views, _, step = step_of(module, batch)
     _, distance, _ = module._position_bias(views, views.hidden_view)
     forbidden = module._forbidden(views, step.mask, distance)
-    assert not forbidden[:, 0].any()
-    assert torch.equal(forbidden[:, 1:], step.mask[..., None] & (distance < 1.5))
+    assert torch.equal(forbidden, step.mask[..., None] & (distance < 1.5))
     module.counterpart_drop, module.key_dropout = 0.0, 0.25
     many = dataclasses.replace(views, sample=torch.arange(2000), hidden_view=views.hidden_view)
     dropped = module._forbidden(many, step.mask[:1].expand(2000, -1), distance[:1].expand(2000, -1, -1))

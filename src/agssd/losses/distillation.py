@@ -55,7 +55,9 @@ def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
     return ((values * weights).sum(1) / weights.sum(1).clamp_min(1e-6)).mean()
 
 
-def multi_crop_cross_entropy(targets: Tensor, global_logits: Tensor, local_logits: Tensor | None = None) -> Tensor:
+def multi_crop_cross_entropy(
+    targets: Tensor, global_logits: Tensor, local_logits: Tensor | None = None, view: Tensor | None = None
+) -> Tensor:
     """Return the mean cross-entropy over all pairs of a teacher's global view and a student's other view.
 
     Every sample has equally many pairs, so the result does not depend on how the batch is cut.
@@ -64,10 +66,16 @@ def multi_crop_cross_entropy(targets: Tensor, global_logits: Tensor, local_logit
 
     Args:
         targets: (B, 2, K) float32 teacher probabilities of the global views.
-        global_logits: (B, 2, K) float32 student logits of the same views, divided by the student's temperature.
+        global_logits: (B, 2, K) float32 student logits of the same views, divided by the student's temperature; or
+            (B, 1, K) where the student sees one of them only.
         local_logits: (B, L, K) of the local views, or None.
+        view: (B,) int64, which view that one is; None where the student sees both.
     """
-    pairs = [cross_entropy(targets, global_logits.flip(1))]  # (B, 2)
+    if view is None:
+        pairs = [cross_entropy(targets, global_logits.flip(1))]  # (B, 2)
+    else:
+        other = targets[torch.arange(len(view), device=view.device), 1 - view]
+        pairs = [cross_entropy(other[:, None], global_logits)]  # (B, 1)
     if local_logits is not None:
         pairs.append(cross_entropy(targets[:, :, None], local_logits[:, None]).flatten(1))
     return torch.cat(pairs, 1).mean()

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from agssd.evaluation.view_figures import alignment_figures, fusion_figures, overlap_figures, reconstruction_figures
@@ -41,20 +40,24 @@ from agssd.transforms.views import (
     mask_views,
     panel_of,
     pick,
+    put,
 )
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
 
 @dataclass
 class _Step:
-    """What the last step leaves for monitors; all detached. R masked views, one or two of each of B samples."""
+    """What the last step leaves for monitors; all detached.
+
+    R masked views, and V B views that the student sees, one or two of each of B samples both.
+    """
 
     views: Views
     mask: Tensor  # (R, N)
     counts: Tensor  # (R, M) bool
     index: Tensor  # (R, M)
-    teacher_cls: Tensor  # (2B, K) probabilities
-    student_cls: Tensor  # (2B, K) logits over the temperature
+    teacher_cls: Tensor  # (S, K) probabilities, S = VB
+    student_cls: Tensor  # (S, K) logits over the temperature
     teacher_patch: Tensor  # (R, M, K) probabilities
     student_patch: Tensor  # (R, M, K) logits over the temperature
     cls_features: Tensor  # (2B, E)
@@ -115,6 +118,9 @@ class AGSSD(PretrainModule):
         mask_block: tokens per side of a hidden block.
         masked_views: 1 masks one of the two global views, so that the student's [CLS] sees whole views too [R: DINOv2];
             2 masks both, each by a draw of its own: twice the patches to learn from for half as much time again (ours).
+        student_views: ``"both"`` shows the student both global views [R: DINOv2]; ``"masked"`` only those that are
+            masked, which is all that the patch terms ask for, and their [CLS] for the [CLS] term: as good after as many
+            steps for much less time (ours; docs/evidence.md). The teacher sees both.
         cvaa: ``"student"`` fuses the student's tokens (default), ``"teacher"`` mixes aligned tokens of the other view
             into the targets, ``"casa"`` is Alice's form, ``"none"`` switches CVAA off.
         fuser_depth: blocks of the fuser.
@@ -165,6 +171,7 @@ class AGSSD(PretrainModule):
         mask_hints: float = 0.1,
         mask_block: int = 1,
         masked_views: Literal[1, 2] = 1,
+        student_views: Literal["both", "masked"] = "both",
         cvaa: Literal["student", "teacher", "casa", "none"] = "student",
         fuser_depth: int = 2,
         fuser_heads: int = 6,
@@ -200,8 +207,14 @@ class AGSSD(PretrainModule):
         self.temperature_patch = temperature_patch
         if masked_views not in (1, 2):
             raise ValueError(f"masked_views is {masked_views}; give 1 or 2")
+        if cvaa == "casa" and student_views == "masked" and masked_views == 1:
+            raise ValueError(
+                "cvaa: casa fuses with the student's own tokens of the other view, but student_views is masked and "
+                "masked_views 1, so the student does not see that view; set student_views to both"
+            )
         self.mask_ratio = mask_ratio
         self.masked_views = masked_views
+        self.student_views = student_views
         self.teacher_score_edges = teacher_score_edges
         self.cvaa = cvaa
         self.fused_share = fused_share
@@ -270,12 +283,22 @@ class AGSSD(PretrainModule):
 
     def make_views(self, batch: ParentBatch) -> Views:
         """Cut two global and the local views from every parent, and find the edges of those to be masked."""
-        views = make_views(batch, self.views, self.appearance, self.seed)
+        hidden_only = self.clean_teacher and self._num_seen == 1
+        views = make_views(batch, self.views, self.appearance, self.seed, hidden_only=hidden_only)
         return replace(views, edges=edge_maps(views, self._masked(views)))
 
     def _masked(self, views: Views) -> Tensor:
         """Return (R,): which views are masked, R = B or 2B."""
         return views.hidden_view if self.masked_views == 1 else both_views(views)
+
+    @property
+    def _num_seen(self) -> int:
+        """How many global views of a sample the student sees."""
+        return 1 if self.student_views == "masked" and self.masked_views == 1 else 2
+
+    def _seen(self, views: Views) -> Tensor:
+        """Return (S,): which views the student sees, the masked ones among them."""
+        return views.hidden_view if self._num_seen == 1 else both_views(views)
 
     def _teacher_inputs(self, views: Views) -> Tensor:
         """Return (B, 2, C, [D,] H, W) in the model's range: the global views as the teacher sees them (ours)."""
@@ -309,7 +332,7 @@ class AGSSD(PretrainModule):
         return position_bias(pick(affine, query_view), pick(affine, 1 - query_view), self.grid)
 
     def _forbidden(self, views: Views, mask: Tensor, distance: Tensor) -> Tensor:
-        """Return (R, 1 + N, N) bool: key dropout, and the counterparts of some hidden tokens."""
+        """Return (R, N, N) bool: key dropout, and the counterparts of some hidden tokens."""
         random = KeyedRandom(self.seed, views.sample, "fuser")
         if len(mask) > len(views.sample):
             random = KeyedRandom.from_keys(random.split(2))
@@ -328,12 +351,15 @@ class AGSSD(PretrainModule):
         """Return the objective of one micro-batch: ``cls + patch + 10 rec`` by default."""
         self._step = None  # frees the last step before this one needs the memory
         now = self.scheduled(self.progress)
-        hidden = self._masked(views)
+        hidden, seen, samples = self._masked(views), self._seen(views), len(views.sample)
+
+        def of_hidden(x: Tensor) -> Tensor:  # (B, V, ...) of the student to (R, ...)
+            return x.flatten(0, 1) if len(seen) == len(hidden) else pick(x, hidden)
 
         with torch.no_grad():
-            seen = cast(Backbone, self.teacher["backbone"]).forward_crops(self._teacher_inputs(views))
-            teacher_cls, teacher_tokens = seen.cls, seen.tokens
-            attention = None if seen.attention is None else pick(seen.attention, hidden)
+            by_teacher = cast(Backbone, self.teacher["backbone"]).forward_crops(self._teacher_inputs(views))
+            teacher_cls, teacher_tokens = by_teacher.cls, by_teacher.tokens
+            attention = None if by_teacher.attention is None else pick(by_teacher.attention, hidden)
             body = body_of(pick(views.foreground, hidden), self.patch)
             clean = pick(views.clean, hidden)
             voxels = patches_of(clean, self.patch)  # (R, N, P)
@@ -345,13 +371,16 @@ class AGSSD(PretrainModule):
             index, used = masked_indices(flat_mask, self.masks.limit(self.mask_ratio[1]))
             counts = used & body.gather(1, index)  # (R, M): hidden tokens that hold body
 
-        # Student: both global views, what is hidden masked, and the local views, in one pass.
+        # Student: one or both global views, what is hidden masked, and the local views, in one pass.
         student = cast(Backbone, self.student["backbone"])
-        seen_by_student = student.forward_crops(
-            views.inputs, views.locals, in_their_views(mask, hidden, len(views.sample)), self._drop_noise(views)
+        by_student = student.forward_crops(
+            pick(views.inputs, seen).unflatten(0, (samples, -1)),
+            views.locals,
+            pick(in_their_views(mask, hidden, samples), seen).unflatten(0, (samples, -1)),
+            self._drop_noise(views),
         )
-        student_cls, student_tokens = seen_by_student.cls, seen_by_student.tokens
-        hidden_tokens = pick(student_tokens, hidden)
+        student_cls, student_tokens = by_student.cls, by_student.tokens
+        hidden_tokens = gather_tokens(of_hidden(student_tokens), index)
 
         # Patches within the masked view.
         with torch.no_grad():
@@ -361,13 +390,13 @@ class AGSSD(PretrainModule):
             targets = self._targets(teacher_logits, self.centre_patch, now["temperature_patch"], counts)
             if self.cvaa == "teacher":
                 targets = self._compensated(views, targets, own, teacher_tokens, index, counts, now)
-        student_logits = self.student["patch_head"](gather_tokens(hidden_tokens, index)) / self.temperature_student
+        student_logits = self.student["patch_head"](hidden_tokens) / self.temperature_student
         plain = cross_entropy(targets, student_logits)
         loss_patch = masked_mean(plain, counts)
-        fused, fused_cls = None, None
+        fused = None
         if self.cvaa in ("student", "casa"):
-            fused, fused_cls = self._fused(
-                views, flat_mask, index, counts, student_cls, student_tokens, teacher_cls, teacher_tokens, now
+            fused = self._fused(
+                views, flat_mask, index, counts, hidden_tokens, student_tokens, teacher_tokens, now["temperature_patch"]
             )
             share = now["fused_share"]
             loss_patch = (1 - share) * loss_patch + share * masked_mean(fused, counts)
@@ -377,19 +406,24 @@ class AGSSD(PretrainModule):
             ones = torch.ones_like(teacher_cls[..., 0]) if self.training else None
             cls_logits = self.teacher["cls_head"](teacher_cls, ones)
             cls_targets = self._targets(cls_logits, self.centre_cls, now["temperature_cls"])
-            if fused_cls is not None:
+            if self.cvaa == "student":
+                asked = both_views(views) if len(seen) > samples or views.locals is not None else 1 - seen
+                fused_cls = self._fused_cls(asked, teacher_cls, teacher_tokens)
                 fused_targets = self._targets(
                     self.teacher["cls_head"](fused_cls), self.centre_cls, now["temperature_cls"], observe=False
                 )
-                cls_targets = torch.lerp(cls_targets, fused_targets, now["fused_share_cls"])
+                mixed = torch.lerp(pick(cls_targets, asked), fused_targets, now["fused_share_cls"])
+                cls_targets = put(cls_targets, asked, mixed)
         cls_student = self.student["cls_head"](student_cls) / self.temperature_student
         local_student = None
-        if seen_by_student.local_cls is not None:
-            local_student = self.student["cls_head"](seen_by_student.local_cls) / self.temperature_student
-        loss_cls = multi_crop_cross_entropy(cls_targets, cls_student, local_student)
+        if by_student.local_cls is not None:
+            local_student = self.student["cls_head"](by_student.local_cls) / self.temperature_student
+        loss_cls = multi_crop_cross_entropy(
+            cls_targets, cls_student, local_student, None if len(seen) > samples else seen
+        )
 
         # Voxels of hidden patches.
-        prediction = self.student["reconstruction"](gather_tokens(hidden_tokens, index))
+        prediction = self.student["reconstruction"](hidden_tokens)
         assert views.edges is not None
         edges = gather_tokens(patches_of(views.edges.expand_as(clean), self.patch), index)
         target = gather_tokens(rec_targets, index)
@@ -397,15 +431,15 @@ class AGSSD(PretrainModule):
 
         terms = {"cls": loss_cls, "patch": loss_patch, "rec": loss_rec}
         if self.weights["koleo"]:
-            terms["koleo"] = (koleo(student_cls[:, 0]) + koleo(student_cls[:, 1])) / 2
+            terms["koleo"] = torch.stack([koleo(one) for one in student_cls.unbind(1)]).mean()
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         self._step = _Step(
             views=views,
             mask=flat_mask,
             counts=counts,
             index=index,
-            teacher_cls=cls_targets.flatten(0, 1),
-            student_cls=cls_student.detach().flip(1).flatten(0, 1),
+            teacher_cls=pick(cls_targets, 1 - seen),
+            student_cls=cls_student.detach().flatten(0, 1),
             teacher_patch=targets,
             student_patch=student_logits.detach(),
             cls_features=teacher_cls.flatten(0, 1).float(),
@@ -416,11 +450,11 @@ class AGSSD(PretrainModule):
             fused=None if fused is None else fused.detach(),
             ratio=ratio,
         )
-        return LossTerms(total, terms, seen_by_student.shared)
+        return LossTerms(total, terms, by_student.shared)
 
     def _drop_noise(self, views: Views) -> list[Tensor | None]:
         """Return uniforms per view and block for stochastic depth, keyed by sample; none outside training."""
-        groups = (2,) if views.locals is None else (2, views.locals.shape[1])
+        groups = (self._num_seen,) if views.locals is None else (self._num_seen, views.locals.shape[1])
         return self.drop_noise(views.sample, *groups)
 
     def _fused(
@@ -429,38 +463,34 @@ class AGSSD(PretrainModule):
         mask: Tensor,
         index: Tensor,
         counts: Tensor,
-        student_cls: Tensor,
+        query: Tensor,
         student_tokens: Tensor,
-        teacher_cls: Tensor,
         teacher_tokens: Tensor,
-        now: dict[str, float],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the cross-entropy (R, M) after fusion, and the teacher's fused [CLS] (B, 2, E) or None (casa)."""
+        temperature: float,
+    ) -> Tensor:
+        """Return the cross-entropy (R, M) after fusion of the hidden tokens (R, M, E) with the other view."""
         hidden = self._masked(views)
-        biases, distances, _ = self._position_bias(views, both_views(views))
-        bias, distance = (pick(both.unflatten(0, (-1, 2)), hidden) for both in (biases, distances))
-        forbidden = self._forbidden(views, mask, distance) if self.training else None
-        query = torch.cat([pick(student_cls, hidden)[:, None], pick(student_tokens, hidden)], 1)
+        bias, distance, _ = self._position_bias(views, hidden)
+        bias = gather_tokens(bias, index)
+        forbidden = gather_tokens(self._forbidden(views, mask, distance), index) if self.training else None
         memory = pick(teacher_tokens, 1 - hidden)
-        fused_cls = None
         if self.cvaa == "casa":
             # One block: the student's with the student's keys, its moving average with the teacher's as target.
             fused = self.student["fuser"](query, pick(student_tokens, 1 - hidden), bias, forbidden)
-            with torch.no_grad():
-                fused_teacher = self.teacher["fuser"](query, memory, bias)
+            queries = query.detach()
         else:
             fused = self.student["fuser"](query, memory, bias, forbidden)
-            with torch.no_grad():
-                queries = torch.cat([teacher_cls[:, :, None], teacher_tokens], 2).flatten(0, 1)
-                memories = teacher_tokens.flip(1).flatten(0, 1)
-                out = rearrange(self.teacher["fuser"](queries, memories, biases), "(b v) n e -> b v n e", v=2)
-                fused_cls = out[:, :, 0]
-                fused_teacher = pick(out, hidden)
+            queries = gather_tokens(pick(teacher_tokens, hidden), index)
         with torch.no_grad():
-            logits = self.teacher["patch_head"](gather_tokens(fused_teacher[:, 1:], index))
-            targets = self._targets(logits, self.centre_fused, now["temperature_patch"], counts)
-        student_logits = self.student["patch_head"](gather_tokens(fused[:, 1:], index)) / self.temperature_student
-        return cross_entropy(targets, student_logits), fused_cls
+            logits = self.teacher["patch_head"](self.teacher["fuser"](queries, memory, bias))
+            targets = self._targets(logits, self.centre_fused, temperature, counts)
+        return cross_entropy(targets, self.student["patch_head"](fused) / self.temperature_student)
+
+    def _fused_cls(self, which: Tensor, teacher_cls: Tensor, teacher_tokens: Tensor) -> Tensor:
+        """Return (A, E): the teacher's [CLS] of views ``which`` (A,), fused with the tokens of the other view."""
+        query = pick(teacher_cls, which)[:, None]
+        fused: Tensor = self.teacher["fuser"](query, pick(teacher_tokens, 1 - which))
+        return fused[:, 0]
 
     def _compensated(
         self,

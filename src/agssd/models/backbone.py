@@ -13,12 +13,12 @@ from agssd.types import Features, Size
 
 
 class CropFeatures(NamedTuple):
-    """Features of the views of B samples: two global views and L local ones."""
+    """Features of the views of B samples: V global views, two or one, and L local ones."""
 
-    cls: Tensor  # (B, 2, E)
-    tokens: Tensor  # (B, 2, N, E)
+    cls: Tensor  # (B, V, E)
+    tokens: Tensor  # (B, V, N, E)
     local_cls: Tensor | None  # (B, L, E)
-    attention: Tensor | None  # (B, 2, heads, *grid) of the global [CLS], where record_cls_attention is set
+    attention: Tensor | None  # (B, V, heads, *grid) of the global [CLS], where record_cls_attention is set
     shared: tuple[Tensor, ...]  # normed outputs that losses read, as LossTerms.shared names them
 
 
@@ -130,12 +130,12 @@ class Backbone(nn.Module, ABC):
         mask: Tensor | None = None,
         drop_noise: list[Tensor | None] | None = None,
     ) -> CropFeatures:
-        """Return features of two global views and the local views of every sample, in one pass.
+        """Return features of the global views and the local views of every sample, in one pass.
 
         Args:
-            global_views: (B, 2, C, [D,] H, W).
+            global_views: (B, V, C, [D,] H, W), two of each sample, or one where the other is not asked for.
             local_views: (B, L, C, [d,] h, w) or None.
-            mask: (B, 2, *grid) bool of the global views, True = hidden, or None.
+            mask: (B, V, *grid) bool of the global views, True = hidden, or None.
             drop_noise: as for :meth:`forward_views`, for one group of global and one of local views.
         """
         groups = [global_views.flatten(0, 1)]
@@ -145,11 +145,11 @@ class Backbone(nn.Module, ABC):
             masks.append(None)
         features = self.forward_views(groups, masks, drop_noise)
         batch = global_views.shape[0]
-        cls, tokens = features[0].cls.unflatten(0, (batch, 2)), features[0].tokens.unflatten(0, (batch, 2))
+        cls, tokens = features[0].cls.unflatten(0, (batch, -1)), features[0].tokens.unflatten(0, (batch, -1))
         local_cls = None if local_views is None else features[1].cls.unflatten(0, (batch, -1))
         attention = None
         if self.record_cls_attention and self.last_cls_attention is not None:
-            attention, self.last_cls_attention = self.last_cls_attention[0].unflatten(0, (batch, 2)), None
+            attention, self.last_cls_attention = self.last_cls_attention[0].unflatten(0, (batch, -1)), None
         return CropFeatures(cls, tokens, local_cls, attention, (features[0].tokens, *(group.cls for group in features)))
 
     def forward_visible(self, x: Tensor, visible: Tensor, drop_noise: Tensor | None = None) -> Features:

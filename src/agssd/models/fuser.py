@@ -112,14 +112,15 @@ class CrossViewFuser(nn.Module):
         """Return the fused tokens.
 
         Args:
-            query: (B, 1 + N, E), [CLS] of A first.
+            query: (B, Q, E), tokens of A or its [CLS]; each is fused by itself, so only those that are asked for.
             memory: (B, M, E), tokens of B without [CLS].
-            bias: (B, 1 + N, M) float32 added to attention logits times each head's gain, or None.
-            forbidden: (B, 1 + N, M) bool, True where a query may not look; a query whose every key is forbidden may
-                look everywhere. None forbids nothing.
+            bias: (B, Q, M) float32 added to attention logits times each head's gain; None for none, as for [CLS], which
+                has no place.
+            forbidden: (B, Q, M) bool, True where a query may not look; a query whose every key is forbidden may look
+                everywhere. None forbids nothing.
 
         Returns:
-            (B, 1 + N, E).
+            (B, Q, E).
         """
         if forbidden is not None:
             forbidden = forbidden & ~forbidden.all(-1, keepdim=True)
@@ -137,21 +138,21 @@ def position_bias(query: Tensor, memory: Tensor, grid: Size) -> tuple[Tensor, Te
         grid: token grid of both.
 
     Returns:
-        bias (B, 1 + N, N) float32 for attention, 0 for [CLS] and for tokens outside the overlap; distance
-        (B, N, N) float32 in token pitches of the other view (largest axis); valid (B, N) bool.
+        bias (B, N, N) float32 for attention, 0 for tokens outside the overlap; distance (B, N, N) float32 in token
+        pitches of the other view (largest axis); valid (B, N) bool.
     """
     u, valid = correspondence(query, memory, grid)
     pitch = constant(grid, u.device) / 2
     offset = (u[:, :, None] - token_centres(grid, u.device)[None, None]) * pitch  # (B, N, N, d)
     bias = -(offset**2).sum(-1) / (2 * _BIAS_PITCHES**2)
     bias = torch.where(valid[..., None], bias, torch.zeros_like(bias))
-    return F.pad(bias, (0, 0, 1, 0)), offset.abs().amax(-1), valid
+    return bias, offset.abs().amax(-1), valid
 
 
 def forbidden_keys(
     random: KeyedRandom, mask: Tensor, distance: Tensor, key_dropout: float, counterpart_drop: float
 ) -> Tensor:
-    """Return (B, 1 + N, N) bool, the keys that queries may not look at: dropped ones, and counterparts.
+    """Return (B, N, N) bool, the keys that queries may not look at: dropped ones, and counterparts.
 
     Args:
         random: keyed by the B samples.
@@ -161,7 +162,7 @@ def forbidden_keys(
         counterpart_drop: share of the hidden tokens that do not see keys at their own place.
     """
     tokens = mask.shape[1]
-    dropped = (random.uniform(tokens) < key_dropout)[:, None].expand(-1, tokens + 1, -1)
+    dropped = (random.uniform(tokens) < key_dropout)[:, None]
     alone = mask & (random.uniform(tokens) < counterpart_drop)
     counterpart = alone[..., None] & (distance < _COUNTERPART_PITCHES)
-    return dropped | F.pad(counterpart, (0, 0, 1, 0))
+    return dropped | counterpart

@@ -1,4 +1,9 @@
-"""Heads of the pretraining losses; they run in fp32 whatever the precision of the encoder."""
+"""Heads of the pretraining losses.
+
+What they return, and what it is worked out from directly, is fp32 whatever the precision of the encoder. The hidden
+layers of :class:`PrototypeHead`, most of its work, follow the encoder into bf16, whose range is that of fp32; not into
+fp16, in which heads overflow.
+"""
 
 from __future__ import annotations
 
@@ -78,8 +83,10 @@ class PrototypeHead(nn.Module):
             x: features.
             observe: (...) weight of each row in the running mean, given for the teacher's rows; None takes none.
         """
+        with torch.autocast(x.device.type, enabled=_in_bf16(x.device.type)):
+            z = self.mlp[:-1](x.float())
         with torch.autocast(x.device.type, enabled=False):
-            z = self.mlp(x.float())
+            z = self.mlp[-1](z.float())
             if observe is not None and self.centre_momentum is not None:
                 weight = observe.flatten().float()
                 seen = torch.cat([weight @ z.detach().flatten(0, -2), weight.sum()[None]])
@@ -102,6 +109,10 @@ class PrototypeHead(nn.Module):
         new = torch.lerp(total[:-1] / total[-1].clamp_min(1e-6), self.mean, kept)
         self.updates += (total[-1] > 0).float()
         return torch.where(total[-1] > 0, new, self.mean)
+
+
+def _in_bf16(device_type: str) -> bool:
+    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) is torch.bfloat16
 
 
 @torch.no_grad()

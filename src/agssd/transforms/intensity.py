@@ -120,18 +120,25 @@ class Appearance:
                 raise ValueError(f"appearance.{name} is unknown; choose from {', '.join(known)}")
         return cls(**(settings or {}))
 
-    def __call__(self, image: Tensor, is_ct: Tensor, random: KeyedRandom, views: int) -> Tensor:
+    def __call__(
+        self, image: Tensor, is_ct: Tensor, random: KeyedRandom, views: int, which: Tensor | None = None
+    ) -> Tensor:
         """Return the views with a new appearance.
 
         Args:
-            image: (B*V, C, [D,] H, W) float32 in the model's range, views of a sample next to each other.
-            is_ct: (B*V,) bool.
+            image: (B*V, C, [D,] H, W) float32 in the model's range, views of a sample next to each other; or R of them.
+            is_ct: (B*V,) or (R,) bool.
             random: keyed by the B samples.
             views: V.
+            which: (R,) int64, where ``image`` holds some views only: the rows of the B*V that they are. They look as
+                they would among all.
         """
 
+        def rows(drawn: Tensor) -> Tensor:
+            return drawn if which is None else drawn[which]
+
         def draw(low: float = 0.0, high: float = 1.0) -> Tensor:
-            return random.between(low, high, views).flatten()
+            return rows(random.between(low, high, views).flatten())
 
         floor = torch.where(is_ct, 0.0, -1.0)
         span = torch.where(is_ct, 1.0, 2.0)
@@ -156,7 +163,7 @@ class Appearance:
         unit = apply_where(chosen, _cut_frequencies, unit, keep)
 
         chosen, level = draw() < self.prob_noise, draw(0.0, self.noise)
-        keys = random.split(views)
+        keys = rows(random.split(views))
 
         def add_noise(x: Tensor, level: Tensor, keys: Tensor) -> Tensor:
             return x + per_sample(level, x) * KeyedRandom.from_keys(keys).normal(*x.shape[1:])
@@ -170,7 +177,7 @@ class Appearance:
             unit = apply_where(draw() < self.prob_shadow, cast_shadow, unit, *place)
         if self.prob_speckle:
             unit = apply_where(
-                draw() < self.prob_speckle, add_speckle, unit, draw(0.0, self.speckle), random.split(views)
+                draw() < self.prob_speckle, add_speckle, unit, draw(0.0, self.speckle), rows(random.split(views))
             )
         return unit.clamp(0, 1) * per_sample(span, unit) + per_sample(floor, unit)
 

@@ -39,7 +39,7 @@ class Views:
     sample: Tensor  # (B,) int64
     geometry: ViewSet
     clean: Tensor  # (B, 2, C, [D,] H, W) float32 in the model's range
-    inputs: Tensor  # (B, 2, C, [D,] H, W) the same after appearance augmentation
+    inputs: Tensor  # (B, 2, C, [D,] H, W) the same after appearance augmentation, of both or of the hidden view alone
     locals: Tensor | None  # (B, L, C, [d,] h, w)
     foreground: Tensor  # (B, 2, 1, [D,] H, W) bool
     hidden_view: Tensor  # (B,) int64, 0 or 1
@@ -86,6 +86,7 @@ def make_views(
     seed: int,
     with_locals: bool = True,
     with_edges: bool = False,
+    hidden_only: bool = False,
 ) -> Views:
     """Cut the views from every parent crop; a function of (seed, sample) and the parent crop.
 
@@ -98,6 +99,7 @@ def make_views(
         seed: of the run.
         with_locals: False leaves the local views out.
         with_edges: find the edges of the hidden view.
+        hidden_only: change the appearance of the hidden view alone, where nobody looks at that of the other.
 
     Raises:
         ValueError: if centres are balanced over regions and the batch has none.
@@ -113,7 +115,9 @@ def make_views(
     stacked = torch.cat([parent, batch["foreground"].float()], 1)
     cut = extract(stacked, geometry.globals, crops.size_vox)
     clean, foreground = cut[:, :, :channels], cut[:, :, channels:] > 0.5
-    inputs = _appear(appearance, clean, is_ct, KeyedRandom(seed, sample, "appearance of global views"))
+    hidden_view = (KeyedRandom(seed, sample, "hidden view").uniform(1)[:, 0] < 0.5).long()
+    random = KeyedRandom(seed, sample, "appearance of global views")
+    inputs = _appear(appearance, clean, is_ct, random, hidden_view if hidden_only else None)
     local_views = None
     if with_locals and geometry.locals is not None:
         local_views = extract(parent, geometry.locals, crops.local_size_vox)
@@ -128,7 +132,7 @@ def make_views(
         inputs=inputs,
         locals=local_views,
         foreground=foreground,
-        hidden_view=(KeyedRandom(seed, sample, "hidden view").uniform(1)[:, 0] < 0.5).long(),
+        hidden_view=hidden_view,
         edges=None,
         is_ct=is_ct,
         low=low,
@@ -141,17 +145,30 @@ def make_views(
     return replace(views, edges=edge_maps(views, views.hidden_view)) if with_edges else views
 
 
-def _appear(appearance: Appearance | None, views: Tensor, is_ct: Tensor, random: KeyedRandom) -> Tensor:
+def _appear(
+    appearance: Appearance | None, views: Tensor, is_ct: Tensor, random: KeyedRandom, only: Tensor | None = None
+) -> Tensor:
+    """Return views (B, V, C, [D,] H, W) with a new appearance, of each or of view ``only`` (B,) alone."""
     if appearance is None:
         return views
-    count = views.shape[1]
-    flat = appearance(rearrange(views, "b v ... -> (b v) ..."), is_ct.repeat_interleave(count), random, count)
+    samples, count = views.shape[:2]
+    flat = rearrange(views, "b v ... -> (b v) ...")
+    if only is None:
+        flat = appearance(flat, is_ct.repeat_interleave(count), random, count)
+    else:
+        rows = torch.arange(samples, device=only.device) * count + only
+        flat = flat.index_copy(0, rows, appearance(flat[rows], is_ct, random, count, rows))
     return rearrange(flat, "(b v) ... -> b v ...", v=count)
 
 
 def pick(x: Tensor, view: Tensor) -> Tensor:
     """Return (R, ...): views ``view`` (R,) of (B, V, ...), one of each sample or several side by side."""
     return x[_samples_of(view, x), view]
+
+
+def put(x: Tensor, view: Tensor, values: Tensor) -> Tensor:
+    """Return (B, V, ...) with ``values`` (R, ...) in the place of views ``view`` (R,); what :func:`pick` takes out."""
+    return x.index_put((_samples_of(view, x), view), values)
 
 
 def both_views(views: Views) -> Tensor:
