@@ -92,11 +92,15 @@ class Misplaced(AGSSD):
 
 
 class Copy(nn.Module):
-    """Hands on the token of the other view that lies nearest."""
+    """Hands on the token of the other view that lies nearest, and [CLS], which lies nowhere, as it is."""
 
-    def forward(self, query: Tensor, memory: Tensor, bias: Tensor, forbidden: Tensor | None = None) -> Tensor:
+    def forward(
+        self, query: Tensor, memory: Tensor, bias: Tensor | None = None, forbidden: Tensor | None = None
+    ) -> Tensor:
+        if bias is None:
+            return query
         nearest = bias.argmax(-1)[..., None].expand(-1, -1, memory.shape[-1])
-        return torch.cat([query[:, :1], memory.gather(1, nearest)[:, 1:].to(query.dtype)], 1)
+        return memory.gather(1, nearest).to(query.dtype)
 
 
 class Copying(AGSSD):

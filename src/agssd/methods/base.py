@@ -17,7 +17,6 @@ from agssd.distributed import all_sum, world_size
 from agssd.models.backbone import Backbone
 from agssd.models.ema import update_ema
 from agssd.models.step_guard import StepGuard
-from agssd.optimizers import fused_adamw
 from agssd.schedules import cosine, warmup_cosine
 from agssd.sharding import is_sharded, refuse_other_sharding, shard
 from agssd.transforms.edges import standardise
@@ -306,7 +305,13 @@ class PretrainModule(L.LightningModule, ABC):
             )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW with two groups: parameters that decay, and biases, norms, tokens and 1-D ones that do not."""
+        """Return AdamW with two groups: parameters that decay, and biases, norms, tokens and 1-D ones that do not.
+
+        On CUDA in its fused form, which can leave out a step without the host knowing (see StepGuard). Gradients are
+        unscaled before it, so it is said not to do so itself: Lightning would refuse to clip them. Not on the CPU,
+        where the fused form takes gradients in another memory layout than their parameter's for what they are not
+        (torch 2.13).
+        """
         encoder = cast(Backbone, self.student["backbone"])
         kept_out = {f"backbone.{name}" for name in encoder.no_weight_decay()}
         decays: list[nn.Parameter] = []
@@ -315,7 +320,11 @@ class PretrainModule(L.LightningModule, ABC):
             if parameter.requires_grad:
                 (others if parameter.ndim < 2 or name in kept_out else decays).append(parameter)
         groups = [{"params": decays, "weight_decay": self.weight_decay[0]}, {"params": others, "weight_decay": 0.0}]
-        return fused_adamw(groups, lr=self.lr, betas=self.betas)
+        fused = all(p.device.type == "cuda" for p in (*decays, *others))
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=fused or None)
+        if fused:
+            optimizer._step_supports_amp_scaling = False
+        return optimizer
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch, and keep it as the loader gave it where somebody wants to look at it later."""

@@ -13,7 +13,6 @@ from torch import nn
 from agssd.distributed import gather_objects
 from agssd.evaluation.contract import check_contract
 from agssd.models.backbone import Backbone
-from agssd.optimizers import fused_adamw
 from agssd.schedules import warmup_cosine
 from agssd.tasks.encoders import load_encoder
 
@@ -155,7 +154,7 @@ class DownstreamTask(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and a schedule over all optimiser steps of the run, whatever their number."""
-        optimizer = fused_adamw(self.parameter_groups())
+        optimizer = torch.optim.AdamW(self.parameter_groups())
         return warmed_up(optimizer, self.trainer, self.warmup)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from agssd.models.lp_sam import LPSAM, LPSAMSettings, load_lp_sam
 from agssd.models.sam import load_sam
-from agssd.optimizers import fused_adamw
 from agssd.tasks.finetuning import warmed_up
 from agssd.tasks.voxelwise import VoxelTask
 from agssd.types import LabelledBatch, Size
@@ -107,7 +106,7 @@ class _LPSAMTask(VoxelTask):
             {"params": [p for p in learning if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in learning if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return warmed_up(fused_adamw(groups, lr=self.lr), self.trainer, self.warmup)
+        return warmed_up(torch.optim.AdamW(groups, lr=self.lr), self.trainer, self.warmup)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave what rebuilds LP-SAM, in plain types."""

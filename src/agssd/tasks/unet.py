@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from monai.networks.nets.unet import UNet
 from torch import Tensor
 
-from agssd.optimizers import fused_adamw
 from agssd.tasks.finetuning import warmed_up
 from agssd.tasks.voxelwise import VoxelTask
 from agssd.types import Size
@@ -98,4 +98,4 @@ class UNetTask(VoxelTask):
             {"params": [p for p in self.parameters() if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return warmed_up(fused_adamw(groups, lr=self.lr), self.trainer, self.warmup)
+        return warmed_up(torch.optim.AdamW(groups, lr=self.lr), self.trainer, self.warmup)
