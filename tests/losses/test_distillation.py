@@ -61,7 +61,8 @@ def test_cross_entropy__stays_finite_at_extreme_logits():
 
 
 @pytest.mark.parametrize("num_local", [0, 3])
-def test_multi_crop_cross_entropy__compares_every_teacher_view_with_every_other_view(num_local):
+@pytest.mark.parametrize("seen", [None, [1, 0, 0, 1]])
+def test_multi_crop_cross_entropy__compares_every_teacher_view_with_every_other_view(seen, num_local):
     generator = torch.Generator().manual_seed(0)
     targets = torch.randn(4, 2, 7, generator=generator).softmax(-1)
     views = torch.randn(4, 2 + num_local, 7, generator=generator)
@@ -71,8 +72,12 @@ def test_multi_crop_cross_entropy__compares_every_teacher_view_with_every_other_
         for q in (0, 1)
         for v in range(2 + num_local)
         if v != q  # a view is not its own target
+        if seen is None or v >= 2 or v == seen[b]  # and the student may see one global view only
     ]
-    got = multi_crop_cross_entropy(targets, views[:, :2], views[:, 2:] if num_local else None)
+    shown, which = views[:, :2], None
+    if seen is not None:
+        shown, which = torch.stack([views[b, v] for b, v in enumerate(seen)])[:, None], torch.tensor(seen)
+    got = multi_crop_cross_entropy(targets, shown, views[:, 2:] if num_local else None, which)
     assert got.item() == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-5)
 
 

@@ -340,6 +340,9 @@ def test_agssd__student_of_masked_views_never_sees_the_other(num_local: int, bat
     observations = module.observations
     assert len(observations["teacher_cls"]) == len(observations["student_cls"]) == 4
     assert torch.equal(module.view_panel(1)["globals"], noisy[1, :, 0])
+    for more in ({"weight_koleo": 0.1}, {"assignment": "sinkhorn"}):
+        other = recipes.build(AGSSD, {"num_local": num_local}, student_views="masked", **more)
+        assert other.pretrain_loss(other.make_views(batch)).total.isfinite()
     with pytest.raises(ValueError, match="casa .* set student_views to both"):
         recipes.build(AGSSD, cvaa="casa", student_views="masked")
     recipes.build(AGSSD, cvaa="casa", student_views="masked", masked_views=2)
@@ -460,12 +463,13 @@ def spied(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Tenso
     return calls
 
 
+@pytest.mark.parametrize("num_local", [0, 2])
 @pytest.mark.parametrize("student_views", ["both", "masked"])
 def test_agssd__teacher_fuses_hidden_tokens_and_cls_with_the_other_view(
-    student_views: str, batch: Any, at: Any, monkeypatch: pytest.MonkeyPatch
+    student_views: str, num_local: int, batch: Any, at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at(0.6)
-    module = recipes.build(AGSSD, student_views=student_views)
+    module = recipes.build(AGSSD, {"num_local": num_local}, student_views=student_views, assignment="centring")
     for block in module.teacher["fuser"].blocks:
         block.scale_attention.fill_(1.0)
     fuser = module.teacher["fuser"]
@@ -489,6 +493,33 @@ def test_agssd__teacher_fuses_hidden_tokens_and_cls_with_the_other_view(
             if (b, v) in asked:
                 expected = fuser(own.cls[:, None], other.tokens)[0, 0]
                 torch.testing.assert_close(cls[asked.index((b, v)), 0], expected, rtol=0, atol=1e-5)
+    # Each [CLS] that the student gives is compared with the other view's target, a quarter of it after fusion.
+    given = [(b, v) for b, hidden in enumerate(views.hidden_view.tolist()) for v in (0, 1)]
+    if student_views == "masked":
+        given = [(b, hidden) for b, hidden in enumerate(views.hidden_view.tolist())]
+    assert len(step.teacher_cls) == len(given)
+    for target, (b, v) in zip(step.teacher_cls, given, strict=True):
+        plain = module.teacher["backbone"](views.clean[b, 1 - v][None]).cls
+        both = module.teacher["cls_head"](torch.cat([plain, cls[asked.index((b, 1 - v))]]))
+        expected = torch.lerp(*(both / 0.04).softmax(-1), module.fused_share_cls)
+        torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked_views", [1, 2])
+def test_agssd__student_fuses_each_hidden_token_with_its_own_bias_and_keys(
+    masked_views: int, batch: Any, at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at(0.6)
+    module = recipes.build(AGSSD, masked_views=masked_views)
+    calls = spied(module.student["fuser"], monkeypatch)
+    views, _, step = step_of(module, batch)
+    ((_, _, bias, forbidden), _) = calls[0]
+    which = module._masked(views)
+    biases, distance, _ = module._position_bias(views, which)
+    keys = module._forbidden(views, step.mask, distance)
+    assert len(bias) == len(which) == 4 * masked_views
+    for row, index in enumerate(step.index):
+        assert torch.equal(bias[row], biases[row, index]) and torch.equal(forbidden[row], keys[row, index])
 
 
 def test_agssd__student_is_fused_with_the_teachers_tokens_of_the_unmasked_view(

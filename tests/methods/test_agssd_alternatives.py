@@ -33,6 +33,7 @@ ALTERNATIVES: dict[str, dict[str, Any]] = {
     "random": {"model": {"mask_score": "random"}},
     "block": {"model": {"mask_score": "block"}},
     "both views masked": {"model": {"masked_views": 2}},
+    "student sees masked views": {"model": {"student_views": "masked"}},
     "hidden blocks": {"model": {"mask_block": 2}},
     "no hints": {"model": {"mask_hints": 0.0}},
     "cvaa teacher": {"model": {"cvaa": "teacher"}},

@@ -129,6 +129,25 @@ def test_fuser__a_query_without_any_allowed_key_looks_everywhere(fuser, with_bia
     torch.testing.assert_close(out[2], free[2])
 
 
+def test_fuser__mask_of_attention_has_one_number_per_key(monkeypatch):
+    """CUDA's kernels refuse a mask that repeats along the keys; the device is made believe."""
+    block = CrossViewBlock(E, HEADS, 2.0, None, "pre").to("meta")
+    masks = []
+
+    def spy(q, k, v, attn_mask):
+        masks.append(attn_mask)
+        return torch.empty_like(q)
+
+    monkeypatch.setattr("agssd.models.fuser.F.scaled_dot_product_attention", spy)
+    for queries in (1, N + 1):
+        query, memory = torch.empty(B, queries, E, device="meta"), torch.empty(B, M, E, device="meta")
+        bias, forbidden = (torch.empty(B, queries, M, device="meta", dtype=dtype) for dtype in (None, torch.bool))
+        for given in ((None, None), (bias, None), (None, forbidden), (bias, forbidden)):
+            block._attend(query, memory, *given)
+            assert masks[-1].expand(B, HEADS, queries, M).stride(-1) == 1
+    assert len(masks) == 8
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("with_forbidden", [True, False])
 def test_fuser__the_cpu_path_equals_sdpa(with_bias, with_forbidden):

@@ -76,6 +76,18 @@ def test_appearance__each_change_acts_and_as_often_as_it_says(name):
             assert share > 0.9
 
 
+def test_appearance__some_views_look_as_they_do_among_all():
+    image, is_ct = views(10, 2)
+    all_on = {**STRONG, "prob_depth_gain": 1.0, "prob_shadow": 1.0, "prob_speckle": 1.0}
+    rows = torch.tensor([1, 2, 5, 6, 9, 10, 12, 15, 17, 18])  # one of each sample
+    for settings in (all_on, {}):
+        random = [KeyedRandom(0, torch.arange(10), "appearance") for _ in range(2)]
+        among_all = Appearance(**settings)(image, is_ct, random[0], 2)
+        alone = Appearance(**settings)(image[rows], is_ct[rows], random[1], 2, rows)
+        torch.testing.assert_close(alone, among_all[rows], atol=1e-6, rtol=0)
+        assert torch.equal(random[0].uniform(3), random[1].uniform(3)), "what is drawn next is the same too"
+
+
 def test_appearance__ct_never_rings():
     image, is_ct = views(40)
     without = apply({**STRONG, "prob_gibbs": 0.0}, image, is_ct, torch.arange(40))

@@ -1,6 +1,6 @@
 """Self-distillation: cross-entropy between teacher and student prototypes, centring and Sinkhorn targets.
 
-Everything runs in fp32 with autocast switched off by the caller's head.
+Everything runs in fp32: heads return fp32 logits whatever surrounds them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def multi_crop_cross_entropy(
-    targets: Tensor, global_logits: Tensor, local_logits: Tensor | None = None, view: Tensor | None = None
+    targets: Tensor, global_logits: Tensor, local_logits: Tensor | None = None, seen: Tensor | None = None
 ) -> Tensor:
     """Return the mean cross-entropy over all pairs of a teacher's global view and a student's other view.
 
@@ -69,12 +69,12 @@ def multi_crop_cross_entropy(
         global_logits: (B, 2, K) float32 student logits of the same views, divided by the student's temperature; or
             (B, 1, K) where the student sees one of them only.
         local_logits: (B, L, K) of the local views, or None.
-        view: (B,) int64, which view that one is; None where the student sees both.
+        seen: (B,) int64, which view that one is; None where the student sees both.
     """
-    if view is None:
+    if seen is None:
         pairs = [cross_entropy(targets, global_logits.flip(1))]  # (B, 2)
     else:
-        other = targets[torch.arange(len(view), device=view.device), 1 - view]
+        other = targets[torch.arange(len(seen), device=seen.device), 1 - seen]
         pairs = [cross_entropy(other[:, None], global_logits)]  # (B, 1)
     if local_logits is not None:
         pairs.append(cross_entropy(targets[:, :, None], local_logits[:, None]).flatten(1))

@@ -49,14 +49,14 @@ from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 class _Step:
     """What the last step leaves for monitors; all detached.
 
-    R masked views, and V B views that the student sees, one or two of each of B samples both.
+    R masked views and S views that the student sees: of each of B samples one or both.
     """
 
     views: Views
     mask: Tensor  # (R, N)
     counts: Tensor  # (R, M) bool
     index: Tensor  # (R, M)
-    teacher_cls: Tensor  # (S, K) probabilities, S = VB
+    teacher_cls: Tensor  # (S, K) probabilities
     student_cls: Tensor  # (S, K) logits over the temperature
     teacher_patch: Tensor  # (R, M, K) probabilities
     student_patch: Tensor  # (R, M, K) logits over the temperature
@@ -77,7 +77,7 @@ class AGSSD(PretrainModule):
 
     - ``patch``: hidden foreground tokens of the masked view against the teacher's tokens of the same view unmasked,
       plain and after fusion with the other view;
-    - ``cls``: [CLS] of each view against the teacher's [CLS] of the other global view;
+    - ``cls``: [CLS] of each view that the student sees against the teacher's [CLS] of the other global view;
     - ``rec``: voxels of hidden foreground patches, from the clean view.
 
     Source: modules and the three terms [paper: Yu and Dai, IEEE TMI 2026, doi 10.1109/TMI.2026.3680920, abstract];
@@ -119,8 +119,8 @@ class AGSSD(PretrainModule):
         masked_views: 1 masks one of the two global views, so that the student's [CLS] sees whole views too [R: DINOv2];
             2 masks both, each by a draw of its own: twice the patches to learn from for half as much time again (ours).
         student_views: ``"both"`` shows the student both global views [R: DINOv2]; ``"masked"`` only those that are
-            masked, which is all that the patch terms ask for, and their [CLS] for the [CLS] term: as good after as many
-            steps for much less time (ours; docs/evidence.md). The teacher sees both.
+            masked, which is all that the patch terms ask for, and the [CLS] term takes their [CLS] alone: a view less
+            per step (ours; docs/evidence.md). The same where both are masked. The teacher always sees both.
         cvaa: ``"student"`` fuses the student's tokens (default), ``"teacher"`` mixes aligned tokens of the other view
             into the targets, ``"casa"`` is Alice's form, ``"none"`` switches CVAA off.
         fuser_depth: blocks of the fuser.
@@ -373,12 +373,10 @@ class AGSSD(PretrainModule):
 
         # Student: one or both global views, what is hidden masked, and the local views, in one pass.
         student = cast(Backbone, self.student["backbone"])
-        by_student = student.forward_crops(
-            pick(views.inputs, seen).unflatten(0, (samples, -1)),
-            views.locals,
-            pick(in_their_views(mask, hidden, samples), seen).unflatten(0, (samples, -1)),
-            self._drop_noise(views),
-        )
+        inputs, masks = views.inputs, in_their_views(mask, hidden, samples)
+        if len(seen) == samples:
+            inputs, masks = pick(inputs, seen)[:, None], pick(masks, seen)[:, None]
+        by_student = student.forward_crops(inputs, views.locals, masks, self._drop_noise(views))
         student_cls, student_tokens = by_student.cls, by_student.tokens
         hidden_tokens = gather_tokens(of_hidden(student_tokens), index)
 
@@ -591,5 +589,5 @@ class AGSSD(PretrainModule):
         panel = panel_of(views, index, masks, reconstruction, self.masks.score == "region")
         encoder = cast(Backbone, self.teacher["backbone"])
         if encoder.has_cls_attention:
-            panel["attention"] = encoder.cls_attention(views.inputs[index])
+            panel["attention"] = encoder.cls_attention(self._teacher_inputs(views)[index])
         return panel

@@ -308,9 +308,8 @@ class PretrainModule(L.LightningModule, ABC):
         """Return AdamW with two groups: parameters that decay, and biases, norms, tokens and 1-D ones that do not.
 
         On CUDA in its fused form, which can leave out a step without the host knowing (see StepGuard). Gradients are
-        unscaled before it, so it is said not to do so itself: Lightning would refuse to clip them. Not on the CPU,
-        where the fused form takes gradients in another memory layout than their parameter's for what they are not
-        (torch 2.13).
+        unscaled before it, so it is said not to do so itself: Lightning would refuse to clip them. Not on the CPU:
+        there, with it, a run that was rolled back no longer equalled one that was resumed (torch 2.13).
         """
         encoder = cast(Backbone, self.student["backbone"])
         kept_out = {f"backbone.{name}" for name in encoder.no_weight_decay()}

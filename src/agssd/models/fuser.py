@@ -54,7 +54,8 @@ class CrossViewBlock(nn.Module):
         q = rearrange(self.query(query), "b n (h e) -> b h n e", h=self.num_heads)
         k, v = rearrange(self.memory(memory), "b m (two h e) -> two b h m e", two=2, h=self.num_heads)
         if bias is None:
-            logits = self.gain.new_zeros(()) * self.gain[:, None, None]  # the gains stay in the graph
+            # The gains stay in the graph; over all keys, since attention kernels take no mask that repeats along them.
+            logits = self.gain.new_zeros(1, 1, 1, k.shape[2]) * self.gain[:, None, None]
         else:
             logits = bias[:, None] * self.gain[:, None, None]  # (B, heads, N, M)
         if forbidden is not None:
