@@ -87,9 +87,7 @@ class Observations(TypedDict, total=False):
     """Detached tensors of the last training step that callbacks may look at; a recipe fills what it has."""
 
     teacher_cls: Tensor  # (Q, K) teacher probabilities of the [CLS] of global views
-    student_cls: (
-        Tensor  # (Q, K) student logits divided by their temperature, paired as in the loss
-    )
+    student_cls: Tensor  # (Q, K) student logits divided by their temperature, paired as in the loss
     teacher_patch: Tensor  # (M, K) teacher probabilities of masked foreground tokens
     student_patch: Tensor  # (M, K) student logits divided by their temperature
     cls_features: Tensor  # (Q, E) teacher [CLS] before the head
@@ -102,9 +100,7 @@ class Observations(TypedDict, total=False):
 class ViewPanel(TypedDict, total=False):
     """One sample's views for a picture, all float32 in the model's range unless said otherwise."""
 
-    globals: (
-        Tensor  # (2, [D,] H, W) inputs after appearance augmentation; clean where the student does not see it
-    )
+    globals: Tensor  # (2, [D,] H, W) inputs after appearance augmentation; clean where the student does not see it
     clean: Tensor  # (2, [D,] H, W) clean global views
     locals: Tensor  # (L, [d,] h, w)
     core: Tensor  # (2, [D,] H, W) what both global views share, corrupted and clean
