@@ -309,7 +309,7 @@ class PretrainModule(L.LightningModule, ABC):
 
         On CUDA in its fused form, which can leave out a step without the host knowing (see StepGuard). Gradients are
         unscaled before it, so it is said not to do so itself: Lightning would refuse to clip them. Not on the CPU:
-        there, with it, a run that was rolled back no longer equalled one that was resumed (torch 2.13).
+        there, with it, a run that was rolled back equalled one that was resumed no longer to the last bit (torch 2.13).
         """
         encoder = cast(Backbone, self.student["backbone"])
         kept_out = {f"backbone.{name}" for name in encoder.no_weight_decay()}
