@@ -13,6 +13,7 @@ from agssd.cli import main
 from agssd.commands.bench.cells import list_cells
 from agssd.commands.bench.results import places, read_rows
 from agssd.commands.bench.tables import compare, of_place
+from agssd.commands.report.bench_page import round_values
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,13 @@ def test_bench_page__shows_every_readout(
     assert browser.run("document.querySelector('h1').textContent") == "Few labels"
     assert browser.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     boxes = browser.run("[...document.querySelectorAll('svg')].map((s) => s.getBoundingClientRect().width)")
-    assert len(boxes) == 3 and min(boxes) > 250
+    assert len(boxes) == 6 and min(boxes) > 250
     dots = browser.run("[...document.querySelectorAll('svg')].map((s) => s.querySelectorAll('circle').length)")
-    assert dots == [4 * 3, 4 * 3, 3 * 3 - 3], "the linear readout of all labels lacks its last seed"
+    pairs = [dots[0::2], dots[1::2]]
+    assert pairs[0] == [4 * 3, 4 * 3, 3 * 3 - 3], "the linear readout of all labels lacks its last seed"
+    assert pairs[1] == [3 * 3, 3 * 3, 2 * 3 - 2], "ours against each other method"
+    heights = "[...document.querySelectorAll('svg text')].map((t) => t.getBoundingClientRect().height)"
+    assert min(browser.run(heights)) > 10, "letters can be read"
     inside = """[...document.querySelectorAll('circle.dot')].every((c) => {
         const dot = c.getBoundingClientRect(), svg = c.closest('svg').getBoundingClientRect();
         return dot.left >= svg.left && dot.right <= svg.right && dot.top >= svg.top && dot.bottom <= svg.bottom; })"""
@@ -64,6 +69,19 @@ def test_bench_page__claims_what_the_tables_claim(folder: Path, tmp_path: Path) 
     assert text.count(">no difference shown<") == unclear
     assert text.count("<b>") == len(compared) - unclear
     assert str(tmp_path) not in text and str(folder) not in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.19, 0.73, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),
+        (-0.081, 0.17, [-0.05, 0.0, 0.05, 0.1, 0.15]),
+        (0.7401, 0.7702, [0.75, 0.76, 0.77]),
+        (-1.2, 3.9, [-1.0, 0.0, 1.0, 2.0, 3.0]),
+    ],
+)
+def test_round_values__are_round_and_few(low: float, high: float, expected: list[float]) -> None:
+    assert round_values(low, high) == pytest.approx(expected, abs=1e-12)
 
 
 def test_report__a_bench_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

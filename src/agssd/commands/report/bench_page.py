@@ -1,7 +1,8 @@
-"""The report of a bench: what was compared, a chart per readout and budget, means and paired differences."""
+"""The report of a bench: what was compared; means and paired differences, drawn and in tables."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from html import escape
@@ -86,7 +87,7 @@ def _part(bench: Bench, means: _Means, compared: _Compared) -> str:
     methods = [name for name in bench.methods if any(name in one for one in means.values())]
     if not methods:
         return '<p class="missing">None of its figures is complete yet.</p>'
-    body = _chart(bench, methods, means) + _table("method", list(means), _mean_rows(methods, means))
+    body = _charts(bench, methods, means, compared) + _table("method", list(means), _mean_rows(methods, means))
     return f'<div class="card">{body}{_table("difference", list(means), _difference_rows(compared, list(means)))}</div>'
 
 
@@ -106,11 +107,10 @@ def _difference_rows(compared: _Compared, columns: Sequence[Place]) -> list[tupl
                 cells.append(("", ""))
             elif p < ALPHA:
                 kind = "good" if interval.mean > 0 else "error"
-                cells.append(
-                    (kind, f"<b>{_interval(interval, '+')}</b>, p {'<' if p < 0.001 else '='} {max(p, 0.001):.3f}")
-                )
+                told = f"{'&lt;' if p < 0.001 else '='} {max(p, 0.001):.3f}"
+                cells.append((kind, f"<b>{_interval(interval, '+')}</b><small>p {told}</small>"))
             else:
-                cells.append(("", f'{_interval(interval, "+")} <small class="note">no difference shown</small>'))
+                cells.append(("", f'{_interval(interval, "+")}<small class="note">no difference shown</small>'))
         rows.append((f"{first} − {second}", cells))
     return rows
 
@@ -126,7 +126,7 @@ def _table(name: str, columns: Sequence[Place], rows: Sequence[tuple[str, list[t
         for head, cells in rows
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}s"><table><thead><tr>'
+        f'<div class="scroll of-methods" tabindex="0" role="region" aria-label="{name}s"><table><thead><tr>'
         f"<th scope=col>{name}</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -136,50 +136,86 @@ def _colour(bench: Bench, method: str) -> int:
     return list(bench.methods).index(method) % 8
 
 
-def _chart(bench: Bench, methods: Sequence[str], means: _Means) -> str:
-    """Return the means over the labels with their intervals; the table beside it holds the same figures."""
-    intervals = [interval for one in means.values() for interval in one.values()]
+def _charts(bench: Bench, methods: Sequence[str], means: _Means, compared: _Compared) -> str:
+    """Return the means over the labels beside what the first pretrained method is ahead by; tables hold the same."""
+    what = "Dice" if bench.figure == "dice" else "balanced accuracy"
+    columns = list(means)
+    lines = {name: {place: one[name] for place, one in means.items() if name in one} for name in methods}
+    charts = _chart(
+        bench, lines, columns, f"{what} over labelled subjects; bars are 95 % intervals, dashed without pretraining"
+    )
+    ours = next((first for first, second, _ in compared if second != "scratch"), None)
+    if ours is not None:
+        ahead: dict[str, dict[Place, Interval]] = {}
+        for (first, second, place), (interval, _) in compared.items():
+            if first == ours:
+                ahead.setdefault(second, {})[place] = interval
+        lines = {name: ahead[name] for name in methods if name in ahead}
+        charts += _chart(
+            bench, lines, columns, f"{what} of {ours} less that of each, paired; above 0 {ours} is ahead", "+"
+        )
+    return f'<div class="pair">{charts}</div>'
+
+
+def _chart(
+    bench: Bench, lines: dict[str, dict[Place, Interval]], columns: Sequence[Place], title: str, sign: str = ""
+) -> str:
+    """Return a picture of means with their intervals, a line per method; ``sign`` "+" where they are differences."""
+    intervals = [interval for line in lines.values() for interval in line.values()]
     low, high = min(i.low for i in intervals), max(i.high for i in intervals)
+    if sign:
+        low, high = min(low, 0.0), max(high, 0.0)
     pad = 0.06 * (high - low) or 0.01
     low, high = low - pad, high + pad
-    columns = list(means)
     step = (_WIDTH - _LEFT - 12) / len(columns)
 
     def x(column: int, method: int) -> float:
-        return _LEFT + step * (column + 0.5) + 0.5 * step * ((method + 0.5) / len(methods) - 0.5)
+        return _LEFT + step * (column + 0.5) + 0.5 * step * ((method + 0.5) / len(lines) - 0.5)
 
     def y(value: float) -> float:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low)
 
     marks = []
-    for number in range(5):
-        value = low + (high - low) * number / 4
-        marks.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        marks.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+    for value in round_values(low, high):
+        kind = "grid zero" if sign and value == 0 else "grid"
+        marks.append(f'<line class="{kind}" x1="{_LEFT}" x2="{_WIDTH}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+        told = f"{value:{sign if value else ''}.3g}"
+        marks.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{told}</text>')
     for column, place in enumerate(columns):
         middle = _LEFT + step * (column + 0.5)
         marks.append(
             f'<text x="{middle:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(str(place.labels))}</text>'
         )
-    for number, method in enumerate(methods):
-        points = [(x(c, number), place) for c, place in enumerate(columns) if method in means[place]]
-        path = " ".join(f"{at:.1f},{y(means[place][method].mean):.1f}" for at, place in points)
+    for number, (method, line) in enumerate(lines.items()):
+        points = [(x(c, number), place) for c, place in enumerate(columns) if place in line]
+        path = " ".join(f"{at:.1f},{y(line[place].mean):.1f}" for at, place in points)
         dash = "" if bench.methods[method].pretrain else ' stroke-dasharray="5 4"'
-        drawn = f'<polyline class="line" points="{path}"{dash}/>'
+        drawn = "" if sign else f'<polyline class="line" points="{path}"{dash}/>'
         for at, place in points:
-            one = means[place][method]
-            told = escape(f"{method}, {label(place)}: {_interval(one)}")
+            one = line[place]
+            told = escape(f"{method}, {label(place)}: {_interval(one, sign)}")
             drawn += f'<line class="line" x1="{at:.1f}" x2="{at:.1f}" y1="{y(one.low):.1f}" y2="{y(one.high):.1f}"/>'
             drawn += f'<circle class="dot" cx="{at:.1f}" cy="{y(one.mean):.1f}" r="4"><title>{told}</title></circle>'
         marks.append(f'<g class="s{_colour(bench, method)}">{drawn}</g>')
-    legend = "".join(f'<span class="value s{_colour(bench, name)}">{escape(name)}</span> ' for name in methods)
-    what = "Dice" if bench.figure == "dice" else "balanced accuracy"
+    legend = "".join(f'<span class="value s{_colour(bench, name)}">{escape(name)}</span> ' for name in lines)
+    told = escape(f"{title}; {len(lines)} methods; the tables below have the figures")
     return (
-        f'<figure class="spread"><figcaption class="legend">{legend}<span>{what} over labelled subjects; bars are 95 % '
-        f'intervals, dashed without pretraining</span></figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{what} of {len(methods)} methods over labelled subjects; the table below has the figures">'
-        f"{''.join(marks)}</svg></figure>"
+        f'<figure class="spread"><figcaption class="legend">{legend}<span>{escape(title)}</span></figcaption>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{told}">{"".join(marks)}</svg></figure>'
     )
+
+
+def round_values(low: float, high: float) -> list[float]:
+    """Return round values from ``low`` to ``high`` for the lines of a chart, three to seven of them.
+
+    Args:
+        low: the least value shown.
+        high: the greatest, above it.
+    """
+    width = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(width))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= 0.7 * width)
+    return [round(number * step, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _closing(number: int) -> str:
