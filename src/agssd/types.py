@@ -107,6 +107,7 @@ class ViewPanel(TypedDict, total=False):
     edges: Tensor  # (2, [D,] H, W) in [0, 1]
     boundaries: Tensor  # (2, [D,] H, W) in [0, 1], of regions, where these matter and edges do not
     mask: Tensor  # (2, *grid) bool
+    unseen: Tensor  # (2,) bool: global views that are not shown to the student at all; none where this is missing
     reconstruction: Tensor  # (2, [D,] H, W) prediction where masked, clean elsewhere
     overlap_box: Tensor  # (2, d, 2) float: overlap in voxels of each global view, [start, end) per axis
     true_box: Tensor  # (V, 3, 2) float: a place in voxels of each picture that the module is to find, [start, end)

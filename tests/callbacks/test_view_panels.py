@@ -115,6 +115,9 @@ def test_blocks__mask_and_up_direction_are_right() -> None:
     shown = row[headings.index("mask, 1% hidden")].pixels
     orange = shown[..., 0] > 0.5
     assert orange[: 8 * 5, : 8 * 5].all() and orange.sum() == 40 * 40
+    panel["unseen"] = torch.tensor([False, True])
+    first, second = ([cell.heading for cell in rows[0]] for _, rows in _blocks(panel, 0)[:2])
+    assert first == headings and "for the teacher alone" in second and "mask, none hidden" not in second
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 16), (33, 57, 41), (96, 96, 96), (160, 192, 176)])

@@ -339,7 +339,10 @@ def test_agssd__student_of_masked_views_never_sees_the_other(num_local: int, bat
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.student.parameters())
     observations = module.observations
     assert len(observations["teacher_cls"]) == len(observations["student_cls"]) == 4
-    assert torch.equal(module.view_panel(1)["globals"], noisy[1, :, 0])
+    panel = module.view_panel(1)
+    assert torch.equal(panel["globals"], noisy[1, :, 0])
+    assert panel["unseen"].tolist() == [int(views.hidden_view[1]) != 0, int(views.hidden_view[1]) != 1]
+    assert not panel["mask"][panel["unseen"]].any()
     for more in ({"weight_koleo": 0.1}, {"assignment": "sinkhorn"}):
         other = recipes.build(AGSSD, {"num_local": num_local}, student_views="masked", **more)
         assert other.pretrain_loss(other.make_views(batch)).total.isfinite()

@@ -158,7 +158,10 @@ def _view_row(
         share = float(mask.mean())
         hidden = spread(mask)[..., None]
         tinted = _grey(axial(inputs), window) * (1 - 0.55 * hidden) + 0.55 * hidden * _MASK_COLOUR
-        tiles.append(_Tile(_upscaled(tinted, factor), f"mask, {share:.0%} hidden" if share else "mask, none hidden"))
+        told = f"mask, {share:.0%} hidden" if share else "mask, none hidden"
+        if "unseen" in arrays and arrays["unseen"][view]:
+            told = "for the teacher alone"
+        tiles.append(_Tile(_upscaled(tinted, factor), told))
     for name in ("edges", "boundaries"):
         if name in arrays:
             tiles.append(_Tile(_upscaled(_coloured(axial(arrays[name][view]), "magma"), factor), name))
@@ -220,6 +223,8 @@ def _array(tensor: Tensor) -> _Floats:
 
 def _as_volume(key: str, values: _Floats, height: int) -> _Floats:
     """Return what belongs to frames of ``height`` rows as what belongs to volumes of one slice, whose rows point up."""
+    if key == "unseen":  # (V,)
+        return values
     if key == "origin":  # (V, 2)
         return np.stack([np.full(len(values), 0.5), height - values[:, 0], values[:, 1]], 1).astype(np.float32)
     if key.endswith("_box"):  # (V, 2, 2), [start, end) per axis

@@ -587,6 +587,8 @@ class AGSSD(PretrainModule):
             reconstruction[hidden[row]] = unpatch(patches, self.grid, self.patch)[0, 0]
         masks = in_their_views(step.mask.unflatten(1, self.grid), hidden, len(views.sample))
         panel = panel_of(views, index, masks, reconstruction, self.masks.score == "region")
+        if self._num_seen == 1:
+            panel["unseen"] = torch.arange(2, device=hidden.device) != hidden[index]
         encoder = cast(Backbone, self.teacher["backbone"])
         if encoder.has_cls_attention:
             panel["attention"] = encoder.cls_attention(self._teacher_inputs(views)[index])
