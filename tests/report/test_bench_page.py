@@ -52,6 +52,13 @@ def test_bench_page__shows_every_readout(
         const dot = c.getBoundingClientRect(), svg = c.closest('svg').getBoundingClientRect();
         return dot.left >= svg.left && dot.right <= svg.right && dot.top >= svg.top && dot.bottom <= svg.bottom; })"""
     assert browser.run(inside)
+    shown = """[...document.querySelectorAll('figure.spread')].flatMap((f) => [
+        ...[...f.querySelectorAll('.value')].map((l) => [l.textContent, getComputedStyle(l, '::before').backgroundColor]),
+        ...[...f.querySelectorAll('circle')].map((c) => [
+            c.querySelector('title').textContent.split(',')[0], getComputedStyle(c).fill])])"""
+    colours = {(method, colour) for method, colour in browser.run(shown)}
+    assert {method for method, _ in colours} == {"scratch", "unet", "ours", "rival"}
+    assert len(colours) == len({colour for _, colour in colours}) == 4, "a colour for each method, in marks and legends"
     assert "3 of 363 runs are not done" in browser.run("document.querySelector('.missing').textContent")
     assert not browser.complaints
 
