@@ -53,7 +53,8 @@ def test_bench_page__shows_every_readout(
         return dot.left >= svg.left && dot.right <= svg.right && dot.top >= svg.top && dot.bottom <= svg.bottom; })"""
     assert browser.run(inside)
     shown = """[...document.querySelectorAll('figure.spread')].flatMap((f) => [
-        ...[...f.querySelectorAll('.value')].map((l) => [l.textContent, getComputedStyle(l, '::before').backgroundColor]),
+        ...[...f.querySelectorAll('.value')].map((l) => [
+            l.textContent, getComputedStyle(l, '::before').backgroundColor]),
         ...[...f.querySelectorAll('circle')].map((c) => [
             c.querySelector('title').textContent.split(',')[0], getComputedStyle(c).fill])])"""
     colours = {(method, colour) for method, colour in browser.run(shown)}
