@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,23 +19,25 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import yaml
-from made_bench import bench, made_rows
+from made_bench import bench, made_rows, write_bench
 
 from agssd.cli import main
-from agssd.commands.bench import _share
-from agssd.commands.bench.cells import list_cells, read_subjects
+from agssd.commands.bench import _run, _share
+from agssd.commands.bench.cells import Cell, Pretraining, list_cells, pretrain, read_subjects, train_and_measure
 from agssd.commands.bench.equal_time import seconds_per_step
+from agssd.commands.bench.kept import keep, kept
+from agssd.commands.bench.marks import command_mark
 from agssd.commands.bench.probes import probe
-from agssd.commands.bench.results import Place, figures, places
+from agssd.commands.bench.processes import side_by_side
+from agssd.commands.bench.records import Job, state_of
+from agssd.commands.bench.results import Place, figures, places, read_rows
 from agssd.commands.bench.settings import (
+    Bench,
     Method,
     Probe,
     Readout,
-    command_mark,
-    kept_settings,
     label_flags,
     read_settings,
-    save_settings,
 )
 from agssd.commands.bench.tables import compare, markdown
 from agssd.data_modules.cache import VolumeCache
@@ -137,15 +142,95 @@ def test_read_subjects__dice_of_present_classes_and_weighted_accuracy(tmp_path: 
     path = tmp_path / "cases.csv"
     path.write_text("case,subject,dice_class1,dice_class2,surface_dice_class1\na,p,0.5,0.7,0\nb,p,0.9,,0\nc,q,,,1\n")
     assert read_subjects(path, "dice") == pytest.approx({"p": (0.6 + 0.9) / 2})
+
+
+def test_read_subjects__shares_of_the_balanced_accuracy_over_volumes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     targets, scores = rng.choice(3, 40, p=[0.6, 0.3, 0.1]), rng.dirichlet(np.ones(3), 40)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "subject", "target", "probability0", "probability1", "probability2"])
-        writer.writerows([n, f"p{n}", t, *s] for n, (t, s) in enumerate(zip(targets, scores, strict=True)))
+    subjects = rng.integers(0, 25, 40)  # some with several volumes, of one class or of two
+    path = tmp_path / "cases.csv"
+
+    def figure(scores: np.ndarray) -> float:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["case", "subject", "target", "probability0", "probability1", "probability2"])
+            rows = zip(subjects, targets, scores, strict=True)
+            writer.writerows([n, f"p{subject}", t, *s] for n, (subject, t, s) in enumerate(rows))
+        found = read_subjects(path, "accuracy")
+        assert set(found) == {f"p{subject}" for subject in subjects}
+        return float(np.mean(list(found.values())))
+
     right = scores.argmax(1) == targets
-    balanced = np.mean([right[targets == kind].mean() for kind in set(targets)])
-    assert np.mean(list(read_subjects(path, "accuracy").values())) == pytest.approx(balanced)
+    assert figure(scores) == pytest.approx(np.mean([right[targets == kind].mean() for kind in set(targets)]))
+    assert figure(np.eye(3)[targets]) == pytest.approx(1), "whoever knows all has 1, whoever has several volumes"
+
+
+def test_list_cells__marks_change_with_what_is_compared_and_with_nothing_else() -> None:
+    def marks(data: str = "d", cache: str = "c.h5", out: str = "out", **given: Any) -> dict[str, str]:
+        cells = list_cells(bench(**given), cache, Path(out), data)
+        found = {str(cell.folder.relative_to(out)): cell.mark for cell in cells}
+        return found | {
+            str(one.folder.relative_to(out)): one.mark for cell in cells if (one := cell.pretraining) is not None
+        }
+
+    as_it_was = marks()
+    assert len(set(as_it_was.values())) == len(as_it_was)
+    assert marks(cache="/elsewhere/c.h5", out="../runs/./out", seeds=3) == as_it_was, "places are no settings"
+    assert not set(marks(data="other cases").values()) & set(as_it_was.values())
+    methods = bench().methods
+    other = marks(methods={**methods, "rival": replace(methods["rival"], pretrain=["--config", "c.yaml"])})
+    changed = {name for name, mark in other.items() if mark != as_it_was[name]}
+    assert changed == {name for name in as_it_was if "/rival/" in name}, "its pretraining and all that hangs on it"
+    readouts = bench().readouts
+    other = marks(readouts={**readouts, "full": replace(readouts["full"], fit=["--config", "g.yaml"])})
+    changed = {name for name, mark in other.items() if mark != as_it_was[name]}
+    assert changed == {name for name in as_it_was if "cells/full/" in name and "/unet/" not in name}
+
+
+def test_run__nothing_is_measured_with_an_encoder_of_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, asked = bench(), []
+    cells = list_cells(settings, "c.h5", tmp_path)
+    for cell in cells:
+        if cell.pretraining is not None:
+            cell.pretraining.folder.mkdir(parents=True, exist_ok=True)
+            row = {"mark": "before" if cell.method == "ours" else cell.pretraining.mark}
+            (cell.pretraining.folder / "row.json").write_text(json.dumps(row))
+
+    def work(tasks: dict[str, Any], workers: int, preload: Any) -> list[tuple[str, str]]:
+        asked.extend(task[1] for task in tasks.values())
+        return []
+
+    monkeypatch.setattr("agssd.commands.bench.side_by_side", work)
+    arguments = Namespace(workers=1, cache="c.h5", out=tmp_path)
+    _run(Job(settings, "c.h5", None), cells, arguments, "")
+    assert {one.method for one in asked if isinstance(one, Pretraining)} == {"ours", "rival"}, "one is refused there"
+    assert {one.method for one in asked if isinstance(one, Cell)} == {"scratch", "unet", "rival"}
+
+
+def test_read_rows__a_row_of_other_settings_is_in_no_table(tmp_path: Path) -> None:
+    out = tmp_path / "bench"
+    write_bench(out, {"ours": 0.1})
+    cells = kept(out).cells(out)
+    assert len(read_rows(cells)) == len(cells)
+    path = cells[7].folder / "row.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mark": "before"}))
+    assert state_of(cells[7]) == "other" and state_of(cells[8]) == "done"
+    assert len(read_rows(cells)) == len(cells) - 1
+    assert main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    assert "1 of 363 runs are not done" in (tmp_path / "page.html").read_text()
+
+
+def test_side_by_side__one_that_fails_or_dies_leaves_the_others_be(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"seconds": 3.0, "subjects": "s" * 200_000}  # more than a pipe holds
+    tasks: dict[str, Any] = {"dies": (os._exit, 3), "fails": (int, "x")}
+    tasks |= {f"works {number}": (dict, row) for number in range(3)}
+    failed = dict(side_by_side(tasks, 2))
+    assert set(failed) == {"dies", "fails"}
+    assert "exit code 3" in failed["dies"] and "invalid literal" in failed["fails"]
+    said = capsys.readouterr().out
+    assert all(f"works {number}: 3 s" in said for number in range(3)) and "[5/5," in said
 
 
 def test_tables__find_a_gain_and_claim_none_where_there_is_none() -> None:
@@ -249,10 +334,13 @@ def test_read_settings__lays_itself_over_its_bases(tmp_path: Path) -> None:
     assert quick.seeds == 1 and set(quick.methods) == {"scratch", "rival"}, "what each base takes out of the small form"
 
 
-def _timed(out: Path, method: str, seed: int, seconds: list[float]) -> None:
+def _timed(settings: Bench, out: Path, method: str, seed: int, seconds: list[float], mark: str = "") -> None:
     folder = out / "pretraining" / method / f"seed{seed}"
     folder.mkdir(parents=True)
-    (folder / "row.json").write_text("{}")
+    cells = list_cells(settings, "c.h5", out)
+    one = next(c.pretraining for c in cells if (c.method, c.seed) == (method, seed) and c.pretraining is not None)
+    row = {"seconds": 1.0, "steps": one.steps, "commit": "c", "mark": mark or one.mark}
+    (folder / "row.json").write_text(json.dumps(row))
     rows = [f"{step},{'' if value is None else value}" for step, value in enumerate([None, *seconds])]
     (folder / "metrics.csv").write_text("step,throughput/s_per_step\n" + "\n".join(rows) + "\n")
 
@@ -269,24 +357,24 @@ def test_equal_time__as_many_steps_as_fit_into_the_time_of_the_same_seed(tmp_pat
 
     assert twins() == dict.fromkeys(range(3), (None, ()))
     for seed in range(2):
-        _timed(tmp_path, "ours", seed, [0.4, 0.4, 9.0])  # a pause of the machine does not count
-    _timed(tmp_path, "rival", 0, [0.1])
-    _timed(tmp_path, "rival", 1, [0.8, 0.8])
+        _timed(settings, tmp_path, "ours", seed, [0.4, 0.4, 9.0])  # a pause of the machine does not count
+    _timed(settings, tmp_path, "rival", 0, [0.1])
+    _timed(settings, tmp_path, "rival", 1, [0.8, 0.8])
     steps = {seed: found[0] for seed, found in twins().items()}
     assert steps == {0: 4000, 1: 500, 2: None}
     command = twins()[0][1]
     assert command[command.index("--trainer.max_steps") + 1] == "4000"
     assert command[command.index("--trainer.default_root_dir") + 1].endswith("rival-equal-time/seed0")
     assert kept_again(settings, tmp_path) == settings
-    _timed(tmp_path, "ours", 2, [0.4])
-    _timed(tmp_path, "rival", 2, [0.2])
+    _timed(settings, tmp_path, "ours", 2, [0.4])
+    _timed(settings, tmp_path, "rival", 2, [0.2])
     rows = made_rows(list_cells(settings, "c.h5", tmp_path), {})
     assert "rival 7; rival-equal-time 500 to 4000, the time of ours" in markdown(settings, rows)
 
 
-def kept_again(settings: Any, out: Path) -> Any:
-    save_settings(settings, out)
-    return kept_settings(out)
+def kept_again(settings: Bench, out: Path) -> Bench:
+    keep(settings, [], [], out)
+    return kept(out).bench
 
 
 def test_probe__names_are_those_of_agssd_probe() -> None:
@@ -313,7 +401,8 @@ def test_probe__same_figures_as_the_readouts_alone_and_once_only(
     settings = bench(methods={"scratch": Method()}, labels=[2, "100%"], draws=2, **given)
     cells = [c for c in list_cells(settings, str(tiny_cache), tmp_path) if c.seed == 1 and c.fold in (None, 1)]
     assert len(cells) == len(kinds) * (2 + 1) and not any(cell.fit for cell in cells)
-    probe(cells, settings, str(tiny_cache))
+    job = Job(settings, str(tiny_cache), "c0ffee")
+    probe(cells, job)
     rows = [json.loads((cell.folder / "row.json").read_text()) for cell in cells]
     kind = "label" if figure == "dice" else "class"
     data = ProbeSet(VolumeCache(tiny_cache), num_folds, kinds=(kind,), measured_on="test")
@@ -330,31 +419,38 @@ def test_probe__same_figures_as_the_readouts_alone_and_once_only(
         expected = run_readouts(features, data, [row["readout"]]).figures[name]
         assert row["value"] == pytest.approx(expected, abs=1e-6)
     stamps = {cell: (cell.folder / "row.json").stat().st_mtime_ns for cell in cells}
-    probe(cells, settings, str(tiny_cache))
+    probe(cells, job)
     assert all((cell.folder / "row.json").stat().st_mtime_ns == stamp for cell, stamp in stamps.items())
     backbone.write_text(yaml.safe_dump({"class_path": "agssd.models.vit.ViT", "init_args": vit | {"depth": 2}}))
+    cells = [c for c in list_cells(settings, str(tiny_cache), tmp_path) if c.folder in {cell.folder for cell in cells}]
     with pytest.raises(ValueError, match="made with other settings"):
-        probe(cells, settings, str(tiny_cache))
+        probe(cells, job)
 
 
 @pytest.mark.slow
-def test_bench__killed__its_cells_end_too(tmp_path: Path) -> None:
-    told = tmp_path / "pid"
-    cell = f"import os, pathlib, time; pathlib.Path({str(told)!r}).write_text(str(os.getpid())); time.sleep(300)"
-    source = f"from agssd.commands.bench import _work; _work({{'cell': (exec, {cell!r})}}, 1)"
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_side_by_side__ended__its_tasks_end_too_and_none_begins(how: signal.Signals, tmp_path: Path) -> None:
+    cell = "import os, pathlib, time; pathlib.Path({!r}).write_text(str(os.getpid())); time.sleep(300)"
+    told = [tmp_path / "first", tmp_path / "second"]
+    tasks = {path.name: f"(exec, {cell.format(str(path))!r})" for path in told}
+    given = "{" + ", ".join(f"{name!r}: {task}" for name, task in tasks.items()) + "}"
+    source = f"from agssd.commands.bench.processes import side_by_side; side_by_side({given}, 1)"
     bench = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__':\n    {source}"])
     try:
         deadline = time.monotonic() + 120
-        while not (told.exists() and told.read_text()):
+        while not (told[0].exists() and told[0].read_text()):
             assert bench.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
+        bench.send_signal(how)
+        bench.wait(timeout=60)
     finally:
         bench.kill()
         bench.wait()
     deadline = time.monotonic() + 30
-    while Path(f"/proc/{told.read_text()}").exists():
-        assert time.monotonic() < deadline, "the cell goes on without its bench"
+    while Path(f"/proc/{told[0].read_text()}").exists():
+        assert time.monotonic() < deadline, "the task goes on without its bench"
         time.sleep(0.1)
+    assert not told[1].exists()
 
 
 def test_command_mark__changes_with_what_the_files_say_that_a_command_leads_to(tmp_path: Path) -> None:
@@ -475,3 +571,42 @@ def test_bench__equal_time_and_probes_from_beginning_to_end(
     )
     made = {row: row.stat().st_mtime_ns for row in out.rglob("row.json")}
     assert main(command) == 0 and all(row.stat().st_mtime_ns == stamp for row, stamp in made.items()), "nothing twice"
+
+
+@pytest.mark.slow
+def test_bench__an_encoder_that_has_seen_test_subjects_is_refused(
+    make_cache: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    conf = ROOT / "conf"
+    seen = make_cache(tmp_path / "seen.h5", splits=["train"] * 8)
+    cache = make_cache(tmp_path / "asked.h5", splits=["train"] * 6 + ["test"] * 2)
+    small = ["--data.num_workers", "0", "--data.global_batch_size", "2"]
+    words = ["--config", str(conf / "experiment" / "small.yaml"), "--model", str(conf / "method" / "simmim.yaml")]
+    task = ["--config", str(conf / "experiment" / "segmentation_small.yaml"), *small]
+    settings = Bench(
+        methods={"scratch": Method(), "simmim": Method([*words, *small])},
+        readouts={"fit": Readout(task, [1]), "knn": Readout(probe="knn-seg", window_vox=[32, 32, 32])},
+        labels=[2],
+        pretrain_steps=2,
+        seeds=1,
+        draws=1,
+        backbone=str(conf / "backbone" / "vit_tiny_p8.yaml"),
+    )
+    before = next(one for c in list_cells(settings, str(seen), tmp_path) if (one := c.pretraining) is not None)
+    pretrain(before, Job(settings, str(seen), None))
+    cells = [c for c in list_cells(settings, str(cache), tmp_path) if c.method == "simmim"]
+    for cell in cells:
+        with pytest.raises(ValueError, match="seen|leak"):
+            probe([cell], Job(settings, str(cache), None)) if not cell.fit else train_and_measure(
+                cell, Job(settings, str(cache), None)
+            )
+        assert state_of(cell) == "missing"
+    honest = tmp_path / "honest"
+    cells = [c for c in list_cells(settings, str(cache), honest) if c.method == "simmim"]
+    assert cells[0].pretraining is not None
+    job = Job(settings, str(cache), None)
+    pretrain(cells[0].pretraining, job)
+    train_and_measure(cells[0], job)
+    probe(cells[1:], job)
+    assert all(state_of(cell) == "done" for cell in cells)

@@ -19,6 +19,7 @@ import yaml
 from agssd.cli import main
 from agssd.commands.bench.cells import list_cells, pretrain, train_and_measure
 from agssd.commands.bench.probes import probe
+from agssd.commands.bench.records import Job
 from agssd.commands.bench.settings import read_settings
 from agssd.data_modules.cache import VolumeCache
 from agssd.lightning_cli import ParsedFit
@@ -274,15 +275,16 @@ def test_bench__one_tiny_cell_of_each_kind(bench_words: list[str], tmp_path: Pat
     )
     cells = [cell for cell in list_cells(settings, cache, tmp_path) if cell.method == "agssd" and not cell.fold]
     assert cells[0].pretraining is not None
-    pretrain(cells[0].pretraining, 1)
+    job = Job(settings, cache, None)
+    pretrain(cells[0].pretraining, job)
     measured = []
     if trained := [cell for cell in cells if cell.fit][:1]:
-        measured = [train_and_measure(trained[0], settings.fingerprint(), settings.figure, 1)["subjects"]]
+        measured = [train_and_measure(trained[0], job)["subjects"]]
     if frozen := [cell for cell in cells if not cell.fit]:
-        probe(frozen, settings, cache)
+        probe(frozen, job)
         measured += [json.loads((cell.folder / "row.json").read_text())["subjects"] for cell in frozen]
-    assert measured and all(found.keys() == measured[0].keys() for found in measured)
-    assert measured[0] and all(0 <= value <= 20 for found in measured for value in found.values())
+    assert measured and measured[0] and all(found.keys() == measured[0].keys() for found in measured)
+    assert all(0 <= sum(found.values()) / len(found) <= 1 for found in measured)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ SOURCES = {
     "subjects first": (0.3, 0.3, 1, 0.3, 0.3, 0.3, 1),
 }
 SIZE = (3, 5, 20)  # seeds, draws, subjects
+SIZES = {"few labels": SIZE, "all labels": (3, 1, 25), "five seeds": (5, 3, 10)}
 
 
 def draw(rng: np.random.Generator, name: str, size: tuple[int, int, int] = SIZE) -> np.ndarray:

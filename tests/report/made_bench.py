@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from agssd.commands.bench.cells import Cell, list_cells
-from agssd.commands.bench.settings import Bench, Method, Readout, save_settings
+from agssd.commands.bench.kept import keep
+from agssd.commands.bench.settings import Bench, Method, Readout
 
 SUBJECTS = [f"s{number:02d}" for number in range(20)]
 
@@ -44,7 +45,8 @@ def made_rows(cells: list[Cell], gain: dict[str, float], seed: int = 0) -> list[
         values = of_subject + of_draw[cell.draw] + gain.get(cell.method, 0.0) + rng.normal(0, 0.01, len(SUBJECTS))
         found = dict(zip(SUBJECTS, values.tolist(), strict=True))
         row = {"subjects": found, "value": float(values.mean()), "bench": "b", "commit": "c", "figure": "dice"}
-        row["pretraining_steps"] = 0 if cell.pretraining is None else cell.pretraining.steps
+        row |= {"pretraining_steps": 0 if cell.pretraining is None else cell.pretraining.steps}
+        row |= {"pretraining_commit": None, "time": "2026-01-31T12:00:00Z", "machine": "a processor", "mark": cell.mark}
         names = ("method", "readout", "steps", "labels", "draw", "seed", "fold")
         rows.append(row | {name: getattr(cell, name) for name in names})
     return rows
@@ -55,10 +57,14 @@ def write_bench(out: Path, gain: dict[str, float], leave_out: int = 0) -> None:
     settings = bench()
     cells = list_cells(settings, "", out)
     out.mkdir()
-    save_settings(settings, out)
+    keep(settings, [("cases", "20 of 20 subjects"), ("modality", "MRI")], cells, out)
     for cell, row in list(zip(cells, made_rows(cells, gain), strict=True))[: len(cells) - leave_out]:
         cell.folder.mkdir(parents=True)
         (cell.folder / "row.json").write_text(json.dumps(row | {"seconds": 60.0}))
         if cell.pretraining is not None:
             cell.pretraining.folder.mkdir(parents=True, exist_ok=True)
-            (cell.pretraining.folder / "row.json").write_text(json.dumps({"seconds": 400.0}))
+            (cell.pretraining.folder / "row.json").write_text(
+                json.dumps(
+                    {"seconds": 400.0, "steps": cell.pretraining.steps, "commit": "c0", "mark": cell.pretraining.mark}
+                )
+            )

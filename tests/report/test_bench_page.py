@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from browser import Browser, chromium
 from made_bench import bench, write_bench
 
 from agssd.cli import main
-from agssd.commands.bench.cells import list_cells
+from agssd.commands.bench.kept import kept
 from agssd.commands.bench.results import places, read_rows
 from agssd.commands.bench.tables import compare, of_place
 from agssd.commands.report.bench_page import round_values
@@ -69,7 +70,7 @@ def test_bench_page__claims_what_the_tables_claim(folder: Path, tmp_path: Path) 
     assert main(["report", str(folder), "--out", str(page)]) == 0
     text = page.read_text()
     settings = bench()
-    rows = read_rows(list_cells(settings, "", folder))
+    rows = read_rows(kept(folder).cells(folder))
     found = {place: of_place(settings, rows, place) for place in places(settings)}
     compared = compare(settings, found)
     unclear = sum(p >= 0.05 for _, p in compared.values())
@@ -77,6 +78,28 @@ def test_bench_page__claims_what_the_tables_claim(folder: Path, tmp_path: Path) 
     assert text.count(">no difference shown<") == unclear
     assert text.count("<b>") == len(compared) - unclear
     assert str(tmp_path) not in text and str(folder) not in text
+
+
+def test_bench_page__says_what_was_compared(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "bench.html"
+    assert main(["report", str(folder), "--out", str(page)]) == 0
+    text = re.sub("<[^>]+>", " ", page.read_text(encoding="utf-8").partition('<section id="what">')[2])
+    said = " ".join(text.split())
+    for words in (
+        "scratch random weights",
+        "unet full: --config unet.yaml",
+        "ours 5 steps of --config a.yaml",
+        "rival 7 steps of --config b.yaml",
+        "full 10, 30 steps of --config f.yaml ; labels 2, 25%, 100%",
+        "cases 20 of 20 subjects modality MRI",
+        "machine a processor",
+        "commit c commit of pretraining c0",
+        "date 2026-01-31",
+    ):
+        assert words in said
+    for wrong in (["--cache", "c.h5"], ["--cases", "2"], ["--nifti", str(tmp_path)], ["--device", "cpu"]):
+        assert main(["report", str(folder), "--out", str(tmp_path / "no.html"), *wrong]) == 1
+        assert f"leave {wrong[0]} out" in capsys.readouterr().err and not (tmp_path / "no.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,16 @@ def plain_config(parser: LightningArgumentParser, config: Namespace) -> dict[str
 def describe_machine(trainer: L.Trainer) -> dict[str, Any]:
     """Return the machine and the versions that a run trains on, without names of hosts or people."""
     device = trainer.strategy.root_device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "devices": trainer.world_size,
+        "nodes": trainer.num_nodes,
+        **describe_host(),
+    }
+
+
+def describe_host() -> dict[str, Any]:
+    """Return the processor, the memory, the versions and the date, without names of hosts or people."""
     processor = platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -95,9 +105,6 @@ def describe_machine(trainer: L.Trainer) -> dict[str, Any]:
     except (OSError, StopIteration):  # another system, or an architecture that has no such line
         pass
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "devices": trainer.world_size,
-        "nodes": trainer.num_nodes,
         "processor": processor,
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

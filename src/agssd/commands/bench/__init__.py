@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context, parent_process
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from agssd.commands.bench.processes import Task, side_by_side
 
 if TYPE_CHECKING:
     from agssd.commands.bench.cells import Cell, Pretraining
+    from agssd.commands.bench.records import Job
     from agssd.commands.bench.settings import Bench
 
 _PRELOADED = ["agssd.lightning_cli", "agssd.methods.agssd", "agssd.tasks.segmentation", "agssd.tasks.classification"]
@@ -29,8 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Every cell is `agssd fit` and `agssd test`, or a probe of frozen features; a cell that is done is not done\n"
         "again, and one that was stopped goes on, so the same command finishes a bench that was interrupted.\n"
         "--workers N runs cells side by side.\n"
-        "On a cluster, an array of jobs shares the work (same arguments) and the second command makes the tables:\n"
+        "On a cluster, an array of jobs shares the work (same arguments) and the last command makes the tables; where\n"
+        "methods are pretrained for the time of another (equal_time), a second array does what waited for the first:\n"
         "  sbatch --array 0-15 --wrap 'agssd bench ... --share $SLURM_ARRAY_TASK_ID/16'\n"
+        "  sbatch --array 0-15 --dependency afterany:JOB --wrap 'agssd bench ... --share $SLURM_ARRAY_TASK_ID/16'\n"
         "  agssd bench ... --tables\n"
         "DIR then holds rows.csv (a row per run), subjects.csv (a row per run and subject), tables.md and curves.png;\n"
         "`agssd report DIR --out bench.html` puts them on one page."
@@ -46,27 +45,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is missing, make the tables and return the exit code: 1 if a cell failed."""
+    """Run what is missing, make the tables and return the exit code: 1 if a cell failed or it was interrupted."""
+    from agssd.commands._cache_facts import cache_facts
     from agssd.commands.bench.cells import list_cells
+    from agssd.commands.bench.kept import keep
+    from agssd.commands.bench.marks import cache_mark
+    from agssd.commands.bench.records import Job, commit, is_done
     from agssd.commands.bench.settings import read_settings
+    from agssd.data_modules.cache import VolumeCache
 
     if args.workers < 1:
         raise ValueError(f"--workers is {args.workers}; give at least 1")
     bench = read_settings(args.config, args.quick)
-    cells = list_cells(bench, args.cache, args.out)
+    cache = VolumeCache(args.cache) if Path(args.cache).exists() else None
+    if cache is None and not args.dry_run:
+        raise ValueError(f"there is no cache {args.cache}; write one with `agssd prepare`, see {args.config}")
+    data = "" if cache is None else cache_mark(cache)
+    cells = list_cells(bench, args.cache, args.out, data)
     ours = _share(cells, args.share)
-    if args.dry_run:
+    if cache is None or args.dry_run:
         _tell(bench, ours, args.share)
         return 0
-    if not Path(args.cache).exists():
-        raise ValueError(f"there is no cache {args.cache}; write one with `agssd prepare`, see {args.config}")
-    failed = [] if args.tables else _run(bench, ours, args)
-    cells = list_cells(bench, args.cache, args.out)  # what hung on the time of another may be known now
-    rows = _tables(bench, cells, args)
+    facts = cache_facts(cache)
+    failed: list[tuple[str, str]] = []
+    if not args.tables:
+        if not args.share:
+            keep(bench, facts, cells, args.out)
+        try:
+            failed = _run(Job(bench, args.cache, commit()), ours, args, data)
+        except KeyboardInterrupt:
+            print("error: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
+            return 1
+    cells = list_cells(bench, args.cache, args.out, data)  # what hung on the time of another may be known now
+    if args.share:
+        done = sum(map(is_done, _share(cells, args.share)))
+        print(f"{done} of {len(ours)} cells of share {args.share} are done; --tables makes the tables of all shares")
+    else:
+        keep(bench, facts, cells, args.out)
+        _tables(bench, cells, args)
     for name, reason in failed:
         print(f"error: {name}: {reason}", file=sys.stderr)
-    if rows < len(cells) and not args.share:
-        print(f"{len(cells) - rows} of {len(cells)} cells are missing from the tables", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -83,7 +101,7 @@ def _share(cells: Sequence[Cell], share: str | None) -> list[Cell]:
 
 
 def _tell(bench: Bench, cells: Sequence[Cell], share: str | None) -> None:
-    from agssd.commands.bench.cells import is_done
+    from agssd.commands.bench.records import is_done
 
     pretrainings = _pretrainings(cells)
     print(
@@ -109,16 +127,18 @@ def _pretrainings(cells: Sequence[Cell]) -> list[Pretraining]:
     return list(dict.fromkeys(cell.pretraining for cell in cells if cell.pretraining is not None))
 
 
-def _run(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> list[tuple[str, str]]:
+def _run(job: Job, cells: Sequence[Cell], args: argparse.Namespace, data: str) -> list[tuple[str, str]]:
     """Run every pretraining, then every cell whose pretraining is there; return what failed and why."""
-    from agssd.commands.bench.cells import is_done, list_cells, train_and_measure
+    from agssd.commands.bench.cells import list_cells, train_and_measure
     from agssd.commands.bench.probes import probe
+    from agssd.commands.bench.records import is_done
 
-    failed, tried = _pretrain(bench, cells, args.workers)
+    bench = job.bench
+    failed, tried = _pretrain(job, cells, args.workers)
     if bench.equal_time is not None:
         ours = {cell.folder for cell in cells}
-        cells = [cell for cell in list_cells(bench, args.cache, args.out) if cell.folder in ours]
-        failed += _pretrain(bench, cells, args.workers, tried)[0]
+        cells = [cell for cell in list_cells(bench, args.cache, args.out, data) if cell.folder in ours]
+        failed += _pretrain(job, cells, args.workers, tried)[0]
         waiting = [one.name for one in _pretrainings(cells) if not one.command]
         if waiting:
             print(
@@ -127,10 +147,7 @@ def _run(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> list[
                 file=sys.stderr,
             )
     ready = [cell for cell in cells if cell.pretraining is None or is_done(cell.pretraining)]
-    mark, threads = bench.fingerprint(), bench.threads
-    work: dict[str, tuple[Any, ...]] = {
-        cell.name: (train_and_measure, cell, mark, bench.figure, threads) for cell in ready if cell.fit
-    }
+    work: dict[str, Task] = {cell.name: (train_and_measure, cell, job) for cell in ready if cell.fit}
     probes: dict[str, list[Cell]] = {}
     for cell in ready:
         if not cell.fit:
@@ -138,72 +155,41 @@ def _run(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> list[
             one = bench.readouts[cell.readout]
             features = f"window {'x'.join(map(str, one.window_vox))}, {one.depths} depth{'s' * (one.depths == 'all')}"
             probes.setdefault(f"probes of {cell.method}, seed {cell.seed}{place}, {features}", []).append(cell)
-    return failed + _work(
-        {name: (probe, group, bench, args.cache) for name, group in probes.items()} | work, args.workers
-    )
+    tasks: dict[str, Task] = {name: (probe, group, job) for name, group in probes.items()}
+    return failed + side_by_side(tasks | work, args.workers, _PRELOADED)
 
 
 def _pretrain(
-    bench: Bench, cells: Sequence[Cell], workers: int, before: Sequence[str] = ()
+    job: Job, cells: Sequence[Cell], workers: int, before: Sequence[str] = ()
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Run the pretrainings whose steps are known and that are not ``before``; return failures and names."""
     from agssd.commands.bench.cells import pretrain
 
     known = [one for one in _pretrainings(cells) if one.command and one.name not in before]
-    return _work({one.name: (pretrain, one, bench.threads) for one in known}, workers), [one.name for one in known]
+    tasks: dict[str, Task] = {one.name: (pretrain, one, job) for one in known}
+    return side_by_side(tasks, workers, _PRELOADED), [one.name for one in known]
 
 
-def _work(tasks: dict[str, tuple[Any, ...]], workers: int) -> list[tuple[str, str]]:
-    """Do tasks in processes of their own, ``workers`` at a time, and return names and reasons of those that failed."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)  # torch and Lightning are imported once, not once a cell
-    failed, started, done = [], time.monotonic(), 0
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        running = {pool.submit(_quietly, *task): name for name, task in tasks.items()}
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                name, done = running.pop(future), done + 1
-                try:
-                    row = future.result()
-                    told = f"{row['value']:.4f}" if "value" in row else f"{row['seconds']:.0f} s"
-                except Exception as error:  # of one cell; the others go on
-                    failed.append((name, str(error)))
-                    told = f"failed: {error}"
-                minutes = (time.monotonic() - started) / 60
-                print(f"[{done}/{len(tasks)}, {minutes:.1f} min] {name}: {told}", flush=True)
-    return failed
-
-
-def _quietly(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    Thread(target=_end_with_the_bench, daemon=True).start()
-    return work(*given)
-
-
-def _end_with_the_bench() -> None:
-    """Have this process told to save itself and end when the bench is killed, or a second bench would meet it."""
-    bench = parent_process()
-    if bench is not None:
-        bench.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _tables(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> int:
-    """Write rows, tables and curves from what is done; return how many cells that are."""
+def _tables(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> None:
+    """Write rows, tables and curves from what is done, and say what is missing."""
     from agssd.commands.bench.curves import draw
+    from agssd.commands.bench.records import state_of
     from agssd.commands.bench.results import read_rows, write_rows
-    from agssd.commands.bench.settings import save_settings
     from agssd.commands.bench.tables import markdown
+    from agssd.whole_file import whole_file
 
     rows = read_rows(cells)
-    if not rows:
+    if rows:
+        write_rows(rows, args.out)
+        text = markdown(bench, rows)
+        command = " ".join(["agssd", *sys.argv[1:]]) if sys.argv else "agssd bench"
+        with whole_file(args.out / "tables.md") as path:
+            path.write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")
+        draw(bench, rows, args.out / "curves.png")
+        print(f"\n{text}\n\nwritten: {args.out / 'tables.md'}, curves.png, rows.csv and subjects.csv")
+    else:
         print("no cell is done, so there are no tables yet", file=sys.stderr)
-        return 0
-    write_rows(rows, args.out)
-    save_settings(bench, args.out)
-    text = markdown(bench, rows)
-    command = " ".join(["agssd", *sys.argv[1:]]) if sys.argv else "agssd bench"
-    (args.out / "tables.md").write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")
-    draw(bench, rows, args.out / "curves.png")
-    print(f"\n{text}\n\nwritten: {args.out / 'tables.md'}, curves.png, rows.csv and subjects.csv")
-    return len(rows)
+    if len(rows) < len(cells):
+        print(f"{len(cells) - len(rows)} of {len(cells)} cells are missing from the tables", file=sys.stderr)
+    if others := [cell for cell in cells if state_of(cell) == "other"]:
+        print(f"{len(others)} of them were made with other settings, such as {others[0].folder}", file=sys.stderr)

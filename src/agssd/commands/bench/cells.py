@@ -1,15 +1,11 @@
-"""The cells of a bench: which runs there are, how each is started, and what it leaves."""
+"""The cells of a bench: which runs there are, how each is started, and what is read from it."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from agssd.commands.bench.equal_time import clock_flags, steps_of
-from agssd.commands.bench.settings import Bench, Labels, command_mark, fingerprint, label_flags
-
-ROW = "row.json"
+from agssd.commands.bench.equal_time import clock_flags, fitting_steps
+from agssd.commands.bench.marks import command_mark, contents, fingerprint
+from agssd.commands.bench.records import Job, is_done, once
+from agssd.commands.bench.settings import Bench, Labels, label_flags
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,7 @@ class Pretraining:
     fold: int | None
     steps: int | None  # None where they hang on the time of a pretraining that is not done
     command: tuple[str, ...]  # after ``agssd``; empty while the steps are not known
+    mark: str  # of its settings and data
 
     @property
     def name(self) -> str:
@@ -56,6 +53,7 @@ class Cell:
     fit: tuple[str, ...]
     measure: tuple[str, ...]
     cases: str  # the file that measuring writes
+    mark: str  # of its settings and data, and of its pretraining's
 
     @property
     def name(self) -> str:
@@ -63,11 +61,24 @@ class Cell:
         return str(self.folder)
 
 
-def list_cells(bench: Bench, cache: str, out: Path) -> list[Cell]:
-    """Return every cell in the order of the tables: readout, budget, labels, draw, seed, fold, method."""
+def list_cells(bench: Bench, cache: str, out: Path, data: str = "") -> list[Cell]:
+    """Return every cell in the order of the tables: readout, budget, labels, draw, seed, fold, method.
+
+    Args:
+        bench: the settings.
+        cache: labelled cache; need not exist.
+        out: directory of the bench.
+        data: mark of the cache, see ``agssd.commands.bench.marks.cache_mark``.
+    """
     folds = [None] if bench.num_folds is None else list(range(bench.num_folds))
+    before = {
+        (method, seed, fold): _pretraining(bench, cache, out, data, method, seed, fold)
+        for method in bench.methods
+        for seed in range(bench.seeds)
+        for fold in folds
+    }
     return [
-        _cell(bench, cache, out, method, readout, steps, labels, draw, seed, fold)
+        _cell(bench, cache, out, data, readout, steps, labels, draw, method, seed, fold, before[method, seed, fold])
         for readout, one in bench.readouts.items()
         for steps in one.budgets
         for labels in bench.labels_of(readout)
@@ -83,30 +94,39 @@ def _cell(
     bench: Bench,
     cache: str,
     out: Path,
-    method: str,
+    data: str,
     readout: str,
     steps: int,
     labels: Labels,
     draw: int,
+    method: str,
     seed: int,
     fold: int | None,
+    pretraining: Pretraining | None,
 ) -> Cell:
-    its, pretraining = bench.methods[method], _pretraining(bench, cache, out, method, seed, fold)
+    its, one = bench.methods[method], bench.readouts[readout]
     place = "" if fold is None else f"-fold{fold}"
     amount = str(labels).replace("%", "pct")
     folder = out / "cells" / readout / method / f"steps{steps}-labels{amount}-draw{draw}-seed{seed}{place}"
-    flags = [*its.fit.get(readout, bench.readouts[readout].fit), *bench.fit_common]
-    flags += ["--data.cache", cache, *_fold_flags(bench, fold)]
-    flags += [] if bench.num_classes is None else ["--model.num_classes", str(bench.num_classes)]
-    flags += [*label_flags(labels), "--data.subset_seed", str(draw), "--data.seed", str(seed)]
-    flags += ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder), "--trainer.max_steps"]
-    flags += [str(steps)]
-    if pretraining is not None:
-        flags += ["--model.encoder", str(pretraining.folder)]
-    only_last = ["--trainer.limit_val_batches", "0", "--checkpoint.every_n_train_steps", str(steps)]
     kind = "test" if fold is None else "validate"
-    trains = bench.readouts[readout].probe is None
-    last = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
+    before = None if pretraining is None else pretraining.mark
+    fit: tuple[str, ...] = ()
+    measure: tuple[str, ...] = ()
+    if one.probe is None:
+        flags = [*its.fit.get(readout, one.fit), *bench.fit_common, *_fold_flags(bench, fold)]
+        flags += [] if bench.num_classes is None else ["--model.num_classes", str(bench.num_classes)]
+        flags += [*label_flags(labels), "--data.subset_seed", str(draw), "--data.seed", str(seed)]
+        flags += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps)]
+        mark = fingerprint([kind, command_mark(flags), before, data])
+        flags += ["--data.cache", cache, "--trainer.default_root_dir", str(folder)]
+        flags += [] if pretraining is None else ["--model.encoder", str(pretraining.folder)]
+        only_last = ["--trainer.limit_val_batches", "0", "--checkpoint.every_n_train_steps", str(steps)]
+        fit = ("fit", *flags, *only_last, "--wandb.mode", "disabled")
+        measure = (kind, *flags, "--ckpt_path", str(folder / "checkpoints" / "last.ckpt"))
+    else:
+        encoder = contents(Path(str(bench.backbone))) if pretraining is None else before
+        asked = [one.probe, one.window_vox, one.depths, labels, draw, seed, fold, bench.num_folds, encoder, data]
+        mark = fingerprint(asked)
     return Cell(
         folder=folder,
         method=method,
@@ -117,25 +137,38 @@ def _cell(
         seed=seed,
         fold=fold,
         pretraining=pretraining,
-        fit=("fit", *flags, *only_last, "--wandb.mode", "disabled") if trains else (),
-        measure=(kind, *flags, *last) if trains else (),
+        fit=fit,
+        measure=measure,
         cases="test_cases.csv" if fold is None else "val_cases.csv",
+        mark=mark,
     )
 
 
-def _pretraining(bench: Bench, cache: str, out: Path, method: str, seed: int, fold: int | None) -> Pretraining | None:
+def _pretraining(
+    bench: Bench, cache: str, out: Path, data: str, method: str, seed: int, fold: int | None
+) -> Pretraining | None:
     its = bench.methods[method]
     if not its.pretrain:
         return None
     folder = out / "pretraining" / method / (f"seed{seed}" + ("" if fold is None else f"-fold{fold}"))
-    steps = steps_of(bench, method, folder)
+    steps: int | None = its.steps or bench.pretrain_steps
+    if its.time_of is not None and bench.equal_time is not None:
+        pair = [_pretraining(bench, cache, out, data, one, seed, fold) for one in (bench.equal_time, its.time_of)]
+        reference, same = pair
+        assert reference is not None and same is not None  # or the settings are refused
+        steps = fitting_steps(reference.folder, reference.steps, same.folder) if all(map(_is_made, pair)) else None
     if steps is None:
-        return Pretraining(folder, method, seed, fold, None, ())
-    flags = [*its.pretrain, *bench.pretrain_common, "--data.cache", cache, *_fold_flags(bench, fold)]
+        return Pretraining(folder, method, seed, fold, None, (), "")
+    flags = [*its.pretrain, *bench.pretrain_common, *_fold_flags(bench, fold)]
     flags += ["--seed_everything", str(seed), "--model.seed", str(seed), "--data.seed", str(seed)]
     flags += ["--trainer.max_steps", str(steps), *clock_flags(bench, steps)]
-    flags += ["--trainer.default_root_dir", str(folder), "--wandb.mode", "disabled"]
-    return Pretraining(folder, method, seed, fold, steps, ("fit", *flags))
+    mark = fingerprint([command_mark(flags), data])
+    flags += ["--data.cache", cache, "--trainer.default_root_dir", str(folder), "--wandb.mode", "disabled"]
+    return Pretraining(folder, method, seed, fold, steps, ("fit", *flags), mark)
+
+
+def _is_made(one: Pretraining | None) -> bool:
+    return one is not None and is_done(one)
 
 
 def _fold_flags(bench: Bench, fold: int | None) -> list[str]:
@@ -145,55 +178,48 @@ def _fold_flags(bench: Bench, fold: int | None) -> list[str]:
 # ------------------------------------------------------------------ running
 
 
-def pretrain(one: Pretraining, threads: int) -> dict[str, Any]:
+def pretrain(one: Pretraining, job: Job) -> dict[str, Any]:
     """Pretrain, or find that it is done, and return its row.
 
     Raises:
         ValueError: if it fails; the message names its log.
     """
-    return once(one.folder, command_mark(one.command), lambda: _timed(one, threads))
+
+    def work() -> dict[str, Any]:
+        _command(one.command, one.folder, job.bench.threads)
+        return {"method": one.method, "seed": one.seed, "fold": one.fold, "steps": one.steps}
+
+    return once(one, job, work)
 
 
-def _timed(one: Pretraining, threads: int) -> dict[str, Any]:
-    started = time.perf_counter()
-    _command(one.command, one.folder, threads)
-    return {"method": one.method, "seed": one.seed, "fold": one.fold, "seconds": time.perf_counter() - started}
-
-
-def train_and_measure(cell: Cell, bench: str, figure: str, threads: int) -> dict[str, Any]:
+def train_and_measure(cell: Cell, job: Job) -> dict[str, Any]:
     """Train the task of a cell and measure it, or find that it is done, and return its row.
 
     Args:
         cell: the cell; its pretraining must be done.
-        bench: fingerprint of the settings, kept in the row.
-        figure: "dice" or "accuracy".
-        threads: of torch.
+        job: what every run of the bench is given.
 
     Raises:
         ValueError: if it fails; the message names its log.
     """
-    before = None if cell.pretraining is None else command_mark(cell.pretraining.command)
 
     def work() -> dict[str, Any]:
-        started = time.perf_counter()
-        _command(cell.fit, cell.folder, threads)
-        _command(cell.measure, cell.folder, threads)
-        row = row_of(cell, bench, figure, read_subjects(cell.folder / cell.cases, figure), started)
-        shutil.rmtree(cell.folder / "checkpoints")  # hundreds of cells; the command in the row makes it again
+        _command(cell.fit, cell.folder, job.bench.threads)
+        _command(cell.measure, cell.folder, job.bench.threads)
+        row = row_of(cell, job, read_subjects(cell.folder / cell.cases, job.bench.figure))
+        shutil.rmtree(cell.folder / "checkpoints")  # hundreds of cells; the same command makes it again
         return row
 
-    return once(cell.folder, fingerprint([command_mark(cell.fit), command_mark(cell.measure), before]), work)
+    return once(cell, job, work)
 
 
-def row_of(cell: Cell, bench: str, figure: str, subjects: dict[str, float], started: float) -> dict[str, Any]:
+def row_of(cell: Cell, job: Job, subjects: dict[str, float]) -> dict[str, Any]:
     """Return the row of a cell.
 
     Args:
         cell: the cell.
-        bench: fingerprint of the settings.
-        figure: "dice" or "accuracy".
+        job: what every run of the bench is given.
         subjects: figure by subject.
-        started: of the work, by ``time.perf_counter``.
     """
     return {
         "method": cell.method,
@@ -203,39 +229,11 @@ def row_of(cell: Cell, bench: str, figure: str, subjects: dict[str, float], star
         "draw": cell.draw,
         "seed": cell.seed,
         "fold": cell.fold,
-        "figure": figure,
+        "figure": job.bench.figure,
         "value": sum(subjects.values()) / len(subjects),
         "subjects": subjects,
-        "seconds": time.perf_counter() - started,
-        "bench": bench,
-        "commit": _commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "bench": job.bench.fingerprint(),
     }
-
-
-def is_done(one: Pretraining | Cell) -> bool:
-    """Return whether there is a row."""
-    return (one.folder / ROW).is_file()
-
-
-def once(folder: Path, mark: str, work: Any) -> dict[str, Any]:
-    """Return the row in a folder, after doing the work if there is none.
-
-    Raises:
-        ValueError: if there is one of other settings, or the work fails.
-    """
-    path = folder / ROW
-    if path.is_file():
-        row = dict(json.loads(path.read_text(encoding="utf-8")))
-        if row["mark"] != mark:
-            raise ValueError(f"{folder} was made with other settings; remove it, or give another --out")
-        return row
-    row = {**work(), "mark": mark}
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return row
 
 
 def _command(words: Sequence[str], folder: Path, threads: int) -> None:
@@ -274,8 +272,7 @@ def _command(words: Sequence[str], folder: Path, threads: int) -> None:
 def read_subjects(path: Path, figure: str) -> dict[str, float]:
     """Return the figure of each subject from the cases that a measurement wrote.
 
-    Dice is the mean over the classes that a case has and over the subject's cases. Accuracy is 1 or 0 times what makes
-    the mean over subjects the balanced accuracy: subjects of rare classes count more.
+    Dice is the mean over the classes that a case has and over the subject's cases; accuracy is that of ``balanced``.
 
     Raises:
         ValueError: if there is no figure.
@@ -300,24 +297,17 @@ def read_subjects(path: Path, figure: str) -> dict[str, float]:
 
 
 def balanced(guesses: Sequence[tuple[str, int, int]]) -> dict[str, float]:
-    """Return by subject the mean over its volumes of 1 where the class was found, weighted for balanced accuracy.
+    """Return shares of the balanced accuracy over volumes by subject: their mean over subjects is that figure.
+
+    A subject's is the sum over its volumes of 1 where the class was found, over how often volumes of that class occur.
 
     Args:
-        guesses: subject, class and guessed class of each volume; a volume of a rare class weighs more.
+        guesses: subject, class and guessed class of each volume.
     """
     targets = [target for _, target, _ in guesses]
-    found: dict[str, list[float]] = {}
+    number = len({subject for subject, _, _ in guesses})
+    found: dict[str, float] = {}
     for subject, target, guess in guesses:
-        weight = len(targets) / (targets.count(target) * len(set(targets)))
-        found.setdefault(subject, []).append(weight * (guess == target))
-    return {subject: sum(values) / len(values) for subject, values in sorted(found.items())}
-
-
-def _commit() -> str | None:
-    """Return the commit of the source, with a plus if files differ from it; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-        return head.strip() + ("+" if changed.stdout.strip() else "")
-    return None
+        weight = number / (targets.count(target) * len(set(targets)))
+        found[subject] = found.get(subject, 0.0) + weight * (guess == target)
+    return dict(sorted(found.items()))

@@ -18,25 +18,19 @@ def clock_flags(bench: Bench, steps: int) -> list[str]:
     return ["--throughput.every_n_steps", str(max(1, steps // 4))]
 
 
-def steps_of(bench: Bench, method: str, folder: Path) -> int | None:
-    """Return the optimiser steps of a pretraining; None where they hang on another that is not done.
+def fitting_steps(reference: Path, steps: int | None, same: Path) -> int:
+    """Return how many steps of one pretraining take the time of another of the same seed and fold, both done.
 
     Args:
-        bench: the settings.
-        method: a name in it, with ``pretrain``.
-        folder: of the pretraining, ``.../METHOD/seedS``; those of the same seed and fold lie beside its parent.
+        reference: folder of the one whose time it is.
+        steps: that it has taken.
+        same: folder of the one whose steps are asked.
 
     Raises:
-        ValueError: if a pretraining that is done has left no figure of its speed.
+        ValueError: if one of them has left no figure of its speed.
     """
-    its = bench.methods[method]
-    if its.time_of is None or bench.equal_time is None:
-        return its.steps or bench.pretrain_steps
-    reference, same = (folder.parents[1] / name / folder.name for name in (bench.equal_time, its.time_of))
-    if not ((reference / "row.json").is_file() and (same / "row.json").is_file()):
-        return None
-    taken = (bench.methods[bench.equal_time].steps or bench.pretrain_steps) * seconds_per_step(reference)
-    return max(1, round(taken / seconds_per_step(same)))
+    assert steps is not None  # the reference hangs on no other
+    return max(1, round(steps * seconds_per_step(reference) / seconds_per_step(same)))
 
 
 def seconds_per_step(folder: Path) -> float:

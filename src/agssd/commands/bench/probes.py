@@ -15,8 +15,9 @@ import numpy as np
 import torch
 import yaml
 
-from agssd.commands.bench.cells import Cell, balanced, once, row_of
-from agssd.commands.bench.settings import Bench, Labels, command_mark, fingerprint
+from agssd.commands.bench.cells import Cell, balanced, row_of
+from agssd.commands.bench.records import Job, once
+from agssd.commands.bench.settings import Bench, Labels
 from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import check_leakage
@@ -36,34 +37,26 @@ if TYPE_CHECKING:
     from agssd.models.backbone import Backbone
 
 
-def probe(cells: Sequence[Cell], bench: Bench, cache: str) -> dict[str, Any]:
+def probe(cells: Sequence[Cell], job: Job) -> dict[str, Any]:
     """Do the probes of one encoder, or find that they are done, and return how long that took.
 
     Args:
         cells: of one method, seed, fold, window and depths.
-        bench: the settings.
-        cache: labelled cache.
+        job: what every run of the bench is given.
 
     Raises:
         ValueError: if they were made with other settings, or an encoder or cache cannot serve.
     """
     started = time.perf_counter()
-    torch.set_num_threads(bench.threads)
-    frozen = _Frozen(cells[0], bench, cache)
+    torch.set_num_threads(job.bench.threads)
+    frozen = _Frozen(cells[0], job.bench, job.cache)
     for cell in cells:
-        before = None if cell.pretraining is None else command_mark(cell.pretraining.command)
-        one = bench.readouts[cell.readout]
-        given = [one.probe, one.window_vox, cache, cell.labels, cell.draw, cell.seed, cell.fold, bench.num_folds]
-        given.append(frozen.config if before is None else before)
-        given += [] if one.depths == "last" else [one.depths]
-        once(cell.folder, fingerprint(given), partial(_measured, cell, bench, frozen))
+        once(cell, job, partial(_measured, cell, job, frozen))
     return {"seconds": time.perf_counter() - started}
 
 
-def _measured(cell: Cell, bench: Bench, frozen: _Frozen) -> dict[str, Any]:
-    started = time.perf_counter()
-    subjects = frozen.figures(str(bench.readouts[cell.readout].probe), cell.labels, cell.draw)
-    return row_of(cell, bench.fingerprint(), bench.figure, subjects, started)
+def _measured(cell: Cell, job: Job, frozen: _Frozen) -> dict[str, Any]:
+    return row_of(cell, job, frozen.figures(str(job.bench.readouts[cell.readout].probe), cell.labels, cell.draw))
 
 
 class _Frozen:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from agssd.commands.bench.cells import ROW, Cell, is_done
+from agssd.commands.bench.cells import Cell
+from agssd.commands.bench.records import kept_row
 from agssd.commands.bench.settings import Bench, Labels
 from agssd.whole_file import whole_file
 
 _COLUMNS = ("readout", "steps", "labels", "draw", "seed", "fold", "method", "figure", "value")
-_OF_A_RUN = ("seconds", "pretraining_steps", "pretraining_seconds", "bench", "commit", "time", "mark")
+_BEFORE = ("pretraining_steps", "pretraining_seconds", "pretraining_commit")
+_OF_A_RUN = ("seconds", *_BEFORE, "bench", "commit", "time", "machine", "mark")
 
 
 class Place(NamedTuple):
@@ -33,17 +34,19 @@ def heading(readout: str, steps: int) -> str:
 
 
 def read_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Return the rows of the cells that are done, with the steps and seconds of their pretraining."""
+    """Return the rows of the cells that are done, with steps, seconds and commit of their pretraining.
+
+    A row of other settings than the cell's is left out.
+    """
     rows = []
     for cell in cells:
-        if not is_done(cell):
+        row = kept_row(cell)
+        if row is None or row.get("mark") != cell.mark:
             continue
-        row = json.loads((cell.folder / ROW).read_text(encoding="utf-8"))
-        before = cell.pretraining
-        row |= {"pretraining_steps": 0, "pretraining_seconds": 0.0}
-        if before is not None:
-            done = json.loads((before.folder / ROW).read_text(encoding="utf-8"))
-            row |= {"pretraining_steps": before.steps, "pretraining_seconds": done["seconds"]}
+        row |= {"pretraining_steps": 0, "pretraining_seconds": 0.0, "pretraining_commit": None}
+        if cell.pretraining is not None:
+            before = kept_row(cell.pretraining) or {}
+            row |= {f"pretraining_{name}": before[name] for name in ("steps", "seconds", "commit")}
         rows.append(row)
     return rows
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -13,11 +11,10 @@ from typing import Any, Literal
 
 import yaml
 
-from agssd.whole_file import whole_file
+from agssd.commands.bench.marks import fingerprint, names_yaml
 
 Labels = int | str | float
 Probe = Literal["linear-seg", "knn-seg", "knn-cls", "linear-cls"]  # those of `agssd probe`
-KEPT = "settings.json"
 EQUAL_TIME = "-equal-time"  # what the name of a method's second pretraining ends in
 _NAME = re.compile(r"[\w.+-]+")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
@@ -201,34 +198,6 @@ class Bench:
         return fingerprint(asdict(self))
 
 
-def fingerprint(value: Any) -> str:
-    """Return 12 hex digits of a value in plain types."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def command_mark(words: Sequence[str]) -> str:
-    """Return 12 hex digits that change with a command line or with what the YAML files say that it leads to."""
-    return fingerprint([_contents(Path(word)) if _names_yaml(word) else word for word in words])
-
-
-def _contents(path: Path) -> Any:
-    """Return what a YAML file says, with what other files say in place of their names; the path where there is none."""
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: filled(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [filled(item) for item in value]
-        inner = path.parent / value if _names_yaml(value) else None
-        return _contents(inner) if inner is not None and inner.is_file() else value
-
-    return filled(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else str(path)
-
-
-def _names_yaml(value: Any) -> bool:
-    return isinstance(value, str) and value.endswith((".yaml", ".yml"))
-
-
 def label_flags(labels: Labels) -> list[str]:
     """Return the flags of the data module for an amount of labels."""
     if isinstance(labels, int):
@@ -259,7 +228,7 @@ def read_settings(path: Path, quick: bool) -> Bench:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Bench)
     try:
-        return _bench(parser.parse_object(settings).as_dict())
+        return bench_of(parser.parse_object(settings).as_dict())
     except Exception as error:  # jsonargparse raises several kinds
         raise ValueError(f"{path}: {str(error).strip()}") from error
 
@@ -280,26 +249,8 @@ def _loaded(path: Path) -> dict[str, Any]:
     return below
 
 
-def save_settings(bench: Bench, out: Path) -> None:
-    """Keep what was compared beside the results."""
-    with whole_file(out / KEPT) as path:
-        path.write_text(json.dumps(asdict(bench), indent=1) + "\n", encoding="utf-8")
-
-
-def kept_settings(out: Path) -> Bench:
-    """Return the settings that lie beside results.
-
-    Raises:
-        ValueError: if they cannot be read.
-    """
-    path = out / KEPT
-    try:
-        return _bench(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} holds no settings of a bench: {error}") from error
-
-
-def _bench(plain: dict[str, Any]) -> Bench:
+def bench_of(plain: dict[str, Any]) -> Bench:
+    """Return the settings that ``dataclasses.asdict`` made plain."""
     methods = {name: Method(**entry) for name, entry in plain.pop("methods").items()}
     readouts = {name: Readout(**entry) for name, entry in plain.pop("readouts").items()}
     return Bench(methods, readouts, **plain)
@@ -324,7 +275,7 @@ def _resolved(folder: Path, value: Any) -> Any:
         return {key: _resolved(folder, item) for key, item in value.items()}
     if isinstance(value, list):
         return [_resolved(folder, item) for item in value]
-    if _names_yaml(value) and not Path(value).is_absolute():
+    if names_yaml(value) and not Path(value).is_absolute():
         return os.path.normpath(folder / value)
     return value
 

@@ -37,16 +37,17 @@ def markdown(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
 
 def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     """Return what was compared, on what, and what the intervals are, in a paragraph."""
-    marks, commits = ({str(row[name]) for row in rows} for name in ("bench", "commit"))
+    marks = {str(row["bench"]) for row in rows}
+    commits = {str(row[name]) for row in rows for name in ("commit", "pretraining_commit") if row[name]}
     pretrained = [name for name, method in bench.methods.items() if method.pretrain]
     what = "mean Dice of a subject's classes" if bench.figure == "dice" else "balanced accuracy"
     where = "the split test" if bench.num_folds is None else f"{bench.num_folds} folds of the split train"
+    over = "draws" if bench.draws > 1 else "not over draws, of which there is one,"
     return (
         f"{what} on {where}; {bench.seeds} seeds, {bench.draws} draws of the labels (all labels: 1), "
         f"{bench.pretrain_steps} steps of pretraining ({', '.join(pretrained) or 'none'}{_other_steps(bench, rows)}). "
-        "Mean with 95 % "
-        f"interval over seeds, draws and subjects. {len(rows)} runs; settings {', '.join(sorted(marks))}; commit "
-        f"{', '.join(sorted(commits))}."
+        f"Mean with 95 % interval over seeds, {over} and subjects. {len(rows)} runs; settings "
+        f"{', '.join(sorted(marks))}; commit {', '.join(sorted(commits)) or 'not known'}."
     )
 
 

@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="page to write (replaced)")
     parser.add_argument("--title", help="heading of the page (default: the method)")
     parser.add_argument("--cache", type=Path, help="cache to show cases of (default: the run's)")
-    parser.add_argument("--cases", type=int, default=3, metavar="N", help="cases with attention and PCA (default: 3)")
+    parser.add_argument("--cases", type=int, metavar="N", help="cases with attention and PCA (default: 3)")
     parser.add_argument("--nifti", type=Path, metavar="FOLDER", help="write attention and PCA of these cases there too")
-    parser.add_argument("--device", default="cpu", help="for the encoder (default: cpu)")
+    parser.add_argument("--device", help="for the encoder (default: cpu)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,12 +31,21 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         if is_bench(args.run):
+            _refuse_of_runs(args)
             print(write_bench(args.run, args.out, args.title))
             return 0
-        options = Options(args.cache, args.cases, args.nifti, args.device, args.title)
+        cases = 3 if args.cases is None else args.cases
+        options = Options(args.cache, cases, args.nifti, args.device or "cpu", args.title)
         told = write_report(args.run, args.out, options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print("\n".join(told))
     return 0
+
+
+def _refuse_of_runs(args: argparse.Namespace) -> None:
+    given = {"--cache": args.cache is not None, "--cases": args.cases is not None, "--nifti": args.nifti is not None}
+    given["--device"] = args.device is not None
+    if wrong := [name for name, is_given in given.items() if is_given]:
+        raise ValueError(f"{args.run} is a bench, whose page shows no scans; leave {', '.join(wrong)} out")

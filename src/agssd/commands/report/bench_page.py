@@ -12,11 +12,12 @@ from typing import Any
 
 import agssd
 from agssd.commands._page import page
-from agssd.commands.bench.cells import list_cells
+from agssd.commands.bench.kept import KEPT, kept
 from agssd.commands.bench.results import Place, places, read_rows
 from agssd.commands.bench.results import heading as heading_of
-from agssd.commands.bench.settings import KEPT, Bench, kept_settings
+from agssd.commands.bench.settings import Bench
 from agssd.commands.bench.tables import ALPHA, compare, head, label, of_place
+from agssd.commands.report.bench_facts import what_was_compared
 from agssd.commands.report.write import check_name, joined_script, save
 from agssd.evaluation.statistics import Interval, crossed_mean
 
@@ -37,8 +38,8 @@ def write_bench(folder: Path, out: Path, title: str | None) -> str:
         ValueError: if there is nothing to show, or the page cannot be written.
     """
     check_name(out)
-    bench = kept_settings(folder)
-    cells = list_cells(bench, "", folder)
+    settings = kept(folder)
+    bench, cells = settings.bench, settings.cells(folder)
     rows = read_rows(cells)
     if not rows:
         raise ValueError(f"{folder}: no cell of the bench is done yet")
@@ -52,6 +53,8 @@ def write_bench(folder: Path, out: Path, title: str | None) -> str:
         links.append(f'<li><a href="#part{number}">{heading}</a></li>')
         own = {key: value for key, value in compared.items() if key[2] in here}
         parts.append(f'<section id="part{number}"><h2>{heading}</h2>{_part(bench, here, own)}</section>')
+    links.append('<li><a href="#what">What was compared</a></li>')
+    parts.append(f'<section id="what"><h2>What was compared</h2>{what_was_compared(settings, rows)}</section>')
     missing = len(cells) - len(rows)
     note = f'<p class="missing">{missing} of {len(cells)} runs are not done; what they belong to is left out.</p>'
     name = title or "Methods by few labels"

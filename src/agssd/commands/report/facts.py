@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 from statistics import fmean, median
 from typing import Any
 
+from agssd.commands._cache_facts import cache_facts
 from agssd.commands.report.context import Context
 from agssd.commands.report.run_files import Run
 
@@ -105,29 +107,7 @@ def _time(run: Run) -> str | None:
 
 def data_facts(context: Context) -> list[tuple[str, str]]:
     """Return (name, value) of the cache, without its path and its keys."""
-    cache = context.cache
-    if cache is None:
-        return [("cache", context.no_cache)]
-    cases = cache.cases
-    splits = ", ".join(f"{count} {split}" for split in ("train", "val", "test") if (count := len(cache.select(split))))
-    shapes = list(zip(*(info.shape for info in cases), strict=True))
-    frames = all(info.spatial_dims == 2 for info in cases)  # whose first axis is time
-    spacings = sorted({tuple(round(size, 3) for size in info.spacing_mm[frames:]) for info in cases})
-    units = {True: "mm", False: "pixels, since their size in mm is not known"}
-    unit = " or ".join(units[known] for known in sorted({info.in_mm for info in cases}, reverse=True))
-    unit += " (H × W)" if frames else " (D × H × W)"
-    told = "; ".join(" × ".join(f"{size:g}" for size in spacing) for spacing in spacings[:3])
-    labels = sorted({value for info in cases for value in info.label_values or () if value})
-    entries = [
-        ("cases", f"{len(cases)} of {len({info.subject for info in cases})} subjects ({splits})"),
-        ("modality", ", ".join(sorted({info.modality.upper() for info in cases}))),
-        ("spacing", f"{told} {unit}{', and others' if len(spacings) > 3 else ''}"),
-        ("size", " × ".join(f"{min(axis)}–{max(axis)}" if min(axis) < max(axis) else f"{axis[0]}" for axis in shapes)),
-        ("channels", ", ".join(sorted({str(info.channels) for info in cases}))),
-        ("labels", f"{len(labels)} classes" if labels else "none"),
-        ("on disk", f"{cache.size_bytes() / 2**20:,.0f} MiB"),
-    ]
-    return entries
+    return [("cache", context.no_cache)] if context.cache is None else cache_facts(context.cache)
 
 
 def machine_facts(run: Run) -> list[tuple[str, str]]:
@@ -147,6 +127,18 @@ def machine_facts(run: Run) -> list[tuple[str, str]]:
     if run.software:
         entries.append(("agssd", run.software))
     return entries or [("machine", "not recorded: the run was made by an earlier agssd")]
+
+
+def fact_lists(facts: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> str:
+    """Return titled lists of (name, value) as HTML, side by side; an empty one is left out."""
+    lists = "".join(
+        f"<div><h3>{title}</h3><dl>"
+        + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in entries)
+        + "</dl></div>"
+        for title, entries in facts
+        if entries
+    )
+    return f'<div class="card facts">{lists}</div>'
 
 
 def finite(run: Run, name: str) -> list[float]:

@@ -13,7 +13,7 @@ from statistics import fmean, median
 from agssd.commands.report.charts import Chart, chart_data, chart_html, group_charts
 from agssd.commands.report.context import Context
 from agssd.commands.report.dashboard import actions_table, limits_of, marks_of, status_table
-from agssd.commands.report.facts import data_facts, finite, machine_facts, run_facts
+from agssd.commands.report.facts import data_facts, fact_lists, finite, machine_facts, run_facts
 from agssd.commands.report.run_files import HIDDEN, Run, shown_config
 
 MAX_PANELS = 16
@@ -27,14 +27,7 @@ def what_ran(context: Context) -> tuple[str, str, str]:
     """Settings, data, machine and time."""
     run = context.run
     facts = [("Run", run_facts(context)), ("Data", data_facts(context)), ("Machine", machine_facts(run))]
-    body = "".join(
-        f"<div><h3>{title}</h3><dl>"
-        + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in entries)
-        + "</dl></div>"
-        for title, entries in facts
-        if entries
-    )
-    html = f'<div class="card facts">{body}</div>'
+    html = fact_lists(facts)
     if run.config:
         import yaml
 

@@ -1,0 +1,91 @@
+"""Tasks in processes of their own, some side by side: one that dies or fails leaves the others be."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from threading import Thread
+from typing import Any, cast
+
+Task = tuple[Callable[..., dict[str, Any]], *tuple[Any, ...]]  # a function and what it is given
+
+
+def side_by_side(tasks: Mapping[str, Task], workers: int, preload: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Do tasks, ``workers`` at a time, say how each ended, and return names and reasons of those that failed.
+
+    When this process is interrupted, the tasks that run are told to end (SIGTERM, upon which a training saves itself)
+    and waited for; when it is killed, they end themselves.
+
+    Args:
+        tasks: by name; a result has "value" or "seconds".
+        workers: processes.
+        preload: modules that are imported once, not once a task.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    failed, began, waiting = [], time.monotonic(), list(tasks.items())
+    running: dict[Connection, tuple[str, Any]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                name, task = waiting.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_do, args=(sender, *task))
+                process.start()
+                sender.close()  # this process's end, or the death of the task would not be seen
+                running[receiver] = name, process
+            for ended in wait(list(running)):
+                receiver = cast(Connection, ended)
+                name, process = running.pop(receiver)
+                row, reason = _result(receiver, process)
+                if reason:
+                    failed.append((name, reason))
+                told = f"failed: {reason}" if reason else _told(row)
+                done, minutes = len(tasks) - len(waiting) - len(running), (time.monotonic() - began) / 60
+                print(f"[{done}/{len(tasks)}, {minutes:.1f} min] {name}: {told}", flush=True)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.join()
+    return failed
+
+
+def _result(receiver: Connection, process: Any) -> tuple[dict[str, Any], str]:
+    """Return the row of a task that has ended, and the reason if it failed."""
+    try:
+        row, reason = receiver.recv()
+    except EOFError:
+        row, reason = {}, ""
+    process.join()
+    receiver.close()
+    if not row and not reason:
+        how = f"killed by signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
+        reason = f"its process ended without a word ({how}); the memory of the machine may be too small for this many"
+    return row, reason
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    return f"{row['value']:.4f}" if "value" in row else f"{row['seconds']:.0f} s"
+
+
+def _do(sender: Connection, work: Callable[..., dict[str, Any]], *given: Any) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    Thread(target=_end_with_the_parent, daemon=True).start()
+    try:
+        row, reason = work(*given), ""
+    except Exception as error:
+        row, reason = {}, str(error) or type(error).__name__
+    sender.send((row, reason))
+
+
+def _end_with_the_parent() -> None:
+    """Have this process told to save itself and end when its parent is killed, or a second bench would meet it."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
