@@ -39,7 +39,7 @@ from agssd.commands.bench.settings import (
     label_flags,
     read_settings,
 )
-from agssd.commands.bench.tables import compare, markdown
+from agssd.commands.bench.tables import compare, head, markdown
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.probe_set import ProbeSet
 from agssd.evaluation.probe import READOUTS, run_readouts
@@ -253,6 +253,16 @@ def test_tables__find_a_gain_and_claim_none_where_there_is_none() -> None:
     assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {5}
     reads_of_unet = [line for line in text.split("## linear")[1].splitlines() if line.startswith("| unet")]
     assert not reads_of_unet
+
+
+def test_tables__say_over_what_an_interval_is() -> None:
+    for given, told in (
+        ({}, "95 % interval over seeds, draws and subjects."),
+        ({"draws": 1}, "95 % interval over seeds and subjects, not over draws, of which there is one."),
+        ({"draws": 1, "seeds": 1}, "95 % interval over subjects, not over seeds and draws, of which there is one."),
+    ):
+        settings = bench(**given)
+        assert told in head(settings, made_rows(list_cells(settings, "", Path("o")), {}))
 
 
 def test_tables__a_figure_with_a_missing_run_is_left_out_and_other_subjects_are_refused() -> None:

@@ -42,11 +42,15 @@ def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     pretrained = [name for name, method in bench.methods.items() if method.pretrain]
     what = "mean Dice of a subject's classes" if bench.figure == "dice" else "balanced accuracy"
     where = "the split test" if bench.num_folds is None else f"{bench.num_folds} folds of the split train"
-    over = "draws" if bench.draws > 1 else "not over draws, of which there is one,"
+    axes = {"seeds": bench.seeds, "draws": bench.draws}
+    over = ", ".join(name for name, levels in axes.items() if levels > 1)
+    alone = " and ".join(name for name, levels in axes.items() if levels == 1)
     return (
-        f"{what} on {where}; {bench.seeds} seeds, {bench.draws} draws of the labels (all labels: 1), "
+        f"{what} on {where}; {bench.seeds} seed{'s' * (bench.seeds > 1)}, {bench.draws} "
+        f"draw{'s' * (bench.draws > 1)} of the labels (all labels: 1), "
         f"{bench.pretrain_steps} steps of pretraining ({', '.join(pretrained) or 'none'}{_other_steps(bench, rows)}). "
-        f"Mean with 95 % interval over seeds, {over} and subjects. {len(rows)} runs; settings "
+        f"Mean with 95 % interval over {over}{' and ' * bool(over)}subjects"
+        f"{f', not over {alone}, of which there is one' if alone else ''}. {len(rows)} runs; settings "
         f"{', '.join(sorted(marks))}; commit {', '.join(sorted(commits)) or 'not known'}."
     )
 
