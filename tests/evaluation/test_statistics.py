@@ -106,6 +106,14 @@ def test_crossed_mean__with_all_labels_there_is_one_draw_and_nothing_that_draws_
     assert covered / trials >= 0.925 and found / trials <= 0.075
 
 
+def test_crossed_mean__small_p_values_are_as_rare_as_they_say_where_seeds_vary() -> None:
+    rng = np.random.default_rng(6)
+    trials = 6000
+    found = sum(crossed_mean(rng.normal(size=(3, 1, 1)) + rng.normal(size=(3, 1, 25))).p < 0.001 for _ in range(trials))
+    print(f"three seeds, all labels: {found / trials:.4f} below 0.001")
+    assert found / trials <= 0.0025  # two degrees of freedom; by Satterthwaite's alone 0.014
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_paired_difference__no_difference_is_found_one_time_in_twenty(name: str) -> None:
     rng = np.random.default_rng(3)
