@@ -90,7 +90,7 @@ def test_bench_page__says_what_was_compared(folder: Path, tmp_path: Path, capsys
         "unet full: --config unet.yaml",
         "ours 5 steps of --config a.yaml",
         "rival 7 steps of --config b.yaml",
-        "full 10, 30 steps of --config f.yaml ; labels 2, 25%, 100%",
+        "full labels 2, 25%, 100%; 10, 30 steps of --config f.yaml",
         "cases 20 of 20 subjects modality MRI",
         "machine a processor",
         "commit c commit of pretraining c0",

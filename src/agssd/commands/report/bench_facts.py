@@ -43,11 +43,18 @@ def _asked(bench: Bench, name: str, one: Readout) -> str:
         told = f"{escape(one.probe)} of frozen features, windows of {window} voxels, {depths}"
     else:
         told = f"{', '.join(map(str, one.steps))} steps of {_words([*one.fit, *bench.fit_common])}"
-    return f"{told}; labels {escape(labels)}"
+    return f"labels {escape(labels)}; {told}"
 
 
 def _words(words: Sequence[str]) -> str:
-    return f"<code>{escape(' '.join(word.rpartition('/')[2] for word in words))}</code>"
+    """Return a command line, each flag with its value unbroken where there is room; of a path only its name."""
+    flags: list[str] = []
+    for word in (word.rpartition("/")[2] for word in words):
+        if word.startswith("--") or not flags:
+            flags.append(word)
+        else:
+            flags[-1] += f" {word}"
+    return " ".join(f"<code>{escape(flag)}</code>" for flag in flags)
 
 
 def _origin(bench: Bench, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -70,8 +77,8 @@ def _origin(bench: Bench, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str
 
 
 def _table(name: str, rows: Sequence[tuple[str, str]]) -> str:
-    body = "".join(f'<tr><th scope=row>{escape(head)}</th><td class="words">{text}</td></tr>' for head, text in rows)
+    body = "".join(f"<tr><th scope=row>{escape(head)}</th><td>{text}</td></tr>" for head, text in rows)
     return (
-        f'<div class="scroll of-methods" tabindex="0" role="region" aria-label="what each {name} is"><table><thead><tr>'
-        f"<th scope=col>{name}</th><th scope=col>what it is</th></tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="whole"><table><thead><tr><th scope=col>{name}</th><th scope=col>what it is</th></tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
