@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from browser import chromium
 
 import agssd.commands.demo as demo
 from agssd.commands.demo import report
@@ -117,4 +118,11 @@ def test_run__quick_form_shows_the_whole_way(tmp_path: Path, capsys: pytest.Capt
     pages = [Path(line.removeprefix("report: ")) for line in printed.splitlines() if line.startswith("report: ")]
     assert {path.name for path in pages} == {"report_pretrain.html", "report_pretrained.html"}
     assert all("Not shown" not in path.read_text() for path in pages)
+    with chromium(tmp_path / "profile") as browser:
+        for page in pages:
+            browser.open(page, 390, scheme="dark")
+            browser.wait(
+                "[...document.querySelectorAll('figure.chart')].every((figure) => figure.querySelector('svg'))"
+            )
+            assert browser.run("document.documentElement.scrollWidth") == 390 and not browser.complaints
     assert (out / "encoder" / "backbone.safetensors").exists()

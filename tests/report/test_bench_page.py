@@ -65,6 +65,21 @@ def test_bench_page__shows_every_readout(
     assert not browser.complaints
 
 
+def test_bench_page__by_keyboard(browser: Browser, folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "bench.html"
+    assert main(["report", str(folder), "--out", str(page)]) == 0
+    browser.open(page, 390, scheme="dark")
+    colour = "getComputedStyle(document.body).backgroundColor"
+    before = browser.run(colour)
+    browser.run("document.getElementById('theme').focus()")
+    browser.press("Enter", "\r")
+    assert browser.run(colour) != before
+    browser.run("document.querySelector('.scroll').focus()")
+    browser.press("ArrowRight")
+    browser.wait("document.querySelector('.scroll').scrollLeft > 0")  # a table that is wider than a phone
+    assert not browser.complaints
+
+
 def test_bench_page__claims_what_the_tables_claim(folder: Path, tmp_path: Path) -> None:
     page = tmp_path / "bench.html"
     assert main(["report", str(folder), "--out", str(page)]) == 0
