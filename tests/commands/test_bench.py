@@ -22,14 +22,14 @@ import yaml
 from made_bench import bench, made_rows, write_bench
 
 from agssd.cli import main
-from agssd.commands.bench import _run, _share
+from agssd.commands.bench import _measure_all, _pretrain_all, _share
 from agssd.commands.bench.cells import Cell, Pretraining, list_cells, pretrain, read_subjects, train_and_measure
 from agssd.commands.bench.equal_time import seconds_per_step
 from agssd.commands.bench.kept import keep, kept
 from agssd.commands.bench.marks import command_mark
 from agssd.commands.bench.probes import probe
 from agssd.commands.bench.processes import side_by_side
-from agssd.commands.bench.records import Job, state_of
+from agssd.commands.bench.records import Job, once, state_of
 from agssd.commands.bench.results import Place, figures, places, read_rows
 from agssd.commands.bench.settings import (
     Bench,
@@ -204,7 +204,8 @@ def test_run__nothing_is_measured_with_an_encoder_of_other_settings(
 
     monkeypatch.setattr("agssd.commands.bench.side_by_side", work)
     arguments = Namespace(workers=1, cache="c.h5", out=tmp_path)
-    _run(Job(settings, "c.h5", None), cells, arguments, "")
+    job = Job(settings, "c.h5", None)
+    _measure_all(job, _pretrain_all(job, cells, arguments, "")[1], 1)
     assert {one.method for one in asked if isinstance(one, Pretraining)} == {"ours", "rival"}, "one is refused there"
     assert {one.method for one in asked if isinstance(one, Cell)} == {"scratch", "unet", "rival"}
 
@@ -220,6 +221,22 @@ def test_read_rows__a_row_of_other_settings_is_in_no_table(tmp_path: Path) -> No
     assert len(read_rows(cells)) == len(cells) - 1
     assert main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
     assert "1 of 363 runs are not done" in (tmp_path / "page.html").read_text()
+
+
+def test_once__work_begun_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+    job = Job(bench(), "c.h5", None)
+    cell = list_cells(job.bench, "c.h5", tmp_path, "these cases")[0]
+
+    def stopped() -> dict[str, Any]:
+        (cell.folder / "checkpoint").touch()
+        raise RuntimeError("preempted")
+
+    with pytest.raises(RuntimeError, match="preempted"):
+        once(cell, job, stopped)
+    for mark in ("other", ""):
+        with pytest.raises(ValueError, match="made with other settings"):
+            once(replace(cell, mark=mark), job, dict)
+    assert once(cell, job, dict)["mark"] == cell.mark and state_of(cell) == "done"
 
 
 def test_side_by_side__one_that_fails_or_dies_leaves_the_others_be(capsys: pytest.CaptureFixture[str]) -> None:
@@ -440,18 +457,26 @@ def test_probe__same_figures_as_the_readouts_alone_and_once_only(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_side_by_side__ended__its_tasks_end_too_and_none_begins(how: signal.Signals, tmp_path: Path) -> None:
-    cell = "import os, pathlib, time; pathlib.Path({!r}).write_text(str(os.getpid())); time.sleep(300)"
+    cell = (
+        "import os, pathlib, signal, time; path = pathlib.Path({!r}); "
+        "signal.signal(signal.SIGTERM, lambda *_, path=path:"
+        " (path.with_suffix('.told').touch(), os._exit(0))); path.write_text(str(os.getpid())); time.sleep(300)"
+    )
     told = [tmp_path / "first", tmp_path / "second"]
     tasks = {path.name: f"(exec, {cell.format(str(path))!r})" for path in told}
     given = "{" + ", ".join(f"{name!r}: {task}" for name, task in tasks.items()) + "}"
     source = f"from agssd.commands.bench.processes import side_by_side; side_by_side({given}, 1)"
-    bench = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__':\n    {source}"])
+    command = [sys.executable, "-c", f"if __name__ == '__main__':\n    {source}"]
+    bench = subprocess.Popen(command, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
         while not (told[0].exists() and told[0].read_text()):
             assert bench.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        bench.send_signal(how)
+        if how == signal.SIGINT:
+            os.killpg(bench.pid, how)  # as a terminal does: the tasks get it too
+        else:
+            bench.send_signal(how)
         bench.wait(timeout=60)
     finally:
         bench.kill()
@@ -461,6 +486,7 @@ def test_side_by_side__ended__its_tasks_end_too_and_none_begins(how: signal.Sign
         assert time.monotonic() < deadline, "the task goes on without its bench"
         time.sleep(0.1)
     assert not told[1].exists()
+    assert told[0].with_suffix(".told").exists(), "told by the signal upon which a training saves itself"
 
 
 def test_command_mark__changes_with_what_the_files_say_that_a_command_leads_to(tmp_path: Path) -> None:

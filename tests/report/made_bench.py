@@ -20,12 +20,12 @@ def bench(**given: Any) -> Bench:
     settings: dict[str, Any] = {
         "methods": {
             "scratch": Method(),
-            "unet": Method(fit={"full": ["--config", "unet.yaml"]}),
-            "ours": Method(["--config", "a.yaml"]),
+            "unet": Method(fit={"full": ["--config", "/home/somebody/unet.yaml"]}),
+            "ours": Method(["--config", "/home/somebody/a.yaml"]),
             "rival": Method(["--config", "b.yaml"], steps=7),
         },
         "readouts": {
-            "full": Readout(["--config", "f.yaml"], [10, 30]),
+            "full": Readout(["--config", "/home/somebody/f.yaml"], [10, 30]),
             "linear": Readout(["--config", "l.yaml"], [10]),
         },
         "labels": [2, "25%", "100%"],
@@ -46,7 +46,13 @@ def made_rows(cells: list[Cell], gain: dict[str, float], seed: int = 0) -> list[
         found = dict(zip(SUBJECTS, values.tolist(), strict=True))
         row = {"subjects": found, "value": float(values.mean()), "bench": "b", "commit": "c", "figure": "dice"}
         row |= {"pretraining_steps": 0 if cell.pretraining is None else cell.pretraining.steps}
-        row |= {"pretraining_commit": None, "time": "2026-01-31T12:00:00Z", "machine": "a processor", "mark": cell.mark}
+        row |= {"pretraining_seconds": 0.0 if cell.pretraining is None else 400.0}
+        row |= {
+            "pretraining_commit": None if cell.pretraining is None else "c0",
+            "time": "2026-01-31T12:00:00Z",
+            "machine": "a processor",
+            "mark": cell.mark,
+        }
         names = ("method", "readout", "steps", "labels", "draw", "seed", "fold")
         rows.append(row | {name: getattr(cell, name) for name in names})
     return rows

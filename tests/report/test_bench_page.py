@@ -98,6 +98,7 @@ def test_bench_page__claims_what_the_tables_claim(folder: Path, tmp_path: Path) 
 def test_bench_page__says_what_was_compared(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "bench.html"
     assert main(["report", str(folder), "--out", str(page)]) == 0
+    assert "somebody" not in page.read_text(encoding="utf-8"), "of a path no more than its name"
     text = re.sub("<[^>]+>", " ", page.read_text(encoding="utf-8").partition('<section id="what">')[2])
     said = " ".join(text.split())
     for words in (

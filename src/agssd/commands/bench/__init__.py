@@ -71,9 +71,15 @@ def run(args: argparse.Namespace) -> int:
     if not args.tables:
         if not args.share:
             keep(bench, facts, cells, args.out)
+        job = Job(bench, args.cache, commit())
         try:
-            failed = _run(Job(bench, args.cache, commit()), ours, args, data)
+            failed, ours = _pretrain_all(job, ours, args, data)
+            if not args.share:
+                keep(bench, facts, list_cells(bench, args.cache, args.out, data), args.out)
+            failed += _measure_all(job, ours, args.workers)
         except KeyboardInterrupt:
+            if not args.share:
+                keep(bench, facts, list_cells(bench, args.cache, args.out, data), args.out)
             print("error: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
             return 1
     cells = list_cells(bench, args.cache, args.out, data)  # what hung on the time of another may be known now
@@ -127,17 +133,16 @@ def _pretrainings(cells: Sequence[Cell]) -> list[Pretraining]:
     return list(dict.fromkeys(cell.pretraining for cell in cells if cell.pretraining is not None))
 
 
-def _run(job: Job, cells: Sequence[Cell], args: argparse.Namespace, data: str) -> list[tuple[str, str]]:
-    """Run every pretraining, then every cell whose pretraining is there; return what failed and why."""
-    from agssd.commands.bench.cells import list_cells, train_and_measure
-    from agssd.commands.bench.probes import probe
-    from agssd.commands.bench.records import is_done
+def _pretrain_all(
+    job: Job, cells: list[Cell], args: argparse.Namespace, data: str
+) -> tuple[list[tuple[str, str]], list[Cell]]:
+    """Run every pretraining; return what failed and why, and the cells, whose twins' steps are known now."""
+    from agssd.commands.bench.cells import list_cells
 
-    bench = job.bench
     failed, tried = _pretrain(job, cells, args.workers)
-    if bench.equal_time is not None:
+    if job.bench.equal_time is not None:
         ours = {cell.folder for cell in cells}
-        cells = [cell for cell in list_cells(bench, args.cache, args.out, data) if cell.folder in ours]
+        cells = [cell for cell in list_cells(job.bench, args.cache, args.out, data) if cell.folder in ours]
         failed += _pretrain(job, cells, args.workers, tried)[0]
         waiting = [one.name for one in _pretrainings(cells) if not one.command]
         if waiting:
@@ -146,17 +151,26 @@ def _run(job: Job, cells: Sequence[Cell], args: argparse.Namespace, data: str) -
                 "when those are done",
                 file=sys.stderr,
             )
+    return failed, cells
+
+
+def _measure_all(job: Job, cells: Sequence[Cell], workers: int) -> list[tuple[str, str]]:
+    """Run every cell whose pretraining is there; return what failed and why."""
+    from agssd.commands.bench.cells import train_and_measure
+    from agssd.commands.bench.probes import probe
+    from agssd.commands.bench.records import is_done
+
     ready = [cell for cell in cells if cell.pretraining is None or is_done(cell.pretraining)]
     work: dict[str, Task] = {cell.name: (train_and_measure, cell, job) for cell in ready if cell.fit}
     probes: dict[str, list[Cell]] = {}
     for cell in ready:
         if not cell.fit:
             place = "" if cell.fold is None else f", fold {cell.fold}"
-            one = bench.readouts[cell.readout]
+            one = job.bench.readouts[cell.readout]
             features = f"window {'x'.join(map(str, one.window_vox))}, {one.depths} depth{'s' * (one.depths == 'all')}"
             probes.setdefault(f"probes of {cell.method}, seed {cell.seed}{place}, {features}", []).append(cell)
     tasks: dict[str, Task] = {name: (probe, group, job) for name, group in probes.items()}
-    return failed + side_by_side(tasks | work, args.workers, _PRELOADED)
+    return side_by_side(tasks | work, workers, _PRELOADED)
 
 
 def _pretrain(

@@ -15,7 +15,7 @@ from typing import Any
 
 from agssd.commands.bench.equal_time import clock_flags, fitting_steps
 from agssd.commands.bench.marks import command_mark, contents, fingerprint
-from agssd.commands.bench.records import Job, is_done, once
+from agssd.commands.bench.records import Job, is_done, kept_row, once
 from agssd.commands.bench.settings import Bench, Labels, label_flags
 
 
@@ -221,6 +221,7 @@ def row_of(cell: Cell, job: Job, subjects: dict[str, float]) -> dict[str, Any]:
         job: what every run of the bench is given.
         subjects: figure by subject.
     """
+    before = {} if cell.pretraining is None else kept_row(cell.pretraining) or {}
     return {
         "method": cell.method,
         "readout": cell.readout,
@@ -233,6 +234,9 @@ def row_of(cell: Cell, job: Job, subjects: dict[str, float]) -> dict[str, Any]:
         "value": sum(subjects.values()) / len(subjects),
         "subjects": subjects,
         "bench": job.bench.fingerprint(),
+        "pretraining_steps": before.get("steps", 0),
+        "pretraining_seconds": before.get("seconds", 0.0),
+        "pretraining_commit": before.get("commit"),
     }
 
 
@@ -255,6 +259,8 @@ def _command(words: Sequence[str], folder: Path, threads: int) -> None:
         os.dup2(file.fileno(), 2)
         try:
             code = import_module("agssd.cli").main(list(words))
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
         except Exception:
             traceback.print_exc()
             code = 1

@@ -26,7 +26,10 @@ def command_mark(words: Sequence[str]) -> str:
 
 
 def cache_mark(cache: VolumeCache) -> str:
-    """Return 12 hex digits that change with the cases of a cache, their splits and preparation; not with its place."""
+    """Return 12 hex digits that change with the cases of a cache, their splits and preparation; not with its place.
+
+    Of label maps only the values count: a map corrected in place, with the values it had, changes nothing here.
+    """
     return fingerprint([[case.to_json() for case in cache.cases], list(cache.class_names)])
 
 

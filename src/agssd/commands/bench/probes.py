@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from agssd.commands.bench.cells import Cell, balanced, row_of
-from agssd.commands.bench.records import Job, once
+from agssd.commands.bench.records import Job, once, state_of
 from agssd.commands.bench.settings import Bench, Labels
 from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
@@ -50,7 +50,7 @@ def probe(cells: Sequence[Cell], job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     torch.set_num_threads(job.bench.threads)
     frozen = _Frozen(cells[0], job.bench, job.cache)
-    for cell in cells:
+    for cell in sorted(cells, key=lambda one: state_of(one) == "other"):  # what is refused comes last, and ends it
         once(cell, job, partial(_measured, cell, job, frozen))
     return {"seconds": time.perf_counter() - started}
 

@@ -17,8 +17,8 @@ Task = tuple[Callable[..., dict[str, Any]], *tuple[Any, ...]]  # a function and 
 def side_by_side(tasks: Mapping[str, Task], workers: int, preload: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Do tasks, ``workers`` at a time, say how each ended, and return names and reasons of those that failed.
 
-    When this process is interrupted, the tasks that run are told to end (SIGTERM, upon which a training saves itself)
-    and waited for; when it is killed, they end themselves.
+    When this process is interrupted, also by a terminal, which interrupts its tasks too, those that run are told to end
+    by SIGTERM alone, upon which a training saves itself, and waited for; when it is killed, they end themselves.
 
     Args:
         tasks: by name; a result has "value" or "seconds".
@@ -59,26 +59,28 @@ def _result(receiver: Connection, process: Any) -> tuple[dict[str, Any], str]:
     """Return the row of a task that has ended, and the reason if it failed."""
     try:
         row, reason = receiver.recv()
-    except EOFError:
+    except (EOFError, OSError):  # it has died, before its answer or within
         row, reason = {}, ""
     process.join()
     receiver.close()
     if not row and not reason:
         how = f"killed by signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
-        reason = f"its process ended without a word ({how}); the memory of the machine may be too small for this many"
+        reason = f"its process ended without a word ({how})"
+        reason += "; the memory may be too small for so many at once" if process.exitcode == -signal.SIGKILL else ""
     return row, reason
 
 
 def _told(row: Mapping[str, Any]) -> str:
-    return f"{row['value']:.4f}" if "value" in row else f"{row['seconds']:.0f} s"
+    return f"{row['value']:.4f}" if "value" in row else f"{row.get('seconds', 0):.0f} s"
 
 
 def _do(sender: Connection, work: Callable[..., dict[str, Any]], *given: Any) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the bench, which then sends SIGTERM
     Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         row, reason = work(*given), ""
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         row, reason = {}, str(error) or type(error).__name__
     sender.send((row, reason))
 

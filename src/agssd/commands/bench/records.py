@@ -16,6 +16,7 @@ from agssd.run.directory import describe_host
 from agssd.whole_file import whole_file
 
 ROW = "row.json"
+BEGUN = "mark.txt"  # the mark of work that has begun, so that other settings do not go on with it
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,9 @@ def once(one: Recorded, job: Job, work: Callable[[], dict[str, Any]]) -> dict[st
     row = kept_row(one)
     if row is not None:
         if row.get("mark") != one.mark:
-            raise ValueError(
-                f"{one.folder} was made with other settings: its command, a YAML file that the command leads to, its "
-                "pretraining or the cases of the cache differ; give another --out, or remove it to have it made again"
-            )
+            raise ValueError(_OTHER.format(one.folder))
         return row
+    _begin(one)
     started = time.perf_counter()
     row = {
         **work(),
@@ -91,6 +90,22 @@ def once(one: Recorded, job: Job, work: Callable[[], dict[str, Any]]) -> dict[st
     with whole_file(one.folder / ROW) as path:
         path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     return row
+
+
+_OTHER = (
+    "{} was made with other settings: its command, a YAML file that the command leads to, its pretraining or the cases "
+    "of the cache differ; give another --out, or remove it to have it made again"
+)
+
+
+def _begin(one: Recorded) -> None:
+    """Note the mark of work that begins; refuse to go on with what was begun with another or none."""
+    path = one.folder / BEGUN
+    begun = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if begun != one.mark and one.folder.is_dir() and any(one.folder.iterdir()):
+        raise ValueError(_OTHER.format(one.folder))
+    with whole_file(path) as temporary:
+        temporary.write_text(one.mark, encoding="utf-8")
 
 
 def commit() -> str | None:

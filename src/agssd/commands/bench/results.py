@@ -34,20 +34,12 @@ def heading(readout: str, steps: int) -> str:
 
 
 def read_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Return the rows of the cells that are done, with steps, seconds and commit of their pretraining.
-
-    A row of other settings than the cell's is left out.
-    """
+    """Return the rows of the cells that are done; a row of other settings than the cell's is left out."""
     rows = []
     for cell in cells:
         row = kept_row(cell)
-        if row is None or row.get("mark") != cell.mark:
-            continue
-        row |= {"pretraining_steps": 0, "pretraining_seconds": 0.0, "pretraining_commit": None}
-        if cell.pretraining is not None:
-            before = kept_row(cell.pretraining) or {}
-            row |= {f"pretraining_{name}": before[name] for name in ("steps", "seconds", "commit")}
-        rows.append(row)
+        if row is not None and row.get("mark") == cell.mark:
+            rows.append(row)
     return rows
 
 
