@@ -20,12 +20,12 @@ def bench(**given: Any) -> Bench:
     settings: dict[str, Any] = {
         "methods": {
             "scratch": Method(),
-            "unet": Method(fit={"full": ["--config", "/home/somebody/unet.yaml"]}),
-            "ours": Method(["--config", "/home/somebody/a.yaml"]),
+            "unet": Method(fit={"full": ["--config", "/data/somebody/unet.yaml"]}),
+            "ours": Method(["--config", "/data/somebody/a.yaml"]),
             "rival": Method(["--config", "b.yaml"], steps=7),
         },
         "readouts": {
-            "full": Readout(["--config", "/home/somebody/f.yaml"], [10, 30]),
+            "full": Readout(["--config", "/data/somebody/f.yaml"], [10, 30]),
             "linear": Readout(["--config", "l.yaml"], [10]),
         },
         "labels": [2, "25%", "100%"],
