@@ -9,37 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
+from made_bench import write_small_bench
 
 from agssd.cli import main
 from agssd.commands._slurm_of_one_machine import OneMachine
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 def test_bench__two_arrays_do_all_of_it_and_the_tables_are_of_all(
     slurm: OneMachine, make_cache: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = make_cache(tmp_path / "c.h5", splits=["train"] * 5 + ["val", "test", "test"])
-    small = ["--config", str(CONF / "experiment" / "small.yaml"), "--model"]
-    settings = {
-        "methods": {
-            "scratch": {},
-            "simmim": {"pretrain": [*small, str(CONF / "method" / "simmim.yaml")]},
-            "mae": {"pretrain": [*small, str(CONF / "method" / "mae.yaml"), "--model.decoder_dim", "96"]},
-        },
-        "readouts": {"knn": {"probe": "knn-seg", "window_vox": [32, 32, 32]}},
-        "backbone": str(CONF / "backbone" / "vit_tiny_p8.yaml"),
-        "pretrain_common": ["--data.num_workers", "0", "--data.global_batch_size", "2"],
-        "equal_time": "mae",
-        "labels": [2, "100%"],
-        "pretrain_steps": 6,
-        "seeds": 1,
-        "draws": 1,
-    }
-    path, out = tmp_path / "bench.yaml", tmp_path / "out"
-    path.write_text(yaml.safe_dump(settings))
+    path, out = write_small_bench(tmp_path / "bench.yaml"), tmp_path / "out"
     words = ["bench", "--config", str(path), "--cache", str(cache), "--out", str(out)]
     share = [sys.executable, "-m", "agssd", *words, "--share", "$SLURM_ARRAY_TASK_ID/3"]
     log = tmp_path / "log-%A_%a.txt"

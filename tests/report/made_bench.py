@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from agssd.commands.bench.cells import Cell, list_cells
 from agssd.commands.bench.kept import keep
@@ -74,3 +75,26 @@ def write_bench(out: Path, gain: dict[str, float], leave_out: int = 0) -> None:
                     {"seconds": 400.0, "steps": cell.pretraining.steps, "commit": "c0", "mark": cell.pretraining.mark}
                 )
             )
+
+
+def write_small_bench(path: Path) -> Path:
+    """Write the YAML of a real bench of seconds to ``path`` and return it: two methods, one at equal time, by k-NN."""
+    conf = Path(__file__).resolve().parents[2] / "conf"
+    small = ["--config", str(conf / "experiment" / "small.yaml"), "--model"]
+    settings = {
+        "methods": {
+            "scratch": {},
+            "simmim": {"pretrain": [*small, str(conf / "method" / "simmim.yaml")]},
+            "mae": {"pretrain": [*small, str(conf / "method" / "mae.yaml"), "--model.decoder_dim", "96"]},
+        },
+        "readouts": {"knn": {"probe": "knn-seg", "window_vox": [32, 32, 32]}},
+        "backbone": str(conf / "backbone" / "vit_tiny_p8.yaml"),
+        "pretrain_common": ["--data.num_workers", "0", "--data.global_batch_size", "2"],
+        "equal_time": "mae",
+        "labels": [2, "100%"],
+        "pretrain_steps": 6,
+        "seeds": 1,
+        "draws": 1,
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return path

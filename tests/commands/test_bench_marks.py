@@ -1,0 +1,111 @@
+"""``agssd bench``: nothing of other settings is measured, gone on with or shown."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_bench import bench, write_bench
+
+from agssd.cli import main
+from agssd.commands.bench import _measure_all, _pretrain_all
+from agssd.commands.bench.cells import Cell, Pretraining, list_cells
+from agssd.commands.bench.kept import kept
+from agssd.commands.bench.marks import command_mark
+from agssd.commands.bench.records import Job, once, state_of
+from agssd.commands.bench.results import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_list_cells__marks_change_with_what_is_compared_and_with_nothing_else() -> None:
+    def marks(data: str = "d", cache: str = "c.h5", out: str = "out", **given: Any) -> dict[str, str]:
+        cells = list_cells(bench(**given), cache, Path(out), data)
+        found = {str(cell.folder.relative_to(out)): cell.mark for cell in cells}
+        return found | {
+            str(one.folder.relative_to(out)): one.mark for cell in cells if (one := cell.pretraining) is not None
+        }
+
+    as_it_was = marks()
+    assert len(set(as_it_was.values())) == len(as_it_was)
+    assert marks(cache="/elsewhere/c.h5", out="../runs/./out", seeds=3) == as_it_was, "places are no settings"
+    assert not set(marks(data="other cases").values()) & set(as_it_was.values())
+    methods = bench().methods
+    other = marks(methods={**methods, "rival": replace(methods["rival"], pretrain=["--config", "c.yaml"])})
+    changed = {name for name, mark in other.items() if mark != as_it_was[name]}
+    assert changed == {name for name in as_it_was if "/rival/" in name}, "its pretraining and all that hangs on it"
+    readouts = bench().readouts
+    other = marks(readouts={**readouts, "full": replace(readouts["full"], fit=["--config", "g.yaml"])})
+    changed = {name for name, mark in other.items() if mark != as_it_was[name]}
+    assert changed == {name for name in as_it_was if "cells/full/" in name and "/unet/" not in name}
+
+
+def test_run__nothing_is_measured_with_an_encoder_of_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, asked = bench(), []
+    cells = list_cells(settings, "c.h5", tmp_path)
+    for cell in cells:
+        if cell.pretraining is not None:
+            cell.pretraining.folder.mkdir(parents=True, exist_ok=True)
+            row = {"mark": "before" if cell.method == "ours" else cell.pretraining.mark}
+            (cell.pretraining.folder / "row.json").write_text(json.dumps(row))
+
+    def work(tasks: dict[str, Any], workers: int, preload: Any) -> list[tuple[str, str]]:
+        asked.extend(task[1] for task in tasks.values())
+        return []
+
+    monkeypatch.setattr("agssd.commands.bench.side_by_side", work)
+    arguments = Namespace(workers=1, cache="c.h5", out=tmp_path)
+    job = Job(settings, "c.h5", None)
+    _measure_all(job, _pretrain_all(job, cells, arguments, "")[1], 1)
+    assert {one.method for one in asked if isinstance(one, Pretraining)} == {"ours", "rival"}, "one is refused there"
+    assert {one.method for one in asked if isinstance(one, Cell)} == {"scratch", "unet", "rival"}
+
+
+def test_read_rows__a_row_of_other_settings_is_in_no_table(tmp_path: Path) -> None:
+    out = tmp_path / "bench"
+    write_bench(out, {"ours": 0.1})
+    cells = kept(out).cells(out)
+    assert len(read_rows(cells)) == len(cells)
+    path = cells[7].folder / "row.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mark": "before"}))
+    assert state_of(cells[7]) == "other" and state_of(cells[8]) == "done"
+    assert len(read_rows(cells)) == len(cells) - 1
+    assert main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    assert "1 of 363 runs are not done" in (tmp_path / "page.html").read_text()
+
+
+def test_once__work_begun_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+    job = Job(bench(), "c.h5", None)
+    cell = list_cells(job.bench, "c.h5", tmp_path, "these cases")[0]
+
+    def stopped() -> dict[str, Any]:
+        (cell.folder / "checkpoint").touch()
+        raise RuntimeError("preempted")
+
+    with pytest.raises(RuntimeError, match="preempted"):
+        once(cell, job, stopped)
+    for mark in ("other", ""):
+        with pytest.raises(ValueError, match="made with other settings"):
+            once(replace(cell, mark=mark), job, dict)
+    assert once(cell, job, dict)["mark"] == cell.mark and state_of(cell) == "done"
+
+
+def test_command_mark__changes_with_what_the_files_say_that_a_command_leads_to(tmp_path: Path) -> None:
+    views, experiment = tmp_path / "views.yaml", tmp_path / "experiments" / "one.yaml"
+    experiment.parent.mkdir()
+    views.write_text("scale: [0.4, 0.9]\n")
+    experiment.write_text("views: ../views.yaml\nrest: [1, later.yaml]\n")
+    command = ["fit", "--config", str(experiment), "--seed", "0", "--backbone", "missing.yaml"]
+    mark = command_mark(command)
+    views.write_text("scale: [0.4, 0.9] # a comment changes nothing\n")
+    assert command_mark(command) == mark
+    assert command_mark([*command[:-2], "--backbone", "other.yaml"]) != mark
+    views.write_text("scale: [0.4, 1.0]\n")
+    assert command_mark(command) != mark

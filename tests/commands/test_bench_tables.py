@@ -1,0 +1,62 @@
+"""``agssd bench``: what the tables claim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from made_bench import bench, made_rows
+
+from agssd.commands.bench.cells import list_cells
+from agssd.commands.bench.results import Place, figures
+from agssd.commands.bench.tables import compare, head, markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_tables__find_a_gain_and_claim_none_where_there_is_none() -> None:
+    settings = bench()
+    cells = list_cells(settings, "c.h5", Path("out"))
+    rows = made_rows(cells, {"ours": 0.1})
+    text = markdown(settings, rows)
+    place = Place("full", 30, 2)
+    found = {place: {m: t for m in settings.methods if (t := figures(settings, rows, m, place)) is not None}}
+    assert found[place]["ours"].shape == (3, 5, 20)
+    compared = compare(settings, found)
+    assert compared["ours", "scratch", place][1] < 0.05 and compared["ours", "rival", place][1] < 0.05
+    assert compared["ours", "scratch", place][0].mean == pytest.approx(0.1, abs=0.005)
+    assert compared["rival", "scratch", place][1] >= 0.05
+    for line in text.splitlines():
+        if line.startswith("| rival - scratch"):
+            assert line.count("no difference shown") == 3 and ", p" not in line
+        if line.startswith("| ours - rival"):
+            assert line.count(", p") == 3
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {5}
+    reads_of_unet = [line for line in text.split("## linear")[1].splitlines() if line.startswith("| unet")]
+    assert not reads_of_unet
+
+
+def test_tables__say_over_what_an_interval_is() -> None:
+    for given, told in (
+        ({}, "95 % interval over seeds, draws and subjects."),
+        ({"draws": 1}, "95 % interval over seeds and subjects, not over draws, of which there is one."),
+        ({"draws": 1, "seeds": 1}, "95 % interval over subjects, not over seeds and draws, of which there is one."),
+    ):
+        settings = bench(**given)
+        assert told in head(settings, made_rows(list_cells(settings, "", Path("o")), {}))
+
+
+def test_tables__a_figure_with_a_missing_run_is_left_out_and_other_subjects_are_refused() -> None:
+    settings = bench()
+    cells = list_cells(settings, "c.h5", Path("out"))
+    rows = made_rows(cells, {})
+    place = Place("linear", 10, "25%")
+    lost = next(row for row in rows if (row["method"], row["readout"], row["labels"]) == ("ours", "linear", "25%"))
+    assert figures(settings, [row for row in rows if row is not lost], "ours", place) is None
+    text = markdown(settings, [row for row in rows if row is not lost])
+    line = next(one for one in text.split("## linear")[1].splitlines() if one.startswith("| ours |"))
+    assert [cell.strip() for cell in line.split("|")].count("") == 3, "one figure missing beside the two borders"
+    lost["subjects"] = {**lost["subjects"], "stranger": 1.0}
+    with pytest.raises(ValueError, match="other subjects"):
+        figures(settings, rows, "ours", place)
