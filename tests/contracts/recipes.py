@@ -125,6 +125,8 @@ def build(kind: type[PretrainModule], views: dict[str, Any] | None = None, **giv
     settings = {name: value for name, value in SMALL.items() if name in named} | given
     if "backbone" in named:
         settings["backbone"] = encoder(settings.get("backbone", "vit"), settings.pop("drop_path", 0.3))
+    if settings.get("student_views") == "visible":  # what is left out must be as much of every sample
+        settings.setdefault("mask_ratio", (0.7, 0.7))
     if "views" in named:
         default: dict[str, Any] = {"size_vox": (24, 24, 24), "scale": (0.6, 1.0), "num_local": 2}
         settings["views"] = OverlapCrops(**default | {"local_size_vox": (16, 16, 16)} | (views or {}))

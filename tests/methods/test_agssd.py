@@ -228,6 +228,29 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
+def misplaced(module: Any, views: Any, b: int, v: int, mask: Tensor, student: Tensor, teacher: Tensor) -> float:
+    """Return the cross-entropy of where shown body of view ``v`` is looked for in the other view with where it is."""
+    grid = np.array(module.grid)
+    places = np.array([(2 * np.array(index) + 1) / grid - 1 for index in np.ndindex(*module.grid)])
+    own, other = (views.geometry.globals.affine[b, one].double().numpy() for one in (v, 1 - v))
+    with torch.no_grad():
+        keys = module.student["aligner"].key(teacher).double().numpy()
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    losses = []
+    for n in np.flatnonzero(~mask.numpy()):
+        i, j, k = (8 * int(x) for x in np.unravel_index(n, module.grid))
+        body = views.foreground[b, v][0, i : i + 8, j : j + 8, k : k + 8].double().mean()
+        there = np.linalg.inv(other) @ own @ np.append(places[n], 1)
+        if body < 0.05 or (np.abs(there[:3]) > 1 - 1 / grid + 1e-5).any():
+            continue
+        with torch.no_grad():
+            query = module.student["aligner"].query(student[n]).double().numpy()
+        apart = (((places - there[:3]) * grid / 2) ** 2).sum(1)
+        target = softmax(-apart / (2 * module.align_pitches**2))
+        losses.append(-(target * np.log(softmax(keys @ query / np.linalg.norm(query) / 0.1))).sum())
+    return float(np.mean(losses)) if losses else 0.0
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -237,8 +260,19 @@ def softmax(x: np.ndarray) -> np.ndarray:
         {"student_views": "masked"},
         {"student_views": "masked", "num_local": 0},
         {"student_views": "masked", "clean_teacher": False},
+        {"student_views": "visible"},
+        {"student_views": "visible", "masked_views": 2, "num_local": 0, "weight_align": 3.0, "align_pitches": 0.8},
     ],
-    ids=["defaults", "plain", "both", "one", "one and no locals", "one in a shared appearance"],
+    ids=[
+        "defaults",
+        "plain",
+        "both",
+        "one",
+        "one and no locals",
+        "one in a shared appearance",
+        "left out",
+        "both left out",
+    ],
 )
 def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], batch: Any, at: Any) -> None:
     at(0.15)
@@ -249,15 +283,24 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
         centre.centre.copy_(torch.randn(64, generator=torch.Generator().manual_seed(1)) * 0.05)
     views, loss, step = step_of(module, half_background(batch))
     centre_cls, centre_patch = module.centre_cls.centre.numpy(), module.centre_patch.centre.numpy()
-    cls, patch, rec = [], [], []
+    cls, patch, rec, align = [], [], [], []
     for b, hidden in enumerate(views.hidden_view.tolist()):
         masks = {hidden: step.mask[b]} if module.masked_views == 1 else {v: step.mask[2 * b + v] for v in (0, 1)}
-        student, teacher, scores = [], [], []
+        student, teacher, scores, worked_out = [], [], [], {}
         with torch.no_grad():
             for v in (0, 1):
                 image = views.inputs[b, v][None]
-                mask = masks[v].reshape(1, *module.grid) if v in masks else None
-                student.append(module.student["backbone"].forward_views([image], [mask])[0])
+                if module.student_views == "visible" and v in masks:
+                    visible = torch.tensor([[n for n, hides in enumerate(masks[v].tolist()) if not hides]])
+                    features = module.student["backbone"].forward_visible(image, visible)
+                    tokens = torch.full((1, len(masks[v]), features.tokens.shape[2]), torch.nan)
+                    tokens[0, visible[0]] = features.tokens[0]
+                    worked_out[v] = module.student["decoder"](features, visible)
+                    student.append(features._replace(tokens=tokens))
+                else:
+                    mask = masks[v].reshape(1, *module.grid) if v in masks else None
+                    student.append(module.student["backbone"].forward_views([image], [mask])[0])
+                    worked_out[v] = student[-1].tokens
                 teacher.append(module.teacher["backbone"](views.clean[b, v][None] if module.clean_teacher else image))
             for features in teacher:
                 scores.append(module.teacher["cls_head"](features.cls)[0].double().numpy())
@@ -266,7 +309,7 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
                 features = module.student["backbone"](image[None])
                 seen.append(module.student["cls_head"](features.cls)[0].double().numpy())
         pairs = []
-        unseen = {1 - hidden} if module.student_views == "masked" else set()
+        unseen = {1 - hidden} if module.student_views != "both" and module.masked_views == 1 else set()
         for q in (0, 1):
             target = softmax((scores[q] - centre_cls) / 0.04)
             others = [logits for v, logits in enumerate(seen) if v != q and v not in unseen]
@@ -276,8 +319,8 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
         for v, mask in masks.items():
             with torch.no_grad():
                 teacher_patch = module.teacher["patch_head"](teacher[v].tokens)[0].double().numpy()
-                student_patch = module.student["patch_head"](student[v].tokens)[0].double().numpy()
-                predicted = module.student["reconstruction"](student[v].tokens)[0].double().numpy()
+                student_patch = module.student["patch_head"](worked_out[v])[0].double().numpy()
+                predicted = module.student["reconstruction"](worked_out[v])[0].double().numpy()
             edges = edge_maps(views, torch.full((len(views.sample),), v))[b].double().numpy()
             clean = views.clean[b, v].double().numpy()
             losses, error, weights = [], 0.0, 0.0
@@ -295,10 +338,13 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
                 weights += weight.sum()
             patch.append(np.mean(losses))
             rec.append(error / weights)
+            align.append(misplaced(module, views, b, v, mask, student[v].tokens[0], teacher[1 - v].tokens[0]))
     assert float(loss.terms["cls"]) == pytest.approx(np.mean(cls), rel=1e-5)
     assert float(loss.terms["patch"]) == pytest.approx(np.mean(patch), rel=1e-5)
     assert float(loss.terms["rec"]) == pytest.approx(np.mean(rec), rel=1e-5)
-    assert float(loss.total) == pytest.approx(np.mean(cls) + np.mean(patch) + 10 * np.mean(rec), rel=1e-5)
+    assert float(loss.terms["align"]) == pytest.approx(np.mean(align), rel=1e-5)
+    total = np.mean(cls) + np.mean(patch) + 10 * np.mean(rec) + module.weights["align"] * np.mean(align)
+    assert float(loss.total) == pytest.approx(total, rel=1e-5)
 
 
 def test_agssd__masks_of_both_views_are_drawn_apart_and_shown(batch: Any, at: Any) -> None:
@@ -389,11 +435,11 @@ def test_agssd__weights_scale_their_terms_and_zero_keeps_the_graph(batch: Any, a
     base = recipes.build(AGSSD)
     views = base.make_views(batch)
     terms = base.pretrain_loss(views).terms
-    for name, weight in (("cls", 1), ("patch", 1), ("rec", 10)):
-        argument = {"cls": "weight_cls", "patch": "weight_patch", "rec": "weight_reconstruction"}[name]
-        module = recipes.build(AGSSD, **{argument: 0.0})
+    weights = {"cls": 1, "patch": 1, "rec": 10, "align": 1}
+    for name, weight in weights.items():
+        module = recipes.build(AGSSD, **{f"weight_{'reconstruction' if name == 'rec' else name}": 0.0})
         loss = module.pretrain_loss(views)
-        expected = sum(float(terms[other]) * w for other, w in (("cls", 1), ("patch", 1), ("rec", 10)) if other != name)
+        expected = sum(float(terms[other]) * w for other, w in weights.items() if other != name)
         assert float(loss.total) == pytest.approx(expected, rel=1e-5)
         loss.total.backward()
         assert all(p.grad is not None for p in module.student.parameters()), f"{name} left the graph at weight 0"

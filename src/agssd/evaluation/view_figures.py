@@ -50,6 +50,25 @@ def alignment_figures(own: Tensor, aligned: Tensor, valid: Tensor) -> dict[str, 
     }
 
 
+def place_figures(attention: Tensor, shown: Tensor, distance: Tensor, asked: Tensor) -> dict[str, Tensor]:
+    """Return how far from the true place attention points, and how far who points at the same place in the view is.
+
+    In token pitches of the other view, along the axis on which it is furthest.
+
+    Args:
+        attention: (B, V, N) of shown tokens over those of the other view, or its logarithm.
+        shown: (B, V) int64, the positions of these tokens.
+        distance: (B, N, N) from the true place of each token to each token of the other view.
+        asked: (B, V) bool, tokens that are measured.
+    """
+    rows = distance.gather(1, shown[..., None].expand(-1, -1, distance.shape[-1]))  # (B, V, N)
+    pointed = attention.argmax(-1, keepdim=True)
+    return {
+        "align_distance": _mean_where(rows.gather(2, pointed)[..., 0], asked),
+        "align_distance_same_place": _mean_where(rows.gather(2, shown[..., None])[..., 0], asked),
+    }
+
+
 def fusion_figures(plain: Tensor, fused: Tensor, chosen: Tensor) -> dict[str, Tensor]:
     """Return by how much fusion lowers the cross-entropy of chosen tokens, and its share of what it is without.
 

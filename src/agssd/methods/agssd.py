@@ -8,7 +8,13 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from agssd.evaluation.view_figures import alignment_figures, fusion_figures, overlap_figures, reconstruction_figures
+from agssd.evaluation.view_figures import (
+    alignment_figures,
+    fusion_figures,
+    overlap_figures,
+    place_figures,
+    reconstruction_figures,
+)
 from agssd.geometry import correspondence, sample_tokens
 from agssd.losses.distillation import (
     Centre,
@@ -21,15 +27,17 @@ from agssd.losses.distillation import (
 from agssd.losses.koleo import koleo
 from agssd.losses.reconstruction import patch_l1, patch_scaling
 from agssd.methods.base import PretrainModule
+from agssd.models.aligner import Aligner, place_targets
 from agssd.models.backbone import Backbone
 from agssd.models.fuser import CrossViewFuser, forbidden_keys, position_bias
 from agssd.models.heads import PrototypeHead, ReconstructionHead, move_means, predict_hidden
+from agssd.models.token_decoder import TokenDecoder, work_out_hidden
 from agssd.schedules import linear
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.edges import patch_scores, patches_of, standardise, unpatch
 from agssd.transforms.intensity import Appearance
 from agssd.transforms.keyed_random import KeyedRandom
-from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
+from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices, one_ratio
 from agssd.transforms.views import (
     Views,
     body_of,
@@ -43,6 +51,8 @@ from agssd.transforms.views import (
     put,
 )
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
+
+_Places = tuple[Tensor, Tensor, Tensor]  # bias (R, N, N), distance (R, N, N), valid (R, N)
 
 
 @dataclass
@@ -66,19 +76,38 @@ class _Step:
     target: Tensor  # (R, M, P) intensities
     plain: Tensor  # (R, M) cross-entropy without fusion
     fused: Tensor | None  # (R, M) with
+    attention: Tensor | None  # (R, V, N) log-attention of shown tokens over the other view, by the aligner
+    shown: Tensor  # (R, V) their positions
     ratio: Tensor  # (R,) nominal
+
+
+@dataclass
+class _Seen:
+    """What the student makes of the views that it sees: R masked ones, V patches shown of each."""
+
+    cls: Tensor  # (B, 1 or 2, E) of the views that it sees
+    local_cls: Tensor | None  # (B, L, E)
+    hidden: Tensor  # (R, M, E) tokens of hidden patches
+    shown: Tensor  # (R, V, E) tokens of shown patches
+    shown_index: Tensor  # (R, V) int64, where they are
+    is_shown: Tensor  # (R, V) bool; V may be more than are shown
+    tokens: Tensor | None  # (B, 1 or 2, N, E), all of the views that it sees, where there are all
+    shared: tuple[Tensor, ...]  # where the terms' gradients are compared
 
 
 class AGSSD(PretrainModule):
     """Anatomy-guided self-supervised distillation.
 
     Per sample two overlapping global views and several local views of one parent crop (CVAC); one or both of the global
-    views are masked where edges are strong (EAAM); a cross-attention fuser aligns the views (CVAA). Three terms:
+    views are masked where edges are strong (EAAM); attention aligns and fuses the views (CVAA). Three terms, and one
+    for that attention:
 
     - ``patch``: hidden foreground tokens of the masked view against the teacher's tokens of the same view unmasked,
       plain and after fusion with the other view;
     - ``cls``: [CLS] of each view that the student sees against the teacher's [CLS] of the other global view;
-    - ``rec``: voxels of hidden foreground patches, from the clean view.
+    - ``rec``: voxels of hidden foreground patches, from the clean view;
+    - ``align``: where each shown foreground token of the masked view lies in the other view, as attention over the
+      teacher's tokens of that view (ours; see :class:`agssd.models.aligner.Aligner`).
 
     Source: modules and the three terms [paper: Yu and Dai, IEEE TMI 2026, doi 10.1109/TMI.2026.3680920, abstract];
     weights 1:1:10 [R: SMIT, Alice]; heads and centring [R: DINO, iBOT]; everything else is ours (docs/method.md §1).
@@ -98,6 +127,8 @@ class AGSSD(PretrainModule):
         weight_cls: weight of the [CLS] term.
         weight_patch: weight of the patch term.
         weight_reconstruction: weight of the reconstruction term.
+        weight_align: weight of CVAA's alignment; 0 leaves its attention out.
+        align_pitches: standard deviation of its targets around the true place, in token pitches of the other view.
         weight_koleo: weight of KoLeo on the student's [CLS] (0.1 in DINOv2); it needs a batch of 8 or more per rank.
         assignment: how teacher logits become targets: ``"centring"`` [R: DINO], ``"sinkhorn"`` [R: DINOv2], or
             ``"balance"``, whose centres even out the prototypes' shares over many steps (ours; see
@@ -120,9 +151,14 @@ class AGSSD(PretrainModule):
             2 masks both, each by a draw of its own: twice the patches to learn from for half as much time again (ours).
         student_views: ``"both"`` shows the student both global views [R: DINOv2]; ``"masked"`` only those that are
             masked, which is all that the patch terms ask for, and the [CLS] term takes their [CLS] alone: a view less
-            per step (ours; docs/evidence.md). The same where both are masked. The teacher always sees both.
-        cvaa: ``"student"`` fuses the student's tokens (default), ``"teacher"`` mixes aligned tokens of the other view
-            into the targets, ``"casa"`` is Alice's form, ``"none"`` switches CVAA off.
+            per step (ours; docs/evidence.md). The same where both are masked. ``"visible"`` shows it only the visible
+            patches of those: hidden ones are left out, and a light decoder works out their tokens [R: MAE, data2vec 2.0
+            for the place of it in distillation]. The teacher always sees both views whole.
+        decoder_dim: width of that decoder.
+        decoder_depth: its blocks.
+        decoder_heads: its attention heads.
+        cvaa: how the views are fused. ``"student"`` fuses the student's tokens (default), ``"teacher"`` mixes aligned
+            tokens of the other view into the targets, ``"casa"`` is Alice's form, ``"none"`` fuses nothing.
         fuser_depth: blocks of the fuser.
         fuser_heads: its attention heads.
         fused_share: weight of the fused patch loss at 20 % of the run, from 0 at 5 %.
@@ -144,6 +180,9 @@ class AGSSD(PretrainModule):
         freeze_last_layer: share of the run during which prototypes stay as they are.
         seed: of views, masks and appearance.
         compile: compile the encoder block by block with ``torch.compile``; worth it on GPUs.
+
+    Raises:
+        ValueError: if settings exclude each other; the message names both and the remedy.
     """
 
     def __init__(
@@ -157,6 +196,8 @@ class AGSSD(PretrainModule):
         weight_cls: float = 1.0,
         weight_patch: float = 1.0,
         weight_reconstruction: float = 10.0,
+        weight_align: float = 1.0,
+        align_pitches: float = 0.5,
         weight_koleo: float = 0.0,
         assignment: Literal["centring", "sinkhorn", "balance"] = "centring",
         centre_momentum: tuple[float, float] = (0.9, 0.9),
@@ -171,7 +212,10 @@ class AGSSD(PretrainModule):
         mask_hints: float = 0.1,
         mask_block: int = 1,
         masked_views: Literal[1, 2] = 1,
-        student_views: Literal["both", "masked"] = "both",
+        student_views: Literal["both", "masked", "visible"] = "both",
+        decoder_dim: int = 384,
+        decoder_depth: int = 2,
+        decoder_heads: int = 6,
         cvaa: Literal["student", "teacher", "casa", "none"] = "student",
         fuser_depth: int = 2,
         fuser_heads: int = 6,
@@ -200,21 +244,29 @@ class AGSSD(PretrainModule):
             temperature_patch=temperature_patch,
         )
         self.views = views
-        self.weights = {"cls": weight_cls, "patch": weight_patch, "rec": weight_reconstruction, "koleo": weight_koleo}
+        self.weights = {"cls": weight_cls, "patch": weight_patch, "rec": weight_reconstruction}
+        self.weights |= {"align": weight_align, "koleo": weight_koleo}
+        self.align_pitches = align_pitches
         self.assignment = assignment
         self.temperature_student = temperature_student
         self.temperature_cls = temperature_cls
         self.temperature_patch = temperature_patch
         if masked_views not in (1, 2):
             raise ValueError(f"masked_views is {masked_views}; give 1 or 2")
-        if cvaa == "casa" and student_views == "masked" and masked_views == 1:
+        whole = student_views == "both" or (student_views == "masked" and masked_views == 2)
+        if cvaa == "casa" and not whole:
             raise ValueError(
-                "cvaa: casa fuses with the student's own tokens of the other view, but student_views is masked and "
-                "masked_views 1, so the student does not see that view; set student_views to both"
+                f"cvaa: casa fuses with the student's own tokens of the other view, but student_views is "
+                f"{student_views} and masked_views {masked_views}, so the student does not see that view whole; set "
+                "student_views to both"
             )
         self.mask_ratio = mask_ratio
         self.masked_views = masked_views
         self.student_views = student_views
+        if self.leaves_out:
+            backbone.refuse_without_leaving_out()
+            backbone.freeze_mask_token()
+            one_ratio(mask_ratio)
         self.teacher_score_edges = teacher_score_edges
         self.cvaa = cvaa
         self.fused_share = fused_share
@@ -243,10 +295,16 @@ class AGSSD(PretrainModule):
                 "reconstruction": ReconstructionHead(backbone.embed_dim, self.patch, backbone.in_channels),
             }
         )
+        if self.leaves_out:
+            self.student["decoder"] = TokenDecoder(
+                backbone.embed_dim, self.grid, decoder_dim, decoder_depth, decoder_heads, backbone.embed_dim
+            )
         if cvaa == "student":
             self.student["fuser"] = CrossViewFuser(backbone.embed_dim, fuser_heads, fuser_depth)
         elif cvaa == "casa":
             self.student["fuser"] = CrossViewFuser(backbone.embed_dim, fuser_heads, 1, 4.0, None, "post")
+        if weight_align:
+            self.student["aligner"] = Aligner(backbone.embed_dim)
         self.build_teacher()
         self.hide_by(
             MaskSampler(self.grid, self.patch, mask_score, mask_block, mask_edge_share, mask_temperature, mask_hints)
@@ -294,7 +352,18 @@ class AGSSD(PretrainModule):
     @property
     def _num_seen(self) -> int:
         """How many global views of a sample the student sees."""
-        return 1 if self.student_views == "masked" and self.masked_views == 1 else 2
+        return 1 if self.student_views != "both" and self.masked_views == 1 else 2
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether hidden patches never enter the student's encoder."""
+        return self.student_views == "visible"
+
+    def _limit(self) -> int:
+        """Return M, for how many tokens of a masked view there is room among those worked out."""
+        if self.leaves_out:
+            return self.masks.exact(one_ratio(self.mask_ratio))
+        return self.masks.limit(self.mask_ratio[1])
 
     def _seen(self, views: Views) -> Tensor:
         """Return (S,): which views the student sees, the masked ones among them."""
@@ -311,7 +380,11 @@ class AGSSD(PretrainModule):
         view = pick(self._teacher_inputs(views), self._masked(views))
 
         def error(mask: Tensor, index: Tensor) -> Tensor:
-            prediction, _ = predict_hidden(self.teacher, "reconstruction", view, mask, index)
+            if self.leaves_out:
+                tokens, _, _ = work_out_hidden(self.teacher, view, mask.flatten(1), index)
+                prediction: Tensor = self.teacher["reconstruction"](tokens)
+            else:
+                prediction, _ = predict_hidden(self.teacher, "reconstruction", view, mask, index)
             return (prediction - gather_tokens(targets, index)).abs().mean(-1)
 
         scores = self.teacher_scores(views.sample, view, body, error, attention)
@@ -323,7 +396,7 @@ class AGSSD(PretrainModule):
 
     # ---------------------------------------------------------------- CVAA
 
-    def _position_bias(self, views: Views, query_view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _position_bias(self, views: Views, query_view: Tensor) -> _Places:
         """Return how the tokens of ``query_view`` lie in the other view.
 
         See :func:`agssd.models.fuser.position_bias`.
@@ -338,6 +411,13 @@ class AGSSD(PretrainModule):
             random = KeyedRandom.from_keys(random.split(2))
         return forbidden_keys(random, mask, distance, self.key_dropout, self.counterpart_drop)
 
+    def _misplaced(self, attention: Tensor, by_student: _Seen, body: Tensor, places: _Places) -> Tensor:
+        """Return the cross-entropy () of the aligner's attention (R, V, N) with the true places in the other view."""
+        bias, _, valid = places
+        targets = gather_tokens(place_targets(bias, self.align_pitches), by_student.shown_index)
+        asked = by_student.is_shown & (body & valid).gather(1, by_student.shown_index)
+        return masked_mean(-(targets * attention).sum(-1), asked)
+
     # ---------------------------------------------------------------- loss
 
     def _targets(
@@ -348,13 +428,10 @@ class AGSSD(PretrainModule):
         return sinkhorn(logits, temperature, counts) if self.assignment == "sinkhorn" else targets
 
     def pretrain_loss(self, views: Views) -> LossTerms:
-        """Return the objective of one micro-batch: ``cls + patch + 10 rec`` by default."""
+        """Return the objective of one micro-batch: ``cls + patch + 10 rec + align`` by default."""
         self._step = None  # frees the last step before this one needs the memory
         now = self.scheduled(self.progress)
         hidden, seen, samples = self._masked(views), self._seen(views), len(views.sample)
-
-        def of_hidden(x: Tensor) -> Tensor:  # (B, V, ...) of the student to (R, ...)
-            return x.flatten(0, 1) if len(seen) == len(hidden) else pick(x, hidden)
 
         with torch.no_grad():
             by_teacher = cast(Backbone, self.teacher["backbone"]).forward_crops(self._teacher_inputs(views))
@@ -368,17 +445,12 @@ class AGSSD(PretrainModule):
             given = self._scores(views, body, rec_targets, attention)
             mask, ratio = mask_views(views, hidden, body, self.masks, self.mask_ratio, self.seed, self.progress, given)
             flat_mask = mask.flatten(1)
-            index, used = masked_indices(flat_mask, self.masks.limit(self.mask_ratio[1]))
+            index, used = masked_indices(flat_mask, self._limit())
             counts = used & body.gather(1, index)  # (R, M): hidden tokens that hold body
 
-        # Student: one or both global views, what is hidden masked, and the local views, in one pass.
-        student = cast(Backbone, self.student["backbone"])
-        inputs, masks = views.inputs, in_their_views(mask, hidden, samples)
-        if len(seen) == samples:
-            inputs, masks = pick(inputs, seen)[:, None], pick(masks, seen)[:, None]
-        by_student = student.forward_crops(inputs, views.locals, masks, self._drop_noise(views))
-        student_cls, student_tokens = by_student.cls, by_student.tokens
-        hidden_tokens = gather_tokens(of_hidden(student_tokens), index)
+        by_student = self._student_pass(views, mask, index)
+        hidden_tokens = by_student.hidden
+        places = self._position_bias(views, hidden)
 
         # Patches within the masked view.
         with torch.no_grad():
@@ -394,7 +466,7 @@ class AGSSD(PretrainModule):
         fused = None
         if self.cvaa in ("student", "casa"):
             fused = self._fused(
-                views, flat_mask, index, counts, hidden_tokens, student_tokens, teacher_tokens, now["temperature_patch"]
+                views, flat_mask, index, counts, by_student, teacher_tokens, places, now["temperature_patch"]
             )
             share = now["fused_share"]
             loss_patch = (1 - share) * loss_patch + share * masked_mean(fused, counts)
@@ -412,7 +484,7 @@ class AGSSD(PretrainModule):
                 )
                 mixed = torch.lerp(pick(cls_targets, asked), fused_targets, now["fused_share_cls"])
                 cls_targets = put(cls_targets, asked, mixed)
-        cls_student = self.student["cls_head"](student_cls) / self.temperature_student
+        cls_student = self.student["cls_head"](by_student.cls) / self.temperature_student
         local_student = None
         if by_student.local_cls is not None:
             local_student = self.student["cls_head"](by_student.local_cls) / self.temperature_student
@@ -428,8 +500,12 @@ class AGSSD(PretrainModule):
         loss_rec = patch_l1(prediction, target, 1 + self.reconstruction_edges * edges, counts)
 
         terms = {"cls": loss_cls, "patch": loss_patch, "rec": loss_rec}
+        attention = None
+        if self.weights["align"]:
+            attention = self.student["aligner"](by_student.shown, pick(teacher_tokens, 1 - hidden))
+            terms["align"] = self._misplaced(attention, by_student, body, places)
         if self.weights["koleo"]:
-            terms["koleo"] = torch.stack([koleo(one) for one in student_cls.unbind(1)]).mean()
+            terms["koleo"] = torch.stack([koleo(one) for one in by_student.cls.unbind(1)]).mean()
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         self._step = _Step(
             views=views,
@@ -446,9 +522,57 @@ class AGSSD(PretrainModule):
             target=gather_tokens(voxels, index),
             plain=plain.detach(),
             fused=None if fused is None else fused.detach(),
+            attention=None if attention is None else attention.detach(),
+            shown=by_student.shown_index,
             ratio=ratio,
         )
         return LossTerms(total, terms, by_student.shared)
+
+    def _student_pass(self, views: Views, mask: Tensor, index: Tensor) -> _Seen:
+        """Return what the student makes of its views.
+
+        Args:
+            views: of B samples.
+            mask: (R, *grid) bool, True = hidden.
+            index: (R, M) int64, positions of hidden tokens.
+        """
+        hidden, seen, samples = self._masked(views), self._seen(views), len(views.sample)
+        network, noise = cast(Backbone, self.student["backbone"]), self._drop_noise(views)
+        if self.leaves_out:
+            flat = mask.flatten(1)
+            worked_out, shown, visible = work_out_hidden(
+                self.student, pick(views.inputs, hidden), flat, index, noise[0]
+            )
+            local_cls = None
+            if views.locals is not None:
+                local_cls = network.forward_views([views.locals.flatten(0, 1)], None, noise[1:])[0].cls
+            shared = (shown.tokens, shown.cls) if local_cls is None else (shown.tokens, shown.cls, local_cls)
+            return _Seen(
+                cls=shown.cls.unflatten(0, (samples, -1)),
+                local_cls=None if local_cls is None else local_cls.unflatten(0, (samples, -1)),
+                hidden=worked_out,
+                shown=shown.tokens,
+                shown_index=visible,
+                is_shown=torch.ones_like(visible, dtype=torch.bool),
+                tokens=None,
+                shared=shared,
+            )
+        inputs, masks = views.inputs, in_their_views(mask, hidden, samples)
+        if len(seen) == samples:
+            inputs, masks = pick(inputs, seen)[:, None], pick(masks, seen)[:, None]
+        found = network.forward_crops(inputs, views.locals, masks, noise)
+        tokens = found.tokens.flatten(0, 1) if len(seen) == len(hidden) else pick(found.tokens, hidden)
+        everywhere = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        return _Seen(
+            cls=found.cls,
+            local_cls=found.local_cls,
+            hidden=gather_tokens(tokens, index),
+            shown=tokens,
+            shown_index=everywhere,
+            is_shown=~mask.flatten(1),
+            tokens=found.tokens,
+            shared=found.shared,
+        )
 
     def _drop_noise(self, views: Views) -> list[Tensor | None]:
         """Return uniforms per view and block for stochastic depth, keyed by sample; none outside training."""
@@ -461,20 +585,20 @@ class AGSSD(PretrainModule):
         mask: Tensor,
         index: Tensor,
         counts: Tensor,
-        query: Tensor,
-        student_tokens: Tensor,
+        by_student: _Seen,
         teacher_tokens: Tensor,
+        places: _Places,
         temperature: float,
     ) -> Tensor:
         """Return the cross-entropy (R, M) after fusion of the hidden tokens (R, M, E) with the other view."""
         hidden = self._masked(views)
-        bias, distance, _ = self._position_bias(views, hidden)
-        bias = gather_tokens(bias, index)
+        bias, distance, _ = places
+        bias, query = gather_tokens(bias, index), by_student.hidden
         forbidden = gather_tokens(self._forbidden(views, mask, distance), index) if self.training else None
         memory = pick(teacher_tokens, 1 - hidden)
         if self.cvaa == "casa":
             # One block: the student's with the student's keys, its moving average with the teacher's as target.
-            fused = self.student["fuser"](query, pick(student_tokens, 1 - hidden), bias, forbidden)
+            fused = self.student["fuser"](query, pick(cast(Tensor, by_student.tokens), 1 - hidden), bias, forbidden)
             queries = query.detach()
         else:
             fused = self.student["fuser"](query, memory, bias, forbidden)
@@ -561,6 +685,10 @@ class AGSSD(PretrainModule):
             "overlap_tokens": valid.float().mean(),
             **alignment_figures(pick(step.tokens, hidden), aligned, valid),
         }
+        if step.attention is not None:
+            places = self._position_bias(views, hidden)
+            asked = (valid & body_of(pick(views.foreground, hidden), self.patch) & ~step.mask).gather(1, step.shown)
+            figures |= place_figures(step.attention, step.shown, places[1], asked)
         if step.fused is not None:
             figures |= fusion_figures(step.plain, step.fused, counts & valid.gather(1, step.index))
         edges = scores.gather(1, step.index)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -11,70 +9,12 @@ from agssd.losses.reconstruction import patch_mse, patch_scaling
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
 from agssd.models.heads import ReconstructionHead
-from agssd.models.position import sincos_position
-from agssd.models.vit import Block, Group
+from agssd.models.token_decoder import TokenDecoder, work_out_hidden
 from agssd.transforms.crops import OverlapCrops
 from agssd.transforms.edges import patches_of, unpatch
-from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices
+from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices, one_ratio
 from agssd.transforms.views import Views, body_of, both_views, make_views, mask_views, panel_of
-from agssd.types import Features, LossTerms, ParentBatch, Size, ViewPanel
-
-
-class Decoder(nn.Module):
-    """Transformer blocks over all tokens of a view: encoded where visible, a learned token elsewhere.
-
-    Source: He et al., CVPR 2022 [paper]; fixed positions over the extent of the view as in our encoder.
-
-    Args:
-        encoder_dim: E of the encoder.
-        grid: token grid of a view.
-        patch: voxels of a token.
-        channels: C.
-        dim: width of the decoder.
-        depth: number of blocks.
-        num_heads: attention heads; divides ``dim``.
-
-    Raises:
-        ValueError: if ``num_heads`` does not divide ``dim``.
-    """
-
-    position: Tensor
-
-    def __init__(
-        self, encoder_dim: int, grid: Size, patch: Size, channels: int, dim: int, depth: int, num_heads: int
-    ) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"decoder_dim {dim} is not divisible by decoder_heads {num_heads}")
-        self.embed = nn.Linear(encoder_dim, dim)
-        self.mask_token = nn.Parameter(torch.randn(dim) * 0.02)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, 4.0, None) for _ in range(depth))
-        self.head = ReconstructionHead(dim, patch, channels)
-        self.register_buffer("position", sincos_position(grid, dim), persistent=False)
-        for module in (self.embed, *self.blocks.modules()):
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-
-    def forward(self, features: Features, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Return the predicted voxels (B, H, P) float32 of hidden patches.
-
-        Args:
-            features: of the visible patches, tokens (B, V, E).
-            visible: (B, V) int64, their positions.
-            hidden: (B, H) int64, positions of the patches to predict.
-        """
-        seen = self.embed(torch.cat([features.cls[:, None], features.tokens], 1)).float()
-        batch, dim = seen.shape[0], seen.shape[2]
-        tokens = self.mask_token.expand(batch, len(self.position), dim)
-        tokens = tokens.scatter(1, visible[..., None].expand(-1, -1, dim), seen[:, 1:]) + self.position
-        x = torch.cat([seen[:, :1], tokens], 1)
-        group = Group(batch, x.shape[1])
-        flat = x.flatten(0, 1)
-        for block in self.blocks:
-            flat = block(flat, (group,))
-        decoded: Tensor = self.head(gather_tokens(flat.unflatten(0, (batch, -1))[:, 1:], hidden))
-        return decoded
+from agssd.types import Features, LossTerms, ParentBatch, ViewPanel
 
 
 class MAE(PretrainModule):
@@ -142,24 +82,13 @@ class MAE(PretrainModule):
         self.norm_pix = norm_pix
         self.patch = backbone.patch_size
         self.grid = backbone.token_grid(views.size_vox)
-        self._one_ratio()
+        one_ratio(mask_ratio)
         backbone.freeze_mask_token()
-        channels = backbone.in_channels
-        decoder = Decoder(
-            backbone.embed_dim, self.grid, self.patch, channels, decoder_dim, decoder_depth, decoder_heads
-        )
-        self.student = nn.ModuleDict({"backbone": backbone, "decoder": decoder})
+        decoder = TokenDecoder(backbone.embed_dim, self.grid, decoder_dim, decoder_depth, decoder_heads)
+        head = ReconstructionHead(decoder_dim, self.patch, backbone.in_channels)
+        self.student = nn.ModuleDict({"backbone": backbone, "decoder": decoder, "reconstruction": head})
         self.hide_by(MaskSampler(self.grid, self.patch, mask_score, mask_block))
         self._step: tuple[Views, Tensor, Tensor, Tensor] | None = None
-
-    def _one_ratio(self) -> float:
-        low, high = self.mask_ratio
-        if low != high:
-            raise ValueError(
-                f"mask_ratio is ({low}, {high}); MAE leaves hidden tokens out, so all samples must hide equally many: "
-                "give the same number twice (with the callback: --mask_ratio.kind constant)"
-            )
-        return low
 
     def make_views(self, batch: ParentBatch) -> Views:
         """Cut two global views from every parent."""
@@ -172,7 +101,7 @@ class MAE(PretrainModule):
         voxels = patches_of(clean, self.patch)  # (2B, N, P)
         mean, scale = patch_scaling(voxels, clean, self.norm_pix)
         target = (voxels - mean) / scale
-        hidden_count = self.masks.exact(self._one_ratio())
+        hidden_count = self.masks.exact(one_ratio(self.mask_ratio))
 
         def error(mask: Tensor, hidden: Tensor) -> Tensor:
             prediction, _ = self._predict(self.teacher, clean, mask.flatten(1), hidden)
@@ -195,9 +124,8 @@ class MAE(PretrainModule):
         network: nn.ModuleDict, clean: Tensor, mask: Tensor, hidden: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, Features]:
         """Return the voxels (2B, H, P) of patches ``hidden`` (2B, H), and features of all others; ``mask`` (2B, N)."""
-        visible, _ = masked_indices(~mask, mask.shape[1] - hidden.shape[1])  # (2B, V)
-        features = cast(Backbone, network["backbone"]).forward_visible(clean, visible, noise)
-        return network["decoder"](features, visible, hidden), features
+        tokens, features, _ = work_out_hidden(network, clean, mask, hidden, noise)
+        return network["reconstruction"](tokens), features
 
     # ------------------------------------------------------------ monitors
 

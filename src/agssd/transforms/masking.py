@@ -262,6 +262,21 @@ class MaskSampler:
         return int(mask_counts(torch.tensor([ratio]), self.grid, self.block)) * self._per_block
 
 
+def one_ratio(mask_ratio: tuple[float, float]) -> float:
+    """Return the only share of hidden tokens of a recipe that leaves them out of its encoder.
+
+    Raises:
+        ValueError: if it is a range: all samples must show equally many tokens.
+    """
+    low, high = mask_ratio
+    if low != high:
+        raise ValueError(
+            f"mask_ratio is ({low}, {high}), but hidden tokens are left out of the encoder, so all samples must hide "
+            "equally many: give the same number twice (with the callback: --mask_ratio.kind constant)"
+        )
+    return low
+
+
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """Return (B, M, E): tokens (B, N, E) at positions (B, M)."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
