@@ -184,8 +184,7 @@ def test_conf__comments_give_a_command_or_a_user_and_lead_to_files_that_exist(pa
 
 @pytest.mark.parametrize("folder", ["backbone", "views", "method"])
 def test_part__states_every_argument_so_that_one_replaces_another(folder: str) -> None:
-    # Their own groups; AG-SSD's ratio is the callback's; appearance has a default set.
-    groups, may_be_left_out = {"backbone", "views"}, {"mask_ratio", "appearance"}
+    groups, may_be_left_out = {"backbone", "views"}, {"appearance"}  # their own groups; appearance has a default set
     for path in sorted((CONF / folder).glob("*.yaml")):
         module, _, name = content(path)["class_path"].rpartition(".")
         accepted = set(inspect.signature(getattr(import_module(module), name)).parameters)
@@ -196,7 +195,7 @@ def test_part__states_every_argument_so_that_one_replaces_another(folder: str) -
 @pytest.mark.parametrize("name", WITHOUT_METHOD)
 def test_experiment_without_method__is_that_of_agssd_without_what_is_its_methods(name: str) -> None:
     whole = content(CONF / f"experiment/agssd_{name}.yaml")
-    del whole["model"], whole["mask_ratio"]  # a range of hidden tokens would become that of any other method
+    del whole["model"]
     assert content(CONF / f"experiment/{name}.yaml") == whole
 
 
