@@ -260,7 +260,7 @@ def misplaced(module: Any, views: Any, b: int, v: int, mask: Tensor, student: Te
         {"student_views": "masked"},
         {"student_views": "masked", "num_local": 0},
         {"student_views": "masked", "clean_teacher": False},
-        {"student_views": "visible"},
+        {"student_views": "visible", "distilled_share": 0.4},
         {"student_views": "visible", "masked_views": 2, "num_local": 0, "weight_align": 3.0, "align_pitches": 0.8},
     ],
     ids=[
@@ -324,13 +324,18 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
             edges = edge_maps(views, torch.full((len(views.sample),), v))[b].double().numpy()
             clean = views.clean[b, v].double().numpy()
             losses, error, weights = [], 0.0, 0.0
+            row = b if module.masked_views == 1 else 2 * b + v
+            distilled = set(step.distilled[row].tolist())
+            assert len(distilled) == int(np.ceil(module.distilled_share * step.index.shape[1]))
+            assert distilled <= set(step.index[row].tolist())
             for n in np.flatnonzero(mask.numpy()):
                 i, j, k = (8 * int(x) for x in np.unravel_index(n, module.grid))
                 box = (0, slice(i, i + 8), slice(j, j + 8), slice(k, k + 8))
                 if views.foreground[b, v][box].double().mean() < 0.05:
                     continue
-                target = softmax((teacher_patch[n] - centre_patch) / temperature)
-                losses.append(-(target * np.log(softmax(student_patch[n] / 0.1))).sum())
+                if n in distilled:
+                    target = softmax((teacher_patch[n] - centre_patch) / temperature)
+                    losses.append(-(target * np.log(softmax(student_patch[n] / 0.1))).sum())
                 weight, voxels = 1 + edges[box].ravel(), clean[box].ravel()
                 if module.norm_pix:
                     voxels = (voxels - voxels.mean()) / max(voxels.std(), 0.05 * clean.std(ddof=1))
@@ -347,9 +352,10 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
     assert float(loss.total) == pytest.approx(total, rel=1e-5)
 
 
-def test_agssd__masks_of_both_views_are_drawn_apart_and_shown(batch: Any, at: Any) -> None:
+@pytest.mark.parametrize("student_views", ["both", "visible"])
+def test_agssd__masks_of_both_views_are_drawn_apart_and_shown(student_views: str, batch: Any, at: Any) -> None:
     at(0.6)
-    module = recipes.build(AGSSD, masked_views=2)
+    module = recipes.build(AGSSD, masked_views=2, student_views=student_views)
     views, _, step = step_of(module, batch)
     masks = step.mask.unflatten(0, (4, 2))
     assert (masks.sum(2) > 0).all() and not (masks[:, 0] == masks[:, 1]).all(1).any()
@@ -364,6 +370,48 @@ def test_agssd__masks_of_both_views_are_drawn_apart_and_shown(batch: Any, at: An
         module.view_panel(4)
     with pytest.raises(ValueError, match="masked_views is 3; give 1 or 2"):
         recipes.build(AGSSD, masked_views=3)
+
+
+@pytest.mark.parametrize("masked_views", [1, 2])
+def test_agssd__voxels_that_are_left_out_never_enter_the_student(masked_views: int, batch: Any, at: Any) -> None:
+    at(0.6)
+    module = recipes.build(AGSSD, student_views="visible", masked_views=masked_views, mask_ratio=(0.6, 0.6))
+    views, loss, step = step_of(module, batch)
+    hides = step.mask.unflatten(1, module.grid)
+    for axis in (1, 2, 3):
+        hides = hides.repeat_interleave(8, axis)
+    hidden, shown = views.inputs.clone(), views.inputs.clone()
+    for row, covered in enumerate(hides):
+        b = row // masked_views
+        v = int(views.hidden_view[b]) if masked_views == 1 else row % 2
+        hidden[b, v, 0][covered] += 1
+        shown[b, v, 0][~covered] += 1
+    totals = [module.pretrain_loss(dataclasses.replace(views, inputs=x)).total for x in (hidden, shown)]
+    assert torch.equal(totals[0], loss.total) and not torch.isclose(totals[1], loss.total, rtol=1e-4)
+    loss.total.backward()
+    unused = {"backbone.mask_token"}
+    assert all(p.grad is not None or name in unused for name, p in module.student.named_parameters())
+    assert not module.student["backbone"].mask_token.requires_grad
+    assert module.observations["scalars"]["align_distance"].isfinite()
+
+
+@pytest.mark.parametrize("score", ["loss", "attention"])
+def test_agssd__left_out_by_what_the_teacher_says(score: str, batch: Any, at: Any) -> None:
+    at(0.9)
+    module = recipes.build(AGSSD, student_views="visible", mask_ratio=(0.6, 0.6), mask_score=score)
+    _, loss, step = step_of(module, batch)
+    assert loss.total.isfinite() and (step.mask.sum(1) == step.mask[0].sum()).all()
+
+
+def test_agssd__settings_that_leave_nothing_out_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"mask_ratio is \(0.3, 0.7\), .* give the same number twice"):
+        recipes.build(AGSSD, student_views="visible", mask_ratio=(0.3, 0.7))
+    with pytest.raises(ValueError, match="SwinUNETREncoder cannot leave tokens out; use a ViT"):
+        recipes.build(AGSSD, student_views="visible", backbone=recipes.SECOND)
+    with pytest.raises(ValueError, match="casa .* student_views is visible .* set student_views to both"):
+        recipes.build(AGSSD, student_views="visible", masked_views=2, cvaa="casa")
+    with pytest.raises(ValueError, match=r"distilled_share is 0.0; give a share .* in \(0, 1\]"):
+        recipes.build(AGSSD, distilled_share=0.0)
 
 
 @pytest.mark.parametrize("num_local", [0, 2])

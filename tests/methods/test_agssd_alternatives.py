@@ -42,6 +42,7 @@ ALTERNATIVES: dict[str, dict[str, Any]] = {
     "cvaa teacher": {"model": {"cvaa": "teacher"}},
     "cvaa casa": {"model": {"cvaa": "casa"}},
     "cvaa none": {"model": {"cvaa": "none"}},
+    "a part of the hidden tokens": {"model": {"distilled_share": 0.5}},
     "plain patches": {"model": {"fused_share": 0.0}},
     "plain cls targets": {"model": {"fused_share_cls": 0.0}},
     "counterparts in sight": {"model": {"counterpart_drop": 0.0}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -66,16 +67,18 @@ class _Step:
     mask: Tensor  # (R, N)
     counts: Tensor  # (R, M) bool
     index: Tensor  # (R, M)
+    distilled: Tensor  # (R, A) positions of the hidden tokens of the patch term
+    distilled_counts: Tensor  # (R, A) bool
     teacher_cls: Tensor  # (S, K) probabilities
     student_cls: Tensor  # (S, K) logits over the temperature
-    teacher_patch: Tensor  # (R, M, K) probabilities
-    student_patch: Tensor  # (R, M, K) logits over the temperature
+    teacher_patch: Tensor  # (R, A, K) probabilities
+    student_patch: Tensor  # (R, A, K) logits over the temperature
     cls_features: Tensor  # (2B, E)
     tokens: Tensor  # (B, 2, N, E) teacher
     prediction: Tensor  # (R, M, P) intensities; with norm_pix each patch's own mean and spread are given to it
     target: Tensor  # (R, M, P) intensities
-    plain: Tensor  # (R, M) cross-entropy without fusion
-    fused: Tensor | None  # (R, M) with
+    plain: Tensor  # (R, A) cross-entropy without fusion
+    fused: Tensor | None  # (R, A) with
     attention: Tensor | None  # (R, V, N) log-attention of shown tokens over the other view, by the aligner
     shown: Tensor  # (R, V) their positions
     ratio: Tensor  # (R,) nominal
@@ -161,6 +164,8 @@ class AGSSD(PretrainModule):
             tokens of the other view into the targets, ``"casa"`` is Alice's form, ``"none"`` fuses nothing.
         fuser_depth: blocks of the fuser.
         fuser_heads: its attention heads.
+        distilled_share: share of a view's hidden tokens, body first, that the patch term asks for, drawn at random in
+            each step: heads and fuser are the larger part of a step where hidden patches are left out (ours).
         fused_share: weight of the fused patch loss at 20 % of the run, from 0 at 5 %.
         fused_share_cls: weight of the fused teacher [CLS] in the targets, reached at 20 % from 0 at 10 %.
         counterpart_drop: probability that a hidden token may not look at its own place in the other view.
@@ -219,6 +224,7 @@ class AGSSD(PretrainModule):
         cvaa: Literal["student", "teacher", "casa", "none"] = "student",
         fuser_depth: int = 2,
         fuser_heads: int = 6,
+        distilled_share: float = 1.0,
         fused_share: float = 0.5,
         fused_share_cls: float = 0.25,
         counterpart_drop: float = 0.5,
@@ -269,6 +275,9 @@ class AGSSD(PretrainModule):
             one_ratio(mask_ratio)
         self.teacher_score_edges = teacher_score_edges
         self.cvaa = cvaa
+        if not 0.0 < distilled_share <= 1.0:
+            raise ValueError(f"distilled_share is {distilled_share}; give a share of the hidden tokens in (0, 1]")
+        self.distilled_share = distilled_share
         self.fused_share = fused_share
         self.fused_share_cls = fused_share_cls
         self.counterpart_drop = counterpart_drop
@@ -449,27 +458,31 @@ class AGSSD(PretrainModule):
             counts = used & body.gather(1, index)  # (R, M): hidden tokens that hold body
 
         by_student = self._student_pass(views, mask, index)
-        hidden_tokens = by_student.hidden
         places = self._position_bias(views, hidden)
 
         # Patches within the masked view.
+        asked = self._distilled(views, counts)
+        distilled, asked_counts = index.gather(1, asked), counts.gather(1, asked)
+        query = gather_tokens(by_student.hidden, asked)
         with torch.no_grad():
             own = pick(teacher_tokens, hidden)
-            observed = counts if self.training else None
-            teacher_logits = self.teacher["patch_head"](gather_tokens(own, index), observed)
-            targets = self._targets(teacher_logits, self.centre_patch, now["temperature_patch"], counts)
+            observed = asked_counts if self.training else None
+            teacher_logits = self.teacher["patch_head"](gather_tokens(own, distilled), observed)
+            targets = self._targets(teacher_logits, self.centre_patch, now["temperature_patch"], asked_counts)
             if self.cvaa == "teacher":
-                targets = self._compensated(views, targets, own, teacher_tokens, index, counts, now)
-        student_logits = self.student["patch_head"](hidden_tokens) / self.temperature_student
+                targets = self._compensated(views, targets, own, teacher_tokens, distilled, asked_counts, now)
+        student_logits = self.student["patch_head"](query) / self.temperature_student
         plain = cross_entropy(targets, student_logits)
-        loss_patch = masked_mean(plain, counts)
+        loss_patch = masked_mean(plain, asked_counts)
         fused = None
         if self.cvaa in ("student", "casa"):
+            memory = pick(cast(Tensor, by_student.tokens), 1 - hidden) if self.cvaa == "casa" else None
+            temperature = now["temperature_patch"]
             fused = self._fused(
-                views, flat_mask, index, counts, by_student, teacher_tokens, places, now["temperature_patch"]
+                views, flat_mask, distilled, asked_counts, query, memory, teacher_tokens, places, temperature
             )
             share = now["fused_share"]
-            loss_patch = (1 - share) * loss_patch + share * masked_mean(fused, counts)
+            loss_patch = (1 - share) * loss_patch + share * masked_mean(fused, asked_counts)
 
         # [CLS] between views.
         with torch.no_grad():
@@ -477,13 +490,13 @@ class AGSSD(PretrainModule):
             cls_logits = self.teacher["cls_head"](teacher_cls, ones)
             cls_targets = self._targets(cls_logits, self.centre_cls, now["temperature_cls"])
             if self.cvaa == "student":
-                asked = both_views(views) if len(seen) > samples or views.locals is not None else 1 - seen
-                fused_cls = self._fused_cls(asked, teacher_cls, teacher_tokens)
+                which = both_views(views) if len(seen) > samples or views.locals is not None else 1 - seen
+                fused_cls = self._fused_cls(which, teacher_cls, teacher_tokens)
                 fused_targets = self._targets(
                     self.teacher["cls_head"](fused_cls), self.centre_cls, now["temperature_cls"], observe=False
                 )
-                mixed = torch.lerp(pick(cls_targets, asked), fused_targets, now["fused_share_cls"])
-                cls_targets = put(cls_targets, asked, mixed)
+                mixed = torch.lerp(pick(cls_targets, which), fused_targets, now["fused_share_cls"])
+                cls_targets = put(cls_targets, which, mixed)
         cls_student = self.student["cls_head"](by_student.cls) / self.temperature_student
         local_student = None
         if by_student.local_cls is not None:
@@ -493,7 +506,7 @@ class AGSSD(PretrainModule):
         )
 
         # Voxels of hidden patches.
-        prediction = self.student["reconstruction"](hidden_tokens)
+        prediction = self.student["reconstruction"](by_student.hidden)
         assert views.edges is not None
         edges = gather_tokens(patches_of(views.edges.expand_as(clean), self.patch), index)
         target = gather_tokens(rec_targets, index)
@@ -512,6 +525,8 @@ class AGSSD(PretrainModule):
             mask=flat_mask,
             counts=counts,
             index=index,
+            distilled=distilled,
+            distilled_counts=asked_counts,
             teacher_cls=pick(cls_targets, 1 - seen),
             student_cls=cls_student.detach().flatten(0, 1),
             teacher_patch=targets,
@@ -579,30 +594,42 @@ class AGSSD(PretrainModule):
         groups = (self._num_seen,) if views.locals is None else (self._num_seen, views.locals.shape[1])
         return self.drop_noise(views.sample, *groups)
 
+    def _distilled(self, views: Views, counts: Tensor) -> Tensor:
+        """Return (R, A): which of the M hidden tokens the patch term asks for, in order, those that count first."""
+        room = counts.shape[1]
+        if self.distilled_share == 1.0:
+            return torch.arange(room, device=counts.device).expand(len(counts), -1)
+        random = KeyedRandom(self.seed, views.sample, "distilled")
+        if len(counts) > len(views.sample):
+            random = KeyedRandom.from_keys(random.split(2))
+        drawn = random.uniform(room) + counts
+        return drawn.topk(math.ceil(self.distilled_share * room), 1).indices.sort(1).values
+
     def _fused(
         self,
         views: Views,
         mask: Tensor,
-        index: Tensor,
+        distilled: Tensor,
         counts: Tensor,
-        by_student: _Seen,
+        query: Tensor,
+        student_memory: Tensor | None,
         teacher_tokens: Tensor,
         places: _Places,
         temperature: float,
     ) -> Tensor:
-        """Return the cross-entropy (R, M) after fusion of the hidden tokens (R, M, E) with the other view."""
+        """Return the cross-entropy (R, A) after fusion of hidden tokens ``query`` (R, A, E) with the other view."""
         hidden = self._masked(views)
         bias, distance, _ = places
-        bias, query = gather_tokens(bias, index), by_student.hidden
-        forbidden = gather_tokens(self._forbidden(views, mask, distance), index) if self.training else None
+        bias = gather_tokens(bias, distilled)
+        forbidden = gather_tokens(self._forbidden(views, mask, distance), distilled) if self.training else None
         memory = pick(teacher_tokens, 1 - hidden)
-        if self.cvaa == "casa":
-            # One block: the student's with the student's keys, its moving average with the teacher's as target.
-            fused = self.student["fuser"](query, pick(cast(Tensor, by_student.tokens), 1 - hidden), bias, forbidden)
+        if student_memory is not None:
+            # Alice's one block: the student's with the student's keys, its average with the teacher's as target.
+            fused = self.student["fuser"](query, student_memory, bias, forbidden)
             queries = query.detach()
         else:
             fused = self.student["fuser"](query, memory, bias, forbidden)
-            queries = gather_tokens(pick(teacher_tokens, hidden), index)
+            queries = gather_tokens(pick(teacher_tokens, hidden), distilled)
         with torch.no_grad():
             logits = self.teacher["patch_head"](self.teacher["fuser"](queries, memory, bias))
             targets = self._targets(logits, self.centre_fused, temperature, counts)
@@ -657,11 +684,11 @@ class AGSSD(PretrainModule):
             return {
                 "teacher_cls": step.teacher_cls,
                 "student_cls": step.student_cls,
-                "teacher_patch": step.teacher_patch[step.counts],
-                "student_patch": step.student_patch[step.counts],
+                "teacher_patch": step.teacher_patch[step.distilled_counts],
+                "student_patch": step.student_patch[step.distilled_counts],
                 "cls_features": step.cls_features,
-                "patch_features": gather_tokens(pick(step.tokens, self._masked(step.views)), step.index)[
-                    step.counts
+                "patch_features": gather_tokens(pick(step.tokens, self._masked(step.views)), step.distilled)[
+                    step.distilled_counts
                 ].float(),
                 "centre_norm_cls": self.centre_cls.centre.norm(),
                 "centre_norm_patch": self.centre_patch.centre.norm(),
@@ -690,7 +717,7 @@ class AGSSD(PretrainModule):
             asked = (valid & body_of(pick(views.foreground, hidden), self.patch) & ~step.mask).gather(1, step.shown)
             figures |= place_figures(step.attention, step.shown, places[1], asked)
         if step.fused is not None:
-            figures |= fusion_figures(step.plain, step.fused, counts & valid.gather(1, step.index))
+            figures |= fusion_figures(step.plain, step.fused, step.distilled_counts & valid.gather(1, step.distilled))
         edges = scores.gather(1, step.index)
         is_ct = views.is_ct.repeat_interleave(self.masked_views)
         return figures | reconstruction_figures(step.prediction, step.target, counts, edges, is_ct)

@@ -91,7 +91,10 @@ class Backbone(nn.Module, ABC):
             ValueError: if it cannot leave tokens out.
         """
         if not self.can_leave_out:
-            raise ValueError(f"{type(self).__name__} cannot leave tokens out; use a ViT, or SimMIM instead of MAE")
+            raise ValueError(
+                f"{type(self).__name__} cannot leave tokens out; use a ViT, or SimMIM instead of MAE; for AG-SSD, "
+                "student_views both or masked"
+            )
 
     @abstractmethod
     def forward(self, x: Tensor, drop_noise: Tensor | None = None) -> Features:
