@@ -24,16 +24,22 @@ from agssd.transforms.views import body_of, mask_views
 def step(module: Any, views: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, Any, Any]:
     """Return the loss, what is visible (2B, V), what is hidden (2B, H), and its prediction (2B, H, P)."""
     seen: list[Any] = []
-    decode = module.student["decoder"].forward
+    decode, predict = module.student["decoder"].forward, module.student["reconstruction"].forward
 
-    def spy(features: Any, visible: Any, hidden: Any) -> Any:
-        seen.extend((visible, hidden, decode(features, visible, hidden)))
+    def spy(features: Any, visible: Any) -> Any:
+        seen.append(visible)
+        return decode(features, visible)
+
+    def spy_voxels(tokens: Any) -> Any:
+        seen.append(predict(tokens))
         return seen[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(module.student["decoder"], "forward", spy)
+        patch.setattr(module.student["reconstruction"], "forward", spy_voxels)
         loss = module.pretrain_loss(views)
-    return loss, *seen
+    visible, predicted = seen
+    return loss, visible, module._step[2], predicted
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -76,7 +82,7 @@ def test_mae__loss_on_visible_patches__there_is_none(tiny_cache: Path, monkeypat
     assert torch.equal(same_hidden, hidden) and torch.equal(same, predicted) and other.total != first.total
     # Targets alone: with predictions held, what is visible plays no part in the loss.
     with monkeypatch.context() as patch:
-        patch.setattr(module.student["decoder"], "forward", lambda *given: predicted)
+        patch.setattr(module.student["reconstruction"], "forward", lambda tokens: predicted)
         shown = dataclasses.replace(views, clean=torch.where(covered, views.clean, noise))
         assert torch.equal(module.pretrain_loss(shown).total, first.total)
 
@@ -150,7 +156,8 @@ def test_mae__loss_is_the_teachers_error_per_patch_from_half_of_the_others(
     error = np.zeros(27)
     for visible, hidden in ((order[13:], order[:13]), (order[:13], order[13:])):
         features = module.teacher["backbone"].forward_visible(clean[5:6], visible[None])
-        predicted = equations.numbers(module.teacher["decoder"](features, visible[None], hidden[None]))[0]
+        tokens = module.teacher["decoder"](features, visible[None])[:, hidden]
+        predicted = equations.numbers(module.teacher["reconstruction"](tokens))[0]
         for m, n in enumerate(hidden.tolist()):
             error[n] = np.mean((predicted[m] - equations.numbers(target[5, n])) ** 2)
     chosen = body[5].numpy()
@@ -187,7 +194,7 @@ def test_mae__noise_of_flat_patches_is_no_target(tiny_cache: Path, monkeypatch: 
     noise = torch.randn(views.clean.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
     noise[..., :8, :8, :8] += views.clean[..., :8, :8, :8]  # one patch with contrast
     body = torch.ones_like(views.foreground)
-    decoder = module.student["decoder"]
-    monkeypatch.setattr(decoder, "forward", lambda _, visible, hidden: torch.zeros(*hidden.shape, 512))
+    head = module.student["reconstruction"]
+    monkeypatch.setattr(head, "forward", lambda tokens: torch.zeros(*tokens.shape[:2], 512))
     loss = module.pretrain_loss(dataclasses.replace(views, clean=noise, foreground=body)).total
     assert float(loss) < 0.1  # one patch of 27 at most has a target of variance 1
