@@ -410,6 +410,8 @@ def test_agssd__settings_that_leave_nothing_out_are_refused() -> None:
         recipes.build(AGSSD, student_views="visible", backbone=recipes.SECOND)
     with pytest.raises(ValueError, match="casa .* student_views is visible .* set student_views to both"):
         recipes.build(AGSSD, student_views="visible", masked_views=2, cvaa="casa")
+    with pytest.raises(ValueError, match="align_pitches is 0.0; give a spread above 0"):
+        recipes.build(AGSSD, align_pitches=0.0)
     with pytest.raises(ValueError, match=r"distilled_share is 0.0; give a share .* in \(0, 1\]"):
         recipes.build(AGSSD, distilled_share=0.0)
 

@@ -209,5 +209,5 @@ def test_gradient_norms__measuring_leaves_the_step_as_it_is(tiny_cache: Path, co
         loss.total.backward()
         grads.append({name: p.grad for name, p in module.student.named_parameters() if p.grad is not None})
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
-    assert set(figures) == {"grad_norm_cls", "grad_norm_patch", "grad_norm_rec"}
+    assert set(figures) == {"grad_norm_cls", "grad_norm_patch", "grad_norm_rec", "grad_norm_align"}
     assert all(float(value) > 0 for value in figures.values())

@@ -76,13 +76,6 @@ def test_aligner__returns_logarithms_of_shares_in_float32(dtype: torch.dtype) ->
     torch.testing.assert_close(attention, (cosine / 0.1).log_softmax(-1), atol=rounding, rtol=0)
 
 
-def test_aligner__does_not_care_which_volume_two_views_are_of() -> None:
-    torch.manual_seed(0)
-    aligner, query, memory = Aligner(24, 16), torch.randn(2, 7, 24), torch.randn(2, 9, 24)
-    together = aligner(query, memory)
-    torch.testing.assert_close(aligner(query[:1], memory[:1]), together[:1])
-
-
 def test_aligner__learns_places_from_what_tokens_hold_of_the_body() -> None:
     torch.manual_seed(0)
     body = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.Tanh(), torch.nn.Linear(64, 24))  # place to tissue

@@ -132,6 +132,7 @@ class AGSSD(PretrainModule):
         weight_reconstruction: weight of the reconstruction term.
         weight_align: weight of CVAA's alignment; 0 leaves its attention out.
         align_pitches: standard deviation of its targets around the true place, in token pitches of the other view.
+        align_temperature: of the cosine similarity that its attention is the softmax of.
         weight_koleo: weight of KoLeo on the student's [CLS] (0.1 in DINOv2); it needs a batch of 8 or more per rank.
         assignment: how teacher logits become targets: ``"centring"`` [R: DINO], ``"sinkhorn"`` [R: DINOv2], or
             ``"balance"``, whose centres even out the prototypes' shares over many steps (ours; see
@@ -141,7 +142,8 @@ class AGSSD(PretrainModule):
         temperature_student: student's temperature [R: DINO 0.1].
         temperature_cls: teacher's temperature for [CLS].
         temperature_patch: teacher's temperature for patches, from first to second over 30 % of the run.
-        mask_ratio: range of the share of hidden tokens, one draw per sample.
+        mask_ratio: range of the share of hidden tokens, one draw per masked view; the same number twice where
+            ``student_views`` is ``"visible"``.
         mask_score: what EAAM prefers, or ``"random"`` and ``"block"`` masks; see
             :class:`agssd.transforms.masking.MaskSampler`. ``"loss"`` is that of reconstruction; ``"region"`` needs
             region maps (``data.regions``).
@@ -164,8 +166,9 @@ class AGSSD(PretrainModule):
             tokens of the other view into the targets, ``"casa"`` is Alice's form, ``"none"`` fuses nothing.
         fuser_depth: blocks of the fuser.
         fuser_heads: its attention heads.
-        distilled_share: share of a view's hidden tokens, body first, that the patch term asks for, drawn at random in
-            each step: heads and fuser are the larger part of a step where hidden patches are left out (ours).
+        distilled_share: how many of a view's hidden tokens the patch term asks for, as a share of the most that a view
+            hides (the upper ``mask_ratio``), those with body first, else at random in each step: where hidden patches
+            are left out, heads and fuser would take a fifth of a step (ours).
         fused_share: weight of the fused patch loss at 20 % of the run, from 0 at 5 %.
         fused_share_cls: weight of the fused teacher [CLS] in the targets, reached at 20 % from 0 at 10 %.
         counterpart_drop: probability that a hidden token may not look at its own place in the other view.
@@ -203,6 +206,7 @@ class AGSSD(PretrainModule):
         weight_reconstruction: float = 10.0,
         weight_align: float = 1.0,
         align_pitches: float = 0.5,
+        align_temperature: float = 0.1,
         weight_koleo: float = 0.0,
         assignment: Literal["centring", "sinkhorn", "balance"] = "centring",
         centre_momentum: tuple[float, float] = (0.9, 0.9),
@@ -252,6 +256,8 @@ class AGSSD(PretrainModule):
         self.views = views
         self.weights = {"cls": weight_cls, "patch": weight_patch, "rec": weight_reconstruction}
         self.weights |= {"align": weight_align, "koleo": weight_koleo}
+        if align_pitches <= 0:
+            raise ValueError(f"align_pitches is {align_pitches}; give a spread above 0, in token pitches")
         self.align_pitches = align_pitches
         self.assignment = assignment
         self.temperature_student = temperature_student
@@ -313,7 +319,7 @@ class AGSSD(PretrainModule):
         elif cvaa == "casa":
             self.student["fuser"] = CrossViewFuser(backbone.embed_dim, fuser_heads, 1, 4.0, None, "post")
         if weight_align:
-            self.student["aligner"] = Aligner(backbone.embed_dim)
+            self.student["aligner"] = Aligner(backbone.embed_dim, temperature=align_temperature)
         self.build_teacher()
         self.hide_by(
             MaskSampler(self.grid, self.patch, mask_score, mask_block, mask_edge_share, mask_temperature, mask_hints)
@@ -423,7 +429,7 @@ class AGSSD(PretrainModule):
     def _misplaced(self, attention: Tensor, by_student: _Seen, body: Tensor, places: _Places) -> Tensor:
         """Return the cross-entropy () of the aligner's attention (R, V, N) with the true places in the other view."""
         bias, _, valid = places
-        targets = gather_tokens(place_targets(bias, self.align_pitches), by_student.shown_index)
+        targets = place_targets(gather_tokens(bias, by_student.shown_index), self.align_pitches)
         asked = by_student.is_shown & (body & valid).gather(1, by_student.shown_index)
         return masked_mean(-(targets * attention).sum(-1), asked)
 
@@ -458,7 +464,8 @@ class AGSSD(PretrainModule):
             counts = used & body.gather(1, index)  # (R, M): hidden tokens that hold body
 
         by_student = self._student_pass(views, mask, index)
-        places = self._position_bias(views, hidden)
+        fuses = self.cvaa in ("student", "casa")
+        places = self._position_bias(views, hidden) if fuses or self.weights["align"] else None
 
         # Patches within the masked view.
         asked = self._distilled(views, counts)
@@ -475,7 +482,7 @@ class AGSSD(PretrainModule):
         plain = cross_entropy(targets, student_logits)
         loss_patch = masked_mean(plain, asked_counts)
         fused = None
-        if self.cvaa in ("student", "casa"):
+        if fuses and places is not None:
             memory = pick(cast(Tensor, by_student.tokens), 1 - hidden) if self.cvaa == "casa" else None
             temperature = now["temperature_patch"]
             fused = self._fused(
@@ -514,7 +521,7 @@ class AGSSD(PretrainModule):
 
         terms = {"cls": loss_cls, "patch": loss_patch, "rec": loss_rec}
         attention = None
-        if self.weights["align"]:
+        if self.weights["align"] and places is not None:
             attention = self.student["aligner"](by_student.shown, pick(teacher_tokens, 1 - hidden))
             terms["align"] = self._misplaced(attention, by_student, body, places)
         if self.weights["koleo"]:

@@ -42,10 +42,11 @@ class Aligner(nn.Module):
 
 
 def place_targets(bias: Tensor, pitches: float) -> Tensor:
-    """Return the attention (B, N, N) that points at the true place: a Gaussian around it, over the tokens of B.
+    """Return the attention (B, V, N) that points at the true place: a Gaussian around it, over the tokens of B.
 
     Args:
-        bias: (B, N, N) of :func:`agssd.models.fuser.position_bias`; uniform targets where it is 0, outside the overlap.
-        pitches: standard deviation in token pitches of B.
+        bias: (B, V, N), rows of :func:`agssd.models.fuser.position_bias`; where it is 0, outside the overlap, targets
+            are uniform.
+        pitches: standard deviation in token pitches of B; above 0.
     """
     return (bias * (POSITION_PITCHES / pitches) ** 2).softmax(-1)

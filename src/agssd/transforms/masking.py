@@ -272,7 +272,8 @@ def one_ratio(mask_ratio: tuple[float, float]) -> float:
     if low != high:
         raise ValueError(
             f"mask_ratio is ({low}, {high}), but hidden tokens are left out of the encoder, so all samples must hide "
-            "equally many: give the same number twice (with the callback: --mask_ratio.kind constant)"
+            "equally many: give the same number twice (with the callback: --mask_ratio.kind constant); AG-SSD takes a "
+            "range with student_views masked or both"
         )
     return low
 
