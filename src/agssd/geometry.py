@@ -142,22 +142,23 @@ def token_centres(grid: Size, device: torch.device | None = None) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(grid))
 
 
-def correspondence(affine_a: Tensor, affine_b: Tensor, grid: Size) -> tuple[Tensor, Tensor]:
+def correspondence(affine_a: Tensor, affine_b: Tensor, grid: Size, margin: float = 0.5) -> tuple[Tensor, Tensor]:
     """Return where the tokens of view A lie in view B.
 
     Args:
         affine_a: (B, d + 1, d + 1) float32, A's ``u`` to parent voxels.
         affine_b: (B, d + 1, d + 1) float32, the same for B.
         grid: token grid of both views.
+        margin: how far a point must be inside B, in tokens; with half of one it is between the centres of B's tokens.
 
     Returns:
-        ``u_b`` (B, N, d) float32, coordinates in B, and ``valid`` (B, N) bool: the point is at least half a token
-        inside B on every axis.
+        ``u_b`` (B, N, d) float32, coordinates in B, and ``valid`` (B, N) bool: the point is at least ``margin`` inside
+        B on every axis.
     """
     with torch.autocast(affine_a.device.type, enabled=False):  # half precision misplaces tokens by 5 % of a pitch
         centres = token_centres(grid, affine_a.device)
         u_b = transform(invert(affine_b) @ affine_a, centres.expand(affine_a.shape[0], -1, -1))
-        limit = 1 - 1 / constant(grid, u_b.device)
+        limit = 1 - 2 * margin / constant(grid, u_b.device)
         return u_b, (u_b.abs() <= limit + 1e-5).all(-1)
 
 

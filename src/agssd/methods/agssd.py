@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -75,13 +76,25 @@ class _Step:
     student_patch: Tensor  # (R, A, K) logits over the temperature
     cls_features: Tensor  # (2B, E)
     tokens: Tensor  # (B, 2, N, E) teacher
-    prediction: Tensor  # (R, M, P) intensities; with norm_pix each patch's own mean and spread are given to it
-    target: Tensor  # (R, M, P) intensities
+    prediction: Tensor  # (R, M, P) of hidden patches, in units of their targets
+    voxels: Tensor  # (R, N, P) intensities
+    scaling: tuple[Tensor, Tensor]  # mean and scale (R, N, 1) that voxels become targets by
     plain: Tensor  # (R, A) cross-entropy without fusion
     fused: Tensor | None  # (R, A) with
     attention: Tensor | None  # (R, V, N) log-attention of shown tokens over the other view, by the aligner
     shown: Tensor  # (R, V) their positions
     ratio: Tensor  # (R,) nominal
+
+    @property
+    def target(self) -> Tensor:
+        """(R, M, P) intensities of the hidden patches."""
+        return gather_tokens(self.voxels, self.index)
+
+    @property
+    def predicted(self) -> Tensor:
+        """(R, M, P) intensities; with ``norm_pix`` each patch's own mean and spread are given to what is predicted."""
+        mean, scale = (gather_tokens(x, self.index) for x in self.scaling)
+        return self.prediction * scale + mean
 
 
 @dataclass
@@ -390,7 +403,9 @@ class AGSSD(PretrainModule):
 
     # ---------------------------------------------------------------- EAAM
 
-    def _scores(self, views: Views, body: Tensor, targets: Tensor, attention: Tensor | None) -> Tensor | None:
+    def _scores(
+        self, views: Views, body: Tensor, attention: Tensor | None, target_of: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
         """Return (R, N) z-scores of the teacher mixed with edges, where the teacher is asked."""
         view = pick(self._teacher_inputs(views), self._masked(views))
 
@@ -400,7 +415,7 @@ class AGSSD(PretrainModule):
                 prediction: Tensor = self.teacher["reconstruction"](tokens)
             else:
                 prediction, _ = predict_hidden(self.teacher, "reconstruction", view, mask, index)
-            return (prediction - gather_tokens(targets, index)).abs().mean(-1)
+            return (prediction - target_of(index)).abs().mean(-1)
 
         scores = self.teacher_scores(views.sample, view, body, error, attention)
         if scores is None:
@@ -426,11 +441,20 @@ class AGSSD(PretrainModule):
             random = KeyedRandom.from_keys(random.split(2))
         return forbidden_keys(random, mask, distance, self.key_dropout, self.counterpart_drop)
 
-    def _misplaced(self, attention: Tensor, by_student: _Seen, body: Tensor, places: _Places) -> Tensor:
+    def _lies_in_other(self, views: Views, body: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where tokens of masked views lie in the other one, (R, N, d), and (R, N) which body tokens lie in it.
+
+        In it by their centres: a token beyond the outermost centres of the other view has a nearest one all the same.
+        """
+        affine, hidden = views.geometry.globals.affine, self._masked(views)
+        u, inside = correspondence(pick(affine, hidden), pick(affine, 1 - hidden), self.grid, margin=0.0)
+        return u, inside & body
+
+    def _misplaced(self, attention: Tensor, by_student: _Seen, body: Tensor, views: Views) -> Tensor:
         """Return the cross-entropy () of the aligner's attention (R, V, N) with the true places in the other view."""
-        bias, _, valid = places
-        targets = place_targets(gather_tokens(bias, by_student.shown_index), self.align_pitches)
-        asked = by_student.is_shown & (body & valid).gather(1, by_student.shown_index)
+        u, inside = self._lies_in_other(views, body)
+        targets = place_targets(gather_tokens(u, by_student.shown_index), self.grid, self.align_pitches)
+        asked = by_student.is_shown & inside.gather(1, by_student.shown_index)
         return masked_mean(-(targets * attention).sum(-1), asked)
 
     # ---------------------------------------------------------------- loss
@@ -456,16 +480,18 @@ class AGSSD(PretrainModule):
             clean = pick(views.clean, hidden)
             voxels = patches_of(clean, self.patch)  # (R, N, P)
             mean, scale = patch_scaling(voxels, clean, self.norm_pix)
-            rec_targets = (voxels - mean) / scale
-            given = self._scores(views, body, rec_targets, attention)
+
+            def target_of(index: Tensor) -> Tensor:
+                return (gather_tokens(voxels, index) - gather_tokens(mean, index)) / gather_tokens(scale, index)
+
+            given = self._scores(views, body, attention, target_of)
             mask, ratio = mask_views(views, hidden, body, self.masks, self.mask_ratio, self.seed, self.progress, given)
             flat_mask = mask.flatten(1)
             index, used = masked_indices(flat_mask, self._limit())
             counts = used & body.gather(1, index)  # (R, M): hidden tokens that hold body
 
         by_student = self._student_pass(views, mask, index)
-        fuses = self.cvaa in ("student", "casa")
-        places = self._position_bias(views, hidden) if fuses or self.weights["align"] else None
+        places = self._position_bias(views, hidden) if self.cvaa in ("student", "casa") else None
 
         # Patches within the masked view.
         asked = self._distilled(views, counts)
@@ -482,7 +508,7 @@ class AGSSD(PretrainModule):
         plain = cross_entropy(targets, student_logits)
         loss_patch = masked_mean(plain, asked_counts)
         fused = None
-        if fuses and places is not None:
+        if places is not None:
             memory = pick(cast(Tensor, by_student.tokens), 1 - hidden) if self.cvaa == "casa" else None
             temperature = now["temperature_patch"]
             fused = self._fused(
@@ -516,14 +542,13 @@ class AGSSD(PretrainModule):
         prediction = self.student["reconstruction"](by_student.hidden)
         assert views.edges is not None
         edges = gather_tokens(patches_of(views.edges.expand_as(clean), self.patch), index)
-        target = gather_tokens(rec_targets, index)
-        loss_rec = patch_l1(prediction, target, 1 + self.reconstruction_edges * edges, counts)
+        loss_rec = patch_l1(prediction, target_of(index), 1 + self.reconstruction_edges * edges, counts)
 
         terms = {"cls": loss_cls, "patch": loss_patch, "rec": loss_rec}
         attention = None
-        if self.weights["align"] and places is not None:
+        if self.weights["align"]:
             attention = self.student["aligner"](by_student.shown, pick(teacher_tokens, 1 - hidden))
-            terms["align"] = self._misplaced(attention, by_student, body, places)
+            terms["align"] = self._misplaced(attention, by_student, body, views)
         if self.weights["koleo"]:
             terms["koleo"] = torch.stack([koleo(one) for one in by_student.cls.unbind(1)]).mean()
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
@@ -540,8 +565,9 @@ class AGSSD(PretrainModule):
             student_patch=student_logits.detach(),
             cls_features=teacher_cls.flatten(0, 1).float(),
             tokens=teacher_tokens,
-            prediction=prediction.detach() * gather_tokens(scale, index) + gather_tokens(mean, index),
-            target=gather_tokens(voxels, index),
+            prediction=prediction.detach(),
+            voxels=voxels,
+            scaling=(mean, scale),
             plain=plain.detach(),
             fused=None if fused is None else fused.detach(),
             attention=None if attention is None else attention.detach(),
@@ -720,14 +746,14 @@ class AGSSD(PretrainModule):
             **alignment_figures(pick(step.tokens, hidden), aligned, valid),
         }
         if step.attention is not None:
-            places = self._position_bias(views, hidden)
-            asked = (valid & body_of(pick(views.foreground, hidden), self.patch) & ~step.mask).gather(1, step.shown)
-            figures |= place_figures(step.attention, step.shown, places[1], asked)
+            _, inside = self._lies_in_other(views, body_of(pick(views.foreground, hidden), self.patch))
+            asked = (inside & ~step.mask).gather(1, step.shown)
+            figures |= place_figures(step.attention, step.shown, self._position_bias(views, hidden)[1], asked)
         if step.fused is not None:
             figures |= fusion_figures(step.plain, step.fused, step.distilled_counts & valid.gather(1, step.distilled))
         edges = scores.gather(1, step.index)
         is_ct = views.is_ct.repeat_interleave(self.masked_views)
-        return figures | reconstruction_figures(step.prediction, step.target, counts, edges, is_ct)
+        return figures | reconstruction_figures(step.predicted, step.target, counts, edges, is_ct)
 
     @torch.no_grad()
     def view_panel(self, index: int) -> ViewPanel:
@@ -741,11 +767,11 @@ class AGSSD(PretrainModule):
             raise IndexError(f"sample {index} is not in the last batch")
         views = step.views
         hidden = self._masked(views)
-        reconstruction = views.clean[index, :, 0].clone()
+        reconstruction, predicted = views.clean[index, :, 0].clone(), step.predicted
         for row in range(index * self.masked_views, (index + 1) * self.masked_views):
             patches = patches_of(views.clean[index, hidden[row]][None], self.patch).clone()
             shown = step.mask[row].gather(0, step.index[row])
-            patches[0, step.index[row][shown]] = step.prediction[row][shown].to(patches.dtype)
+            patches[0, step.index[row][shown]] = predicted[row][shown].to(patches.dtype)
             reconstruction[hidden[row]] = unpatch(patches, self.grid, self.patch)[0, 0]
         masks = in_their_views(step.mask.unflatten(1, self.grid), hidden, len(views.sample))
         panel = panel_of(views, index, masks, reconstruction, self.masks.score == "region")

@@ -19,7 +19,7 @@ from agssd.models.backbone import Backbone
 from agssd.models.heads import ProjectionHead
 from agssd.models.pyramid import FeaturePyramid, average_cells
 from agssd.transforms.corruption import Corruption
-from agssd.transforms.crops import OverlapCrops, box_views, extract
+from agssd.transforms.crops import OverlapCrops, box_views, extract_with_body
 from agssd.transforms.edges import MIN_FOREGROUND
 from agssd.transforms.intensity import Appearance
 from agssd.transforms.keyed_random import KeyedRandom
@@ -200,10 +200,9 @@ class RegionContrast(PretrainModule):
         random = KeyedRandom(self.seed, views.sample, "regions")
         numbers = draw_regions(views.known_regions(), self.num_regions, self.min_voxels, random)
         box, fits = shrink_into_views(views.geometry.overlap_box, views.geometry.globals.affine)
-        parents = torch.cat([parent_image(batch), batch["foreground"].float()], 1)
         place = box_views(box[:, None, :, 0], (box[..., 1] - box[..., 0])[:, None])
-        core, body = extract(parents, place, views.size_vox).tensor_split([-1], 2)
-        body = (body > 0.5) & fits.view(-1, *[1] * (body.ndim - 1))
+        core, body = extract_with_body(parent_image(batch), batch["foreground"], place, views.size_vox)
+        body = body & fits.view(-1, *[1] * (body.ndim - 1))
         corrupted = self.corruption(core, views.is_ct, self.seed, views.sample)
         return RegionViews(views, numbers, box, core, corrupted, body.float())
 

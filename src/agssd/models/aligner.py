@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agssd.models.fuser import POSITION_PITCHES
+from agssd.geometry import constant, token_centres
+from agssd.types import Size
 
 
 class Aligner(nn.Module):
@@ -41,12 +42,13 @@ class Aligner(nn.Module):
             return (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT / self.temperature).log_softmax(-1)
 
 
-def place_targets(bias: Tensor, pitches: float) -> Tensor:
-    """Return the attention (B, V, N) that points at the true place: a Gaussian around it, over the tokens of B.
+def place_targets(u: Tensor, grid: Size, pitches: float) -> Tensor:
+    """Return the attention (B, V, N) that points at true places: a Gaussian around each, over the tokens of B.
 
     Args:
-        bias: (B, V, N), rows of :func:`agssd.models.fuser.position_bias`; where it is 0, outside the overlap, targets
-            are uniform.
+        u: (B, V, d) float32, coordinates in B, each axis of which spans [-1, 1].
+        grid: token grid of B.
         pitches: standard deviation in token pitches of B; above 0.
     """
-    return (bias * (POSITION_PITCHES / pitches) ** 2).softmax(-1)
+    offset = (u[:, :, None] - token_centres(grid, u.device)) * (constant(grid, u.device) / 2)  # (B, V, N, d)
+    return (-offset.square().sum(-1) / (2 * pitches**2)).softmax(-1)

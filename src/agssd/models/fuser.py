@@ -13,7 +13,7 @@ from agssd.geometry import constant, correspondence, token_centres
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.types import Size
 
-POSITION_PITCHES = 2.0  # standard deviation of the position bias, in token pitches of the other view
+_POSITION_PITCHES = 2.0  # standard deviation of the position bias, in token pitches of the other view
 _COUNTERPART_PITCHES = 1.5  # keys closer than this to a token's place are its counterpart
 
 
@@ -145,7 +145,7 @@ def position_bias(query: Tensor, memory: Tensor, grid: Size) -> tuple[Tensor, Te
     u, valid = correspondence(query, memory, grid)
     pitch = constant(grid, u.device) / 2
     offset = (u[:, :, None] - token_centres(grid, u.device)[None, None]) * pitch  # (B, N, N, d)
-    bias = -(offset**2).sum(-1) / (2 * POSITION_PITCHES**2)
+    bias = -(offset**2).sum(-1) / (2 * _POSITION_PITCHES**2)
     bias = torch.where(valid[..., None], bias, torch.zeros_like(bias))
     return bias, offset.abs().amax(-1), valid
 

@@ -63,7 +63,8 @@ def rotary_angles(grid: Size, head_dim: int, device: torch.device | None = None)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Return ``x`` (B, heads, L, d) with each channel pair (i, i + d/2) rotated, computed in float32."""
+    """Return ``x`` (..., B, heads, L, d) with each channel pair (i, i + d/2) rotated, computed in float32."""
     cos, sin = rotation
-    first, second = x.float().chunk(2, dim=-1)
-    return (torch.cat([first, second], -1) * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+    whole = x.float()
+    first, second = whole.chunk(2, dim=-1)
+    return torch.addcmul(whole * cos, torch.cat([-second, first], -1), sin).to(x.dtype)

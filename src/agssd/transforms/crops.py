@@ -331,6 +331,24 @@ def extract(parent: Tensor, views: ViewGeometry, size_vox: Size, separable: bool
     return _extract_separable(parent, views, size_vox) if separable else _extract_grid(parent, views, size_vox)
 
 
+def extract_with_body(parent: Tensor, foreground: Tensor, views: ViewGeometry, size_vox: Size) -> tuple[Tensor, Tensor]:
+    """Return views (B, V, C, *size_vox) float32 of images, as :func:`extract`, and which of their voxels are body.
+
+    Args:
+        parent: (B, C, [D,] H, W) float32.
+        foreground: (B, 1, [D,] H, W) bool.
+        views: geometry of V views per sample.
+        size_vox: output size.
+
+    Returns:
+        The views, and (B, V, 1, *size_vox) bool, True where more than half of what a voxel reads is.
+    """
+    if parent.device.type == "cpu":  # where one tensor of both would be copied for nothing
+        return extract(parent, views, size_vox), extract(foreground, views, size_vox) > 0.5
+    image, body = extract(torch.cat([parent, foreground.float()], 1), views, size_vox).tensor_split([-1], 2)
+    return image, body > 0.5
+
+
 def extract_numbers(parent: Tensor, views: ViewGeometry, size_vox: Size) -> Tensor:
     """Cut views from maps of numbers, such as regions: each voxel takes the number of the nearest voxel.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -18,15 +19,22 @@ MIN_FOREGROUND = 0.05  # patches with less body than this are background
 
 
 def _gradient_magnitude(image: Tensor, spacing_mm: Tensor) -> Tensor:
-    """Return (B, C, [D,] H, W): norm of the central differences per mm after a Gaussian of 1 mm."""
+    """Return (B, C, [D,] H, W): norm of the central differences per mm after a Gaussian of 1 mm.
+
+    One-sided differences at the border of the view. Not torch.gradient, which takes no spacing per sample and passes
+    over the image twice as often.
+    """
     smoothed = smooth(image, 1.0 / spacing_mm)
-    squared = torch.zeros_like(image)
+    squared = torch.zeros_like(smoothed)
     for axis in range(image.ndim - 2):
-        dim = axis + 2
-        # Central differences inside, one-sided at the border (torch.gradient takes no spacing per sample).
-        (slope,) = torch.gradient(smoothed, dim=dim)
-        squared += (slope / per_sample(spacing_mm[:, axis], slope)) ** 2
-    return squared.sqrt()
+        dim, length = axis + 2, image.shape[axis + 2]
+        # Where the difference goes, and how many voxels lie between its ends.
+        for start, count, ends in ((1, length - 2, 2), (0, 1, 1), (length - 1, 1, 1)):
+            low = start - 1 if start else 0
+            rise = smoothed.narrow(dim, low + ends, count) - smoothed.narrow(dim, low, count)
+            rise /= per_sample(ends * spacing_mm[:, axis], rise)
+            squared.narrow(dim, start, count).addcmul_(rise, rise)
+    return squared.sqrt_()
 
 
 def edge_magnitude(image: Tensor, spacing_mm: Tensor, is_ct: Tensor) -> Tensor:
@@ -43,10 +51,10 @@ def edge_magnitude(image: Tensor, spacing_mm: Tensor, is_ct: Tensor) -> Tensor:
     Returns:
         (B, C, [D,] H, W) float32, intensity units per mm.
     """
+    if is_ct.device.type == "cpu" and not bool(is_ct.any()):
+        return _gradient_magnitude(image, spacing_mm)
     ct = per_sample(is_ct, image)
     wide = _gradient_magnitude(torch.where(ct, image.clamp(*WIDE_HU), image), spacing_mm)
-    if is_ct.device.type == "cpu" and not bool(is_ct.any()):
-        return wide
     soft = _gradient_magnitude(image.clamp(*SOFT_TISSUE_HU), spacing_mm)
     return torch.where(ct, torch.maximum(soft, 0.5 * wide), wide)
 
@@ -85,25 +93,24 @@ def suppress_border(magnitude: Tensor, foreground: Tensor) -> Tensor:
         magnitude: (B, C, [D,] H, W) float32.
         foreground: (B, 1, [D,] H, W) bool; False in padding.
     """
-    inside = foreground.to(magnitude.dtype)
-    outside = 1 - inside
-    for dim in range(2, outside.ndim):
-        outside = _largest_nearby(outside, dim, 2)
-    return magnitude * (0.25 * inside + 0.75 * (1 - outside))
+    deep = foreground
+    for dim in range(2, foreground.ndim):
+        deep = _all_nearby(deep, dim, 2)
+    quarters = foreground.to(torch.uint8) + 3 * deep.to(torch.uint8)
+    return (magnitude * quarters).mul_(0.25)
 
 
-def _largest_nearby(image: Tensor, dim: int, reach: int) -> Tensor:
-    """Return the largest value within ``reach`` voxels along one axis; voxels beyond the border do not count.
+def _all_nearby(image: Tensor, dim: int, reach: int) -> Tensor:
+    """Return whether all within ``reach`` voxels along one axis are True (bool); nobody asks beyond the border.
 
-    Not max_pool3d, which is nine times slower on a CPU (70 ms against 8 ms for 32 views of 32³ along three axes; one
+    Not max_pool3d, which is 25 times slower on a CPU (51 ms against 2 for 32 views of 32³ along three axes; one
     thread of a 2-core x86-64 CPU, torch 2.13, 2026-11-22).
     """
-    largest, length = image.clone(), image.shape[dim]
+    found, length = image.clone(), image.shape[dim]
     for shift in range(1, min(reach, length - 1) + 1):
         for here, there in ((0, shift), (shift, 0)):
-            part = largest.narrow(dim, here, length - shift)
-            part.copy_(torch.maximum(part, image.narrow(dim, there, length - shift)))
-    return largest
+            found.narrow(dim, here, length - shift).logical_and_(image.narrow(dim, there, length - shift))
+    return found
 
 
 def normalise_edges(magnitude: Tensor, q99: Tensor) -> Tensor:
@@ -113,9 +120,8 @@ def normalise_edges(magnitude: Tensor, q99: Tensor) -> Tensor:
         magnitude: (B, C, [D,] H, W) float32 after :func:`suppress_border`.
         q99: (B, C) float32, the whole volume's 99th percentile inside the foreground.
     """
-    q99 = per_sample(q99, magnitude)
-    edges = (magnitude / q99.clamp_min(1e-12)).clamp(0, 1).sqrt()
-    return torch.where(q99 > 1e-6, edges, torch.zeros_like(edges))
+    of_q99 = torch.where(q99 > 1e-6, 1 / q99.clamp_min(1e-12), torch.zeros_like(q99))
+    return (magnitude * per_sample(of_q99, magnitude)).clamp_(0, 1).sqrt_()
 
 
 def patches_of(image: Tensor, patch: Size) -> Tensor:
@@ -133,8 +139,12 @@ def unpatch(patches: Tensor, grid: Size, patch: Size) -> Tensor:
 
 def patch_scores(edges: Tensor, patch: Size) -> Tensor:
     """Return (B, N): mean of the strongest quarter of the voxels of each patch of ``edges`` (B, C, [D,] H, W)."""
-    voxels = patches_of(edges.amax(1, keepdim=True), patch)
-    return voxels.topk(max(1, voxels.shape[-1] // 4), dim=-1, sorted=False).values.mean(-1)
+    voxels = patches_of(edges if edges.shape[1] == 1 else edges.amax(1, keepdim=True), patch)
+    strongest = max(1, voxels.shape[-1] // 4)
+    if voxels.device.type == "cpu":  # topk takes five times as long there: 10 ms against 2 for 32 views of 32³
+        found = np.partition(voxels.numpy(), -strongest, axis=-1)[..., -strongest:]
+        return torch.from_numpy(found).mean(-1)
+    return voxels.topk(strongest, dim=-1, sorted=False).values.mean(-1)
 
 
 def entropy_scores(image: Tensor, patch: Size, bins: int = 32) -> Tensor:

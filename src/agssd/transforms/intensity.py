@@ -30,9 +30,21 @@ def to_model_range(image: Tensor, low: Tensor, high: Tensor, is_ct: Tensor) -> T
         high: (B, C) float32, the intensity that maps to the high end (CT: 1000 HU).
         is_ct: (B,) bool.
     """
-    low, high = per_sample(low, image), per_sample(high, image)
-    unit = ((image - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    return torch.where(per_sample(is_ct, image), unit, unit * 2 - 1)
+    floor, span = _model_range(is_ct)
+    unit = (image - per_sample(low, image)).div_(per_sample((high - low).clamp_min(1e-6), image)).clamp_(0, 1)
+    return unit.mul_(per_sample(span, unit)).add_(per_sample(floor, unit))
+
+
+def from_model_range(image: Tensor, low: Tensor, high: Tensor, is_ct: Tensor) -> Tensor:
+    """Return HU for CT, source units for MRI: what :func:`to_model_range` made ``image`` of, where it did not clip."""
+    floor, span = (per_sample(x, low) for x in _model_range(is_ct))
+    slope = (high - low) / span
+    return torch.addcmul(per_sample(low - floor * slope, image), image, per_sample(slope, image))
+
+
+def _model_range(is_ct: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the low end of the model's range and its width, (B,) each."""
+    return torch.where(is_ct, 0.0, -1.0), torch.where(is_ct, 1.0, 2.0)
 
 
 class Appearance:
@@ -140,17 +152,19 @@ class Appearance:
         def draw(low: float = 0.0, high: float = 1.0) -> Tensor:
             return rows(random.between(low, high, views).flatten())
 
-        floor = torch.where(is_ct, 0.0, -1.0)
-        span = torch.where(is_ct, 1.0, 2.0)
-        unit = (image - per_sample(floor, image)) / per_sample(span, image)
+        floor, span = _model_range(is_ct)
+        unit = (image - per_sample(floor, image)).div_(per_sample(span, image))
 
         power = torch.where(draw() < self.prob_gamma, self.gamma ** draw(-1.0, 1.0), torch.ones_like(span))
         # A smooth monotone change: x + a sin(pi x) + b sin(2 pi x), with a and b too small to turn its slope.
-        chosen = (draw() < self.prob_histogram).float()
-        first, second = chosen * draw(-0.05, 0.05), chosen * draw(-0.025, 0.025)
-        unit = unit.clamp(1e-4, 1) ** per_sample(power, unit)
-        first, second = per_sample(first, unit), per_sample(second, unit)
-        unit = unit + first * (torch.pi * unit).sin() + second * (2 * torch.pi * unit).sin()
+        chosen, first, second = draw() < self.prob_histogram, draw(-0.05, 0.05), draw(-0.025, 0.025)
+        unit = unit.clamp_(1e-4, 1) ** per_sample(power, unit)
+
+        def bend(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+            first, second = per_sample(first, x), per_sample(second, x)
+            return x + first * (torch.pi * x).sin() + second * (2 * torch.pi * x).sin()
+
+        unit = apply_where(chosen, bend, unit, first, second)
 
         chosen, sharpen, width = draw() < self.prob_blur, draw() < 0.5, draw(0.3, 1.0) * self.blur_vox
         amount = torch.where(sharpen, -0.5, 1.0)
@@ -179,7 +193,7 @@ class Appearance:
             unit = apply_where(
                 draw() < self.prob_speckle, add_speckle, unit, draw(0.0, self.speckle), rows(random.split(views))
             )
-        return unit.clamp(0, 1) * per_sample(span, unit) + per_sample(floor, unit)
+        return unit.clamp(0, 1).mul_(per_sample(span, unit)).add_(per_sample(floor, unit))
 
 
 def apply_where(chosen: Tensor, change: Callable[..., Tensor], image: Tensor, *settings: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from agssd.geometry import constant, per_sample
-from agssd.transforms.crops import OverlapCrops, ViewSet, box_in_view, extract, extract_numbers
+from agssd.transforms.crops import OverlapCrops, ViewSet, box_in_view, extract, extract_numbers, extract_with_body
 from agssd.transforms.edges import (
     MIN_FOREGROUND,
     edge_magnitude,
@@ -18,7 +18,7 @@ from agssd.transforms.edges import (
     region_boundaries,
     suppress_border,
 )
-from agssd.transforms.intensity import Appearance, to_model_range
+from agssd.transforms.intensity import Appearance, from_model_range, to_model_range
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.masking import MAP_SCORES, MaskSampler
 from agssd.types import ParentBatch, Size, ViewPanel
@@ -75,7 +75,7 @@ class Views:
 def parent_image(batch: ParentBatch) -> Tensor:
     """Return the parent crops (B, C, [D,] H, W) float32 in the model's range."""
     stored = batch["image"].float()
-    raw = stored * per_sample(batch["scale"], stored) + per_sample(batch["offset"], stored)
+    raw = torch.addcmul(per_sample(batch["offset"], stored), stored, per_sample(batch["scale"], stored))
     return to_model_range(raw, batch["low"], batch["high"], batch["is_ct"])
 
 
@@ -111,10 +111,7 @@ def make_views(
     parent = parent_image(batch)
     geometry = crops.sample(batch["foreground"], sample, seed, batch.get("regions"))
 
-    channels = parent.shape[1]
-    stacked = torch.cat([parent, batch["foreground"].float()], 1)
-    cut = extract(stacked, geometry.globals, crops.size_vox)
-    clean, foreground = cut[:, :, :channels], cut[:, :, channels:] > 0.5
+    clean, foreground = extract_with_body(parent, batch["foreground"], geometry.globals, crops.size_vox)
     hidden_view = (KeyedRandom(seed, sample, "hidden view").uniform(1)[:, 0] < 0.5).long()
     random = KeyedRandom(seed, sample, "appearance of global views")
     inputs = _appear(appearance, clean, is_ct, random, hidden_view if hidden_only else None)
@@ -185,11 +182,11 @@ def edge_maps(views: Views, which: Tensor) -> Tensor:
     """Return the edge map (R, 1, [D,] H, W) in [0, 1] of global views ``which`` (R,), from their clean intensities."""
     rows = _samples_of(which, views.clean)
     clean, is_ct = pick(views.clean, which), views.is_ct[rows]
-    unit = torch.where(per_sample(is_ct, clean), clean, (clean + 1) / 2)
-    low, high = per_sample(views.low[rows], clean), per_sample(views.high[rows], clean)
-    magnitude = edge_magnitude(low + unit * (high - low), pick(views.spacing_mm, which), is_ct)
+    real = from_model_range(clean, views.low[rows], views.high[rows], is_ct)
+    magnitude = edge_magnitude(real, pick(views.spacing_mm, which), is_ct)
     magnitude = suppress_border(magnitude, pick(views.foreground, which))
-    return normalise_edges(magnitude, views.edge_q99[rows]).amax(1, keepdim=True)
+    edges = normalise_edges(magnitude, views.edge_q99[rows])
+    return edges if edges.shape[1] == 1 else edges.amax(1, keepdim=True)
 
 
 def boundary_maps(views: Views, which: Tensor) -> Tensor:
