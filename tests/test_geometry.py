@@ -118,18 +118,20 @@ def test_correspondence__reads_exact_coordinates_for_all_pairs_of_orientations(g
     assert (transform(affine_b, u_b) - wanted).abs().max() < 1e-5  # also where B has nothing to read
 
 
-def test_correspondence__valid_means_at_least_half_a_token_inside():
+@pytest.mark.parametrize(("margin", "least"), [(0.5, 1 / 8), (0.0, 0.0)])
+def test_correspondence__valid_means_at_least_the_margin_inside(margin, least):
     grid = (4, 4, 4)
     generator = torch.Generator().manual_seed(4)
     centre, edge = torch.rand(64, 3, generator=generator), torch.rand(64, 3, generator=generator) + 0.5
     orientation = torch.randint(48, (2, 64), generator=generator)
     affine_a = affines(centre, edge, orientation[0])
     affine_b = affines(torch.full((64, 3), 0.5), torch.ones(64, 3), orientation[1])
-    _, valid = correspondence(affine_a, affine_b, grid)
+    _, valid = correspondence(affine_a, affine_b, grid, margin)
+    assert margin != 0.5 or torch.equal(valid, correspondence(affine_a, affine_b, grid)[1])
     points = transform(affine_a, token_centres(grid).expand(64, -1, -1))
-    margin = torch.minimum(points, 1 - points).amin(-1)  # distance to B's faces, B is the unit cube
-    clear = (margin - 1 / 8).abs() > 1e-3
-    assert torch.equal(valid[clear], (margin > 1 / 8)[clear])
+    from_face = torch.minimum(points, 1 - points).amin(-1)  # distance to B's faces, B is the unit cube
+    clear = (from_face - least).abs() > 1e-3
+    assert torch.equal(valid[clear], (from_face > least)[clear])
 
 
 def test_sample_tokens__interpolates_linear_fields_in_any_orientation_with_rotation():

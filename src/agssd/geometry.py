@@ -187,11 +187,11 @@ def mutual_neighbours(affine_a: Tensor, affine_b: Tensor, grid: Size) -> tuple[T
 
 def _cells(affine_a: Tensor, affine_b: Tensor, grid: Size) -> tuple[Tensor, Tensor]:
     """Return the cell (B, N) int64 of B, raster order, nearest to each token centre of A, and whether it holds it."""
-    u_b, _ = correspondence(affine_a, affine_b, grid)
+    u_b, inside = correspondence(affine_a, affine_b, grid, margin=0.0)
     size = constant(grid, u_b.device)
     cell = torch.minimum(((u_b + 1) / 2 * size).floor().clamp_min(0), size - 1).long()
     strides = tuple(math.prod(grid[axis + 1 :]) for axis in range(len(grid)))
-    return (cell * constant(strides, cell.device, torch.int64)).sum(-1), (u_b.abs() <= 1).all(-1)
+    return (cell * constant(strides, cell.device, torch.int64)).sum(-1), inside
 
 
 def sample_tokens(tokens: Tensor, grid: Size, points: Tensor) -> Tensor:

@@ -228,15 +228,20 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def misplaced(module: Any, views: Any, b: int, v: int, mask: Tensor, student: Tensor, teacher: Tensor) -> float:
-    """Return the cross-entropy of where shown body of view ``v`` is looked for in the other view with where it is."""
+def misplaced(
+    module: Any, views: Any, b: int, v: int, mask: Tensor, student: Tensor, teacher: Tensor
+) -> tuple[float, list[float]]:
+    """Return the cross-entropy of where shown body of view ``v`` is looked for in the other view with where it is.
+
+    Beside it how far off the best guess of each token is, in pitches of the other view.
+    """
     grid = np.array(module.grid)
     places = np.array([(2 * np.array(index) + 1) / grid - 1 for index in np.ndindex(*module.grid)])
     own, other = (views.geometry.globals.affine[b, one].double().numpy() for one in (v, 1 - v))
     with torch.no_grad():
         keys = module.student["aligner"].key(teacher).double().numpy()
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-    losses = []
+    losses, misses = [], []
     for n in np.flatnonzero(~mask.numpy()):
         i, j, k = (8 * int(x) for x in np.unravel_index(n, module.grid))
         body = views.foreground[b, v][0, i : i + 8, j : j + 8, k : k + 8].double().mean()
@@ -247,8 +252,10 @@ def misplaced(module: Any, views: Any, b: int, v: int, mask: Tensor, student: Te
             query = module.student["aligner"].query(student[n]).double().numpy()
         apart = (((places - there[:3]) * grid / 2) ** 2).sum(1)
         target = softmax(-apart / (2 * module.align_pitches**2))
-        losses.append(-(target * np.log(softmax(keys @ query / np.linalg.norm(query) / 0.1))).sum())
-    return float(np.mean(losses)) if losses else 0.0
+        cosines = keys @ query / np.linalg.norm(query)
+        losses.append(-(target * np.log(softmax(cosines / 0.1))).sum())
+        misses.append(np.abs((places[cosines.argmax()] - there[:3]) * grid / 2).max())
+    return float(np.mean(losses)) if losses else 0.0, misses
 
 
 @pytest.mark.parametrize(
@@ -283,7 +290,7 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
         centre.centre.copy_(torch.randn(64, generator=torch.Generator().manual_seed(1)) * 0.05)
     views, loss, step = step_of(module, half_background(batch))
     centre_cls, centre_patch = module.centre_cls.centre.numpy(), module.centre_patch.centre.numpy()
-    cls, patch, rec, align = [], [], [], []
+    cls, patch, rec, align, misses = [], [], [], [], []
     for b, hidden in enumerate(views.hidden_view.tolist()):
         masks = {hidden: step.mask[b]} if module.masked_views == 1 else {v: step.mask[2 * b + v] for v in (0, 1)}
         student, teacher, scores, worked_out = [], [], [], {}
@@ -338,16 +345,20 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
                     losses.append(-(target * np.log(softmax(student_patch[n] / 0.1))).sum())
                 weight, voxels = 1 + edges[box].ravel(), clean[box].ravel()
                 if module.norm_pix:
-                    voxels = (voxels - voxels.mean()) / max(voxels.std(), 0.05 * clean.std(ddof=1))
+                    voxels = (voxels - voxels.mean()) / max(voxels.std(), 0.05 * clean.std())
                 error += (weight * np.abs(predicted[n] - voxels)).sum()
                 weights += weight.sum()
             patch.append(np.mean(losses))
             rec.append(error / weights)
-            align.append(misplaced(module, views, b, v, mask, student[v].tokens[0], teacher[1 - v].tokens[0]))
+            placed = misplaced(module, views, b, v, mask, student[v].tokens[0], teacher[1 - v].tokens[0])
+            align.append(placed[0])
+            misses += placed[1]
     assert float(loss.terms["cls"]) == pytest.approx(np.mean(cls), rel=1e-5)
     assert float(loss.terms["patch"]) == pytest.approx(np.mean(patch), rel=1e-5)
     assert float(loss.terms["rec"]) == pytest.approx(np.mean(rec), rel=1e-5)
     assert float(loss.terms["align"]) == pytest.approx(np.mean(align), rel=1e-5)
+    if module.weights["align"]:
+        assert float(module.observations["scalars"]["align_distance"]) == pytest.approx(np.mean(misses), rel=1e-4)
     total = np.mean(cls) + np.mean(patch) + 10 * np.mean(rec) + module.weights["align"] * np.mean(align)
     assert float(loss.total) == pytest.approx(total, rel=1e-5)
 
@@ -533,7 +544,8 @@ def test_agssd__position_bias_is_the_true_distance_in_pitches_of_the_other_view(
     affine = views.geometry.globals.affine.double().numpy()
     grid = np.array(module.grid)
     centres = np.array([(2 * np.array(index) + 1) / grid - 1 for index in np.ndindex(*module.grid)])
-    bias, distance, valid = module._position_bias(views, views.hidden_view)
+    bias, distance = module._position_bias(views, views.hidden_view)
+    valid = bias.any(-1)
     assert 0 < valid.sum() < valid.numel()
     for b, hidden in enumerate(views.hidden_view.tolist()):
         own, other = affine[b, hidden], affine[b, 1 - hidden]
@@ -586,7 +598,7 @@ def test_agssd__teacher_fuses_hidden_tokens_and_cls_with_the_other_view(
         for v in (0, 1):
             own, other = (module.teacher["backbone"](views.clean[b, which][None]) for which in (v, 1 - v))
             if v == hidden:
-                bias, _, _ = module._position_bias(one, torch.tensor([v]))
+                bias, _ = module._position_bias(one, torch.tensor([v]))
                 expected = fuser(own.tokens, other.tokens, bias)[0, step.index[b]]
                 torch.testing.assert_close(tokens[b], expected, rtol=0, atol=1e-5)
             if (b, v) in asked:
@@ -614,7 +626,7 @@ def test_agssd__student_fuses_each_hidden_token_with_its_own_bias_and_keys(
     views, _, step = step_of(module, batch)
     ((_, _, bias, forbidden), _) = calls[0]
     which = module._masked(views)
-    biases, distance, _ = module._position_bias(views, which)
+    biases, distance = module._position_bias(views, which)
     keys = module._forbidden(views, step.mask, distance)
     assert len(bias) == len(which) == 4 * masked_views
     for row, index in enumerate(step.index):
@@ -644,7 +656,7 @@ def test_agssd__student_is_fused_with_the_teachers_tokens_of_the_unmasked_view(
 def test_agssd__hidden_tokens_lose_sight_of_their_counterpart(batch: Any) -> None:
     module = recipes.build(AGSSD, counterpart_drop=1.0, key_dropout=0.0)
     views, _, step = step_of(module, batch)
-    _, distance, _ = module._position_bias(views, views.hidden_view)
+    _, distance = module._position_bias(views, views.hidden_view)
     forbidden = module._forbidden(views, step.mask, distance)
     assert torch.equal(forbidden, step.mask[..., None] & (distance < 1.5))
     module.counterpart_drop, module.key_dropout = 0.0, 0.25

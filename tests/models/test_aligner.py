@@ -53,15 +53,14 @@ def test_place_targets__are_a_gaussian_around_the_true_place() -> None:
     for b in range(6):
         for n in np.flatnonzero(valid[b].numpy()):
             there = (np.linalg.inv(other[b].double().numpy()) @ own[b].double().numpy() @ np.append(places[n], 1))[:3]
-            assert (np.abs(there) < 1 + 1e-4).all()
             weight = np.exp(-(((places - there) * grid / 2) ** 2).sum(1) / (2 * 0.5**2))
             np.testing.assert_allclose(targets[b, n], weight / weight.sum(), atol=1e-4)
             asked += 1
     between = correspondence(own, other, GRID)[1]
     assert 20 < asked < 6 * TOKENS and (valid & ~between).any() and not (between & ~valid).any()
-    bias, _, places_known = position_bias(own, other, GRID)
-    blurred = place_targets(u, GRID, 2.0)[places_known]
-    torch.testing.assert_close(blurred, bias.softmax(-1)[places_known], atol=1e-5, rtol=0)
+    bias, _ = position_bias(own, other, GRID)
+    blurred = place_targets(u, GRID, 2.0)[between]
+    torch.testing.assert_close(blurred, bias.softmax(-1)[between], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,7 +93,7 @@ def test_aligner__learns_places_from_what_tokens_hold_of_the_body() -> None:
     def step(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         own, other = affines(4, seed)
         contrast = torch.randn(4, 1, 24, generator=torch.Generator().manual_seed(seed)) * 0.3  # of a volume
-        _, distance, _ = position_bias(own, other, GRID)
+        _, distance = position_bias(own, other, GRID)
         u, valid = correspondence(own, other, GRID, margin=0.0)
         attention = aligner(tokens(own, contrast), tokens(other, contrast))
         loss = -((place_targets(u, GRID, 0.5) * attention).sum(-1) * valid).sum() / valid.sum()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agssd.models.position import axis_coordinates, rotary_angles, sincos_position
-from agssd.models.vit import CPU_MATMUL_LENGTH, SIZES, ViT, attend
+from agssd.models.vit import CPU_MATMUL_LENGTH, SIZES, Attention, Group, ViT, attend
 
 torch.set_num_threads(1)
 VARIANTS: list[dict[str, Any]] = [
@@ -251,6 +251,23 @@ def test_rotary__logits_depend_on_offset_only() -> None:
     assert (logits[0, 0, 0, 0, 0, 1] - logits[0, 0, 0, 0, 0, 2]).abs() > 1e-3
     assert (cos[0] == 1).all() and (sin[0] == 0).all()  # [CLS] has no place
     assert (rotary_angles((4, 3, 5), 26)[:, 12:] == 0).all()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_rotary__of_queries_and_keys_is_that_of_each_pair_of_channels(kept: bool) -> None:
+    rotation = vit(rotary=True, embed_dim=48, num_heads=2)._rotation((2, 3, 2))
+    if kept:  # where tokens are left out, each sample has angles of its own
+        places = torch.tensor([[0, 3, 8], [0, 1, 12]])
+        rotation = (rotation[0][places][:, None], rotation[1][places][:, None])
+    attention, length = Attention(48, 2), rotation[0].shape[-2]
+    qkv = noise(2 * length, 144)
+    q, k, v = attention.split(qkv, Group(2, length), rotation)
+    parts = qkv.double().view(2, length, 3, 2, 24).permute(2, 0, 3, 1, 4)
+    for found, given in ((q, parts[0]), (k, parts[1])):
+        complex_given = torch.complex(given[..., :12], given[..., 12:])
+        turned = complex_given * torch.complex(rotation[0][..., :12].double(), rotation[1][..., :12].double())
+        torch.testing.assert_close(found.double(), torch.cat([turned.real, turned.imag], -1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(v.double(), parts[2])
 
 
 def test_levels__hidden_states_of_unetr_shallow_to_deep() -> None:

@@ -11,7 +11,15 @@ import yaml
 
 from agssd.geometry import invert, rotation_matrices, signed_permutations, transform, view_affine
 from agssd.transforms import crops
-from agssd.transforms.crops import OverlapCrops, ViewGeometry, balanced_voxels, box_in_view, box_share, extract
+from agssd.transforms.crops import (
+    OverlapCrops,
+    ViewGeometry,
+    balanced_voxels,
+    box_in_view,
+    box_share,
+    extract,
+    extract_with_body,
+)
 from agssd.transforms.keyed_random import KeyedRandom
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,6 +262,21 @@ def test_extract__products_equal_grid_sample_in_every_orientation(size, orientat
     assert (quick - slow).abs().max() < 5e-5
     assert quick.std() > 10 * 5e-5
     assert torch.equal(extract(parent, views, size), extract(parent, views, size, separable=True))
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_extract_with_body__equals_cutting_image_and_body_as_one(dtype, rotated):
+    generator = torch.Generator().manual_seed(8)
+    parent, body = smooth_noise((2, 2, 20, 24, 22), generator), smooth_noise((2, 1, 20, 24, 22), generator)
+    body = body > body.median()
+    centre = 10 + torch.rand(2, 3, 3, generator=generator)
+    turn = rotation_matrices(torch.rand(2, 3, 3, generator=generator)) if rotated else None
+    views = place(centre, torch.full((2, 3, 3), 14.0), torch.tensor([[0, 5, 47], [9, 30, 12]]), turn)
+    image, inside = extract_with_body(parent, body.to(dtype), views, (8, 8, 8))
+    both = extract(torch.cat([parent, body.float()], 1), views, (8, 8, 8))
+    assert torch.equal(image, both[:, :, :2]) and torch.equal(inside, both[:, :, 2:] > 0.5)
+    assert inside.any() and not inside.all()
 
 
 def test_extract__is_a_plain_crop_where_edges_equal_the_size():

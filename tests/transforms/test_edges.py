@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import binary_erosion
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agssd.transforms.edges import (
     edge_magnitude,
@@ -100,6 +101,25 @@ def test_edge_magnitude__mixed_batches_equal_their_parts():
     torch.testing.assert_close(both[1:], edge_magnitude(image[1:], spacing[1:], MRI))
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 9), (7, 2, 4), (6, 5)])
+def test_edge_magnitude__is_the_norm_of_differences_to_the_border_and_on_axes_of_two_voxels(shape):
+    image = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(1)) * 100
+    spacing = torch.tensor([[2.0, 0.5, 3.0], [1.0, 4.0, 0.7]])[:, : len(shape)] * 100  # which smooths nothing
+    slopes = torch.gradient(image, dim=tuple(range(2, image.ndim)))
+    ones = [1] * len(shape)
+    wanted = sum((slope / spacing[:, axis].view(2, 1, *ones)) ** 2 for axis, slope in enumerate(slopes)).sqrt()
+    torch.testing.assert_close(edge_magnitude(image, spacing, MRI.expand(2)), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_suppress_border__of_several_channels_and_of_bytes_is_that_of_each():
+    magnitude = torch.rand(2, 3, 9, 10, 11, generator=torch.Generator().manual_seed(2))
+    foreground = torch.zeros(2, 1, 9, 10, 11, dtype=torch.bool)
+    foreground[..., 1:8, 2:] = True
+    out = suppress_border(magnitude, foreground)
+    assert torch.equal(out, suppress_border(magnitude, foreground.to(torch.uint8)))
+    assert torch.equal(out, torch.cat([suppress_border(one, foreground) for one in magnitude.split(1, 1)], 1))
+
+
 def test_suppress_border__keeps_inside_quarters_the_rim_and_drops_outside():
     grid = world_mm((20, 22, 24), (1.0, 1.0, 1.0))
     foreground = (grid[0] ** 2 + grid[1] ** 2 + grid[2] ** 2) < 81
@@ -125,6 +145,16 @@ def test_suppress_border__silences_padding():
     kept = suppress_border(magnitude, foreground)
     assert kept[..., :8].abs().max() == 0
     assert kept.max() <= 0.25 * magnitude.max()
+
+
+@pytest.mark.parametrize("patch", [(1, 1, 1), (3, 1, 1), (4, 2, 5)])
+def test_patch_scores__on_fake_and_on_real_tensors_are_those_of_topk(patch):
+    edges = torch.rand(3, 2, 12, 8, 10, generator=torch.Generator().manual_seed(3))
+    voxels = patches_of(edges.amax(1, keepdim=True), patch)
+    wanted = voxels.topk(max(1, voxels.shape[-1] // 4), -1).values.mean(-1)
+    torch.testing.assert_close(patch_scores(edges, patch), wanted)
+    with FakeTensorMode() as mode:  # by which `agssd plan` works out memory
+        assert patch_scores(mode.from_tensor(edges), patch).shape == wanted.shape
 
 
 def test_normalise_edges__is_the_root_of_the_share_of_q99():

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from agssd.transforms import intensity
-from agssd.transforms.intensity import Appearance, add_speckle, cast_shadow, change_depth_gain, to_model_range
+from agssd.transforms.intensity import (
+    Appearance,
+    add_speckle,
+    cast_shadow,
+    change_depth_gain,
+    from_model_range,
+    to_model_range,
+)
 from agssd.transforms.keyed_random import KeyedRandom
 
 OFF = {"prob_gamma": 0.0, "prob_histogram": 0.0, "prob_blur": 0.0, "prob_noise": 0.0, "prob_gibbs": 0.0}
@@ -40,6 +47,24 @@ def test_to_model_range__per_channel_and_without_nan_for_a_flat_volume():
     image = torch.full((1, 2, 2, 2, 2), 5.0)
     out = to_model_range(image, torch.tensor([[5.0, 0.0]]), torch.tensor([[5.0, 10.0]]), torch.tensor([False]))
     assert torch.equal(out[0, 0], torch.full((2, 2, 2), -1.0)) and torch.equal(out[0, 1], torch.zeros(2, 2, 2))
+
+
+def test_from_model_range__gives_back_real_intensities():
+    image = torch.rand(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0)) * 900 + 50
+    low, high = torch.tensor([[-1000.0, 0.0], [40.0, 50.0]]), torch.tensor([[1000.0, 2000.0], [960.0, 950.0]])
+    is_ct = torch.tensor([True, False])
+    given = image.clone()
+    in_range = to_model_range(image, low, high, is_ct)
+    torch.testing.assert_close(from_model_range(in_range, low, high, is_ct), image, rtol=1e-5, atol=1e-3)
+    assert torch.equal(image, given) and torch.equal(in_range, to_model_range(image, low, high, is_ct))
+
+
+@pytest.mark.parametrize("settings", [{}, STRONG])
+def test_appearance__leaves_what_it_is_given_as_it_is(settings):
+    image, is_ct = views()
+    given = image.clone()
+    apply(settings, image, is_ct, torch.arange(4))
+    assert torch.equal(image, given)
 
 
 @pytest.mark.parametrize("settings", [{}, STRONG, {**STRONG, "gamma": 3.0, "noise": 0.5, "blur_vox": 3.0}])

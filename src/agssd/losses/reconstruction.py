@@ -53,7 +53,7 @@ def patch_scaling(voxels: Tensor, views: Tensor, standardise: bool) -> tuple[Ten
     """
     if not standardise:
         return torch.zeros_like(voxels[..., :1]), torch.ones_like(voxels[..., :1])
-    # Not torch.std, which takes a CPU eight times as long.
+    # Not torch.std, which takes a CPU eight times as long. Both are over all voxels, not over one less.
     mean = voxels.mean(-1, keepdim=True)
     spread = (voxels - mean).square_().mean(-1, keepdim=True).sqrt()
     flat = views.flatten(1)

@@ -54,7 +54,7 @@ from agssd.transforms.views import (
 )
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
-_Places = tuple[Tensor, Tensor, Tensor]  # bias (R, N, N), distance (R, N, N), valid (R, N)
+_Places = tuple[Tensor, Tensor]  # bias (R, N, N), distance (R, N, N)
 
 
 @dataclass
@@ -652,7 +652,7 @@ class AGSSD(PretrainModule):
     ) -> Tensor:
         """Return the cross-entropy (R, A) after fusion of hidden tokens ``query`` (R, A, E) with the other view."""
         hidden = self._masked(views)
-        bias, distance, _ = places
+        bias, distance = places
         bias = gather_tokens(bias, distilled)
         forbidden = gather_tokens(self._forbidden(views, mask, distance), distilled) if self.training else None
         memory = pick(teacher_tokens, 1 - hidden)

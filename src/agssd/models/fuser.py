@@ -130,7 +130,7 @@ class CrossViewFuser(nn.Module):
         return query
 
 
-def position_bias(query: Tensor, memory: Tensor, grid: Size) -> tuple[Tensor, Tensor, Tensor]:
+def position_bias(query: Tensor, memory: Tensor, grid: Size) -> tuple[Tensor, Tensor]:
     """Return how the tokens of one view, the queries, lie in another one.
 
     Args:
@@ -139,15 +139,15 @@ def position_bias(query: Tensor, memory: Tensor, grid: Size) -> tuple[Tensor, Te
         grid: token grid of both.
 
     Returns:
-        bias (B, N, N) float32 for attention, 0 for tokens outside the overlap; distance (B, N, N) float32 in token
-        pitches of the other view (largest axis); valid (B, N) bool.
+        bias (B, N, N) float32 for attention, 0 for tokens less than half a token inside the other view; distance
+        (B, N, N) float32 in token pitches of that view (largest axis).
     """
     u, valid = correspondence(query, memory, grid)
     pitch = constant(grid, u.device) / 2
     offset = (u[:, :, None] - token_centres(grid, u.device)[None, None]) * pitch  # (B, N, N, d)
     bias = -(offset**2).sum(-1) / (2 * _POSITION_PITCHES**2)
     bias = torch.where(valid[..., None], bias, torch.zeros_like(bias))
-    return bias, offset.abs().amax(-1), valid
+    return bias, offset.abs().amax(-1)
 
 
 def forbidden_keys(

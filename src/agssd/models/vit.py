@@ -56,8 +56,12 @@ class Attention(nn.Module):
     def split(self, qkv: Tensor, group: Group, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v (B, heads, L, d), rotated, as views of the flat ``qkv`` (B*L, 3E) of one group."""
         split = qkv.view(group.samples, group.length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = (split[:2] if rotation is None else rotate(split[:2], rotation)).unbind(0)
-        return q, k, split[2]
+        if rotation is None:
+            q, k, v = split.unbind(0)
+            return q, k, v
+        both, v = split.split([2, 1])  # not by index, whose gradient fills zeros of the size of all three
+        q, k = rotate(both, rotation).unbind(0)
+        return q, k, v[0]
 
     def forward(self, x: Tensor, groups: tuple[Group, ...], rotations: list[Rotation] | None) -> Tensor:
         """Return attended tokens (T, E) for flat tokens (T, E), T = sum of B_i * L_i."""

@@ -318,7 +318,7 @@ def extract(parent: Tensor, views: ViewGeometry, size_vox: Size, separable: bool
     The pre-blur's standard deviation is ``0.5 max(0, edge / size - 1)`` parent voxels per axis.
 
     Args:
-        parent: (B, C, D, H, W) float32.
+        parent: (B, C, D, H, W) float32; on the CPU also integers and bool.
         views: geometry of V views per sample.
         size_vox: output size.
         separable: True for matrix products (axis-aligned views only), False for ``grid_sample``; None chooses.
@@ -336,7 +336,7 @@ def extract_with_body(parent: Tensor, foreground: Tensor, views: ViewGeometry, s
 
     Args:
         parent: (B, C, [D,] H, W) float32.
-        foreground: (B, 1, [D,] H, W) bool.
+        foreground: (B, 1, [D,] H, W) bool or uint8.
         views: geometry of V views per sample.
         size_vox: output size.
 

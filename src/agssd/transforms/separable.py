@@ -63,7 +63,7 @@ def apply_separable(image: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
     48³ 4 instead of 79 (2-core x86-64 CPU, one thread, 2026-11-21).
 
     Args:
-        image: (B, C, [D,] H, W) float32; on the CPU also int16, of which no float32 copy is made.
+        image: (B, C, [D,] H, W) float32; on the CPU also integers and bool, of which no float32 copy is made.
         matrices: for each axis (B, V, n_axis, length of the axis) float32, no weight negative.
 
     Returns:
