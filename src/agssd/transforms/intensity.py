@@ -36,7 +36,17 @@ def to_model_range(image: Tensor, low: Tensor, high: Tensor, is_ct: Tensor) -> T
 
 
 def from_model_range(image: Tensor, low: Tensor, high: Tensor, is_ct: Tensor) -> Tensor:
-    """Return HU for CT, source units for MRI: what :func:`to_model_range` made ``image`` of, where it did not clip."""
+    """Return HU for CT, source units for MRI: what :func:`to_model_range` made ``image`` of, where it did not clip.
+
+    Args:
+        image: (B, C, [D,] H, W) float32 in the model's range.
+        low: (B, C) float32, as there.
+        high: (B, C) float32, as there.
+        is_ct: (B,) bool.
+
+    Returns:
+        (B, C, [D,] H, W) float32.
+    """
     floor, span = (per_sample(x, low) for x in _model_range(is_ct))
     slope = (high - low) / span
     return torch.addcmul(per_sample(low - floor * slope, image), image, per_sample(slope, image))
