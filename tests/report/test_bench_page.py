@@ -90,7 +90,7 @@ def test_bench_page__claims_what_the_tables_claim(folder: Path, tmp_path: Path) 
     compared = compare(settings, found)
     unclear = sum(p >= 0.05 for _, p in compared.values())
     assert 0 < unclear < len(compared)
-    assert text.count(">no difference shown<") == unclear
+    assert text.count(">no difference shown, p = ") == unclear
     assert text.count("<b>") == len(compared) - unclear
     assert str(tmp_path) not in text and str(folder) not in text
 

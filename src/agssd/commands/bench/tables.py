@@ -30,7 +30,8 @@ def markdown(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     if compared:
         parts.append(
             "Differences are paired by seed, draw and subject; intervals are of single ones, p after Holm over all "
-            f'{len(compared)} of this bench. "No difference shown" is p of {ALPHA} or more: no proof of none.'
+            f'{len(compared)} of this bench. "No difference shown" is such a p of {ALPHA} or more, '
+            "even where the single interval excludes 0: no proof of none."
         )
     return "\n\n".join(parts)
 
@@ -106,10 +107,15 @@ def _differences(compared: dict[tuple[str, str, Place], tuple[Interval, float]],
         cells = []
         for place in columns:
             interval, p = compared.get((first, second, place), (None, 1.0))
-            told = f"p {'<' if p < 0.001 else '='} {max(p, 0.001):.3f}" if p < ALPHA else "no difference shown"
+            told = f"p {probability(p)}{'' if p < ALPHA else ', no difference shown'}"
             cells.append("" if interval is None else f"{_interval(interval, '+')}, {told}")
         lines.append(f"| {first} - {second} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def probability(p: float) -> str:
+    """Return a p-value with its sign, for example ``= 0.017``; below 0.001 only that it is."""
+    return f"{'<' if p < 0.001 else '='} {max(p, 0.001):.3f}"
 
 
 def label(place: Place) -> str:

@@ -16,7 +16,7 @@ from agssd.commands.bench.kept import KEPT, kept
 from agssd.commands.bench.results import Place, places, read_rows
 from agssd.commands.bench.results import heading as heading_of
 from agssd.commands.bench.settings import Bench
-from agssd.commands.bench.tables import ALPHA, compare, head, label, of_place
+from agssd.commands.bench.tables import ALPHA, compare, head, label, of_place, probability
 from agssd.commands.report.bench_facts import what_was_compared
 from agssd.commands.report.write import check_name, joined_script, save
 from agssd.evaluation.statistics import Interval, crossed_mean
@@ -110,10 +110,10 @@ def _difference_rows(compared: _Compared, columns: Sequence[Place]) -> list[tupl
                 cells.append(("", ""))
             elif p < ALPHA:
                 kind = "good" if interval.mean > 0 else "error"
-                told = f"{'&lt;' if p < 0.001 else '='} {max(p, 0.001):.3f}"
-                cells.append((kind, f"<b>{_interval(interval, '+')}</b><small>p {told}</small>"))
+                cells.append((kind, f"<b>{_interval(interval, '+')}</b><small>p {escape(probability(p))}</small>"))
             else:
-                cells.append(("", f'{_interval(interval, "+")}<small class="note">no difference shown</small>'))
+                told = f"no difference shown, p {probability(p)}"
+                cells.append(("", f'{_interval(interval, "+")}<small class="note">{told}</small>'))
         rows.append((f"{first} − {second}", cells))
     return rows
 
@@ -226,7 +226,8 @@ def _closing(number: int) -> str:
         return ""
     return (
         f'<p class="note">Differences are paired by seed, draw and subject; intervals are of single ones, p after Holm '
-        f"over all {number} of this bench. “No difference shown” is p of {ALPHA} or more: no proof of none.</p>"
+        f"over all {number} of this bench. “No difference shown” is such a p of {ALPHA} or more, "
+        "even where the single interval excludes 0: no proof of none.</p>"
     )
 
 
