@@ -10,13 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from agssd.evaluation.view_figures import (
-    alignment_figures,
-    fusion_figures,
-    overlap_figures,
-    place_figures,
-    reconstruction_figures,
-)
+from agssd.evaluation.agssd_step import AGSSDStep
 from agssd.geometry import correspondence, sample_tokens
 from agssd.losses.distillation import (
     Centre,
@@ -29,14 +23,14 @@ from agssd.losses.distillation import (
 from agssd.losses.koleo import koleo
 from agssd.losses.reconstruction import patch_l1, patch_scaling
 from agssd.methods.base import PretrainModule
-from agssd.models.aligner import Aligner, place_targets
+from agssd.models.aligner import Aligner, lies_in_other, place_targets
 from agssd.models.backbone import Backbone
 from agssd.models.fuser import CrossViewFuser, forbidden_keys, position_bias
 from agssd.models.heads import PrototypeHead, ReconstructionHead, move_means, predict_hidden
 from agssd.models.token_decoder import TokenDecoder, work_out_hidden
 from agssd.schedules import linear
 from agssd.transforms.crops import OverlapCrops
-from agssd.transforms.edges import patch_scores, patches_of, standardise, unpatch
+from agssd.transforms.edges import patch_scores, patches_of, standardise
 from agssd.transforms.intensity import Appearance
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.masking import MaskSampler, MaskScore, gather_tokens, masked_indices, one_ratio
@@ -48,53 +42,12 @@ from agssd.transforms.views import (
     in_their_views,
     make_views,
     mask_views,
-    panel_of,
     pick,
     put,
 )
 from agssd.types import LossTerms, Observations, ParentBatch, ViewPanel
 
 _Places = tuple[Tensor, Tensor]  # bias (R, N, N), distance (R, N, N)
-
-
-@dataclass
-class _Step:
-    """What the last step leaves for monitors; all detached.
-
-    R masked views and S views that the student sees: of each of B samples one or both.
-    """
-
-    views: Views
-    mask: Tensor  # (R, N)
-    counts: Tensor  # (R, M) bool
-    index: Tensor  # (R, M)
-    distilled: Tensor  # (R, A) positions of the hidden tokens of the patch term
-    distilled_counts: Tensor  # (R, A) bool
-    teacher_cls: Tensor  # (S, K) probabilities
-    student_cls: Tensor  # (S, K) logits over the temperature
-    teacher_patch: Tensor  # (R, A, K) probabilities
-    student_patch: Tensor  # (R, A, K) logits over the temperature
-    cls_features: Tensor  # (2B, E)
-    tokens: Tensor  # (B, 2, N, E) teacher
-    prediction: Tensor  # (R, M, P) of hidden patches, in units of their targets
-    voxels: Tensor  # (R, N, P) intensities
-    scaling: tuple[Tensor, Tensor]  # mean and scale (R, N, 1) that voxels become targets by
-    plain: Tensor  # (R, A) cross-entropy without fusion
-    fused: Tensor | None  # (R, A) with
-    attention: Tensor | None  # (R, V, N) log-attention of shown tokens over the other view, by the aligner
-    shown: Tensor  # (R, V) their positions
-    ratio: Tensor  # (R,) nominal
-
-    @property
-    def target(self) -> Tensor:
-        """(R, M, P) intensities of the hidden patches."""
-        return gather_tokens(self.voxels, self.index)
-
-    @property
-    def predicted(self) -> Tensor:
-        """(R, M, P) intensities; with ``norm_pix`` each patch's own mean and spread are given to what is predicted."""
-        mean, scale = (gather_tokens(x, self.index) for x in self.scaling)
-        return self.prediction * scale + mean
 
 
 @dataclass
@@ -344,7 +297,7 @@ class AGSSD(PretrainModule):
         self.centre_cls = Centre(num_prototypes, centre_momentum[0], rule)
         self.centre_patch = Centre(num_prototypes, centre_momentum[1], rule)
         self.centre_fused = Centre(num_prototypes, centre_momentum[1], rule)
-        self._step: _Step | None = None
+        self._step: AGSSDStep | None = None
 
     @property
     def couples_samples(self) -> tuple[str, ...]:
@@ -441,20 +394,12 @@ class AGSSD(PretrainModule):
             random = KeyedRandom.from_keys(random.split(2))
         return forbidden_keys(random, mask, distance, self.key_dropout, self.counterpart_drop)
 
-    def _lies_in_other(self, views: Views, body: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where tokens of masked views lie in the other one, (R, N, d), and (R, N) which body tokens lie in it.
-
-        In it by their centres: a token beyond the outermost centres of the other view has a nearest one all the same.
-        """
-        affine, hidden = views.geometry.globals.affine, self._masked(views)
-        u, inside = correspondence(pick(affine, hidden), pick(affine, 1 - hidden), self.grid, margin=0.0)
-        return u, inside & body
-
     def _misplaced(self, attention: Tensor, by_student: _Seen, body: Tensor, views: Views) -> Tensor:
         """Return the cross-entropy () of the aligner's attention (R, V, N) with the true places in the other view."""
-        u, inside = self._lies_in_other(views, body)
+        affine, hidden = views.geometry.globals.affine, self._masked(views)
+        u, inside = lies_in_other(pick(affine, hidden), pick(affine, 1 - hidden), self.grid)
         targets = place_targets(gather_tokens(u, by_student.shown_index), self.grid, self.align_pitches)
-        asked = by_student.is_shown & inside.gather(1, by_student.shown_index)
+        asked = by_student.is_shown & (inside & body).gather(1, by_student.shown_index)
         return masked_mean(-(targets * attention).sum(-1), asked)
 
     # ---------------------------------------------------------------- loss
@@ -552,8 +497,11 @@ class AGSSD(PretrainModule):
         if self.weights["koleo"]:
             terms["koleo"] = torch.stack([koleo(one) for one in by_student.cls.unbind(1)]).mean()
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        self._step = _Step(
+        self._step = AGSSDStep(
             views=views,
+            patch=self.patch,
+            grid=self.grid,
+            hidden=hidden,
             mask=flat_mask,
             counts=counts,
             index=index,
@@ -710,50 +658,13 @@ class AGSSD(PretrainModule):
     @property
     def observations(self) -> Observations | None:
         """Outputs of the last micro-batch for monitors; selected when they are asked for, not in the step."""
-        step = self._step
-        if step is None:
+        if self._step is None:
             return None
-        with torch.no_grad():
-            return {
-                "teacher_cls": step.teacher_cls,
-                "student_cls": step.student_cls,
-                "teacher_patch": step.teacher_patch[step.distilled_counts],
-                "student_patch": step.student_patch[step.distilled_counts],
-                "cls_features": step.cls_features,
-                "patch_features": gather_tokens(pick(step.tokens, self._masked(step.views)), step.distilled)[
-                    step.distilled_counts
-                ].float(),
-                "centre_norm_cls": self.centre_cls.centre.norm(),
-                "centre_norm_patch": self.centre_patch.centre.norm(),
-                "scalars": self._figures(step) | self.gradient_norms,
-            }
-
-    def _figures(self, step: _Step) -> dict[str, Tensor]:
-        """Return AG-SSD's own figures of docs/method.md (c), each (); NaN where nothing could be measured."""
-        views, counts, hidden = step.views, step.counts, self._masked(step.views)
-        assert views.edges is not None
-        scores = patch_scores(views.edges, self.patch)
-        affine = views.geometry.globals.affine
-        u, valid = correspondence(pick(affine, hidden), pick(affine, 1 - hidden), self.grid)
-        aligned = sample_tokens(pick(step.tokens, 1 - hidden).float(), self.grid, u)
-        figures = {
-            **overlap_figures(views.geometry),
-            "mask_ratio_nominal": step.ratio.mean(),
-            "mask_ratio": step.mask.float().mean(),
-            "mask_foreground": counts.sum() / step.mask.sum().clamp_min(1),
-            "mask_edge_mass": (scores * step.mask).sum() / scores.sum().clamp_min(1e-6),
-            "overlap_tokens": valid.float().mean(),
-            **alignment_figures(pick(step.tokens, hidden), aligned, valid),
-        }
-        if step.attention is not None:
-            _, inside = self._lies_in_other(views, body_of(pick(views.foreground, hidden), self.patch))
-            asked = (inside & ~step.mask).gather(1, step.shown)
-            figures |= place_figures(step.attention, step.shown, self._position_bias(views, hidden)[1], asked)
-        if step.fused is not None:
-            figures |= fusion_figures(step.plain, step.fused, step.distilled_counts & valid.gather(1, step.distilled))
-        edges = scores.gather(1, step.index)
-        is_ct = views.is_ct.repeat_interleave(self.masked_views)
-        return figures | reconstruction_figures(step.predicted, step.target, counts, edges, is_ct)
+        found = self._step.observations()
+        found["centre_norm_cls"] = self.centre_cls.centre.norm()
+        found["centre_norm_patch"] = self.centre_patch.centre.norm()
+        found["scalars"] |= self.gradient_norms
+        return found
 
     @torch.no_grad()
     def view_panel(self, index: int) -> ViewPanel:
@@ -765,19 +676,10 @@ class AGSSD(PretrainModule):
         step = self._step
         if step is None or not 0 <= index < len(step.views.sample):
             raise IndexError(f"sample {index} is not in the last batch")
-        views = step.views
-        hidden = self._masked(views)
-        reconstruction, predicted = views.clean[index, :, 0].clone(), step.predicted
-        for row in range(index * self.masked_views, (index + 1) * self.masked_views):
-            patches = patches_of(views.clean[index, hidden[row]][None], self.patch).clone()
-            shown = step.mask[row].gather(0, step.index[row])
-            patches[0, step.index[row][shown]] = predicted[row][shown].to(patches.dtype)
-            reconstruction[hidden[row]] = unpatch(patches, self.grid, self.patch)[0, 0]
-        masks = in_their_views(step.mask.unflatten(1, self.grid), hidden, len(views.sample))
-        panel = panel_of(views, index, masks, reconstruction, self.masks.score == "region")
+        panel = step.panel(index, self.masks.score == "region")
         if self._num_seen == 1:
-            panel["unseen"] = torch.arange(2, device=hidden.device) != hidden[index]
+            panel["unseen"] = torch.arange(2, device=step.hidden.device) != step.hidden[index]
         encoder = cast(Backbone, self.teacher["backbone"])
         if encoder.has_cls_attention:
-            panel["attention"] = encoder.cls_attention(self._teacher_inputs(views)[index])
+            panel["attention"] = encoder.cls_attention(self._teacher_inputs(step.views)[index])
         return panel

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agssd.geometry import constant, token_centres
+from agssd.geometry import constant, correspondence, token_centres
 from agssd.types import Size
 
 
@@ -40,6 +40,19 @@ class Aligner(nn.Module):
         q, k = self.query(query).float(), self.key(memory).float()
         with torch.autocast(q.device.type, enabled=False):
             return (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT / self.temperature).log_softmax(-1)
+
+
+def lies_in_other(own: Tensor, other: Tensor, grid: Size) -> tuple[Tensor, Tensor]:
+    """Return where tokens of views lie in others, (B, N, d), and which of them lie in those by their centres, (B, N).
+
+    A token beyond the outermost centres of the other view has a nearest one all the same.
+
+    Args:
+        own: (B, 4, 4) affines of views, (B, 3, 3) of frames, from each view's [-1, 1] to its parent's.
+        other: those of the other views, alike.
+        grid: token grid of both.
+    """
+    return correspondence(own, other, grid, margin=0.0)
 
 
 def place_targets(u: Tensor, grid: Size, pitches: float) -> Tensor:
