@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import csv
 import inspect
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,17 @@ def test_table__holds_means_and_paired_differences(tmp_path: Path) -> None:
     write_csv(tmp_path / "pretrain" / "metrics.csv", steps)
     results = {name: report.collect(tmp_path / name) for name in dice}
     assert results["random"] == {"grey matter": [0.5, 0.6], "white matter": [0.7, 0.6], "mean": [0.6, 0.6]}
-    text = report.write_table(tmp_path / "report.md", results, tmp_path / "pretrain", SIZE, demo.NOTICE, quick=True)
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.splitlines() if line.startswith("| ")}
+    scores = [
+        {"pretrained": {"mean": 0.7}, "random": {"mean": 0.6}},
+        {"pretrained": {"mean": 0.5}, "random": {"mean": 0.4}},
+    ]
+    readouts = dict(zip(("linear-seg", "knn-seg"), ({"score": score} for score in scores), strict=True))
+    (tmp_path / "frozen.json").write_text(json.dumps({"readouts": readouts}))
+    text = report.write_table(tmp_path / "report.md", results, tmp_path, SIZE, demo.NOTICE, quick=True)
+    tokens, _, rest = text.partition("after fine-tuning")
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tokens.splitlines() if line.startswith("| ")]
+    assert found[1:] == [["from random weights", "0.600", "0.400"], ["pretrained by AG-SSD", "0.700", "0.500"]]
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in rest.splitlines() if line.startswith("| ")}
     assert [float(cell) for cell in rows["from random weights"]] == [0.55, 0.65, 0.6]
     assert [float(cell) for cell in rows["pretrained by AG-SSD"]] == [0.6, 0.75, 0.675]
     assert [float(cell) for cell in rows["loss"]] == [10.0, 1.0]
@@ -125,4 +135,5 @@ def test_run__quick_form_shows_the_whole_way(tmp_path: Path, capsys: pytest.Capt
                 "[...document.querySelectorAll('figure.chart')].every((figure) => figure.querySelector('svg'))"
             )
             assert browser.run("document.documentElement.scrollWidth") == 390 and not browser.complaints
+    assert "Segmentation of 2 held-out subjects from frozen tokens" in printed
     assert (out / "encoder" / "backbone.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Show the whole way on simulated heads: cache, pretraining, export, and fine-tuning with few labels.
+"""Show the whole way on simulated heads: cache, pretraining, export, and segmentation with few labels.
 
 The cohort is simulated from one real template (the MNI152 average), so its figures say that the parts work together and
 nothing about patients. Every step is the command that a user would run, with its output in a log.
@@ -38,8 +38,8 @@ class Size:
     finetune_steps: int
 
 
-FULL = Size({"train": 20, "val": 2, "test": 6}, 2.5, 2, 600, 200)
-QUICK = Size({"train": 5, "val": 1, "test": 2}, 4.0, 2, 20, 20)
+FULL = Size({"train": 20, "val": 4, "test": 6}, 2.5, 2, 600, 200)
+QUICK = Size({"train": 5, "val": 2, "test": 2}, 4.0, 2, 20, 20)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,11 +84,22 @@ def _demo(out: Path, size: Size, seed: int, quick: bool) -> None:
         _agssd(log / "pretrain.log", ["fit", "--config", str(out / "pretrain.yaml"), *common, *steps])
     _agssd(log / "export.log", ["export", str(out / "pretrain"), "--out", str(out / "encoder")])
 
+    frozen = [
+        "--encoder",
+        f"pretrained={out / 'encoder'}",
+        "--random",
+        "--readout",
+        "linear-seg",
+        "knn-seg",
+        "--on-val",
+    ]
+    frozen += ["--num-subjects", str(size.num_labelled), "--precision", "bf16", "--out", str(out / "frozen.json")]
+    with _one_thread():
+        _agssd(log / "probe.log", ["probe", str(cache), *frozen])
     _finetune_both(out, log, [*common, "--trainer.max_steps", str(size.finetune_steps)], size.num_labelled)
 
     results = {name: collect(out / name) for name in ("pretrained", "random")}
-    losses = out / "pretrain"
-    table = write_table(out / "report.md", results, losses, size, NOTICE, quick)
+    table = write_table(out / "report.md", results, out, size, NOTICE, quick)
     pictures = write_pictures(out)
     pages = _write_reports(out, log, cache)
     print(f"\n{table}\n")

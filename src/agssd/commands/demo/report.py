@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from statistics import mean
@@ -46,12 +47,38 @@ def losses(folder: Path) -> dict[str, tuple[float, float]]:
     return found
 
 
+def frozen(path: Path) -> dict[str, tuple[float, float]]:
+    """Return the mean Dice of a linear layer and of k-NN by encoder, from what ``agssd probe`` wrote."""
+    scores = [table["score"] for table in json.loads(path.read_text())["readouts"].values()]
+    linear, neighbours = ({name: row["mean"] for name, row in score.items()} for score in scores)
+    return {name: (linear[name], neighbours[name]) for name in linear}
+
+
 def write_table(
-    path: Path, results: Mapping[str, dict[str, list[float]]], pretrain: Path, size: Size, notice: str, quick: bool
+    path: Path, results: Mapping[str, dict[str, list[float]]], out: Path, size: Size, notice: str, quick: bool
 ) -> str:
-    """Write the report as Markdown and return it."""
+    """Write the report as Markdown and return it.
+
+    Args:
+        path: of the report.
+        results: Dice of the test subjects after fine-tuning, by encoder and class.
+        out: folder of the demo, with ``frozen.json`` and the pretraining.
+        size: of the demo.
+        notice: what the figures say and do not.
+        quick: say that this was the short form.
+    """
     heads = [*LABEL_NAMES[1:], "mean"]
     lines = [
+        f"Segmentation of {size.subjects['val']} held-out subjects from frozen tokens, {size.num_labelled} labelled "
+        "subjects (Dice):",
+        "",
+        "| encoder                | linear layer |         k-NN |",
+        "|------------------------|-------------:|-------------:|",
+    ]
+    tokens = frozen(out / "frozen.json")
+    lines += [f"| {title:<22} | {tokens[name][0]:>12.3f} | {tokens[name][1]:>12.3f} |" for name, title in ROWS.items()]
+    lines += [
+        "",
         f"Segmentation of {size.subjects['test']} test subjects after fine-tuning on {size.num_labelled} labelled "
         f"subjects for {size.finetune_steps} steps (Dice):",
         "",
@@ -74,7 +101,9 @@ def write_table(
         "| term                   |        first |         last |",
         "|------------------------|-------------:|-------------:|",
     ]
-    lines += [f"| {name:<22} | {first:>12.3f} | {last:>12.3f} |" for name, (first, last) in losses(pretrain).items()]
+    lines += [
+        f"| {name:<22} | {first:>12.3f} | {last:>12.3f} |" for name, (first, last) in losses(out / "pretrain").items()
+    ]
     if quick:
         lines += ["", "The short form runs every step but is too short to learn: do not read the figures."]
     text = "\n".join(lines)
