@@ -52,6 +52,17 @@ def test_list_cells__a_readout_may_have_amounts_of_labels_of_its_own() -> None:
     assert {c.folder for c in list_cells(few, "c.h5", Path("o"))} == same, "what is left out can be added later"
 
 
+def test_list_cells__a_readout_may_be_of_fewer_seeds() -> None:
+    whole = bench()
+    for given, expected in ((1, 1), (2, 2), (3, 3), (9, 3)):
+        few = bench(readouts={**whole.readouts, "full": replace(whole.readouts["full"], seeds=given)})
+        cells = list_cells(few, "c.h5", Path("o"))
+        assert {c.seed for c in cells if c.readout == "full"} == set(range(expected))
+        assert {c.seed for c in cells if c.readout == "linear"} == {0, 1, 2}
+    with pytest.raises(ValueError, match=r"readouts\.full\.seeds is 0; give at least 1"):
+        bench(readouts={**whole.readouts, "full": replace(whole.readouts["full"], seeds=0)})
+
+
 def test_list_cells__a_readout_may_leave_second_pretrainings_out() -> None:
     whole = bench(equal_time="ours")
     readouts = {**whole.readouts, "full": replace(whole.readouts["full"], equal_time=False)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,17 @@ def test_tables__say_over_what_an_interval_is() -> None:
     ):
         settings = bench(**given)
         assert told in head(settings, made_rows(list_cells(settings, "", Path("o")), {}))
+
+
+def test_tables__of_a_readout_with_fewer_seeds() -> None:
+    whole = bench()
+    settings = bench(readouts={**whole.readouts, "full": replace(whole.readouts["full"], seeds=2)})
+    cells = list_cells(settings, "", Path("o"))
+    rows = made_rows(cells, {})
+    assert "; 3 seeds (full 2), 5 draws" in head(settings, rows)
+    for place, seeds in ((Place("full", 30, 2), 2), (Place("linear", 10, 2), 3)):
+        table = figures(settings, rows, "ours", place)
+        assert table is not None and table.shape == (seeds, 5, 20)
 
 
 def test_tables__a_figure_with_a_missing_run_is_left_out_and_other_subjects_are_refused() -> None:

@@ -83,7 +83,7 @@ def list_cells(bench: Bench, cache: str, out: Path, data: str = "") -> list[Cell
         for steps in one.budgets
         for labels in bench.labels_of(readout)
         for draw in range(bench.draws_of(labels))
-        for seed in range(bench.seeds)
+        for seed in range(bench.seeds_of(readout))
         for fold in folds
         for method in bench.methods
         if bench.takes_part(method, readout)

@@ -83,11 +83,11 @@ def figures(bench: Bench, rows: Sequence[dict[str, Any]], method: str, place: Pl
             key = row["seed"], row["draw"]
             found.setdefault(key, {}).update(row["subjects"])
             counts[key] = counts.get(key, 0) + 1
-    wanted = {(seed, draw) for seed in range(bench.seeds) for draw in range(bench.draws_of(place.labels))}
+    seeds, draws = range(bench.seeds_of(place.readout)), range(bench.draws_of(place.labels))
+    wanted = {(seed, draw) for seed in seeds for draw in draws}
     if set(found) != wanted or set(counts.values()) != {bench.num_folds or 1}:
         return None
     subjects = sorted(found[0, 0])
     if any(sorted(one) != subjects for one in found.values()):
         raise ValueError(f"runs of {method} have measured other subjects; a cache has changed: give another --out")
-    draws = range(bench.draws_of(place.labels))
-    return np.array([[[found[s, d][n] for n in subjects] for d in draws] for s in range(bench.seeds)])
+    return np.array([[[found[s, d][n] for n in subjects] for d in draws] for s in seeds])

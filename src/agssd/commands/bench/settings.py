@@ -53,6 +53,8 @@ class Readout:
         window_vox: of those features, (D, H, W) in voxels, the size of view in pretraining.
         depths: of those features: the encoder's tokens, or "all", four depths side by side.
         labels: amounts of labels for this readout, where each costs much; None takes those of the bench.
+        seeds: how many pretrainings this readout is of, where each costs much; None, or more than those of the bench,
+            takes those.
         equal_time: whether the second pretrainings of ``Bench.equal_time`` take part.
     """
 
@@ -62,6 +64,7 @@ class Readout:
     window_vox: list[int] = field(default_factory=list)
     depths: Literal["last", "all"] = "last"
     labels: list[Labels] | None = None
+    seeds: int | None = None
     equal_time: bool = True
 
     @property
@@ -130,6 +133,7 @@ class Bench:
             for name, one in self.readouts.items()
             if one.probe is None
         }
+        numbers |= {f"readouts.{name}.seeds": one.seeds for name, one in self.readouts.items() if one.seeds is not None}
         numbers |= {f"methods.{name}.steps": m.steps for name, m in self.methods.items() if m.steps is not None}
         for name, value in numbers.items():
             if value < 1:
@@ -183,6 +187,10 @@ class Bench:
         """Return the amounts of labels of a readout."""
         own = self.readouts[readout].labels
         return self.labels if own is None else own
+
+    def seeds_of(self, readout: str) -> int:
+        """Return how many pretrainings a readout is of."""
+        return min(self.readouts[readout].seeds or self.seeds, self.seeds)
 
     def takes_part(self, method: str, readout: str) -> bool:
         """Return whether a method is measured by a readout."""

@@ -43,7 +43,8 @@ def _asked(bench: Bench, name: str, one: Readout) -> str:
         told = f"{escape(one.probe)} of frozen features, windows of {window} voxels, {depths}"
     else:
         told = f"{', '.join(map(str, one.steps))} steps of {_words([*one.fit, *bench.fit_common])}"
-    return f"labels {escape(labels)}; {told}"
+    seeds = f"; {bench.seeds_of(name)} seeds" if bench.seeds_of(name) < bench.seeds else ""
+    return f"labels {escape(labels)}{seeds}; {told}"
 
 
 def _words(words: Sequence[str]) -> str:
