@@ -76,7 +76,7 @@ def status_table(charts: Sequence[Chart]) -> str:
         return ""
     body = "".join(row for _, row in sorted(rows, key=lambda row: row[0]))
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Limits"><table><thead><tr><th>figure</th>'
+        '<div class="scroll all" tabindex="0" role="region" aria-label="Limits"><table><thead><tr><th>figure</th>'
         "<th>now</th><th class=number>last</th><th>limit</th><th class=number>reports outside</th></tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
