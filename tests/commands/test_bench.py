@@ -27,7 +27,6 @@ from agssd.commands.bench.settings import (
 from agssd.commands.bench.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_list_cells__every_combination_once_and_all_labels_drawn_once() -> None:

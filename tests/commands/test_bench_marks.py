@@ -20,7 +20,6 @@ from agssd.commands.bench.records import Job, once, state_of
 from agssd.commands.bench.results import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_list_cells__marks_change_with_what_is_compared_and_with_nothing_else() -> None:

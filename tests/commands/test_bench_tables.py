@@ -25,11 +25,11 @@ def test_tables__find_a_gain_and_claim_none_where_there_is_none() -> None:
     assert compared["ours", "scratch", place][1] < 0.05 and compared["ours", "rival", place][1] < 0.05
     assert compared["ours", "scratch", place][0].mean == pytest.approx(0.1, abs=0.005)
     assert compared["rival", "scratch", place][1] >= 0.05
-    for line in text.splitlines():
-        if line.startswith("| rival - scratch"):
-            assert line.count(", no difference shown") == line.count(", p = ") == 3
-        if line.startswith("| ours - rival"):
-            assert line.count(", p") == 3 and "no difference" not in line
+    same = [line for line in text.splitlines() if line.startswith("| rival - scratch")]
+    ahead = [line for line in text.splitlines() if line.startswith("| ours - rival")]
+    assert len(same) == len(ahead) == 3, "full with two budgets, and linear"
+    assert all(line.count(", no difference shown") == line.count(", p = ") == 3 for line in same)
+    assert all(line.count(", p") == 3 and "no difference" not in line for line in ahead)
     assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {5}
     reads_of_unet = [line for line in text.split("## linear")[1].splitlines() if line.startswith("| unet")]
     assert not reads_of_unet
@@ -66,6 +66,13 @@ def test_tables__a_figure_with_a_missing_run_is_left_out_and_other_subjects_are_
     text = markdown(settings, [row for row in rows if row is not lost])
     line = next(one for one in text.split("## linear")[1].splitlines() if one.startswith("| ours |"))
     assert [cell.strip() for cell in line.split("|")].count("") == 3, "one figure missing beside the two borders"
+    known = lost["subjects"]
     lost["subjects"] = {**lost["subjects"], "stranger": 1.0}
     with pytest.raises(ValueError, match="other subjects"):
         figures(settings, rows, "ours", place)
+    lost["subjects"] = known
+    for row in rows:
+        if row["method"] == "rival" and row["readout"] == "linear":
+            row["subjects"] = {f"other {subject}": value for subject, value in row["subjects"].items()}
+    with pytest.raises(ValueError, match="rival and ours have measured other subjects by linear"):
+        markdown(settings, rows)

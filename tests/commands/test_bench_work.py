@@ -37,7 +37,6 @@ from agssd.evaluation.probe_features import Depths, encode
 from agssd.models.backbone import build_fresh
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_probe__names_are_those_of_agssd_probe() -> None:

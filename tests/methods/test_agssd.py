@@ -228,6 +228,12 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
+def holds_body(foreground: Tensor, n: int, grid: tuple[int, ...]) -> bool:
+    """Return whether token ``n`` of a view, foreground (1, D, H, W), holds enough body to count."""
+    i, j, k = (8 * int(x) for x in np.unravel_index(n, grid))
+    return float(foreground[0, i : i + 8, j : j + 8, k : k + 8].double().mean()) >= 0.05
+
+
 def misplaced(
     module: Any, views: Any, b: int, v: int, mask: Tensor, student: Tensor, teacher: Tensor
 ) -> tuple[float, list[float]]:
@@ -243,17 +249,16 @@ def misplaced(
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     losses, misses = [], []
     for n in np.flatnonzero(~mask.numpy()):
-        i, j, k = (8 * int(x) for x in np.unravel_index(n, module.grid))
-        body = views.foreground[b, v][0, i : i + 8, j : j + 8, k : k + 8].double().mean()
         there = np.linalg.inv(other) @ own @ np.append(places[n], 1)
-        if body < 0.05 or (np.abs(there[:3]) > 1 + 1e-5).any():  # a token in the other view by its centre
+        inside = (np.abs(there[:3]) <= 1 + 1e-5).all()  # a token in the other view by its centre
+        if not inside or not holds_body(views.foreground[b, v], n, module.grid):
             continue
         with torch.no_grad():
             query = module.student["aligner"].query(student[n]).double().numpy()
         apart = (((places - there[:3]) * grid / 2) ** 2).sum(1)
         target = softmax(-apart / (2 * module.align_pitches**2))
         cosines = keys @ query / np.linalg.norm(query)
-        losses.append(-(target * np.log(softmax(cosines / 0.1))).sum())
+        losses.append(-(target * np.log(softmax(cosines / module.hparams.align_temperature))).sum())
         misses.append(np.abs((places[cosines.argmax()] - there[:3]) * grid / 2).max())
     return float(np.mean(losses)) if losses else 0.0, misses
 
@@ -267,7 +272,7 @@ def misplaced(
         {"student_views": "masked"},
         {"student_views": "masked", "num_local": 0},
         {"student_views": "masked", "clean_teacher": False},
-        {"student_views": "visible", "distilled_share": 0.4},
+        {"student_views": "visible", "distilled_share": 0.4, "align_temperature": 0.3},
         {"student_views": "visible", "masked_views": 2, "num_local": 0, "weight_align": 3.0, "align_pitches": 0.8},
     ],
     ids=[
@@ -335,10 +340,12 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
             distilled = set(step.distilled[row].tolist())
             assert len(distilled) == int(np.ceil(module.distilled_share * step.index.shape[1]))
             assert distilled <= set(step.index[row].tolist())
+            body = {n for n in np.flatnonzero(mask.numpy()) if holds_body(views.foreground[b, v], n, module.grid)}
+            assert len(distilled & body) == min(len(distilled), len(body)), "body before air"
             for n in np.flatnonzero(mask.numpy()):
                 i, j, k = (8 * int(x) for x in np.unravel_index(n, module.grid))
                 box = (0, slice(i, i + 8), slice(j, j + 8), slice(k, k + 8))
-                if views.foreground[b, v][box].double().mean() < 0.05:
+                if n not in body:
                     continue
                 if n in distilled:
                     target = softmax((teacher_patch[n] - centre_patch) / temperature)
@@ -423,6 +430,8 @@ def test_agssd__settings_that_leave_nothing_out_are_refused() -> None:
         recipes.build(AGSSD, student_views="visible", masked_views=2, cvaa="casa")
     with pytest.raises(ValueError, match="align_pitches is 0.0; give a spread above 0"):
         recipes.build(AGSSD, align_pitches=0.0)
+    with pytest.raises(ValueError, match="align_temperature is 0.0; a temperature lies above 0"):
+        recipes.build(AGSSD, align_temperature=0.0)
     with pytest.raises(ValueError, match=r"distilled_share is 0.0; give a share .* in \(0, 1\]"):
         recipes.build(AGSSD, distilled_share=0.0)
 
@@ -497,14 +506,13 @@ def test_agssd__weights_scale_their_terms_and_zero_keeps_the_graph(batch: Any, a
     views = base.make_views(batch)
     terms = base.pretrain_loss(views).terms
     weights = {"cls": 1, "patch": 1, "rec": 10, "align": 1}
-    for name, weight in weights.items():
+    for name in weights:
         module = recipes.build(AGSSD, **{f"weight_{'reconstruction' if name == 'rec' else name}": 0.0})
         loss = module.pretrain_loss(views)
         expected = sum(float(terms[other]) * w for other, w in weights.items() if other != name)
         assert float(loss.total) == pytest.approx(expected, rel=1e-5)
         loss.total.backward()
         assert all(p.grad is not None for p in module.student.parameters()), f"{name} left the graph at weight 0"
-        assert weight
 
 
 # ------------------------------------------------------------------ CVAA

@@ -121,6 +121,20 @@ def test_mae__mask_token_of_the_encoder_stays_as_it_is() -> None:
     assert id(module.student["decoder"].mask_token) in trained
 
 
+def test_mae__average_of_its_weights_is_exported_if_asked_for(tiny_cache: Path) -> None:
+    assert not recipes.build(MAE).has_teacher
+    module, plain = recipes.build(MAE, average=True), recipes.build(MAE)
+    views = module.make_views(recipes.parents(tiny_cache, [0, 1]))
+    assert torch.equal(module.pretrain_loss(views).total, plain.pretrain_loss(views).total), "training is the same"
+    before = [parameter.clone() for parameter in module.backbone.parameters()]
+    with torch.no_grad():
+        for parameter in module.student["backbone"].parameters():
+            parameter.add_(1.0)
+    module.update_teacher(0.75)
+    for parameter, old in zip(module.backbone.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, old + 0.25)
+
+
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_mae__panel_shows_predictions_where_hidden(norm_pix: bool, tiny_cache: Path) -> None:
     module = recipes.build(MAE, norm_pix=norm_pix)

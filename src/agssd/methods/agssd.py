@@ -134,7 +134,7 @@ class AGSSD(PretrainModule):
         fuser_heads: its attention heads.
         distilled_share: how many of a view's hidden tokens the patch term asks for, as a share of the most that a view
             hides (the upper ``mask_ratio``), those with body first, else at random in each step: where hidden patches
-            are left out, heads and fuser would take a fifth of a step (ours).
+            are left out, heads and fuser would take a sixth of a step (ours).
         fused_share: weight of the fused patch loss at 20 % of the run, from 0 at 5 %.
         fused_share_cls: weight of the fused teacher [CLS] in the targets, reached at 20 % from 0 at 10 %.
         counterpart_drop: probability that a hidden token may not look at its own place in the other view.
@@ -218,6 +218,7 @@ class AGSSD(PretrainModule):
             temperature_student=temperature_student,
             temperature_cls=temperature_cls,
             temperature_patch=temperature_patch,
+            align_temperature=align_temperature,
         )
         self.views = views
         self.weights = {"cls": weight_cls, "patch": weight_patch, "rec": weight_reconstruction}
@@ -490,10 +491,10 @@ class AGSSD(PretrainModule):
         loss_rec = patch_l1(prediction, target_of(index), 1 + self.reconstruction_edges * edges, counts)
 
         terms = {"cls": loss_cls, "patch": loss_patch, "rec": loss_rec}
-        attention = None
+        aligned = None
         if self.weights["align"]:
-            attention = self.student["aligner"](by_student.shown, pick(teacher_tokens, 1 - hidden))
-            terms["align"] = self._misplaced(attention, by_student, body, views)
+            aligned = self.student["aligner"](by_student.shown, pick(teacher_tokens, 1 - hidden))
+            terms["align"] = self._misplaced(aligned, by_student, body, views)
         if self.weights["koleo"]:
             terms["koleo"] = torch.stack([koleo(one) for one in by_student.cls.unbind(1)]).mean()
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
@@ -518,7 +519,7 @@ class AGSSD(PretrainModule):
             scaling=(mean, scale),
             plain=plain.detach(),
             fused=None if fused is None else fused.detach(),
-            attention=None if attention is None else attention.detach(),
+            attention=None if aligned is None else aligned.detach(),
             shown=by_student.shown_index,
             ratio=ratio,
         )

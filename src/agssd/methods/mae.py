@@ -22,7 +22,7 @@ class MAE(PretrainModule):
 
     Each of a sample's two global views is masked by a draw of its own; no augmentation of intensities. With
     ``mask_score="loss"`` what a momentum teacher predicts badly is hidden first, as AnatoMask does; the teacher, which
-    scores ``"loss"`` and ``"attention"`` alone bring along, is what is exported then.
+    scores ``"loss"`` and ``"attention"`` bring along, is what is exported then. Without them ``average`` makes one.
 
     Source: He et al., CVPR 2022, arXiv 2111.06377 [paper]: ratio 0.75, light decoder with a mask token of its own,
     MSE of standardised patches over hidden patches alone; in 3D SelfMedMAE [R: SelfMedMAE] and nnssl [R: nnssl];
@@ -41,6 +41,7 @@ class MAE(PretrainModule):
         decoder_depth: its blocks.
         decoder_heads: its attention heads.
         norm_pix: standardise target patches.
+        average: export a moving average of the weights, as methods with a teacher do (ours), instead of the last ones.
         lr: peak learning rate.
         min_lr: last learning rate.
         warmup: share of the run.
@@ -66,6 +67,7 @@ class MAE(PretrainModule):
         decoder_depth: int = 8,
         decoder_heads: int = 12,
         norm_pix: bool = True,
+        average: bool = False,
         lr: float = 3e-4,
         min_lr: float = 1e-6,
         warmup: float = 0.05,
@@ -88,6 +90,8 @@ class MAE(PretrainModule):
         head = ReconstructionHead(decoder_dim, self.patch, backbone.in_channels)
         self.student = nn.ModuleDict({"backbone": backbone, "decoder": decoder, "reconstruction": head})
         self.hide_by(MaskSampler(self.grid, self.patch, mask_score, mask_block))
+        if average and not self.has_teacher:
+            self.build_teacher()
         self._step: tuple[Views, Tensor, Tensor, Tensor] | None = None
 
     def make_views(self, batch: ParentBatch) -> Views:

@@ -48,7 +48,7 @@ def lies_in_other(own: Tensor, other: Tensor, grid: Size) -> tuple[Tensor, Tenso
     A token beyond the outermost centres of the other view has a nearest one all the same.
 
     Args:
-        own: (B, 4, 4) affines of views, (B, 3, 3) of frames, from each view's [-1, 1] to its parent's.
+        own: (B, 4, 4) affines of views, (B, 3, 3) of frames, from each view's [-1, 1] to parent voxels.
         other: those of the other views, alike.
         grid: token grid of both.
     """

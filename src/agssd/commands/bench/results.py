@@ -68,6 +68,12 @@ def places(bench: Bench) -> list[Place]:
     ]
 
 
+def subjects(rows: Sequence[dict[str, Any]], method: str, place: Place) -> set[str]:
+    """Return whom the runs of a method at a place have measured."""
+    here = [row for row in rows if row["method"] == method and (row["readout"], row["steps"], row["labels"]) == place]
+    return {subject for row in here for subject in row["subjects"]}
+
+
 def figures(bench: Bench, rows: Sequence[dict[str, Any]], method: str, place: Place) -> npt.NDArray[np.float64] | None:
     """Return (seeds, draws, subjects) of a method at a place; None while one of its runs is missing.
 
@@ -87,7 +93,7 @@ def figures(bench: Bench, rows: Sequence[dict[str, Any]], method: str, place: Pl
     wanted = {(seed, draw) for seed in seeds for draw in draws}
     if set(found) != wanted or set(counts.values()) != {bench.num_folds or 1}:
         return None
-    subjects = sorted(found[0, 0])
-    if any(sorted(one) != subjects for one in found.values()):
+    names = sorted(found[0, 0])
+    if any(sorted(one) != names for one in found.values()):
         raise ValueError(f"runs of {method} have measured other subjects; a cache has changed: give another --out")
-    return np.array([[[found[s, d][n] for n in subjects] for d in draws] for s in seeds])
+    return np.array([[[found[s, d][n] for n in names] for d in draws] for s in seeds])

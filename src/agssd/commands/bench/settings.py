@@ -50,7 +50,7 @@ class Readout:
         steps: budgets of optimiser steps; each is a run of its own, since the schedule ends with it.
         probe: a readout of ``agssd probe``, fitted to frozen features at its own settings: neighbours or linear, of
             tokens (dice) or of volumes (accuracy).
-        window_vox: of those features, (D, H, W) in voxels, the size of view in pretraining.
+        window_vox: of those features, (D, H, W) in voxels, the size of view in pretraining; benches are of volumes.
         depths: of those features: the encoder's tokens, or "all", four depths side by side.
         labels: amounts of labels for this readout, where each costs much; None takes those of the bench.
         seeds: how many pretrainings this readout is of, where each costs much; None, or more than those of the bench,

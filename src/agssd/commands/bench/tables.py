@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from agssd.commands.bench.results import Place, figures, heading, places
+from agssd.commands.bench.results import Place, figures, heading, places, subjects
 from agssd.commands.bench.settings import Bench
 from agssd.evaluation.statistics import Interval, crossed_mean, holm, paired_difference
 
@@ -75,9 +75,21 @@ def _other_steps(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def of_place(bench: Bench, rows: Sequence[dict[str, Any]], place: Place) -> _Figures:
-    """Return the figures (seeds, draws, subjects) of every method whose runs at a place are all there."""
+    """Return the figures (seeds, draws, subjects) of every method whose runs at a place are all there.
+
+    Raises:
+        ValueError: if two runs have measured other subjects, of one method or of two.
+    """
     found = {method: figures(bench, rows, method, place) for method in bench.methods}
-    return {method: table for method, table in found.items() if table is not None}
+    whole = {method: table for method, table in found.items() if table is not None}
+    measured = {method: subjects(rows, method, place) for method in whole}
+    for first, method in pairwise(measured):
+        if measured[method] != measured[first]:
+            raise ValueError(
+                f"{method} and {first} have measured other subjects by {place.readout}; a cache has changed: give "
+                "another --out"
+            )
+    return whole
 
 
 def _means(bench: Bench, found: dict[Place, _Figures]) -> str:

@@ -49,9 +49,9 @@ def losses(folder: Path) -> dict[str, tuple[float, float]]:
 
 def frozen(path: Path) -> dict[str, tuple[float, float]]:
     """Return the mean Dice of a linear layer and of k-NN by encoder, from what ``agssd probe`` wrote."""
-    scores = [table["score"] for table in json.loads(path.read_text())["readouts"].values()]
-    linear, neighbours = ({name: row["mean"] for name, row in score.items()} for score in scores)
-    return {name: (linear[name], neighbours[name]) for name in linear}
+    readouts = json.loads(path.read_text())["readouts"]
+    linear, neighbours = (readouts[name]["score"] for name in ("linear-seg", "knn-seg"))
+    return {name: (linear[name]["mean"], neighbours[name]["mean"]) for name in ROWS}
 
 
 def write_table(
