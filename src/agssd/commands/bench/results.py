@@ -70,8 +70,7 @@ def places(bench: Bench) -> list[Place]:
 
 def subjects(rows: Sequence[dict[str, Any]], method: str, place: Place) -> set[str]:
     """Return whom the runs of a method at a place have measured."""
-    here = [row for row in rows if row["method"] == method and (row["readout"], row["steps"], row["labels"]) == place]
-    return {subject for row in here for subject in row["subjects"]}
+    return {subject for row in _runs(rows, method, place) for subject in row["subjects"]}
 
 
 def figures(bench: Bench, rows: Sequence[dict[str, Any]], method: str, place: Place) -> npt.NDArray[np.float64] | None:
@@ -84,11 +83,10 @@ def figures(bench: Bench, rows: Sequence[dict[str, Any]], method: str, place: Pl
     """
     found: dict[tuple[int, int], dict[str, float]] = {}
     counts: dict[tuple[int, int], int] = {}
-    for row in rows:
-        if row["method"] == method and (row["readout"], row["steps"], row["labels"]) == place:
-            key = row["seed"], row["draw"]
-            found.setdefault(key, {}).update(row["subjects"])
-            counts[key] = counts.get(key, 0) + 1
+    for row in _runs(rows, method, place):
+        key = row["seed"], row["draw"]
+        found.setdefault(key, {}).update(row["subjects"])
+        counts[key] = counts.get(key, 0) + 1
     seeds, draws = range(bench.seeds_of(place.readout)), range(bench.draws_of(place.labels))
     wanted = {(seed, draw) for seed in seeds for draw in draws}
     if set(found) != wanted or set(counts.values()) != {bench.num_folds or 1}:
@@ -97,3 +95,7 @@ def figures(bench: Bench, rows: Sequence[dict[str, Any]], method: str, place: Pl
     if any(sorted(one) != names for one in found.values()):
         raise ValueError(f"runs of {method} have measured other subjects; a cache has changed: give another --out")
     return np.array([[[found[s, d][n] for n in names] for d in draws] for s in seeds])
+
+
+def _runs(rows: Sequence[dict[str, Any]], method: str, place: Place) -> list[dict[str, Any]]:
+    return [row for row in rows if row["method"] == method and (row["readout"], row["steps"], row["labels"]) == place]

@@ -47,7 +47,7 @@ def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     over = ", ".join(name for name, levels in axes.items() if levels > 1)
     alone = " and ".join(name for name, levels in axes.items() if levels == 1)
     return (
-        f"{what} on {where}; {seeds_told(bench)}, {bench.draws} "
+        f"{what} on {where}; {_seeds(bench)}, {bench.draws} "
         f"draw{'s' * (bench.draws > 1)} of the labels (all labels: 1), "
         f"{bench.pretrain_steps} steps of pretraining ({', '.join(pretrained) or 'none'}{_other_steps(bench, rows)}). "
         f"Mean with 95 % interval over {over}{' and ' * bool(over)}subjects"
@@ -56,7 +56,7 @@ def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def seeds_told(bench: Bench) -> str:
+def _seeds(bench: Bench) -> str:
     """Return how many pretraining seeds there are, and of which readouts fewer."""
     fewer = [f"{name} {bench.seeds_of(name)}" for name in bench.readouts if bench.seeds_of(name) < bench.seeds]
     told = f" ({', '.join(fewer)})" if fewer else ""

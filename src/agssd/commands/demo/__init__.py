@@ -84,18 +84,11 @@ def _demo(out: Path, size: Size, seed: int, quick: bool) -> None:
         _agssd(log / "pretrain.log", ["fit", "--config", str(out / "pretrain.yaml"), *common, *steps])
     _agssd(log / "export.log", ["export", str(out / "pretrain"), "--out", str(out / "encoder")])
 
-    frozen = [
-        "--encoder",
-        f"pretrained={out / 'encoder'}",
-        "--random",
-        "--readout",
-        "linear-seg",
-        "knn-seg",
-        "--on-val",
-    ]
-    frozen += ["--num-subjects", str(size.num_labelled), "--precision", "bf16", "--out", str(out / "frozen.json")]
+    encoders = ["--encoder", f"pretrained={out / 'encoder'}", "--random"]
+    few = ["--on-val", "--num-subjects", str(size.num_labelled)]
+    readouts = ["--readout", "linear-seg", "knn-seg", "--precision", "bf16", "--out", str(out / "frozen.json")]
     with _one_thread():
-        _agssd(log / "probe.log", ["probe", str(cache), *frozen])
+        _agssd(log / "probe.log", ["probe", str(cache), *encoders, *few, *readouts])
     _finetune_both(out, log, [*common, "--trainer.max_steps", str(size.finetune_steps)], size.num_labelled)
 
     results = {name: collect(out / name) for name in ("pretrained", "random")}
