@@ -10,7 +10,7 @@ from made_bench import bench, made_rows
 
 from agssd.commands.bench.cells import list_cells
 from agssd.commands.bench.results import Place, figures
-from agssd.commands.bench.tables import compare, head, markdown
+from agssd.commands.bench.tables import compare, head, markdown, probability
 
 
 def test_tables__find_a_gain_and_claim_none_where_there_is_none() -> None:
@@ -33,6 +33,14 @@ def test_tables__find_a_gain_and_claim_none_where_there_is_none() -> None:
     assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {5}
     reads_of_unet = [line for line in text.split("## linear")[1].splitlines() if line.startswith("| unet")]
     assert not reads_of_unet
+
+
+@pytest.mark.parametrize(
+    ("p", "told"),
+    [(0.00099, "< 0.001"), (0.0171, "= 0.017"), (0.0496, "< 0.050"), (0.05, "= 0.050"), (1.0, "= 1.000")],
+)
+def test_probability__shows_on_which_side_of_a_bound_it_is(p: float, told: str) -> None:
+    assert probability(p) == told
 
 
 def test_tables__say_over_what_an_interval_is() -> None:

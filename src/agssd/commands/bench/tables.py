@@ -133,8 +133,10 @@ def _differences(compared: dict[tuple[str, str, Place], tuple[Interval, float]],
 
 
 def probability(p: float) -> str:
-    """Return a p-value with its sign, for example ``= 0.017``; below 0.001 only that it is."""
-    return f"{'<' if p < 0.001 else '='} {max(p, 0.001):.3f}"
+    """Return a p-value with its sign, ``= 0.017``; where three digits would not show it below a bound, ``< 0.050``."""
+    if p < 0.001:
+        return "< 0.001"
+    return f"< {ALPHA:.3f}" if p < ALPHA <= round(p, 3) else f"= {p:.3f}"
 
 
 def label(place: Place) -> str:
