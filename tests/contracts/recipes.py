@@ -259,3 +259,10 @@ def tensors(value: Any, path: str = "") -> dict[str, Tensor]:
 def take(batch: Any, rows: slice) -> Any:
     """Return the rows of a batch of parent crops."""
     return {name: tensor[rows] for name, tensor in batch.items()}
+
+
+def step_of(module: Any, batch: dict[str, Tensor]) -> tuple[Any, Any, Any]:
+    """Return the views, the loss and what a step of AG-SSD left."""
+    views = module.make_views(batch)
+    loss = module.pretrain_loss(views)
+    return views, loss, module._step

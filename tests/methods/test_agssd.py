@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,12 @@ import numpy as np
 import pytest
 import recipes
 import torch
+from recipes import step_of
 from torch import Tensor
 
-from agssd.geometry import token_centres, transform
 from agssd.methods.agssd import AGSSD
-from agssd.methods.base import PretrainModule
 from agssd.transforms.edges import MIN_FOREGROUND
 from agssd.transforms.views import edge_maps
-
-SAMPLES = [0, 1, 2, 3]
-
-
-@pytest.fixture
-def batch(tiny_cache: Path) -> dict[str, Tensor]:
-    """Return four parent crops."""
-    return recipes.parents(tiny_cache, SAMPLES)
-
-
-@pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Return a function that sets the share of the run that is done."""
-    return lambda progress: monkeypatch.setattr(PretrainModule, "progress", property(lambda self: progress))
-
-
-def step_of(module: Any, batch: dict[str, Tensor]) -> tuple[Any, Any, Any]:
-    """Return the views, the loss and what the step left."""
-    views = module.make_views(batch)
-    loss = module.pretrain_loss(views)
-    return views, loss, module._step
 
 
 def body_of(views: Any) -> np.ndarray:
@@ -515,177 +492,6 @@ def test_agssd__weights_scale_their_terms_and_zero_keeps_the_graph(batch: Any, a
         assert all(p.grad is not None for p in module.student.parameters()), f"{name} left the graph at weight 0"
 
 
-# ------------------------------------------------------------------ CVAA
-
-
-def gradient_of(term: Tensor, parameters: Any) -> list[Tensor | None]:
-    """Return the gradients, None where the term does not depend on a parameter."""
-    return list(torch.autograd.grad(term, list(parameters), retain_graph=True, allow_unused=True))
-
-
-@pytest.mark.parametrize("cvaa", ["student", "casa"])
-def test_agssd__fuser_serves_the_patch_term_alone(cvaa: str, batch: Any, at: Any) -> None:
-    at(0.6)
-    module = recipes.build(AGSSD, cvaa=cvaa)
-    _, loss, _ = step_of(module, batch)
-    fuser = module.student["fuser"].parameters
-    assert all(gradient is None for gradient in gradient_of(loss.terms["rec"], fuser()))
-    assert all(gradient is None for gradient in gradient_of(loss.terms["cls"], fuser()))
-    assert all(gradient is not None and gradient.any() for gradient in gradient_of(loss.terms["patch"], fuser()))
-
-
-def test_agssd__plain_branch_keeps_its_weight_beside_the_fused_one(batch: Any, at: Any) -> None:
-    module = recipes.build(AGSSD)
-    views = module.make_views(batch)
-    for progress, share in ((0.0, 0.0), (0.125, 0.25), (0.2, 0.5), (1.0, 0.5)):
-        at(progress)
-        term = module.pretrain_loss(views).terms["patch"]
-        step = module._step
-        means = [((x * step.counts).sum(1) / step.counts.sum(1)).mean() for x in (step.plain, step.fused)]
-        assert float(term) == pytest.approx(float((1 - share) * means[0] + share * means[1]), rel=1e-5)
-
-
-@pytest.mark.parametrize("given", [{"orientations": "all"}, {"rotation_deg": 20.0}, {"orientations": "flips"}], ids=str)
-def test_agssd__position_bias_is_the_true_distance_in_pitches_of_the_other_view(given: Any, batch: Any) -> None:
-    module = recipes.build(AGSSD, given)
-    views = module.make_views(batch)
-    affine = views.geometry.globals.affine.double().numpy()
-    grid = np.array(module.grid)
-    centres = np.array([(2 * np.array(index) + 1) / grid - 1 for index in np.ndindex(*module.grid)])
-    bias, distance = module._position_bias(views, views.hidden_view)
-    valid = bias.any(-1)
-    assert 0 < valid.sum() < valid.numel()
-    for b, hidden in enumerate(views.hidden_view.tolist()):
-        own, other = affine[b, hidden], affine[b, 1 - hidden]
-        parent = centres @ own[:3, :3].T + own[:3, 3]
-        # Pitches: how far apart neighbouring tokens of the other view lie in the parent, along its own axes.
-        pitch = other[:3, :3] * 2 / grid
-        keys = centres @ other[:3, :3].T + other[:3, 3]
-        offset = np.einsum("ij,nmj->nmi", np.linalg.inv(pitch), parent[:, None] - keys[None])
-        inside = (np.abs((parent - other[:3, 3]) @ np.linalg.inv(other[:3, :3]).T) <= 1 - 1 / grid + 1e-4).all(-1)
-        np.testing.assert_array_equal(valid[b].numpy(), inside)
-        expected = np.where(inside[:, None], -(offset**2).sum(-1) / 8, 0)
-        np.testing.assert_allclose(bias[b].numpy(), expected, atol=1e-4)
-        np.testing.assert_allclose(distance[b].numpy(), np.abs(offset).max(-1), atol=1e-4)
-
-
-def spied(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Tensor]]:
-    """Return a list that receives arguments and result of every later call of the module."""
-    calls: list[tuple[Any, Tensor]] = []
-    forward = module.forward
-
-    def spy(*args: Any) -> Tensor:
-        calls.append((args, forward(*args)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(module, "forward", spy)
-    return calls
-
-
-@pytest.mark.parametrize("num_local", [0, 2])
-@pytest.mark.parametrize("student_views", ["both", "masked"])
-def test_agssd__teacher_fuses_hidden_tokens_and_cls_with_the_other_view(
-    student_views: str, num_local: int, batch: Any, at: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    at(0.6)
-    module = recipes.build(AGSSD, {"num_local": num_local}, student_views=student_views, assignment="centring")
-    for block in module.teacher["fuser"].blocks:
-        block.scale_attention.fill_(1.0)
-    fuser = module.teacher["fuser"]
-    with monkeypatch.context() as patch:
-        calls = spied(fuser, patch)
-        views, _, step = step_of(module, batch)
-    (_, tokens), (_, cls) = calls
-    assert not tokens.requires_grad and not cls.requires_grad
-    asked = [(b, v) for b, hidden in enumerate(views.hidden_view.tolist()) for v in (0, 1)]
-    if student_views == "masked" and views.locals is None:
-        asked = [(b, 1 - hidden) for b, hidden in enumerate(views.hidden_view.tolist())]
-    assert len(cls) == len(asked)
-    for b, hidden in enumerate(views.hidden_view.tolist()):
-        one = module.make_views(recipes.take(batch, slice(b, b + 1)))
-        for v in (0, 1):
-            own, other = (module.teacher["backbone"](views.clean[b, which][None]) for which in (v, 1 - v))
-            if v == hidden:
-                bias, _ = module._position_bias(one, torch.tensor([v]))
-                expected = fuser(own.tokens, other.tokens, bias)[0, step.index[b]]
-                torch.testing.assert_close(tokens[b], expected, rtol=0, atol=1e-5)
-            if (b, v) in asked:
-                expected = fuser(own.cls[:, None], other.tokens)[0, 0]
-                torch.testing.assert_close(cls[asked.index((b, v)), 0], expected, rtol=0, atol=1e-5)
-    # Each [CLS] that the student gives is compared with the other view's target, a quarter of it after fusion.
-    given = [(b, v) for b, hidden in enumerate(views.hidden_view.tolist()) for v in (0, 1)]
-    if student_views == "masked":
-        given = [(b, hidden) for b, hidden in enumerate(views.hidden_view.tolist())]
-    assert len(step.teacher_cls) == len(given)
-    for target, (b, v) in zip(step.teacher_cls, given, strict=True):
-        plain = module.teacher["backbone"](views.clean[b, 1 - v][None]).cls
-        both = module.teacher["cls_head"](torch.cat([plain, cls[asked.index((b, 1 - v))]]))
-        expected = torch.lerp(*(both / 0.04).softmax(-1), module.fused_share_cls)
-        torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("masked_views", [1, 2])
-def test_agssd__student_fuses_each_hidden_token_with_its_own_bias_and_keys(
-    masked_views: int, batch: Any, at: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    at(0.6)
-    module = recipes.build(AGSSD, masked_views=masked_views)
-    calls = spied(module.student["fuser"], monkeypatch)
-    views, _, step = step_of(module, batch)
-    ((_, _, bias, forbidden), _) = calls[0]
-    which = module._masked(views)
-    biases, distance = module._position_bias(views, which)
-    keys = module._forbidden(views, step.mask, distance)
-    assert len(bias) == len(which) == 4 * masked_views
-    for row, index in enumerate(step.index):
-        assert torch.equal(bias[row], biases[row, index]) and torch.equal(forbidden[row], keys[row, index])
-
-
-def test_agssd__student_is_fused_with_the_teachers_tokens_of_the_unmasked_view(
-    batch: Any, at: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    at(0.6)
-    memories = {}
-    for cvaa in ("student", "casa"):
-        module = recipes.build(AGSSD, cvaa=cvaa)
-        with torch.no_grad():
-            for p in module.teacher.parameters():
-                p.add_(0.01)
-        calls = spied(module.student["fuser"], monkeypatch)
-        views, _, step = step_of(module, batch)
-        ((query, memory, *_), _) = calls[0]
-        assert query.requires_grad
-        other = torch.stack([step.tokens[b, 1 - v] for b, v in enumerate(views.hidden_view.tolist())])
-        memories[cvaa] = (memory.requires_grad, torch.allclose(memory, other, atol=1e-6))
-    # Alice's form takes keys from the student, ours from the teacher without gradient.
-    assert memories == {"student": (False, True), "casa": (True, False)}
-
-
-def test_agssd__hidden_tokens_lose_sight_of_their_counterpart(batch: Any) -> None:
-    module = recipes.build(AGSSD, counterpart_drop=1.0, key_dropout=0.0)
-    views, _, step = step_of(module, batch)
-    _, distance = module._position_bias(views, views.hidden_view)
-    forbidden = module._forbidden(views, step.mask, distance)
-    assert torch.equal(forbidden, step.mask[..., None] & (distance < 1.5))
-    module.counterpart_drop, module.key_dropout = 0.0, 0.25
-    many = dataclasses.replace(views, sample=torch.arange(2000), hidden_view=views.hidden_view)
-    dropped = module._forbidden(many, step.mask[:1].expand(2000, -1), distance[:1].expand(2000, -1, -1))
-    assert (dropped == dropped[:, :1]).all(), "a key is hidden from every query"
-    assert abs(float(dropped[:, 0].float().mean()) - 0.25) < 0.01
-
-
-def test_agssd__nothing_is_dropped_in_evaluation(batch: Any, at: Any) -> None:
-    at(0.6)
-    module = recipes.build(AGSSD).eval()
-    other = recipes.build(AGSSD, drop_path=0.0, key_dropout=0.0, counterpart_drop=0.0).train()
-    views = module.make_views(batch)
-    with torch.no_grad():
-        assert float(module.pretrain_loss(views).total) == pytest.approx(float(other.pretrain_loss(views).total), 1e-6)
-        module.train()
-        assert abs(float(module.pretrain_loss(views).total - other.pretrain_loss(views).total)) > 1e-4
-    assert module.eval()._drop_noise(views) == [None, None]
-
-
 # ------------------------------------------------------------------ precision
 
 
@@ -702,109 +508,6 @@ def test_agssd__heads_do_not_underflow_in_half_precision(batch: Any) -> None:
         targets = module.centre_cls.targets(factor * logits, 0.04)
         assert targets.isfinite().all()
         torch.testing.assert_close(targets.sum(-1), torch.ones(6))
-
-
-# ------------------------------------------------------------------ monitors
-
-
-def test_observations__hold_probabilities_logits_and_figures(batch: Any, at: Any) -> None:
-    at(0.6)
-    module = recipes.build(AGSSD)
-    assert module.observations is None
-    _, loss, step = step_of(module, batch)
-    seen = module.observations
-    counted = int(step.counts.sum())
-    shapes = {name: tuple(value.shape) for name, value in seen.items() if isinstance(value, Tensor)}
-    assert shapes == {
-        "teacher_cls": (8, 64),
-        "student_cls": (8, 64),
-        "teacher_patch": (counted, 64),
-        "student_patch": (counted, 64),
-        "cls_features": (8, 48),
-        "patch_features": (counted, 48),
-        "centre_norm_cls": (),
-        "centre_norm_patch": (),
-    }
-    for name in ("teacher_cls", "teacher_patch"):
-        torch.testing.assert_close(seen[name].sum(-1), torch.ones(len(seen[name])))
-    for name, rows in (("cls", 8), ("patch", counted)):
-        log_student = seen[f"student_{name}"].log_softmax(-1)
-        assert not seen[f"student_{name}"].requires_grad
-        entropy = -(seen[f"teacher_{name}"] * log_student).sum(-1)
-        assert entropy.shape == (rows,) and entropy.isfinite().all()
-    figures = seen["scalars"]
-    assert {"overlap", "mask_ratio", "mask_edge_mass", "cosine_corresponding", "cvaa_gap", "rec_psnr_edge"} <= set(
-        figures
-    )
-    assert all(value.ndim == 0 and value.isfinite() for value in figures.values()), figures
-    assert figures["overlap"] >= figures["overlap_target"] - 1e-5
-    assert figures["mask_ratio"] == pytest.approx(float(step.mask.float().mean()))
-    overlap = step.views.geometry.overlap
-    counted = [int(((overlap >= i / 5) & (overlap < (i + 1) / 5)).sum()) for i in range(5)]
-    shares = [float(figures[f"overlap_{20 * i}_{20 * i + 20}"]) for i in range(5)]
-    assert shares == pytest.approx([count / len(overlap) for count in counted])
-
-
-def test_observations__teacher_and_student_rows_of_cls_are_the_pairs_of_the_loss(batch: Any, at: Any) -> None:
-    at(0.6)
-    module = recipes.build(AGSSD, {"num_local": 0})
-    _, loss, _ = step_of(module, batch)
-    seen = module.observations
-    entropy = -(seen["teacher_cls"] * seen["student_cls"].log_softmax(-1)).sum(-1)
-    assert float(entropy.mean()) == pytest.approx(float(loss.terms["cls"]), rel=1e-5)
-
-
-@pytest.mark.parametrize("given", [{"orientations": "all"}, {"rotation_deg": 15.0}], ids=str)
-def test_observations__features_of_the_place_in_the_world_agree_where_views_overlap(given: Any, batch: Any) -> None:
-    module = recipes.build(AGSSD, {"size_vox": (32, 32, 32), **given})
-    views, _, step = step_of(module, batch)
-    centres = token_centres(module.grid)
-    affine = views.geometry.globals.affine
-    places = transform(affine.flatten(0, 1), centres.expand(8, -1, -1)).unflatten(0, (4, 2))  # (B, 2, N, 3)
-    features = torch.cat([places / 8 - 2, torch.ones_like(places[..., :1])], -1)
-    module._step = dataclasses.replace(step, tokens=features)
-    figures = module.observations["scalars"]
-    assert float(figures["cosine_corresponding"]) == pytest.approx(1.0, abs=1e-5)
-    assert float(figures["cosine_random"]) < 0.95
-    # The same features without their order agree no more than by chance.
-    module._step = dataclasses.replace(step, tokens=features.flip(2))
-    assert float(module.observations["scalars"]["cosine_corresponding"]) < 0.95
-
-
-def test_view_panel__shows_a_sample_and_refuses_others(batch: Any, at: Any) -> None:
-    at(0.6)
-    module = recipes.build(AGSSD, {"size_vox": (24, 32, 24)})
-    with pytest.raises(IndexError, match="not in the last batch"):
-        module.view_panel(0)
-    views, _, step = step_of(module, batch)
-    for index, hidden in enumerate(views.hidden_view.tolist()):
-        panel = module.view_panel(index)
-        assert {name: tuple(value.shape) for name, value in panel.items()} == {
-            "globals": (2, 24, 32, 24),
-            "clean": (2, 24, 32, 24),
-            "locals": (2, 16, 16, 16),
-            "edges": (2, 24, 32, 24),
-            "mask": (2, 3, 4, 3),
-            "reconstruction": (2, 24, 32, 24),
-            "overlap_box": (2, 3, 2),
-            "attention": (2, 3, 3, 4, 3),
-        }
-        assert torch.equal(panel["mask"][hidden].flatten(), step.mask[index]) and not panel["mask"][1 - hidden].any()
-        torch.testing.assert_close(panel["edges"][hidden], views.edges[index, 0])
-        changed = panel["reconstruction"] != panel["clean"]
-        covered = panel["mask"].repeat_interleave(8, 1).repeat_interleave(8, 2).repeat_interleave(8, 3)
-        assert not (changed & ~covered).any() and (changed & covered).sum() > 0.99 * covered.sum()
-        first = int(step.index[index, 0])
-        i, j, k = (8 * int(x) for x in np.unravel_index(first, (3, 4, 3)))
-        shown = panel["reconstruction"][hidden, i : i + 8, j : j + 8, k : k + 8]
-        torch.testing.assert_close(shown.flatten(), step.predicted[index, 0])
-        box = panel["overlap_box"]
-        size = torch.tensor([24.0, 32.0, 24.0])
-        share = ((box[..., 1] - box[..., 0]) / size).prod(-1)
-        assert float(share.max()) == pytest.approx(float(views.geometry.overlap[index]), abs=1e-4)
-        assert (panel["attention"] >= 0).all() and (panel["attention"].sum((2, 3, 4)) <= 1 + 1e-5).all()
-    with pytest.raises(IndexError, match="sample 4"):
-        module.view_panel(4)
 
 
 # ------------------------------------------------------------------ bad settings
