@@ -53,6 +53,21 @@ def test_tables__say_over_what_an_interval_is() -> None:
         assert told in head(settings, made_rows(list_cells(settings, "", Path("o")), {}))
 
 
+def test_tables__of_an_unfinished_bench_say_so() -> None:
+    settings = bench()
+    rows = made_rows(list_cells(settings, "c.h5", Path("out")), {})
+    text = markdown(settings, rows)
+    assert f"{len(rows)} runs; settings" in text and "not finished" not in text
+    whole = text.count("p = ") + text.count("p < ")
+    assert f"over all {whole} of this bench" in text and whole == 3 * 5 * 2 + 3 * 3
+    begun = [row for row in rows if row["readout"] == "full"][:-1]  # one run of one place is missing too
+    text = markdown(settings, begun)
+    assert f"{len(begun)} of {len(rows)} runs: the bench is not finished" in text
+    found = text.count("p = ") + text.count("p < ")
+    assert f"over the {found} of {whole} differences of this bench whose runs are all there" in text
+    assert found == whole - 3 * 3 - 2, "rival against scratch and ours have lost a column"
+
+
 def test_tables__of_a_readout_with_fewer_seeds() -> None:
     whole = bench()
     settings = bench(readouts={**whole.readouts, "full": replace(whole.readouts["full"], seeds=2)})

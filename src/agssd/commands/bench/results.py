@@ -68,6 +68,15 @@ def places(bench: Bench) -> list[Place]:
     ]
 
 
+def num_runs(bench: Bench) -> int:
+    """Return how many runs the whole bench has."""
+    each = {
+        name: bench.seeds_of(name) * (bench.num_folds or 1) * sum(bench.takes_part(one, name) for one in bench.methods)
+        for name in bench.readouts
+    }
+    return sum(each[place.readout] * bench.draws_of(place.labels) for place in places(bench))
+
+
 def subjects(rows: Sequence[dict[str, Any]], method: str, place: Place) -> set[str]:
     """Return whom the runs of a method at a place have measured."""
     return {subject for row in _runs(rows, method, place) for subject in row["subjects"]}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from agssd.commands.bench.results import Place, figures, heading, places, subjects
+from agssd.commands.bench.results import Place, figures, heading, num_runs, places, subjects
 from agssd.commands.bench.settings import Bench
 from agssd.evaluation.statistics import Interval, crossed_mean, holm, paired_difference
 
 ALPHA = 0.05
+DICE = "mean Dice of a subject's classes (absent: 0 where it is predicted, else left out)"
 _Figures = dict[str, npt.NDArray[np.float64]]
 
 
@@ -29,8 +30,8 @@ def markdown(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
             parts.append(_differences(here, list(columns)))
     if compared:
         parts.append(
-            "Differences are paired by seed, draw and subject; intervals are of single ones, p after Holm over all "
-            f'{len(compared)} of this bench. "No difference shown" is such a p of {ALPHA} or more, '
+            "Differences are paired by seed, draw and subject; intervals are of single ones, p after Holm over "
+            f'{counted(bench, compared)}. "No difference shown" is such a p of {ALPHA} or more, '
             "even where the single interval excludes 0: no proof of none."
         )
     return "\n\n".join(parts)
@@ -41,7 +42,7 @@ def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     marks = {str(row["bench"]) for row in rows}
     commits = {str(row[name]) for row in rows for name in ("commit", "pretraining_commit") if row[name]}
     pretrained = [name for name, method in bench.methods.items() if method.pretrain]
-    what = "mean Dice of a subject's classes" if bench.figure == "dice" else "balanced accuracy"
+    what = DICE if bench.figure == "dice" else "balanced accuracy"
     where = "the split test" if bench.num_folds is None else f"{bench.num_folds} folds of the split train"
     axes = {"seeds": bench.seeds, "draws": bench.draws}
     over = ", ".join(name for name, levels in axes.items() if levels > 1)
@@ -51,9 +52,15 @@ def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
         f"draw{'s' * (bench.draws > 1)} of the labels (all labels: 1), "
         f"{bench.pretrain_steps} steps of pretraining ({', '.join(pretrained) or 'none'}{_other_steps(bench, rows)}). "
         f"Mean with 95 % interval over {over}{' and ' * bool(over)}subjects"
-        f"{f', not over {alone}, of which there is one' if alone else ''}. {len(rows)} runs; settings "
+        f"{f', not over {alone}, of which there is one' if alone else ''}. {_runs(bench, rows)}; settings "
         f"{', '.join(sorted(marks))}; commit {', '.join(sorted(commits)) or 'not known'}."
     )
+
+
+def _runs(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
+    """Return how many runs there are, and of how many."""
+    whole = num_runs(bench)
+    return f"{len(rows)} runs" if len(rows) == whole else f"{len(rows)} of {whole} runs: the bench is not finished"
 
 
 def _seeds(bench: Bench) -> str:
@@ -106,18 +113,35 @@ def compare(bench: Bench, found: dict[Place, _Figures]) -> dict[tuple[str, str, 
 
     Every method against ``scratch``, and the first pretrained method against every other.
     """
-    pretrained = [name for name, method in bench.methods.items() if method.pretrain]
-    pairs = [(name, "scratch") for name in bench.methods if name != "scratch"]
-    pairs += [(pretrained[0], name) for name in bench.methods if pretrained and name not in ("scratch", pretrained[0])]
     intervals = {
         (first, second, place): paired_difference(tables[first], tables[second])
-        for first, second in pairs
+        for first, second in _pairs(bench)
         for place, tables in found.items()
         if first in tables and second in tables
     }
     names = {str(key): key for key in intervals}
     corrected = holm({name: intervals[key].p for name, key in names.items()})
     return {key: (intervals[key], corrected[name]) for name, key in names.items()}
+
+
+def _pairs(bench: Bench) -> list[tuple[str, str]]:
+    pretrained = [name for name, method in bench.methods.items() if method.pretrain]
+    pairs = [(name, "scratch") for name in bench.methods if name != "scratch"]
+    return pairs + [
+        (pretrained[0], name) for name in bench.methods if pretrained and name not in ("scratch", pretrained[0])
+    ]
+
+
+def counted(bench: Bench, compared: Collection[Any]) -> str:
+    """Return over how many differences p is corrected, and of how many that there will be."""
+    whole = sum(
+        bench.takes_part(first, place.readout) and bench.takes_part(second, place.readout)
+        for place in places(bench)
+        for first, second in _pairs(bench)
+    )
+    if len(compared) == whole:
+        return f"all {whole} of this bench"
+    return f"the {len(compared)} of {whole} differences of this bench whose runs are all there"
 
 
 def _differences(compared: dict[tuple[str, str, Place], tuple[Interval, float]], columns: Sequence[Place]) -> str:
