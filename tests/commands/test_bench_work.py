@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from made_bench import bench, write_small_bench
 
@@ -22,7 +23,7 @@ from agssd.cli import main
 from agssd.commands.bench.cells import list_cells, pretrain, train_and_measure
 from agssd.commands.bench.equal_time import seconds_per_step
 from agssd.commands.bench.probes import probe
-from agssd.commands.bench.processes import side_by_side
+from agssd.commands.bench.processes import device_of, side_by_side
 from agssd.commands.bench.records import Job, state_of
 from agssd.commands.bench.settings import (
     Bench,
@@ -41,6 +42,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_probe__names_are_those_of_agssd_probe() -> None:
     assert set(get_args(Probe)) == set(READOUTS)
+
+
+def test_side_by_side__deals_out_the_gpus_that_it_may_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, 5")
+    wait_and_tell = "__import__('time').sleep(2) or {}[__import__('os').environ['CUDA_VISIBLE_DEVICES']]"
+    failed = side_by_side({str(number): (eval, wait_and_tell) for number in range(4)}, 4)  # fails by what it sees
+    assert sorted(reason for _, reason in failed) == ["'5'", "'5'", "'GPU-a'", "'GPU-a'"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device_of(0) is None
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert [device_of(slot) for slot in range(4)] == ["0", "1", "2", "0"]
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "agssd bench --config conf/bench/hippocampus.yaml --cache hippocampus.h5 --out runs/bench\n\n"
         "Every cell is `agssd fit` and `agssd test`, or a probe of frozen features; a cell that is done is not done\n"
         "again, and one that was stopped goes on, so the same command finishes a bench that was interrupted.\n"
-        "--workers N runs cells side by side.\n"
+        "--workers N runs cells side by side, on the GPUs in turn where there are several.\n"
         "On a cluster, an array of jobs shares the work (same arguments) and the last command makes the tables; where\n"
         "methods are pretrained for the time of another (equal_time), a second array does what waited for the first:\n"
         "  sbatch --array 0-15 --wrap 'agssd bench ... --share $SLURM_ARRAY_TASK_ID/16'\n"

@@ -68,6 +68,7 @@ class _Frozen:
         self.window_vox: Triple = (d, h, w)
         self.depths = bench.readouts[cell.readout].depths
         assert bench.backbone is not None  # or the settings are refused
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.config = yaml.safe_load(Path(bench.backbone).read_text(encoding="utf-8"))
 
     @cached_property
@@ -92,7 +93,7 @@ class _Frozen:
         held = [(0, row) for row in self.data.rows if cache.cases[row].subject in set(self.fold.held_out)]
         part = "test" if cell.fold is None else "val"
         check_leakage(encoder.contract, told, [cache], {part: held}, "error")
-        return encoder.eval()
+        return encoder.eval().to(self.device)
 
     @cached_property
     def features(self) -> list[ProbeFeatures]:
@@ -108,7 +109,7 @@ class _Frozen:
         fold = Fold(tuple(nested_subset(self.fold.learned, count, share, draw)), self.fold.held_out)
         if readout.endswith("seg"):
             cases = [ProbeCase(f.subject, f.tokens, f.labels) for f in self.features if f.labels is not None]
-            fit = NeighbourReadout if readout == "knn-seg" else linear_segmenter
+            fit = partial(NeighbourReadout if readout == "knn-seg" else linear_segmenter, device=self.device)
             found = probe_segmentation(cases, [fold], self.data.num_label_classes, fit)
             return {name: float(np.nanmean(dice)) for name, dice in sorted(found.items()) if not np.isnan(dice).all()}
         vectors = [ProbeVector(f.subject, f.cls, f.target) for f in self.features if f.target is not None]

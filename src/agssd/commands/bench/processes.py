@@ -17,6 +17,8 @@ Task = tuple[Callable[..., dict[str, Any]], *tuple[Any, ...]]  # a function and 
 def side_by_side(tasks: Mapping[str, Task], workers: int, preload: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Do tasks, ``workers`` at a time, say how each ended, and return names and reasons of those that failed.
 
+    Each sees one GPU, where there are any; of several each is given to as many workers as the others.
+
     When this process is interrupted, also by a terminal, which interrupts its tasks too, those that run are told to end
     by SIGTERM alone, upon which a training saves itself, and waited for; when it is killed, they end themselves.
 
@@ -28,19 +30,21 @@ def side_by_side(tasks: Mapping[str, Task], workers: int, preload: Sequence[str]
     context = get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     failed, began, waiting = [], time.monotonic(), list(tasks.items())
-    running: dict[Connection, tuple[str, Any]] = {}
+    running: dict[Connection, tuple[str, Any, int]] = {}
+    free = list(range(workers))[::-1]
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                name, task = waiting.pop(0)
+                (name, task), slot = waiting.pop(0), free.pop()
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_do, args=(sender, *task))
+                process = context.Process(target=_do, args=(sender, device_of(slot), *task))
                 process.start()
                 sender.close()  # this process's end, or the death of the task would not be seen
-                running[receiver] = name, process
+                running[receiver] = name, process, slot
             for ended in wait(list(running)):
                 receiver = cast(Connection, ended)
-                name, process = running.pop(receiver)
+                name, process, slot = running.pop(receiver)
+                free.append(slot)
                 row, reason = _result(receiver, process)
                 if reason:
                     failed.append((name, reason))
@@ -48,11 +52,23 @@ def side_by_side(tasks: Mapping[str, Task], workers: int, preload: Sequence[str]
                 done, minutes = len(tasks) - len(waiting) - len(running), (time.monotonic() - began) / 60
                 print(f"[{done}/{len(tasks)}, {minutes:.1f} min] {name}: {told}", flush=True)
     finally:
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.terminate()
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.join()
     return failed
+
+
+def device_of(slot: int) -> str | None:
+    """Return what ``CUDA_VISIBLE_DEVICES`` is to be for the n-th of the processes side by side; None without a GPU."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        import torch
+
+        visible = [str(number) for number in range(torch.cuda.device_count())]
+    else:
+        visible = [name.strip() for name in given.split(",") if name.strip()]
+    return visible[slot % len(visible)] if visible else None
 
 
 def _result(receiver: Connection, process: Any) -> tuple[dict[str, Any], str]:
@@ -74,8 +90,10 @@ def _told(row: Mapping[str, Any]) -> str:
     return f"{row['value']:.4f}" if "value" in row else f"{row.get('seconds', 0):.0f} s"
 
 
-def _do(sender: Connection, work: Callable[..., dict[str, Any]], *given: Any) -> None:
+def _do(sender: Connection, device: str | None, work: Callable[..., dict[str, Any]], *given: Any) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the bench, which then sends SIGTERM
     Thread(target=_end_with_the_parent, daemon=True).start()
     try:
