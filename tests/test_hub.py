@@ -272,6 +272,8 @@ def test_export__bad_checkpoints_refused_and_nothing_written(tmp_path: Path) -> 
     whole = save_checkpoint(tmp_path / "a.ckpt", vit())
     (tmp_path / "cut.ckpt").write_bytes(whole.read_bytes()[:1000])
     refused(tmp_path / "cut.ckpt", "is it whole")
+    (tmp_path / "none.ckpt").write_bytes(b"torn")
+    refused(tmp_path / "none.ckpt", "is it whole")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     refused(tmp_path / "other.ckpt", "only checkpoints of agssd")
     refused(save_checkpoint(tmp_path / "b.ckpt", vit(), state_prefix="gone."), "no weights under 'gone.'")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import tempfile
 from collections.abc import Callable
 from importlib import import_module
@@ -173,7 +172,7 @@ def _from_checkpoint(file: Path, trust_class: bool) -> tuple[Backbone, dict[str,
         raise ValueError(f"{file}: no such checkpoint file")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # bytes that are none of torch's can make its unpickler raise anything
         raise ValueError(f"{file}: cannot be read as a checkpoint ({type(error).__name__}); is it whole?") from None
     about = checkpoint.get("agssd") if isinstance(checkpoint, dict) else None
     if not isinstance(about, dict) or not {"backbone", "state_prefix"} <= about.keys():
