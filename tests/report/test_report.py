@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from agssd.cli import main
 from agssd.commands.report.charts import MAX_POINTS, group_charts, thinned
 from agssd.commands.report.dashboard import limits_of, status_table
 from agssd.commands.report.encoder_views import Encoded, components
 from agssd.commands.report.overlays import Score, chosen, grouped
-from agssd.commands.report.run_files import HIDDEN, Curve, Run, read_run, shown_config, shown_sentence
+from agssd.commands.report.run_files import HIDDEN, Curve, Run, read_run, shown_config, shown_error, shown_sentence
 from agssd.commands.report.volumes import mosaic, shrunk
 
 NAME = "DOEJANE"  # what conftest.py plants in every path and in the cache
@@ -68,6 +70,8 @@ def test_report__without_cache_and_checkpoint__says_what_is_missing(
         (["{run}", "--out", "{empty}/a.pdf"], "must end in .html"),
         (["{run}", "--out", "{empty}/a.html", "--cases", "-1"], "--cases is -1"),
         (["{run}", "--out", "{empty}/a.html", "--cache", "{empty}/no.h5"], "does not exist"),
+        (["{run}", "--out", "{empty}/a.html", "--cases", "0", "--nifti", "{empty}/maps"], "--cases 0 leaves nothing"),
+        (["{run}", "--out", "{empty}/a.html", "--device", "gpu"], "--device is gpu, where torch cannot compute"),
     ],
 )
 def test_report__bad_arguments__refused_and_nothing_written(
@@ -93,6 +97,82 @@ def test_report__nifti__maps_lie_on_the_scan(runs: dict[str, Path], tmp_path: Pa
         assert np.allclose(image.affine, info.source_affine, atol=1e-4)
     colours = np.asanyarray(image.dataobj)
     assert colours.min() >= 0 and colours.max() <= 1 and colours.std() > 0.05
+
+
+def without(run: Path, copy: Path, cache: Path, gone: Path) -> Path:
+    """Return a copy of a run whose configuration and test name a cache and checkpoints that are gone."""
+    shutil.copytree(run, copy)
+    for path in copy.glob("*.yaml"):
+        path.write_text(path.read_text().replace(str(cache), str(gone)).replace(str(run), str(gone.parent)))
+    return copy
+
+
+@pytest.mark.parametrize("lacks", ["cache", "checkpoint", "whole checkpoint", "fitting cache"])
+def test_report__nifti_that_cannot_be_made__page_and_an_error_that_says_why(
+    lacks: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import h5py
+
+    gone = tmp_path / "elsewhere" / f"{NAME}.h5"
+    run = without(runs["pretrain"], tmp_path / NAME, runs["cache"], gone)
+    page, maps, cache = tmp_path / "a.html", tmp_path / "maps", tmp_path / "c.h5"
+    words = ["report", str(run), "--out", str(page), "--cases", "1", "--nifti", str(maps)]
+    reason = "the cache that the run names does not lie where the report was made"
+    if lacks != "cache":
+        shutil.copy(runs["cache"], cache)
+        words += ["--cache", str(cache)]
+    if lacks == "checkpoint":
+        shutil.rmtree(run / "checkpoints")
+        reason = "the run has no checkpoint"
+    if lacks == "whole checkpoint":
+        (run / "checkpoints/last.ckpt").write_bytes(b"torn")
+        reason = "last.ckpt: cannot be read as a checkpoint"
+    if lacks == "fitting cache":
+        with h5py.File(cache, "r+") as file:
+            index = json.loads(bytes(file["index"][()]))
+            for case in index["cases"]:
+                case["spacing_mm"] = [9.0, 9.0, 9.0]
+            del file["index"]
+            file["index"] = np.frombuffer(json.dumps(index).encode(), np.uint8)
+        reason = "the cache does not fit the encoder"
+    assert main(words) == 1
+    told = capsys.readouterr().err
+    assert f"{page} is written, but nothing to --nifti {maps}: {reason}" in told
+    assert f"Not shown: {reason}" in page.read_text() and NAME not in page.read_text() and not maps.exists()
+
+
+def test_report__segmentation_that_cannot_be_loaded__says_why(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = without(runs["segmentation"], tmp_path / NAME, runs["cache"], tmp_path / "elsewhere" / "x.h5")
+    page = tmp_path / "a.html"
+    words = ["report", str(run), "--out", str(page), "--cases", "0", "--cache", str(runs["cache"])]
+    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    torch.save(content | {"state_dict": content["state_dict"] | {"more": torch.ones(1)}}, run / "checkpoints/last.ckpt")
+    assert main(words) == 0
+    text = page.read_text()
+    assert "Not shown: the checkpoint does not fit the segmentation" in text and "&quot;more&quot;" in text
+    (run / "checkpoints/last.ckpt").write_bytes(b"torn")
+    assert main(words) == 0
+    text = page.read_text()
+    assert "Not shown: last.ckpt cannot be read as a checkpoint" in text and NAME not in text
+
+
+def test_report__failure_while_segmenting__is_no_fault_of_the_checkpoint(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agssd.tasks.segmentation import SegmentationTask
+
+    def exhausted(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(SegmentationTask, "segment", exhausted)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        main(["report", str(runs["segmentation"]), "--out", str(tmp_path / "a.html"), "--cases", "0"])
+
+
+def test_shown_error__paths_and_files_go_the_runs_own_names_stay() -> None:
+    run = made_run({})
+    said = shown_error(ValueError(f"x{os.sep}a{os.sep}last.ckpt: torn, see '/data/jane/b.h5' and jane.h5; 9 mm"), run)
+    assert said == f"last.ckpt: torn, see {HIDDEN} and {HIDDEN} 9 mm"
 
 
 def test_write_nifti__a_token__peaks_at_the_middle_of_its_own_patch(tmp_path: Path) -> None:

@@ -60,11 +60,11 @@ def _bench(arguments: argparse.Namespace) -> None:
     """
     import torch
 
+    from agssd.devices import check_device
+
     if arguments.rounds < 1:
         raise ValueError(f"--rounds is {arguments.rounds}; give at least 1")
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {arguments.device}, but torch sees no CUDA device; use --device cpu")
+    device = check_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

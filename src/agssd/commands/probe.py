@@ -126,15 +126,17 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     """Return every figure of the comparison in plain types.
 
     Raises:
-        ValueError: for caches, encoders or settings that cannot be used.
+        ValueError: for caches, encoders, settings or a device that cannot be used.
     """
     import torch
 
     from agssd.data_modules.cache import VolumeCache
     from agssd.data_modules.probe_set import ProbeSet
+    from agssd.devices import check_device
     from agssd.evaluation.probe import all_finite, kinds_of, possible_readouts, run_readouts
     from agssd.evaluation.probe_features import encode
 
+    check_device(args.device)
     cache = VolumeCache(args.cache)
     encoders = _encoders(args, cache)
     data = ProbeSet(

@@ -88,9 +88,9 @@ def rebuild(capture: dict[str, Any], device: str, trust_class: bool = False) -> 
         ValueError: for a capture without configuration, classes outside agssd, another version's classes, or a
             device that is not there.
     """
-    import torch
     from jsonargparse import ArgumentParser
 
+    from agssd.devices import check_device
     from agssd.methods.base import PretrainModule
 
     settings = capture["model"]
@@ -99,8 +99,7 @@ def rebuild(capture: dict[str, Any], device: str, trust_class: bool = False) -> 
     foreign = sorted(name for name in _classes(settings) if not name.startswith("agssd."))
     if foreign and not trust_class:
         raise ValueError(f"the capture names {', '.join(foreign)}; give --trust-class to import it")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {device}, but torch sees no CUDA device; use --device cpu")
+    place = check_device(device)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(PretrainModule, "model")
     try:
@@ -113,7 +112,7 @@ def rebuild(capture: dict[str, Any], device: str, trust_class: bool = False) -> 
     module.fixed_progress = capture["step"] / capture["total_steps"]
     if capture["mask_ratio"] is not None:
         module.mask_ratio = tuple(capture["mask_ratio"])
-    return module.to(device).train()
+    return module.to(place).train()
 
 
 def _classes(settings: Any) -> set[str]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from agssd.devices import check_device
 from agssd.models.sam import WEIGHTS, fitted_size, from_sam, load_sam, sam_size, to_sam
 from agssd.regions.source import RegionCase, RegionSource, file_digest, numbered_by_frame, stamp
 
@@ -34,16 +35,14 @@ def sam_source(
     """Return the source that the options of ``agssd regions --source sam`` ask for; the model is loaded once here.
 
     Raises:
-        ValueError: options that exclude each other, impossible settings, or a model that cannot be loaded.
+        ValueError: options that exclude each other, impossible settings, a device that is not there, or a model that
+            cannot be loaded.
     """
     if (sam is None) == (checkpoint is None):
         raise ValueError(
             "--source sam needs one of --sam DIR (prompted by a grid of points) and --checkpoint FILE.ckpt (LP-SAM)"
         )
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {' '.join(str(error).split())[:200]}") from error
+    check_device(device)
     of_grid = {
         name: value
         for name, value in (("points", points), ("min_iou", min_iou), ("min_stability", min_stability))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agssd.commands.report.run_files import Run
+from agssd.commands.report.run_files import Run, last_checkpoint, shown_error
 
 if TYPE_CHECKING:
     from agssd.data_modules.cache import VolumeCache
@@ -42,8 +42,10 @@ class Context:
         cache: opened, or None.
         no_cache: why it is None.
         encoder: of the last checkpoint, or None.
+        no_encoder: why it is None, without paths.
         notes: lines for the terminal.
         num_viewers: volumes on the page so far.
+        no_maps: why no case was encoded, without paths; empty where one was.
     """
 
     run: Run
@@ -51,8 +53,10 @@ class Context:
     cache: VolumeCache | None
     no_cache: str
     encoder: Backbone | None
+    no_encoder: str = ""
     notes: list[str] = field(default_factory=list)
     num_viewers: int = 0
+    no_maps: str = ""
 
 
 def open_cache(run: Run, given: Path | None) -> tuple[VolumeCache | None, str]:
@@ -78,12 +82,11 @@ def open_cache(run: Run, given: Path | None) -> tuple[VolumeCache | None, str]:
     return None, "the run names no cache; name one with --cache CACHE"
 
 
-def open_encoder(run: Run) -> Backbone | None:
-    """Return the encoder of the run's last checkpoint (the teacher's where there is one), None if there is none."""
-    from agssd.commands.export import find_checkpoint
+def open_encoder(run: Run) -> tuple[Backbone | None, str]:
+    """Return the encoder of the run's last checkpoint (the teacher's where there is one), or None and the reason."""
     from agssd.tasks.encoders import load_encoder
 
     try:
-        return load_encoder(find_checkpoint(run.folder))
-    except ValueError:  # no checkpoint, or none of agssd's own encoders
-        return None
+        return load_encoder(last_checkpoint(run)), ""
+    except ValueError as error:  # none, a torn one, or one of no encoder of agssd
+        return None, shown_error(error, run)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agssd.commands.report.run_files import Run, short_key
+from agssd.commands.report.run_files import Run, last_checkpoint, short_key
 from agssd.commands.report.volumes import Layer, as_grey, css_colour, shrink_factors, shrunk, viewer
 from agssd.types import Triple
 
@@ -89,21 +89,25 @@ def load_segmentation(run: Run) -> SegmentationTask:
     """Return the network of a segmentation run as it was tested, weights alone, in evaluation mode.
 
     Raises:
-        ValueError: if there is no checkpoint, or it is none of a segmentation.
+        ValueError: if there is no checkpoint, or it is none of a segmentation of this version.
     """
-    from agssd.commands.export import find_checkpoint
     from agssd.run.checkpoints import read_checkpoint
     from agssd.tasks.encoders import load_encoder
     from agssd.tasks.segmentation import SegmentationTask
 
-    path = _tested(run) or find_checkpoint(run.folder)
+    path = _tested(run) or last_checkpoint(run)
     content = read_checkpoint(str(path))
     settings = {name: value for name, value in content["hyper_parameters"].items() if not name.startswith("_")}
     if "num_classes" not in settings or "crop_vox" not in settings:
         raise ValueError("the checkpoint is none of a segmentation")
     settings.pop("backbone", None)
-    task = SegmentationTask(**settings | {"encoder": None, "backbone": load_encoder(path)})
-    task.load_state_dict(content["state_dict"])
+    backbone = load_encoder(path)
+    try:
+        task = SegmentationTask(**settings | {"encoder": None, "backbone": backbone})
+        task.load_state_dict(content["state_dict"])
+    except (RuntimeError, TypeError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"the checkpoint does not fit the segmentation of this version of agssd: {said}") from error
     return task.eval()
 
 

@@ -134,6 +134,34 @@ def shown_sentence(text: str, run: Run) -> str:
     )
 
 
+def shown_error(error: ValueError, run: Run) -> str:
+    """Return what an error says without paths and names of files; of the run's own files the names stay."""
+    inside = re.escape(str(run.folder)) + r"[/\\](?:[^\s:]*[/\\])?([^\s:/\\]+)"
+    words = re.sub(inside, r"\0\1", str(error)).split(" ")
+    return " ".join(
+        word[1:]
+        if word.startswith("\0")
+        else HIDDEN
+        if re.search(r"[/\\]", word) or _SUFFIX.search(word.strip("`'\";:,.()"))
+        else word
+        for word in words
+    )
+
+
+def last_checkpoint(run: Run) -> Path:
+    """Return the last checkpoint of a run.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from agssd.commands.export import find_checkpoint
+
+    try:
+        return find_checkpoint(run.folder)
+    except ValueError as error:
+        raise ValueError("the run has no checkpoint (*.ckpt)") from error
+
+
 def short_key(key: str) -> str:
     """Return the beginning of a salted key; nothing of a key that is none."""
     return key[:8] if re.fullmatch(r"[0-9a-f]{12,64}", key) else ""

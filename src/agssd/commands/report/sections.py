@@ -14,7 +14,7 @@ from agssd.commands.report.charts import Chart, chart_data, chart_html, group_ch
 from agssd.commands.report.context import Context
 from agssd.commands.report.dashboard import actions_table, limits_of, marks_of, status_table
 from agssd.commands.report.facts import data_facts, fact_lists, finite, machine_facts, run_facts
-from agssd.commands.report.run_files import HIDDEN, Run, shown_config
+from agssd.commands.report.run_files import HIDDEN, Run, shown_config, shown_error
 
 MAX_PANELS = 16
 _OPEN = ("Losses", "Probes of the frozen encoder", "Validation", "Speed and waiting", "Collapse dashboard")
@@ -112,16 +112,16 @@ def encoder(context: Context) -> tuple[str, str, str] | None:
 
     heading = ("encoder", "Attention and PCA of patch tokens")
     if context.cache is None:
-        return *heading, _missing(context.no_cache)
+        return *heading, _no_maps(context, context.no_cache)
     if context.options.cases < 1:
         return None
     backbone = context.encoder
     if backbone is None:
-        return *heading, _missing("the run has no checkpoint that an encoder of agssd can be loaded from")
+        return *heading, _no_maps(context, context.no_encoder)
     try:
         cases = encode_cases(context.run, backbone, context.cache, context.options.cases, context.options.device)
     except ValueError as error:
-        return *heading, _missing(str(error))
+        return *heading, _no_maps(context, shown_error(error, context.run))
     shares = colour_by_components(cases)
     html = ""
     for case in cases:
@@ -167,9 +167,8 @@ def segmentation(context: Context) -> tuple[str, str, str] | None:
             )
             html += f'<div class="card">{drawn}</div>'
             context.num_viewers += 1
-    except (ValueError, RuntimeError) as error:
-        known = isinstance(error, ValueError) and str(run.folder) not in str(error)
-        html += _missing(str(error) if known else "the run's checkpoint cannot be loaded as a segmentation")
+    except ValueError as error:
+        html += _missing(shown_error(error, run))
     return *heading, html
 
 
@@ -198,8 +197,14 @@ def _speed(run: Run) -> str:
     )
 
 
+def _no_maps(context: Context, reason: str) -> str:
+    context.no_maps = reason
+    return _missing(reason)
+
+
 def _missing(reason: str) -> str:
-    return f'<p class="missing">Not shown: {escape(reason)}.</p>'
+    end = "" if reason.endswith((".", "?")) else "."
+    return f'<p class="missing">Not shown: {escape(reason)}{end}</p>'
 
 
 def _id(name: str) -> str:

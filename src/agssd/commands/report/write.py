@@ -22,13 +22,19 @@ def write_report(folder: Path, out: Path, options: Options) -> list[str]:
     """Write the page of a run and return what was written, in words.
 
     Raises:
-        ValueError: if ``folder`` is no run, a given cache cannot be read, or the page cannot be written.
+        ValueError: if ``folder`` is no run, a given cache or device cannot be used, or the page cannot be written; once
+            the page is written, if NIfTI files were asked for and no case could be encoded.
     """
+    from agssd.devices import check_device
+
     check_name(out)
     if options.cases < 0:
         raise ValueError(f"--cases is {options.cases}; give a number of cases, 0 for none")
+    if options.cases == 0 and options.nifti is not None:
+        raise ValueError(f"--cases 0 leaves nothing to write to --nifti {options.nifti}; leave one of them out")
+    check_device(options.device)
     run = read_run(folder)
-    context = Context(run, options, *open_cache(run, options.cache), open_encoder(run))
+    context = Context(run, options, *open_cache(run, options.cache), *open_encoder(run))
     parts = [part for section in SECTIONS if (part := section(context)) is not None]
     links = "".join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading, _ in parts)
     body = "".join(
@@ -47,7 +53,10 @@ def write_report(folder: Path, out: Path, options: Options) -> list[str]:
         (here / "report.css").read_text(encoding="utf-8"),
         _script(here),
     )
-    return [*context.notes, save(out, text)]
+    told = [*context.notes, save(out, text)]
+    if options.nifti is not None and context.no_maps:
+        raise ValueError(f"{out} is written, but nothing to --nifti {options.nifti}: {context.no_maps}")
+    return told
 
 
 def check_name(out: Path) -> None:
