@@ -37,6 +37,11 @@ def bench(**given: Any) -> Bench:
     return Bench(**settings | given)
 
 
+def many_methods(count: int) -> dict[str, Method]:
+    """Return so many methods, the first of them without pretraining."""
+    return {"scratch": Method()} | {f"m{number}": Method(["--config", "a.yaml"]) for number in range(1, count)}
+
+
 def made_rows(cells: list[Cell], gain: dict[str, float], seed: int = 0) -> list[dict[str, Any]]:
     """Return rows in which methods differ by ``gain`` beside effects of subjects, draws and seeds that they share."""
     rng = np.random.default_rng(seed)
@@ -59,9 +64,9 @@ def made_rows(cells: list[Cell], gain: dict[str, float], seed: int = 0) -> list[
     return rows
 
 
-def write_bench(out: Path, gain: dict[str, float], leave_out: int = 0) -> None:
-    """Write the directory of a bench in which the last ``leave_out`` cells are not done."""
-    settings = bench()
+def write_bench(out: Path, gain: dict[str, float], leave_out: int = 0, **given: Any) -> None:
+    """Write the directory of a bench, with settings ``given``, in which the last ``leave_out`` cells are not done."""
+    settings = bench(**given)
     cells = list_cells(settings, "", out)
     out.mkdir()
     keep(settings, [("cases", "20 of 20 subjects"), ("modality", "MRI")], cells, out)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, chromium
-from made_bench import bench, write_bench
+from made_bench import bench, many_methods, write_bench
 
 from agssd.cli import main
 from agssd.commands.bench.kept import kept
 from agssd.commands.bench.results import places, read_rows
+from agssd.commands.bench.settings import Readout
 from agssd.commands.bench.tables import compare, of_place
 from agssd.commands.report.bench_page import round_values
 
@@ -32,6 +33,42 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def looks(browser: Browser) -> dict[str, set[tuple[str, str, bool]]]:
+    """Return by method every (colour, shape, hollow) that it has in the charts and the legends of the page."""
+    told = """[...document.querySelectorAll('figure.spread .dot')].map((dot) => {
+        const style = getComputedStyle(dot), hollow = style.stroke !== 'none';
+        const words = dot.querySelector('title') || dot.closest('.key');
+        return [words.textContent.split(',')[0], hollow ? style.stroke : style.fill, dot.getAttribute('d'),
+                hollow && style.fill !== style.stroke]; })"""
+    found: dict[str, set[tuple[str, str, bool]]] = {}
+    for method, colour, shape, hollow in browser.run(told):
+        found.setdefault(method, set()).add((colour, shape, hollow))
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_bench_page__more_methods_than_colours__each_has_one_look_of_its_own(
+    browser: Browser, tmp_path: Path, scheme: str
+) -> None:
+    methods = many_methods(13)
+    readouts = {"linear": Readout(["--config", "l.yaml"], [10])}
+    write_bench(tmp_path / "bench", {"m1": 0.1}, methods=methods, readouts=readouts, labels=[2, 4], draws=2)
+    page = tmp_path / "bench.html"
+    assert main(["report", str(tmp_path / "bench"), "--out", str(page)]) == 0
+    browser.open(page, 390, scheme=scheme)
+    found = looks(browser)
+    assert set(found) == set(methods) and all(len(one) == 1 for one in found.values())
+    assert len({look[1:] for one in found.values() for look in one}) == 13, "told apart even without colours"
+    counts = "[...document.querySelectorAll('figure.spread')].map((f) => f.querySelectorAll('.key').length)"
+    assert browser.run(counts) == [13, 12]
+    keys = "[...document.querySelectorAll('.key')].map((k) => k.getBoundingClientRect())"
+    assert browser.run(f"{keys}.every((box) => box.left >= 0 && box.right <= 390 && box.height < 40)")
+    apart = """[...document.querySelectorAll('.spread > svg')].every((svg) => {
+        const middles = [...svg.querySelectorAll('.dot')].map((dot) => dot.getBoundingClientRect());
+        return new Set(middles.map((box) => Math.round(box.left + box.width / 2))).size === middles.length; })"""
+    assert browser.run(apart), "side by side"
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_bench_page__shows_every_readout(
     browser: Browser, folder: Path, tmp_path: Path, width: int, scheme: str
@@ -41,26 +78,25 @@ def test_bench_page__shows_every_readout(
     browser.open(page, width, scheme=scheme)
     assert browser.run("document.querySelector('h1').textContent") == "Few labels"
     assert browser.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    boxes = browser.run("[...document.querySelectorAll('svg')].map((s) => s.getBoundingClientRect().width)")
+    boxes = browser.run("[...document.querySelectorAll('.spread > svg')].map((s) => s.getBoundingClientRect().width)")
     assert len(boxes) == 6 and min(boxes) > 250
-    dots = browser.run("[...document.querySelectorAll('svg')].map((s) => s.querySelectorAll('circle').length)")
+    dots = browser.run("[...document.querySelectorAll('.spread > svg')].map((s) => s.querySelectorAll('.dot').length)")
     pairs = [dots[0::2], dots[1::2]]
     assert pairs[0] == [4 * 3, 4 * 3, 3 * 3 - 3], "the linear readout of all labels lacks its last seed"
     assert pairs[1] == [3 * 3, 3 * 3, 2 * 3 - 2], "ours against each other method"
     heights = "[...document.querySelectorAll('svg text')].map((t) => t.getBoundingClientRect().height)"
     assert min(browser.run(heights)) > 10, "letters can be read"
-    inside = """[...document.querySelectorAll('circle.dot')].every((c) => {
+    inside = """[...document.querySelectorAll('.dot')].every((c) => {
         const dot = c.getBoundingClientRect(), svg = c.closest('svg').getBoundingClientRect();
-        return dot.left >= svg.left && dot.right <= svg.right && dot.top >= svg.top && dot.bottom <= svg.bottom; })"""
+        return dot.width > 4 &&
+            dot.left >= svg.left && dot.right <= svg.right && dot.top >= svg.top && dot.bottom <= svg.bottom; })"""
     assert browser.run(inside)
-    shown = """[...document.querySelectorAll('figure.spread')].flatMap((f) => [
-        ...[...f.querySelectorAll('.value')].map((l) => [
-            l.textContent, getComputedStyle(l, '::before').backgroundColor]),
-        ...[...f.querySelectorAll('circle')].map((c) => [
-            c.querySelector('title').textContent.split(',')[0], getComputedStyle(c).fill])])"""
-    colours = {(method, colour) for method, colour in browser.run(shown)}
-    assert {method for method, _ in colours} == {"scratch", "unet", "ours", "rival"}
-    assert len(colours) == len({colour for _, colour in colours}) == 4, "a colour for each method, in marks and legends"
+    tables = "[...document.querySelectorAll('.of-methods')].every((t) => t.scrollHeight <= t.clientHeight)"
+    assert browser.run(tables), "no row is hidden"
+    shown = looks(browser)
+    assert set(shown) == {"scratch", "unet", "ours", "rival"}
+    assert all(len(found) == 1 for found in shown.values()), "a look for each method, in marks and legends"
+    assert len({colour for found in shown.values() for colour, _, _ in found}) == 4
     assert "3 of 363 runs are not done" in browser.run("document.querySelector('.missing').textContent")
     assert not browser.complaints
 

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from agssd.commands.bench.looks import COLOURS, look
 from agssd.commands.bench.results import figures, heading, places
 from agssd.commands.bench.settings import Bench
 from agssd.evaluation.statistics import crossed_mean
@@ -21,10 +22,11 @@ def draw(bench: Bench, rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    apart = min(0.06, 0.8 / len(bench.methods))  # bars beside one another
     for axis, (readout, steps) in zip(axes, panels, strict=True):
         columns = [place for place in places(bench) if place[:2] == (readout, steps)]
         for number, method in enumerate(bench.methods):
-            shift = 0.06 * (number - (len(bench.methods) - 1) / 2)  # bars beside one another
+            shift = apart * (number - (len(bench.methods) - 1) / 2)
             points = [
                 (x + shift, crossed_mean(table))
                 for x, place in enumerate(columns)
@@ -33,15 +35,18 @@ def draw(bench: Bench, rows: Sequence[dict[str, Any]], path: Path) -> None:
             if points:
                 xs, means = [x for x, _ in points], [interval.mean for _, interval in points]
                 bars = [[i.mean - i.low for _, i in points], [i.high - i.mean for _, i in points]]
+                own = look(number)  # the same in every panel, whoever else is in it
                 style = "--" if not bench.methods[method].pretrain else "-"
                 axis.errorbar(
                     xs,
                     means,
                     bars,
                     label=method,
-                    color=f"C{number}",  # of a method the same in every panel, whoever else is in it
-                    marker="o",
-                    markersize=4,
+                    color=COLOURS[own.colour],
+                    marker=own.marker,
+                    markersize=6.5,
+                    linewidth=1.2,
+                    markerfacecolor="white" if own.hollow else None,
                     linestyle=style,
                     capsize=2,
                 )

@@ -13,6 +13,7 @@ from typing import Any
 import agssd
 from agssd.commands._page import page
 from agssd.commands.bench.kept import KEPT, kept
+from agssd.commands.bench.looks import Look, look
 from agssd.commands.bench.results import Place, places, read_rows
 from agssd.commands.bench.results import heading as heading_of
 from agssd.commands.bench.settings import Bench
@@ -129,14 +130,20 @@ def _table(name: str, columns: Sequence[Place], rows: Sequence[tuple[str, list[t
         for head, cells in rows
     )
     return (
-        f'<div class="scroll of-methods" tabindex="0" role="region" aria-label="{name}s"><table><thead><tr>'
+        f'<div class="scroll all of-methods" tabindex="0" role="region" aria-label="{name}s"><table><thead><tr>'
         f"<th scope=col>{name}</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _colour(bench: Bench, method: str) -> int:
-    """Return the number of a method's colour, the same in every part of the page."""
-    return list(bench.methods).index(method) % 8
+def _look(bench: Bench, method: str) -> Look:
+    """Return a method's look, the same in every part of the page."""
+    return look(list(bench.methods).index(method))
+
+
+def _mark(look: Look, told: str = "") -> str:
+    """Return a method's mark about the origin; ``told`` is HTML that a pointer on it shows."""
+    title = f"<title>{told}</title>" if told else ""
+    return f'<path class="dot{" hollow" * look.hollow}" d="{look.path}">{title}</path>'
 
 
 def _charts(bench: Bench, methods: Sequence[str], means: _Means, compared: _Compared) -> str:
@@ -171,9 +178,10 @@ def _chart(
     pad = 0.06 * (high - low) or 0.01
     low, high = low - pad, high + pad
     step = (_WIDTH - _LEFT - 12) / len(columns)
+    share = min(0.8, max(0.5, 0.07 * len(lines)))  # of a column, where the methods stand beside one another
 
     def x(column: int, method: int) -> float:
-        return _LEFT + step * (column + 0.5) + 0.5 * step * ((method + 0.5) / len(lines) - 0.5)
+        return _LEFT + step * (column + 0.5) + share * step * ((method + 0.5) / len(lines) - 0.5)
 
     def y(value: float) -> float:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low)
@@ -192,20 +200,33 @@ def _chart(
     for number, (method, line) in enumerate(lines.items()):
         points = [(x(c, number), place) for c, place in enumerate(columns) if place in line]
         path = " ".join(f"{at:.1f},{y(line[place].mean):.1f}" for at, place in points)
-        dash = "" if bench.methods[method].pretrain else ' stroke-dasharray="5 4"'
-        drawn = "" if sign else f'<polyline class="line" points="{path}"{dash}/>'
+        own = _look(bench, method)
+        drawn = "" if sign else f'<polyline class="line" points="{path}"{_dash(bench, method)}/>'
         for at, place in points:
             one = line[place]
             told = escape(f"{method}, {label(place)}: {_interval(one, sign)}")
             drawn += f'<line class="line" x1="{at:.1f}" x2="{at:.1f}" y1="{y(one.low):.1f}" y2="{y(one.high):.1f}"/>'
-            drawn += f'<circle class="dot" cx="{at:.1f}" cy="{y(one.mean):.1f}" r="4"><title>{told}</title></circle>'
-        marks.append(f'<g class="s{_colour(bench, method)}">{drawn}</g>')
-    legend = "".join(f'<span class="value s{_colour(bench, name)}">{escape(name)}</span> ' for name in lines)
+            drawn += f'<g transform="translate({at:.1f} {y(one.mean):.1f})">{_mark(own, told)}</g>'
+        marks.append(f'<g class="s{own.colour}">{drawn}</g>')
+    legend = "".join(_key(bench, name, with_line=not sign) for name in lines)
     told = escape(f"{title}; {len(lines)} methods; the tables below have the figures")
     return (
         f'<figure class="spread"><figcaption class="legend">{legend}<span>{escape(title)}</span></figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{told}">{"".join(marks)}</svg></figure>'
     )
+
+
+def _dash(bench: Bench, method: str) -> str:
+    return "" if bench.methods[method].pretrain else ' stroke-dasharray="5 4"'
+
+
+def _key(bench: Bench, method: str, with_line: bool) -> str:
+    """Return a method's entry in a legend: its mark, on its line where the chart has lines, and its name."""
+    own = _look(bench, method)
+    line = f'<path class="line" d="M-14 0H14"{_dash(bench, method)}/>' if with_line else ""
+    width = 30 if with_line else 14
+    drawn = f'<svg viewBox="{-width / 2:g} -7 {width} 14" width="{width}" height="14" aria-hidden="true">'
+    return f'<span class="key s{own.colour}">{drawn}{line}{_mark(own)}</svg>{escape(method)}</span> '
 
 
 def round_values(low: float, high: float) -> list[float]:
