@@ -60,7 +60,8 @@ class Browser:
 
     def press(self, key: str, text: str = "") -> None:
         """Press and release a key where the focus is."""
-        codes = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Tab": 9, "Escape": 27, " ": 32, "Enter": 13}
+        codes = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "End": 35}
+        codes |= {"Tab": 9, "Escape": 27, " ": 32, "Enter": 13}
         known = {"key": key, "code": {" ": "Space"}.get(key, key), "windowsVirtualKeyCode": codes.get(key, 0)}
         self._call("Input.dispatchKeyEvent", type="keyDown", **known, **({"text": text} if text else {}))
         self._call("Input.dispatchKeyEvent", type="keyUp", **known)

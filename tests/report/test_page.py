@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,20 +105,40 @@ def test_page__arrow_keys_on_a_slider__another_slice_and_its_words(browser: Brow
     assert [picture(browser, number) for number in range(3)] == before
 
 
-def test_page__choice_and_opacity__change_what_is_laid_over(browser: Browser, pages: dict[str, Path]) -> None:
+def test_page__choice_by_keyboard__changes_what_is_laid_over(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["pretrain"])
     browser.wait(ALL_DRAWN)
     names = browser.run("[...document.querySelector('select').options].map((option) => option.text)")
     assert names[0].startswith("PCA") and any("attention" in name for name in names) and names[-1] == "nothing"
+    shown = "document.querySelector('canvas').ariaLabel"
     seen = {picture(browser, 0)}
     browser.run("document.querySelector('select').focus()")
-    for count in range(2, len(names) + 1):
+    for name in names[1:]:
         browser.press("ArrowDown")
-        browser.run(f"document.querySelector('select').value = '{count - 1}'")
-        browser.run("document.querySelector('select').dispatchEvent(new Event('input'))")
-        browser.wait(f"document.querySelector('canvas').ariaLabel.includes({names[count - 1]!r})")
+        browser.wait(f"{shown}.includes({json.dumps(f': {name}, ')})")
         seen.add(picture(browser, 0))
     assert len(seen) == len(names)
+    browser.press("ArrowUp")
+    browser.wait(f"{shown}.includes({json.dumps(f': {names[-2]}, ')})")
+    assert picture(browser, 0) in seen
+
+
+def test_page__opacity_by_keyboard__from_the_scan_alone_to_the_layer_alone(
+    browser: Browser, pages: dict[str, Path]
+) -> None:
+    browser.open(pages["pretrain"])
+    browser.wait(ALL_DRAWN)
+    value = "Number(document.querySelector('input.opacity').value)"
+    at = {browser.run(value): picture(browser, 0)}
+    browser.run("document.querySelector('input.opacity').focus()")
+    for key in ("ArrowLeft", "Home", "End"):
+        browser.press(key)
+        at[browser.run(value)] = picture(browser, 0)
+    assert list(at) == [60, 59, 0, 100] and len(set(at.values())) == 4
+    browser.run("document.querySelector('select').focus()")
+    browser.press("End")
+    browser.wait("document.querySelector('canvas').ariaLabel.includes(': nothing, ')")
+    assert picture(browser, 0) == at[0], "at 0 nothing of the layer is left"
 
 
 def test_page__views__slider_shows_another_step(browser: Browser, pages: dict[str, Path]) -> None:
