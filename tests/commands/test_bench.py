@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 import yaml
 from made_bench import bench, made_rows
 
-from agssd.commands.bench import _share
-from agssd.commands.bench.cells import list_cells, read_subjects
+from agssd.commands.bench import _chosen, _share
+from agssd.commands.bench.cells import Cell, list_cells, read_subjects
 from agssd.commands.bench.equal_time import seconds_per_step
 from agssd.commands.bench.kept import keep, kept
 from agssd.commands.bench.results import places
@@ -127,6 +128,22 @@ def test_share__is_a_partition_that_keeps_pretrainings_together() -> None:
     assert all(len(found) == 1 for one, found in owners.items() if one is not None)
     with pytest.raises(ValueError, match="--share is '4/4'"):
         _share(cells, "4/4")
+
+
+def test_chosen__are_the_cells_of_what_is_asked_for() -> None:
+    settings = bench()
+    cells = list_cells(settings, "c.h5", Path("out"))
+
+    def chosen(methods: list[str] | None = None, readouts: list[str] | None = None) -> list[Cell]:
+        return _chosen(settings, cells, Namespace(methods=methods, readouts=readouts, config="b.yaml"))
+
+    assert chosen() == cells
+    some = chosen(["scratch", "ours"], ["linear"])
+    assert some == [c for c in cells if c.method in ("scratch", "ours") and c.readout == "linear"] and some
+    with pytest.raises(ValueError, match=r"--methods has 'us'; the methods of b\.yaml are scratch, unet, ours, rival"):
+        chosen(["us"])
+    with pytest.raises(ValueError, match=r"--readouts has 'knn'; the readouts of b\.yaml are full, linear"):
+        chosen(None, ["knn"])
 
 
 def test_read_subjects__dice_of_present_classes_and_weighted_accuracy(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from agssd.commands.bench.kept import kept
 from agssd.commands.bench.marks import command_mark
 from agssd.commands.bench.records import Job, once, state_of
 from agssd.commands.bench.results import read_rows
+from agssd.commands.bench.settings import Method
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,5 +107,9 @@ def test_command_mark__changes_with_what_the_files_say_that_a_command_leads_to(t
     views.write_text("scale: [0.4, 0.9] # a comment changes nothing\n")
     assert command_mark(command) == mark
     assert command_mark([*command[:-2], "--backbone", "other.yaml"]) != mark
+    there = bench(methods={"scratch": Method(), "ours": Method(command)}).fingerprint()
+    same = [word.replace(str(tmp_path), f"{tmp_path}/experiments/..") for word in command]
+    assert bench(methods={"scratch": Method(), "ours": Method(same)}).fingerprint() == there, "a place is no setting"
     views.write_text("scale: [0.4, 1.0]\n")
     assert command_mark(command) != mark
+    assert bench(methods={"scratch": Method(), "ours": Method(command)}).fingerprint() != there

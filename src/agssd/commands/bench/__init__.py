@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "agssd bench --config conf/bench/hippocampus.yaml --cache hippocampus.h5 --out runs/bench\n\n"
         "Every cell is `agssd fit` and `agssd test`, or a probe of frozen features; a cell that is done is not done\n"
         "again, and one that was stopped goes on, so the same command finishes a bench that was interrupted.\n"
+        "--methods and --readouts do a part of the work, such as the cheap readouts; tables are of all that is done.\n"
         "--workers N runs cells side by side, on the GPUs in turn where there are several.\n"
         "On a cluster, an array of jobs shares the work (same arguments) and the last command makes the tables; where\n"
         "methods are pretrained for the time of another (equal_time), a second array does what waited for the first:\n"
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for runs, rows, tables and curves")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells side by side (default: 1)")
     parser.add_argument("--quick", action="store_true", help="the small form, what stands under 'quick' in the YAML")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="do what is of these methods alone (default: all)")
+    parser.add_argument("--readouts", nargs="+", metavar="NAME", help="do these readouts alone (default: all)")
     parser.add_argument("--share", metavar="I/N", help="do the I-th of N shares of the work (0/16 is the first)")
     parser.add_argument("--tables", action="store_true", help="only make tables from the cells that are done")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"there is no cache {args.cache}; write one with `agssd prepare`, see {args.config}")
     data = "" if cache is None else cache_mark(cache)
     cells = list_cells(bench, args.cache, args.out, data)
-    ours = _share(cells, args.share)
+    ours = _share(_chosen(bench, cells, args), args.share)
     if cache is None or args.dry_run:
         _tell(bench, ours, args.share)
         return 0
@@ -84,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             return 1
     cells = list_cells(bench, args.cache, args.out, data)  # what hung on the time of another may be known now
     if args.share:
-        done = sum(map(is_done, _share(cells, args.share)))
+        done = sum(map(is_done, _share(_chosen(bench, cells, args), args.share)))
         print(f"{done} of {len(ours)} cells of share {args.share} are done; --tables makes the tables of all shares")
     else:
         keep(bench, facts, cells, args.out)
@@ -92,6 +95,15 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in failed:
         print(f"error: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _chosen(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> list[Cell]:
+    """Return the cells of the methods and readouts that are asked for."""
+    for flag, asked, there in (("methods", args.methods, bench.methods), ("readouts", args.readouts, bench.readouts)):
+        if unknown := [name for name in asked or () if name not in there]:
+            raise ValueError(f"--{flag} has {unknown[0]!r}; the {flag} of {args.config} are {', '.join(there)}")
+    methods, readouts = args.methods or bench.methods, args.readouts or bench.readouts
+    return [cell for cell in cells if cell.method in methods and cell.readout in readouts]
 
 
 def _share(cells: Sequence[Cell], share: str | None) -> list[Cell]:

@@ -22,7 +22,16 @@ def fingerprint(value: Any) -> str:
 
 def command_mark(words: Sequence[str]) -> str:
     """Return 12 hex digits that change with a command line or with what the YAML files say that it leads to."""
-    return fingerprint([contents(Path(word)) if names_yaml(word) else word for word in words])
+    return fingerprint(with_contents(list(words)))
+
+
+def with_contents(value: Any) -> Any:
+    """Return a value in plain types with what YAML files say in place of their names."""
+    if isinstance(value, dict):
+        return {key: with_contents(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_contents(item) for item in value]
+    return contents(Path(value)) if names_yaml(value) else value
 
 
 def cache_mark(cache: VolumeCache) -> str:

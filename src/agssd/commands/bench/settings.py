@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from agssd.commands.bench.marks import fingerprint, names_yaml
+from agssd.commands.bench.marks import fingerprint, names_yaml, with_contents
 
 Labels = int | str | float
 Probe = Literal["linear-seg", "knn-seg", "knn-cls", "linear-cls"]  # those of `agssd probe`
@@ -202,8 +202,8 @@ class Bench:
         return 1 if labels == "100%" else self.draws
 
     def fingerprint(self) -> str:
-        """Return 12 hex digits that change with any setting."""
-        return fingerprint(asdict(self))
+        """Return 12 hex digits that change with any setting, or with what the YAML files say that settings lead to."""
+        return fingerprint(with_contents(asdict(self)))
 
 
 def label_flags(labels: Labels) -> list[str]:
