@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run what is missing, make the tables and return the exit code: 1 if a cell failed or it was interrupted."""
     from agssd.commands._cache_facts import cache_facts
+    from agssd.commands.bench.before import refuse_beforehand
     from agssd.commands.bench.cells import list_cells
     from agssd.commands.bench.kept import keep
     from agssd.commands.bench.marks import cache_mark
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     facts = cache_facts(cache)
     failed: list[tuple[str, str]] = []
     if not args.tables:
+        refuse_beforehand(bench, ours, cache, args.workers, _PRELOADED)
         if not args.share:
             keep(bench, facts, cells, args.out)
         job = Job(bench, args.cache, commit())

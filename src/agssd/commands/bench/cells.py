@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
-import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 
 from agssd.commands.bench.equal_time import clock_flags, fitting_steps
 from agssd.commands.bench.marks import command_mark, contents, fingerprint
+from agssd.commands.bench.processes import said_to
 from agssd.commands.bench.records import Job, is_done, kept_row, once
 from agssd.commands.bench.settings import Bench, Labels, label_flags
 
@@ -251,12 +250,7 @@ def _command(words: Sequence[str], folder: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{folder.name}.log"
-    with log.open("a", encoding="utf-8") as file:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        kept = os.dup(1), os.dup(2)
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    with said_to(log):
         try:
             code = import_module("agssd.cli").main(list(words))
         except SystemExit as error:
@@ -264,12 +258,6 @@ def _command(words: Sequence[str], folder: Path, threads: int) -> None:
         except Exception:
             traceback.print_exc()
             code = 1
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, descriptor in enumerate(kept, start=1):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
     if code:
         lines = log.read_text(encoding="utf-8").strip().splitlines()
         raise ValueError(f"{words[0]} of {folder} failed ({lines[-1] if lines else 'no word'}); see {log}")

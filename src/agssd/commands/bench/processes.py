@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from threading import Thread
 from typing import Any, cast
 
@@ -101,6 +104,25 @@ def _do(sender: Connection, device: str | None, work: Callable[..., dict[str, An
     except (Exception, SystemExit) as error:
         row, reason = {}, str(error) or type(error).__name__
     sender.send((row, reason))
+
+
+@contextmanager
+def said_to(log: Path) -> Iterator[None]:
+    """Let everything that this process says, libraries included, go to the end of a file."""
+    with log.open("a", encoding="utf-8") as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        kept = os.dup(1), os.dup(2)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in enumerate(kept, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
 
 
 def _end_with_the_parent() -> None:
