@@ -8,6 +8,7 @@ is stored; intensities come into the model's range, and augmentation happens, ba
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import lightning.pytorch as L
@@ -43,7 +44,8 @@ class DownstreamDataModule(L.LightningDataModule):
             so that it is stated once.
         num_classes: classes of the task; None takes the task's ``num_classes``.
         modality: keep only "ct", "mri" or "us".
-        num_subjects: labelled training subjects to use; subsets of one ``subset_seed`` are nested.
+        num_subjects: labelled training subjects to use; subsets of one ``subset_seed`` are nested. For classification
+            they hold every class as soon as they can, then in proportion.
         label_fraction: the same as a share of the training subjects.
         subset_seed: which draw of labelled subjects.
         num_folds: cut the ``train`` split by subject into this many folds, independent of every seed.
@@ -105,6 +107,7 @@ class DownstreamDataModule(L.LightningDataModule):
         self.caches: list[VolumeCache] = []
         self.rows: list[Row] = []
         self.members: dict[str, list[int]] = {}
+        self._left_out: list[int] = []  # training rows of subjects outside the subset
         self._table: NDArray[np.int64] | None = None
         self._check_arguments()
 
@@ -185,11 +188,17 @@ class DownstreamDataModule(L.LightningDataModule):
             held_out = set(fold_subjects((infos[row].subject for row in train), self.num_folds)[self.fold])
             val = [row for row in train if infos[row].subject in held_out]
             train = [row for row in train if infos[row].subject not in held_out]
+        chosen = [infos[row] for row in train]
         kept = set(
             nested_subset(
-                (infos[row].subject for row in train), self.num_subjects, self.label_fraction, self.subset_seed
+                (info.subject for info in chosen),
+                self.num_subjects,
+                self.label_fraction,
+                self.subset_seed,
+                self._classes(chosen),
             )
         )
+        self._left_out = [row for row in train if infos[row].subject not in kept]
         train = [row for row in train if infos[row].subject in kept]
         return {"train": train, "val": val, "test": by_split["test"], "predict": predict}
 
@@ -210,7 +219,16 @@ class DownstreamDataModule(L.LightningDataModule):
                     f"trainer.max_steps is {self.trainer.max_steps}; the training stream is endless, so give a "
                     "positive number, for example --trainer.max_steps 600"
                 )
+            self._check_subset()
             self._micro_batch_size()
+
+    def _classes(self, infos: Sequence[CaseInfo]) -> dict[str, set[int]] | None:
+        """Return the classes of each subject, which its subsets take in proportion, or None where there are none."""
+        return None
+
+    def _check_subset(self) -> None:
+        """Refuse a subset of the training subjects that cannot serve."""
+        return
 
     @abstractmethod
     def _is_labelled(self, info: CaseInfo) -> bool:
@@ -415,6 +433,28 @@ class ClassificationDataModule(DownstreamDataModule):
             raise ValueError(
                 f"the cache has the classes {list(names)}, but num_classes is {self.num_classes}; "
                 f"set --model.num_classes {len(names)}"
+            )
+
+    def _classes(self, infos: Sequence[CaseInfo]) -> dict[str, set[int]]:
+        found: dict[str, set[int]] = {}
+        for info in infos:
+            found.setdefault(info.subject, set()).add(cast(int, info.class_index))
+        return found
+
+    def _check_subset(self) -> None:
+        kept = {self.case_info(row).class_index for row in self.members["train"]}
+        there = kept | {self.case_info(row).class_index for row in self._left_out}
+        if kept != there:
+            name, value = (
+                ("num_subjects", self.num_subjects)
+                if self.num_subjects is not None
+                else ("label_fraction", self.label_fraction)
+            )
+            number = len({self.case_info(row).subject for row in self.members["train"]})
+            raise ValueError(
+                f"data.{name} {value} leaves {number} training subject{'s' * (number > 1)} of data.cache {self.cache}, "
+                f"too few for its {len(there)} classes; {len(there)} subjects hold every class, so give a larger share "
+                f"or --data.num_subjects {len(there)}"
             )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,7 @@ class ProbeSet:
         num_folds: folds by subject of the split "train"; None for train against val.
         num_subjects: labelled subjects per fold to learn from; None for all.
         num_held_out: subjects per fold to measure on; None for all.
-        subset_seed: which draw of them.
+        subset_seed: which draw of them; see :meth:`subset`.
         at_most: take fewer subjects where there are not as many, instead of refusing.
         max_vox: read at most so many voxels per axis, from the middle of the volume; None for whole volumes.
         num_label_classes: with background; None for what the label maps hold.
@@ -80,7 +80,7 @@ class ProbeSet:
         def drawn(names: list[str], number: int | None) -> tuple[str, ...]:
             if at_most and number is not None:
                 number = min(number, len(names))
-            return tuple(nested_subset(names, number, None, subset_seed))
+            return tuple(self.subset(names, number, None, subset_seed))
 
         self.folds = tuple(Fold(drawn(rest, num_subjects), drawn(held, num_held_out)) for rest, held in turns)
         used = {subject for fold in self.folds for part in fold for subject in part}
@@ -92,6 +92,30 @@ class ProbeSet:
         ]
         self.num_targets = len(cache.class_names) if any(self._target(row) is not None for row in self.rows) else 0
         self.num_label_classes = self._label_classes(num_label_classes)
+
+    def subset(
+        self,
+        subjects: Sequence[str],
+        num_subjects: int | None = None,
+        label_fraction: float | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Return the subjects that the data module of a task takes too: in proportion where only classes count.
+
+        Args:
+            subjects: see :func:`agssd.data_modules.subsets.nested_subset`, as all arguments.
+            num_subjects: how many to keep.
+            label_fraction: share to keep.
+            seed: of the order.
+        """
+        classes: dict[str, set[int]] | None = None
+        if self.kinds == ("class",):
+            wanted = set(subjects)
+            classes = {}
+            for info in self.cache.cases:
+                if info.subject in wanted and info.class_index is not None:
+                    classes.setdefault(info.subject, set()).add(info.class_index)
+        return nested_subset(subjects, num_subjects, label_fraction, seed, classes)
 
     def _has(self, row: int) -> bool:
         return self._labelled(row) or self._target(row) is not None

@@ -150,7 +150,8 @@ class ClassificationTask(DownstreamTask):
         if self.class_weights == "balanced" and stage == "fit":
             if counts is None or min(counts) == 0:
                 raise ValueError(
-                    f"class_weights='balanced' needs training cases of every class, found counts {counts}; give weights"
+                    f"model.class_weights is 'balanced', which needs training cases of every class; there are {counts} "
+                    "per class. Give a weight per class, or --model.class_weights null"
                 )
             total = sum(counts)
             self.loss_weights = torch.tensor([total / (len(counts) * n) for n in counts], device=self.device)
