@@ -235,6 +235,41 @@ def test_bases__each_is_laid_under_a_bench() -> None:
     assert found == set((ROOT / "conf" / "bench" / "base").glob("*.yaml"))
 
 
+PUBLIC = ("adni", "amos", "brats", "btcv", "luna16", "msd_spleen")  # at full size
+WORK = re.compile(r"# Work: (\d+) pretrainings of (\d+) steps; (\d+) cells that train, of (\d+) steps in all")
+
+
+def full_size() -> list[Path]:
+    return [path for path in BENCHES if path.stem in PUBLIC]
+
+
+@pytest.mark.parametrize("path", full_size(), ids=lambda path: path.stem)
+def test_full_size__head_says_how_much_work_it_is(path: Path) -> None:
+    settings = read_settings(path, quick=False)
+    cells = list_cells(settings, "c.h5", Path("out"))
+    trained = [cell for cell in cells if cell.fit]
+    pretrainings = {cell.pretraining for cell in cells if cell.pretraining is not None}
+    found = WORK.search(path.read_text())
+    assert found is not None
+    told = [int(number) for number in found.groups()]
+    assert told == [len(pretrainings), settings.pretrain_steps, len(trained), sum(cell.steps for cell in trained)]
+    assert told[0] * told[1] <= 250_000 and told[3] <= 2_000_000, "days of one GPU"
+
+
+@pytest.mark.parametrize("path", full_size(), ids=lambda path: path.stem)
+def test_full_size__few_labels_have_draws_and_seeds_and_each_fraction_a_readout(path: Path) -> None:
+    settings = read_settings(path, quick=False)
+    assert (settings.draws, settings.seeds) == (5, 3)
+    assert all(settings.seeds_of(name) == 3 for name in settings.readouts)
+    cheap = [name for name, one in settings.readouts.items() if one.labels is None]
+    assert cheap and all(settings.readouts[name].probe or max(settings.readouts[name].steps) <= 1000 for name in cheap)
+    if settings.num_folds is None:
+        assert settings.labels == ["1%", "5%", "10%", "25%", "50%", "100%"]
+    trained = {name for name, one in settings.readouts.items() if one.probe is None}
+    measured = {cell.readout for cell in list_cells(settings, "c.h5", Path("out")) if cell.method == "scratch"}
+    assert trained <= measured, "what all are held against"
+
+
 @parametrised
 def test_commands__make_the_cache_that_the_bench_reads(
     bench_words: list[str], capsys: pytest.CaptureFixture[str]
@@ -301,9 +336,12 @@ def test_full_form__every_kind_of_command_builds(path: Path, tmp_path: Path, mon
     trains = any(one.fit for one in settings.readouts.values())
     ours = {name for name, its in settings.methods.items() if its.time_of is None and (its.pretrain or trains)}
     assert {name for name, _ in found} == ours
-    for words in found.values():
+    for (name, _), words in found.items():
         fit = ParsedFit(list(words[1:]))
         fit.build()
+        if path.stem in PUBLIC and name == "scratch" and not fit.model.freeze_encoder:
+            rates = {group["lr"] for group in fit.model.parameter_groups() if group["name"].startswith("layer")}
+            assert len(rates) == 1, "a decay over layers is for pretrained ones"
         assert type(fit.model).__name__ in (
             "AGSSD",
             "MAE",
