@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import pytest
 import yaml
 
 from agssd.cli import main
-from agssd.commands.bench.cells import list_cells, pretrain, train_and_measure
+from agssd.commands.bench.cells import Cell, list_cells, pretrain, train_and_measure
 from agssd.commands.bench.probes import probe
 from agssd.commands.bench.records import Job
-from agssd.commands.bench.settings import read_settings
+from agssd.commands.bench.settings import Bench, read_settings
 from agssd.data_modules.cache import VolumeCache
 from agssd.lightning_cli import ParsedFit
 
@@ -290,36 +291,115 @@ def test_commands__make_the_cache_that_the_bench_reads(
         assert "agssd fit" in told and "0 done" in told
 
 
+def tiny(settings: Bench, quick: Bench) -> Bench:
+    """Return methods and readouts at the size of the quick form, one step and all labels of each."""
+    small = ["--data.num_workers", "0", "--trainer.precision", "32-true"]
+    no_probe = ["--online_probe.at_start", "false", "--online_probe.at_end", "false"]
+    return replace(
+        settings,
+        labels=["100%"],
+        pretrain_steps=1,
+        seeds=1,
+        draws=1,
+        num_folds=quick.num_folds,
+        backbone=quick.backbone,
+        readouts={
+            name: replace(one, steps=one.steps and [1], labels=None, window_vox=one.window_vox and [32, 32, 32])
+            for name, one in settings.readouts.items()
+        },
+        pretrain_common=[*quick.pretrain_common, *small, *no_probe, "--data.global_batch_size", "2"],
+        fit_common=[*quick.fit_common, *small, "--data.global_batch_size", "2"],
+    )
+
+
+def figures_of(settings: Bench, cache: str, cells: list[Cell]) -> dict[tuple[str, str], dict[str, float]]:
+    """Return the figure of each subject by method and readout, of cells of one seed, draw and fold."""
+    job = Job(settings, cache, None)
+    for one in dict.fromkeys(cell.pretraining for cell in cells):
+        if one is not None:
+            pretrain(one, job)
+    probes: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.fit:
+            train_and_measure(cell, job)
+        else:
+            probes.setdefault(cell.method, []).append(cell)
+    for group in probes.values():
+        probe(group, job)
+    return {
+        (cell.method, cell.readout): json.loads((cell.folder / "row.json").read_text())["subjects"] for cell in cells
+    }
+
+
 @pytest.mark.slow
 @parametrised
 def test_bench__one_tiny_cell_of_each_kind(bench_words: list[str], tmp_path: Path) -> None:
     config, cache = Path(bench_words[bench_words.index("--config") + 1]), bench_words[bench_words.index("--cache") + 1]
     quick = read_settings(config, quick=True)
-    readouts = {name: replace(one, steps=one.steps and [1], labels=None) for name, one in quick.readouts.items()}
-    small = ["--data.num_workers", "0", "--trainer.precision", "32-true"]
-    no_probe = ["--online_probe.at_start", "false", "--online_probe.at_end", "false"]
-    settings = replace(
-        quick,
-        labels=["100%"],
-        pretrain_steps=1,
-        seeds=1,
-        draws=1,
-        readouts=readouts,
-        pretrain_common=[*quick.pretrain_common, *small, *no_probe, "--data.global_batch_size", "2"],
-        fit_common=[*quick.fit_common, *small, "--data.global_batch_size", "2"],
-    )
+    settings = tiny(quick, quick)
     cells = [cell for cell in list_cells(settings, cache, tmp_path) if cell.method == "agssd" and not cell.fold]
-    assert cells[0].pretraining is not None
-    job = Job(settings, cache, None)
-    pretrain(cells[0].pretraining, job)
-    measured = []
-    if trained := [cell for cell in cells if cell.fit][:1]:
-        measured = [train_and_measure(trained[0], job)["subjects"]]
-    if frozen := [cell for cell in cells if not cell.fit]:
-        probe(frozen, job)
-        measured += [json.loads((cell.folder / "row.json").read_text())["subjects"] for cell in frozen]
+    chosen = [cell for cell in cells if cell.fit][:1] + [cell for cell in cells if not cell.fit]
+    measured = [*figures_of(settings, cache, chosen).values()]
     assert measured and measured[0] and all(found.keys() == measured[0].keys() for found in measured)
     assert all(0 <= sum(found.values()) / len(found) <= 1 for found in measured)
+
+
+ENCODERS = {"scratch", "agssd", "mae", "ibot"}
+DECODERS = {"finetune", "finetune_stem", "finetune_stem_all", "frozen", "linear"}
+UNET = {("unet", "finetune_stem"), ("unet", "finetune_stem_all")}
+KINDS = {  # what these have at full size
+    "adni": set(product(ENCODERS, {"finetune", "attentive"})) | set(product(ENCODERS - {"scratch"}, {"linear", "knn"})),
+    "brats": set(product(ENCODERS, DECODERS)) | UNET,
+    "btcv": set(product(ENCODERS, DECODERS)) | set(product(ENCODERS - {"scratch"}, {"knn"})) | UNET,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "bench_words", [pytest.param(path, id=path.stem) for path in BENCHES if path.stem in KINDS], indirect=True
+)
+def test_full_form__one_tiny_cell_of_each_method_and_readout(bench_words: list[str], tmp_path: Path) -> None:
+    config, cache = Path(bench_words[bench_words.index("--config") + 1]), bench_words[bench_words.index("--cache") + 1]
+    full, quick = read_settings(config, quick=False), read_settings(config, quick=True)
+    settings = tiny(full, quick)
+    nets = {name for name, its in full.methods.items() if its.fit and name != "scratch"}
+    cells = [cell for cell in list_cells(settings, cache, tmp_path) if not cell.fold]
+    found = figures_of(settings, cache, [cell for cell in cells if cell.method not in nets])
+    common = quick.fit_common[quick.fit_common.index("--model.crop_vox") :]  # an encoder is what a U-Net has not
+    if "--model.feature_size" in common:
+        place = common.index("--model.feature_size")
+        common = [*common[:place], "--model.channels", "[4,8]", *common[place + 2 :]]
+    settings = replace(settings, fit_common=[*common, "--data.num_workers", "0", "--trainer.precision", "32-true"])
+    cells = [cell for cell in list_cells(settings, cache, tmp_path) if not cell.fold]
+    found |= figures_of(settings, cache, [cell for cell in cells if cell.method in nets])
+    assert found.keys() >= KINDS[config.stem]
+    trained = [subjects.keys() for (_, name), subjects in found.items() if full.readouts[name].probe is None]
+    probed = [subjects.keys() for (_, name), subjects in found.items() if full.readouts[name].probe is not None]
+    assert trained[0] and all(names == trained[0] for names in trained)
+    assert all(names == probed[0] >= trained[0] for names in probed), (
+        "trained tasks are measured on one volume or eight"
+    )
+    assert all(0 <= sum(one.values()) / len(one) <= 1 for one in found.values())
+
+
+@pytest.mark.slow
+def test_adni__smallest_amount__every_draw_has_both_classes_and_is_measured(
+    tmp_path: Path, make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    splits = ["train"] * 150 + ["test"] * 4
+    cache = str(make_cache(tmp_path / "c.h5", 154, (18, 18, 18), labelled=False, splits=splits))
+    path = ROOT / "conf" / "bench" / "adni.yaml"
+    full, quick = read_settings(path, quick=False), read_settings(path, quick=True)
+    assert full.labels[0] == "1%"
+    settings = replace(tiny(full, quick), labels=["1%"], draws=full.draws)
+    cells = [cell for cell in list_cells(settings, cache, tmp_path / "out") if cell.method == "scratch"]
+    job = Job(settings, cache, None)
+    for cell in cells:
+        if cell.fit and (cell.readout == "finetune" or cell.draw == 0):
+            row = train_and_measure(cell, job)
+            assert len(row["subjects"]) == 4 and row["labels"] == "1%"
+    assert {cell.draw for cell in cells} == set(range(5))
 
 
 @pytest.mark.slow
