@@ -182,3 +182,15 @@ def test_case_dice__outside_voxels__do_not_count() -> None:
     found = case_dice(torch.tensor([[1, 0, 0, 1], [0, 2, 2, 2]]), case, 4)
     assert found[:2].tolist() == pytest.approx([2 / 3, 0.0])
     assert torch.isnan(found[2])
+
+
+def test_probe_segmentation__class_absent_from_the_truth__left_out_unless_it_is_predicted() -> None:
+    labels = {"learned": [1, 2, 3], "without": [1, 0, 0], "with": [1, 2, 0]}
+    cases = [
+        ProbeCase(name, torch.zeros(1, 1), torch.tensor([values], dtype=torch.uint8)) for name, values in labels.items()
+    ]
+    folds = [Fold(("learned",), ("without", "with"))]
+    found = probe_segmentation(cases, folds, 4, lambda learned, number: lambda tokens: torch.tensor([[1, 2, 0]]))
+    assert found["without"][:2].tolist() == [1, 0], "class 2 is predicted and not there"
+    assert found["with"][:2].tolist() == [1, 1]
+    assert all(np.isnan(dice[2]) for dice in found.values()), "class 3 is neither"

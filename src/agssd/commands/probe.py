@@ -198,7 +198,8 @@ def _main_figure(readout: str) -> str:
 def _compared(found: dict[str, list[dict[str, np.ndarray]]]) -> dict[str, Any]:
     """Return the scores of one readout by encoder and seed, with intervals over subjects, and the paired differences.
 
-    A subject's score is the mean Dice over the classes that it has, or its accuracy.
+    A subject's score is its accuracy, or its mean Dice over classes: one that is absent is left out where it is not
+    predicted, and counts 0 where it is.
 
     Args:
         found: name -> per seed subject -> (classes,).

@@ -1,7 +1,8 @@
 """Segmentation overlap and surface agreement per case; classification scores over a set of cases.
 
-Segmentation scores are one figure per class and case, NaN where the class is in neither map, so that a mean over the
-finite values is a mean over the classes present. Everything in mm takes the spacing of the grid it is measured on.
+Segmentation scores are one figure per class and case, NaN where the class is in neither map. A mean over the finite
+values leaves out a class that is absent and not predicted; one that is absent and predicted counts 0. Everything in mm
+takes the spacing of the grid it is measured on.
 """
 
 from __future__ import annotations

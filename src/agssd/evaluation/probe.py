@@ -2,8 +2,9 @@
 
 Figures, by name (``READOUT`` is linear_seg or knn_seg, linear_cls or knn_cls):
 
-- ``READOUT_dice``, the mean over held-out subjects of the mean Dice over the classes that a subject has, and
-  ``READOUT_dice_C`` of class C, the mean over the subjects that have it;
+- ``READOUT_dice``, the mean over held-out subjects of a subject's mean Dice over classes, and ``READOUT_dice_C``, the
+  mean of class C over subjects; a class absent from a volume is left out there where it is not predicted, and counts 0
+  where it is;
 - ``READOUT_balanced_accuracy`` and ``READOUT_auroc`` over held-out volumes;
 - ``rankme_tokens`` and ``rankme_cls``, RankMe of the tokens and of the mean [CLS] of all volumes.
 """

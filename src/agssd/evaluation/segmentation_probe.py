@@ -118,7 +118,7 @@ def _train(
 
 
 def mean_dice(segment: Segmenter, cases: Sequence[ProbeCase], num_classes: int) -> float:
-    """Return the mean over classes of the mean Dice over the cases that have the class."""
+    """Return the mean over classes of the mean Dice over the cases in which the class is, or is predicted."""
     scores = [case_dice(segment(case.tokens), case, num_classes) for case in cases]
     return float(torch.stack(scores).nanmean(0).nanmean())
 
@@ -248,7 +248,10 @@ class NeighbourReadout:
 
 
 def case_dice(prediction: Tensor, case: ProbeCase, num_classes: int) -> Tensor:
-    """Return Dice per foreground class (K - 1,) of predicted patches, NaN for a class in neither map."""
+    """Return Dice per foreground class (K - 1,) of predicted patches.
+
+    A class absent from the labels is NaN, and left out of means, where it is not predicted, and 0 where it is.
+    """
     inside = case.labels != OUTSIDE
     pairs = torch.bincount(
         prediction[inside] * num_classes + case.labels[inside].long(), minlength=num_classes**2
@@ -272,7 +275,8 @@ def probe_segmentation(
         fit: makes the segmenter of a fold from its training cases and ``num_classes``.
 
     Returns:
-        subject -> (K - 1,) float64 Dice per class, the mean over the subject's cases, NaN for a class it does not have.
+        subject -> (K - 1,) float64 Dice per class, the mean over the subject's cases; a case without the class is left
+        out where it is not predicted and counts 0 where it is; NaN where no case counts.
 
     Raises:
         ValueError: if a subject to learn from is in the fold that is predicted.

@@ -25,9 +25,9 @@ class VoxelTask(L.LightningModule):
     Training minimises Dice (without background) plus cross-entropy. Dice is taken over the crops that a device holds at
     once, because single crops often lack a class; so, unlike in pretraining, the loss changes a little with the cut of
     the batch. Validation and test segment whole volumes by sliding windows. ``val/dice`` is the mean over foreground
-    classes of the mean over the cases in which the class occurs. Under ``trainer.default_root_dir`` ``agssd validate``
-    writes ``val_cases.csv``, ``test`` writes ``test_cases.csv`` with surface Dice besides, and ``predict``
-    ``predictions/<case>.nii.gz``.
+    classes of the mean over cases; a class absent from a case is left out there where it is not predicted, and counts 0
+    where it is. Under ``trainer.default_root_dir`` ``agssd validate`` writes ``val_cases.csv``, ``test`` writes
+    ``test_cases.csv`` with surface Dice besides, and ``predict`` ``predictions/<case>.nii.gz``.
     """
 
     def set_up_voxels(
