@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,10 @@ def build(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: for what ``agssd fit`` would refuse.
     """
-    from agssd.lightning_cli import ParsedFit
-
     started = time.perf_counter()
     kept = [word for before, word in pairwise(words) if before not in _OF_A_RUN and word not in _OF_A_RUN]
     with tempfile.TemporaryDirectory() as folder, said_to(Path(folder) / "log.txt"):
-        fit = ParsedFit(kept, Path(folder))
+        fit = import_module("agssd.lightning_cli").ParsedFit(kept, Path(folder))
         fit.build()
         trainer = fit.build_trainer()
         trainer.strategy.connect(fit.model)

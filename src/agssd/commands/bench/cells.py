@@ -125,6 +125,7 @@ def _cell(
     else:
         encoder = contents(Path(str(bench.backbone))) if pretraining is None else before
         asked = [one.probe, one.window_vox, one.depths, labels, draw, seed, fold, bench.num_folds, encoder, data]
+        asked += ["by class"] if one.probe.endswith("cls") else []  # how labels are drawn
         mark = fingerprint(asked)
     return Cell(
         folder=folder,
@@ -266,7 +267,8 @@ def _command(words: Sequence[str], folder: Path, threads: int) -> None:
 def read_subjects(path: Path, figure: str) -> dict[str, float]:
     """Return the figure of each subject from the cases that a measurement wrote.
 
-    Dice is the mean over the classes that a case has and over the subject's cases; accuracy is that of ``balanced``.
+    Dice is the mean over classes, of which one that is absent from a case is left out where it is not predicted and
+    counts 0 where it is, and over the subject's cases; accuracy is that of ``balanced``.
 
     Raises:
         ValueError: if there is no figure.

@@ -22,7 +22,6 @@ from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import check_leakage
 from agssd.data_modules.probe_set import ProbeSet
-from agssd.data_modules.subsets import nested_subset
 from agssd.evaluation.classification_probe import SHARES, ProbeVector
 from agssd.evaluation.contract import check_contract
 from agssd.evaluation.folds import Fold
@@ -106,7 +105,7 @@ class _Frozen:
         """Return by measured subject the Dice over its classes, or its weighted accuracy; see ``balanced``."""
         count = labels if isinstance(labels, int) else None
         share = None if isinstance(labels, int) else float(str(labels).rstrip("%")) / 100
-        fold = Fold(tuple(nested_subset(self.fold.learned, count, share, draw)), self.fold.held_out)
+        fold = Fold(tuple(self.data.subset(self.fold.learned, count, share, draw)), self.fold.held_out)
         if readout.endswith("seg"):
             cases = [ProbeCase(f.subject, f.tokens, f.labels) for f in self.features if f.labels is not None]
             fit = partial(NeighbourReadout if readout == "knn-seg" else linear_segmenter, device=self.device)

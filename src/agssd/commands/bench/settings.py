@@ -28,7 +28,7 @@ class Method:
         pretrain: command line of ``agssd fit`` without cache, seeds and run directory; empty means random weights.
         steps: optimiser steps of pretraining, None for those of the bench; more or fewer for equal time.
         fit: for a network of its own the command line of each readout that it takes part in, in place of the readout's;
-            empty takes part in all.
+            empty takes part in all, and ``scratch`` always does.
         time_of: the method whose second pretraining this is, of as many steps as fit into the time of
             ``Bench.equal_time``; set by the bench.
     """
@@ -195,7 +195,8 @@ class Bench:
     def takes_part(self, method: str, readout: str) -> bool:
         """Return whether a method is measured by a readout."""
         its = self.methods[method]
-        return (not its.fit or readout in its.fit) and (its.time_of is None or self.readouts[readout].equal_time)
+        own = bool(its.fit) and method != "scratch"
+        return (not own or readout in its.fit) and (its.time_of is None or self.readouts[readout].equal_time)
 
     def draws_of(self, labels: Labels) -> int:
         """Return how many draws of an amount there are: of all labels just one."""

@@ -50,7 +50,8 @@ def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"{what} on {where}; {_seeds(bench)}, {bench.draws} "
         f"draw{'s' * (bench.draws > 1)} of the labels (all labels: 1), "
-        f"{bench.pretrain_steps} steps of pretraining ({', '.join(pretrained) or 'none'}{_other_steps(bench, rows)}). "
+        f"{bench.pretrain_steps} steps of pretraining ({', '.join(pretrained) or 'none'}{_other_steps(bench, rows)}), "
+        "none with a measured subject, or its runs are refused. "
         f"Mean with 95 % interval over {over}{' and ' * bool(over)}subjects"
         f"{f', not over {alone}, of which there is one' if alone else ''}. {_runs(bench, rows)}; settings "
         f"{', '.join(sorted(marks))}; commit {', '.join(sorted(commits)) or 'not known'}."

@@ -25,7 +25,7 @@ _TOLERANCE = 0.01  # of a recomputed Dice
 
 @dataclass(frozen=True)
 class Score:
-    """A test case: key, Dice per class (NaN where the class is absent), their mean."""
+    """A test case: key, Dice per class (NaN where it is neither there nor predicted), their mean."""
 
     key: str
     dice: list[float]
