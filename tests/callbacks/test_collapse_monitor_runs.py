@@ -133,6 +133,8 @@ SOUND: dict[type[Any], dict[str, Any]] = {
     },
     AGSSD: {
         "assignment": "balance", "head_centring": True, "lr": 1e-5, "weight_reconstruction": 1e3,
+        "weight_cls": 0.2, "weight_patch": 1.0, "weight_align": 30.0,
+        "student_views": "both", "masked_views": 1, "mask_ratio": (0.3, 0.7), "distilled_share": 1.0,
         "temperature_student": 0.04, "temperature_patch": (0.02, 0.02),
         "views": {"overlap": (0.95, 1.0), "num_local": 0},
     },

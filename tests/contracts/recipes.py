@@ -26,6 +26,7 @@ import agssd.methods
 from agssd.callbacks.ema_teacher import EMATeacher
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.pretrain import PretrainDataModule
+from agssd.methods.agssd import AGSSD
 from agssd.methods.base import PretrainModule
 from agssd.models.backbone import Backbone
 from agssd.models.resnet_fpn import ResNetFPN
@@ -95,13 +96,24 @@ def variants(kind: type[PretrainModule]) -> list[dict[str, Any]]:
         elif name.startswith("weight_") and parameter.default == 0:
             found.append({name: 0.1})
     if "backbone" in hints:
-        found += [{"backbone": family} for family in (SECOND, THIRD) if refusal(kind, {}, family) is None]
+        given = ((family, needs(kind, family)) for family in (SECOND, THIRD))
+        found += [{"backbone": family, **more} for family, more in given if more is not None]
     return found
 
 
 def cases(alternatives: bool) -> list[tuple[type[PretrainModule], dict[str, Any]]]:
     """Return every recipe with its defaults, or with each of its alternatives."""
     return [(kind, variant) for kind in find_recipes() for variant in variants(kind) if bool(variant) == alternatives]
+
+
+def needs(kind: type[PretrainModule], family: str) -> dict[str, Any] | None:
+    """Return what a recipe is to be given for another family of encoders, as its refusal says; None: it takes none."""
+    reason = refusal(kind, {}, family)
+    if reason is None:
+        return {}
+    masked = {"student_views": "masked"}
+    named = "student_views" in inspect.signature(kind).parameters and "student_views" in reason
+    return masked if named and refusal(kind, masked, family) is None else None
 
 
 def refusal(kind: type[PretrainModule], variant: dict[str, Any], family: str = SECOND) -> str | None:
@@ -125,8 +137,8 @@ def build(kind: type[PretrainModule], views: dict[str, Any] | None = None, **giv
     settings = {name: value for name, value in SMALL.items() if name in named} | given
     if "backbone" in named:
         settings["backbone"] = encoder(settings.get("backbone", "vit"), settings.pop("drop_path", 0.3))
-    if settings.get("student_views") == "visible":  # what is left out must be as much of every sample
-        settings.setdefault("mask_ratio", (0.7, 0.7))
+    if settings.get("cvaa") == "casa":  # which fuses with whole views
+        settings.setdefault("student_views", "masked")
     if "views" in named:
         default: dict[str, Any] = {"size_vox": (24, 24, 24), "scale": (0.6, 1.0), "num_local": 2}
         settings["views"] = OverlapCrops(**default | {"local_size_vox": (16, 16, 16)} | (views or {}))
@@ -259,6 +271,19 @@ def tensors(value: Any, path: str = "") -> dict[str, Tensor]:
 def take(batch: Any, rows: slice) -> Any:
     """Return the rows of a batch of parent crops."""
     return {name: tensor[rows] for name, tensor in batch.items()}
+
+
+def build_whole(views: dict[str, Any] | None = None, **given: Any) -> Any:
+    """Return a small AG-SSD whose student sees both views whole, one of them masked by a learned token."""
+    form: dict[str, Any] = {
+        "student_views": "both",
+        "masked_views": 1,
+        "mask_ratio": (0.3, 0.7),
+        "distilled_share": 1.0,
+    }
+    if given.get("student_views") == "visible":  # what is left out must be as much of every sample
+        form["mask_ratio"] = (0.7, 0.7)
+    return build(AGSSD, views, **form | given)
 
 
 def step_of(module: Any, batch: dict[str, Tensor]) -> tuple[Any, Any, Any]:

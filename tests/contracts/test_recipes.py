@@ -271,7 +271,7 @@ def assert_same_features(encoder: Any, module: Any) -> None:
 def test_recipe__other_families_train_and_export_to_equal_features(
     kind: type[PretrainModule], family: str, tiny_cache: Path, tmp_path: Path
 ) -> None:
-    module = recipes.build(kind, backbone=family)
+    module = recipes.build(kind, backbone=family, **(recipes.needs(kind, family) or {}))
     before = copy.deepcopy(module.backbone.state_dict())
     trainer = recipes.trainer(max_steps=2, default_root_dir=tmp_path)
     trainer.fit(module, recipes.data_module(tiny_cache))

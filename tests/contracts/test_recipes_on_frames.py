@@ -97,12 +97,13 @@ def resnet() -> Backbone:
 def test_recipe__other_families_of_encoders_learn_from_frames_where_they_do_from_volumes(
     kind: type[PretrainModule], family: str, encoder: Callable[[], Backbone]
 ) -> None:
-    reason = recipes.refusal(kind, {}, family)
-    if reason is not None:
+    given = recipes.needs(kind, family)
+    if given is None:
+        reason = recipes.refusal(kind, {}, family) or ""
         with pytest.raises(ValueError, match=reason.rpartition(" ")[2]):
             build(kind, backbone=encoder())
         return
-    module = build(kind, backbone=encoder())
+    module = build(kind, backbone=encoder(), **given)
     loss = module.pretrain_loss(module.make_views(parents())).total
     loss.backward()
     assert loss.isfinite()

@@ -32,7 +32,7 @@ def figures(cache: Path, out: Path, devices: int) -> dict[str, float]:
         callbacks=[EMATeacher(), probe, BestCheckpoint(dirpath=str(out / str(devices)))],
     )  # fmt: skip
     data = recipes.data_module(cache)
-    trainer.fit(recipes.build(AGSSD, lr=0.0), data)  # the same weights on any number of ranks, bit for bit
+    trainer.fit(recipes.build(AGSSD, lr=0.0, min_lr=0.0), data)  # the same weights on any number of ranks, bit for bit
     own = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("probe/")}
     return own
 

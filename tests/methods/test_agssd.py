@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import recipes
 import torch
-from recipes import step_of
+from recipes import build_whole, step_of
 from torch import Tensor
 
-from agssd.methods.agssd import AGSSD
 from agssd.transforms.edges import MIN_FOREGROUND
 from agssd.transforms.views import edge_maps
 
@@ -50,7 +49,7 @@ def test_agssd__hides_the_exact_count_in_one_of_the_two_views(
     score: str, ratio: tuple[float, float], size: tuple[int, int, int], batch: Any, at: Any, monkeypatch: Any
 ) -> None:
     at(0.7)
-    module = recipes.build(AGSSD, {"size_vox": size}, mask_ratio=ratio, mask_score=score)
+    module = build_whole({"size_vox": size}, mask_ratio=ratio, mask_score=score)
     given: list[Any] = []
     encode = module.student["backbone"].forward_views
 
@@ -82,13 +81,13 @@ def test_agssd__both_views_are_hidden_equally_often(tiny_cache: Path) -> None:
         "sample": torch.arange(400)
     }
     small = {"size_vox": (8, 8, 8), "num_local": 0}
-    parts = [recipes.build(AGSSD, small).make_views(recipes.take(many, slice(i, i + 50))) for i in range(0, 400, 50)]
+    parts = [build_whole(small).make_views(recipes.take(many, slice(i, i + 50))) for i in range(0, 400, 50)]
     share = torch.cat([part.hidden_view for part in parts]).float().mean()
     assert abs(share - 0.5) < 4 * 0.5 / 400**0.5
 
 
 def test_agssd__edge_quota_and_temperature_hide_more_edges_as_the_run_proceeds(tiny_cache: Path, at: Any) -> None:
-    module = recipes.build(AGSSD, {"size_vox": (32, 32, 32)}, mask_hints=0.0, mask_edge_share=1.0)
+    module = build_whole({"size_vox": (32, 32, 32)}, mask_hints=0.0, mask_edge_share=1.0)
     views = module.make_views(recipes.parents(tiny_cache, list(range(8))))
     mass = []
     with torch.no_grad():
@@ -105,7 +104,7 @@ def test_agssd__edge_quota_and_temperature_hide_more_edges_as_the_run_proceeds(t
 
 def test_agssd__background_tokens_enter_neither_loss_nor_centre(batch: Any) -> None:
     # norm_pix off: the floor of its scale is a share of the spread of the whole view, background included.
-    module = recipes.build(AGSSD, assignment="centring", centre_momentum=(0.9, 0.9), norm_pix=False)
+    module = build_whole(assignment="centring", centre_momentum=(0.9, 0.9), norm_pix=False)
     views, loss, step = step_of(module, half_background(batch))
     shares = body_of(views)
     hidden_background = step.mask.numpy() & (shares < MIN_FOREGROUND)
@@ -137,7 +136,7 @@ def test_agssd__background_tokens_enter_neither_loss_nor_centre(batch: Any) -> N
 @pytest.mark.parametrize("cvaa", ["student", "teacher", "casa", "none"])
 def test_agssd__sample_without_body_gives_finite_loss_and_gradient(score: str, cvaa: str, batch: Any, at: Any) -> None:
     at(0.6)
-    module = recipes.build(AGSSD, mask_score=score, cvaa=cvaa)
+    module = build_whole(mask_score=score, cvaa=cvaa)
     for rows in (slice(0, 1), slice(0, 4)):  # the whole batch without body, then one sample of four
         airy = {name: tensor.clone() for name, tensor in recipes.take(batch, rows).items()}
         airy["foreground"][0] = 0
@@ -155,7 +154,7 @@ def test_agssd__sample_without_body_gives_finite_loss_and_gradient(score: str, c
 
 
 def test_agssd__centres_stay_without_a_token_that_counts(batch: Any) -> None:
-    module = recipes.build(AGSSD)
+    module = build_whole()
     airy = {name: tensor.clone() for name, tensor in batch.items()}
     airy["foreground"][:] = 0
     step_of(module, airy)
@@ -171,7 +170,7 @@ def test_agssd__flat_volume_is_masked_at_random(score: str, batch: Any, at: Any)
     flat["image"][:] = 300
     flat["foreground"][:] = 1
     flat["edge_q99"][:] = 0
-    module = recipes.build(AGSSD, mask_score=score, teacher_score_edges=1.0)
+    module = build_whole(mask_score=score, teacher_score_edges=1.0)
     views, loss, step = step_of(module, flat)
     assert loss.total.isfinite() and not views.edges.any()
     assert torch.equal(step.mask.sum(1), (step.ratio * step.mask.shape[1]).round().long())
@@ -184,7 +183,7 @@ def test_agssd__computed_tomography_and_magnetic_resonance_share_a_batch(
     at(0.6)
     ct = recipes.parents(make_cache(tmp_path / "ct.h5", num_cases=2, modality="ct", splits=["train", "train"]), [0, 1])
     mri = recipes.parents(tiny_cache, [2, 3])
-    module = recipes.build(AGSSD)
+    module = build_whole()
     both = {name: torch.cat([ct[name], mri[name]]) for name in ct}
     views, loss, _ = step_of(module, both)
     assert views.is_ct.tolist() == [True, True, False, False]
@@ -267,7 +266,7 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
     at(0.15)
     given = {"num_local": settings["num_local"]} if "num_local" in settings else None
     settings = {name: value for name, value in settings.items() if name != "num_local"}
-    module = recipes.build(AGSSD, given, cvaa="none", drop_path=0.0, assignment="centring", **settings)
+    module = build_whole(given, cvaa="none", drop_path=0.0, assignment="centring", **settings)
     for centre in (module.centre_cls, module.centre_patch):
         centre.centre.copy_(torch.randn(64, generator=torch.Generator().manual_seed(1)) * 0.05)
     views, loss, step = step_of(module, half_background(batch))
@@ -343,14 +342,15 @@ def test_agssd__objective_equals_a_reference_by_loops(settings: dict[str, Any], 
     assert float(loss.terms["align"]) == pytest.approx(np.mean(align), rel=1e-5)
     if module.weights["align"]:
         assert float(module.observations["scalars"]["align_distance"]) == pytest.approx(np.mean(misses), rel=1e-4)
-    total = np.mean(cls) + np.mean(patch) + 10 * np.mean(rec) + module.weights["align"] * np.mean(align)
+    means = {"cls": np.mean(cls), "patch": np.mean(patch), "rec": np.mean(rec), "align": np.mean(align)}
+    total = sum(module.weights[name] * mean for name, mean in means.items())
     assert float(loss.total) == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.parametrize("student_views", ["both", "visible"])
 def test_agssd__masks_of_both_views_are_drawn_apart_and_shown(student_views: str, batch: Any, at: Any) -> None:
     at(0.6)
-    module = recipes.build(AGSSD, masked_views=2, student_views=student_views)
+    module = build_whole(masked_views=2, student_views=student_views)
     views, _, step = step_of(module, batch)
     masks = step.mask.unflatten(0, (4, 2))
     assert (masks.sum(2) > 0).all() and not (masks[:, 0] == masks[:, 1]).all(1).any()
@@ -364,13 +364,13 @@ def test_agssd__masks_of_both_views_are_drawn_apart_and_shown(student_views: str
     with pytest.raises(IndexError, match="sample 4"):
         module.view_panel(4)
     with pytest.raises(ValueError, match="masked_views is 3; give 1 or 2"):
-        recipes.build(AGSSD, masked_views=3)
+        build_whole(masked_views=3)
 
 
 @pytest.mark.parametrize("masked_views", [1, 2])
 def test_agssd__voxels_that_are_left_out_never_enter_the_student(masked_views: int, batch: Any, at: Any) -> None:
     at(0.6)
-    module = recipes.build(AGSSD, student_views="visible", masked_views=masked_views, mask_ratio=(0.6, 0.6))
+    module = build_whole(student_views="visible", masked_views=masked_views, mask_ratio=(0.6, 0.6))
     views, loss, step = step_of(module, batch)
     hides = step.mask.unflatten(1, module.grid)
     for axis in (1, 2, 3):
@@ -393,32 +393,32 @@ def test_agssd__voxels_that_are_left_out_never_enter_the_student(masked_views: i
 @pytest.mark.parametrize("score", ["loss", "attention"])
 def test_agssd__left_out_by_what_the_teacher_says(score: str, batch: Any, at: Any) -> None:
     at(0.9)
-    module = recipes.build(AGSSD, student_views="visible", mask_ratio=(0.6, 0.6), mask_score=score)
+    module = build_whole(student_views="visible", mask_ratio=(0.6, 0.6), mask_score=score)
     _, loss, step = step_of(module, batch)
     assert loss.total.isfinite() and (step.mask.sum(1) == step.mask[0].sum()).all()
 
 
 def test_agssd__settings_that_leave_nothing_out_are_refused() -> None:
     with pytest.raises(ValueError, match=r"mask_ratio is \(0.3, 0.7\), .* give the same number twice"):
-        recipes.build(AGSSD, student_views="visible", mask_ratio=(0.3, 0.7))
+        build_whole(student_views="visible", mask_ratio=(0.3, 0.7))
     with pytest.raises(ValueError, match="SwinUNETREncoder cannot leave tokens out; use a ViT"):
-        recipes.build(AGSSD, student_views="visible", backbone=recipes.SECOND)
+        build_whole(student_views="visible", backbone=recipes.SECOND)
     with pytest.raises(ValueError, match="casa .* student_views is visible .* set student_views to both"):
-        recipes.build(AGSSD, student_views="visible", masked_views=2, cvaa="casa")
+        build_whole(student_views="visible", masked_views=2, cvaa="casa")
     with pytest.raises(ValueError, match="align_pitches is 0.0; give a spread above 0"):
-        recipes.build(AGSSD, align_pitches=0.0)
+        build_whole(align_pitches=0.0)
     with pytest.raises(ValueError, match="align_temperature is 0.0; a temperature lies above 0"):
-        recipes.build(AGSSD, align_temperature=0.0)
+        build_whole(align_temperature=0.0)
     with pytest.raises(ValueError, match=r"distilled_share is 0.0; give a share .* in \(0, 1\]"):
-        recipes.build(AGSSD, distilled_share=0.0)
+        build_whole(distilled_share=0.0)
 
 
 @pytest.mark.parametrize("num_local", [0, 2])
 def test_agssd__student_of_masked_views_never_sees_the_other(num_local: int, batch: Any, at: Any) -> None:
     at(0.6)
     strong = {"prob_noise": 1.0, "noise": 0.2, "prob_gamma": 1.0}
-    both = recipes.build(AGSSD, {"num_local": num_local}, appearance=strong)
-    module = recipes.build(AGSSD, {"num_local": num_local}, appearance=strong, student_views="masked")
+    both = build_whole({"num_local": num_local}, appearance=strong)
+    module = build_whole({"num_local": num_local}, appearance=strong, student_views="masked")
     wide, views = both.make_views(batch), module.make_views(batch)
     for b, hidden in enumerate(views.hidden_view.tolist()):
         assert torch.equal(views.inputs[b, hidden], wide.inputs[b, hidden])
@@ -437,15 +437,15 @@ def test_agssd__student_of_masked_views_never_sees_the_other(num_local: int, bat
     assert panel["unseen"].tolist() == [int(views.hidden_view[1]) != 0, int(views.hidden_view[1]) != 1]
     assert not panel["mask"][panel["unseen"]].any()
     for more in ({"weight_koleo": 0.1}, {"assignment": "sinkhorn"}):
-        other = recipes.build(AGSSD, {"num_local": num_local}, student_views="masked", **more)
+        other = build_whole({"num_local": num_local}, student_views="masked", **more)
         assert other.pretrain_loss(other.make_views(batch)).total.isfinite()
     with pytest.raises(ValueError, match="casa .* set student_views to both"):
-        recipes.build(AGSSD, cvaa="casa", student_views="masked")
-    recipes.build(AGSSD, cvaa="casa", student_views="masked", masked_views=2)
+        build_whole(cvaa="casa", student_views="masked")
+    build_whole(cvaa="casa", student_views="masked", masked_views=2)
 
 
 def test_agssd__reconstructs_the_clean_view(batch: Any) -> None:
-    module = recipes.build(AGSSD, appearance={"prob_noise": 1.0, "noise": 0.2, "prob_gamma": 1.0})
+    module = build_whole(appearance={"prob_noise": 1.0, "noise": 0.2, "prob_gamma": 1.0})
     views, _, step = step_of(module, batch)
     assert ((views.inputs - views.clean).abs().mean((2, 3, 4, 5)) > 0.01).all()
     for b, hidden in enumerate(views.hidden_view.tolist()):
@@ -459,17 +459,17 @@ def test_agssd__the_teacher_does_not_know_the_appearance_that_the_student_sees(b
     strong = {"prob_noise": 1.0, "noise": 0.2, "prob_gamma": 1.0}
     tokens, inputs = [], []
     for appearance in (None, strong):
-        module = recipes.build(AGSSD, appearance=appearance)
+        module = build_whole(appearance=appearance)
         views, _, step = step_of(module, batch)
         tokens.append(step.tokens)
         inputs.append(views.inputs)
     assert not torch.equal(*inputs) and torch.equal(*tokens)
-    module = recipes.build(AGSSD, appearance=strong, clean_teacher=False)
+    module = build_whole(appearance=strong, clean_teacher=False)
     assert not torch.equal(step_of(module, batch)[2].tokens, tokens[0])
 
 
 def test_agssd__predictions_of_standardised_patches_are_shown_as_intensities(batch: Any) -> None:
-    module = recipes.build(AGSSD)
+    module = build_whole()
     with torch.no_grad():
         for parameter in module.student["reconstruction"].parameters():
             parameter.zero_()  # the mean of each patch, in units of its own
@@ -479,12 +479,13 @@ def test_agssd__predictions_of_standardised_patches_are_shown_as_intensities(bat
 
 def test_agssd__weights_scale_their_terms_and_zero_keeps_the_graph(batch: Any, at: Any) -> None:
     at(0.6)
-    base = recipes.build(AGSSD)
+    base = build_whole()
     views = base.make_views(batch)
     terms = base.pretrain_loss(views).terms
-    weights = {"cls": 1, "patch": 1, "rec": 10, "align": 1}
+    weights = {name: weight for name, weight in base.weights.items() if name != "koleo"}
+    assert weights == {"cls": 0.02, "patch": 0.2, "rec": 10.0, "align": 1.0}
     for name in weights:
-        module = recipes.build(AGSSD, **{f"weight_{'reconstruction' if name == 'rec' else name}": 0.0})
+        module = build_whole(**{f"weight_{'reconstruction' if name == 'rec' else name}": 0.0})
         loss = module.pretrain_loss(views)
         expected = sum(float(terms[other]) * w for other, w in weights.items() if other != name)
         assert float(loss.total) == pytest.approx(expected, rel=1e-5)
@@ -496,7 +497,7 @@ def test_agssd__weights_scale_their_terms_and_zero_keeps_the_graph(batch: Any, a
 
 
 def test_agssd__heads_do_not_underflow_in_half_precision(batch: Any) -> None:
-    module = recipes.build(AGSSD)
+    module = build_whole()
     features = (torch.randn(6, 48, generator=torch.Generator().manual_seed(0)) * 1e-3).half()
     for name in ("cls_head", "patch_head"):
         head = module.student[name]
@@ -516,9 +517,9 @@ def test_agssd__heads_do_not_underflow_in_half_precision(batch: Any) -> None:
 @pytest.mark.parametrize("views", [{"size_vox": (20, 24, 24)}, {"local_size_vox": (12, 12, 12)}], ids=str)
 def test_agssd__view_that_the_patch_does_not_divide_is_refused(views: Any) -> None:
     with pytest.raises(ValueError, match="not divisible by patch_size"):
-        recipes.build(AGSSD, views)
+        build_whole(views)
 
 
 def test_agssd__block_that_does_not_divide_the_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="mask_block is 2, which does not divide the token grid"):
-        recipes.build(AGSSD, mask_block=2)
+        build_whole(mask_block=2)

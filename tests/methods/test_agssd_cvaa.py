@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import recipes
 import torch
-from recipes import step_of
+from recipes import build_whole, step_of
 from torch import Tensor
-
-from agssd.methods.agssd import AGSSD
 
 
 def gradient_of(term: Tensor, parameters: Any) -> list[Tensor | None]:
@@ -23,7 +21,7 @@ def gradient_of(term: Tensor, parameters: Any) -> list[Tensor | None]:
 @pytest.mark.parametrize("cvaa", ["student", "casa"])
 def test_agssd__fuser_serves_the_patch_term_alone(cvaa: str, batch: Any, at: Any) -> None:
     at(0.6)
-    module = recipes.build(AGSSD, cvaa=cvaa)
+    module = build_whole(cvaa=cvaa)
     _, loss, _ = step_of(module, batch)
     fuser = module.student["fuser"].parameters
     assert all(gradient is None for gradient in gradient_of(loss.terms["rec"], fuser()))
@@ -32,7 +30,7 @@ def test_agssd__fuser_serves_the_patch_term_alone(cvaa: str, batch: Any, at: Any
 
 
 def test_agssd__plain_branch_keeps_its_weight_beside_the_fused_one(batch: Any, at: Any) -> None:
-    module = recipes.build(AGSSD)
+    module = build_whole()
     views = module.make_views(batch)
     for progress, share in ((0.0, 0.0), (0.125, 0.25), (0.2, 0.5), (1.0, 0.5)):
         at(progress)
@@ -44,7 +42,7 @@ def test_agssd__plain_branch_keeps_its_weight_beside_the_fused_one(batch: Any, a
 
 @pytest.mark.parametrize("given", [{"orientations": "all"}, {"rotation_deg": 20.0}, {"orientations": "flips"}], ids=str)
 def test_agssd__position_bias_is_the_true_distance_in_pitches_of_the_other_view(given: Any, batch: Any) -> None:
-    module = recipes.build(AGSSD, given)
+    module = build_whole(given)
     views = module.make_views(batch)
     affine = views.geometry.globals.affine.double().numpy()
     grid = np.array(module.grid)
@@ -85,7 +83,7 @@ def test_agssd__teacher_fuses_hidden_tokens_and_cls_with_the_other_view(
     student_views: str, num_local: int, batch: Any, at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at(0.6)
-    module = recipes.build(AGSSD, {"num_local": num_local}, student_views=student_views, assignment="centring")
+    module = build_whole({"num_local": num_local}, student_views=student_views, assignment="centring")
     for block in module.teacher["fuser"].blocks:
         block.scale_attention.fill_(1.0)
     fuser = module.teacher["fuser"]
@@ -126,7 +124,7 @@ def test_agssd__student_fuses_each_hidden_token_with_its_own_bias_and_keys(
     masked_views: int, batch: Any, at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at(0.6)
-    module = recipes.build(AGSSD, masked_views=masked_views)
+    module = build_whole(masked_views=masked_views)
     calls = spied(module.student["fuser"], monkeypatch)
     views, _, step = step_of(module, batch)
     ((_, _, bias, forbidden), _) = calls[0]
@@ -144,7 +142,7 @@ def test_agssd__student_is_fused_with_the_teachers_tokens_of_the_unmasked_view(
     at(0.6)
     memories = {}
     for cvaa in ("student", "casa"):
-        module = recipes.build(AGSSD, cvaa=cvaa)
+        module = build_whole(cvaa=cvaa)
         with torch.no_grad():
             for p in module.teacher.parameters():
                 p.add_(0.01)
@@ -159,7 +157,7 @@ def test_agssd__student_is_fused_with_the_teachers_tokens_of_the_unmasked_view(
 
 
 def test_agssd__hidden_tokens_lose_sight_of_their_counterpart(batch: Any) -> None:
-    module = recipes.build(AGSSD, counterpart_drop=1.0, key_dropout=0.0)
+    module = build_whole(counterpart_drop=1.0, key_dropout=0.0)
     views, _, step = step_of(module, batch)
     _, distance = module._position_bias(views, views.hidden_view)
     forbidden = module._forbidden(views, step.mask, distance)
@@ -173,8 +171,8 @@ def test_agssd__hidden_tokens_lose_sight_of_their_counterpart(batch: Any) -> Non
 
 def test_agssd__nothing_is_dropped_in_evaluation(batch: Any, at: Any) -> None:
     at(0.6)
-    module = recipes.build(AGSSD).eval()
-    other = recipes.build(AGSSD, drop_path=0.0, key_dropout=0.0, counterpart_drop=0.0).train()
+    module = build_whole().eval()
+    other = build_whole(drop_path=0.0, key_dropout=0.0, counterpart_drop=0.0).train()
     views = module.make_views(batch)
     with torch.no_grad():
         assert float(module.pretrain_loss(views).total) == pytest.approx(float(other.pretrain_loss(views).total), 1e-6)

@@ -7,18 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import recipes
 import torch
-from recipes import step_of
+from recipes import build_whole, step_of
 from torch import Tensor
 
 from agssd.geometry import token_centres, transform
-from agssd.methods.agssd import AGSSD
 
 
 def test_observations__hold_probabilities_logits_and_figures(batch: Any, at: Any) -> None:
     at(0.6)
-    module = recipes.build(AGSSD)
+    module = build_whole()
     assert module.observations is None
     _, loss, step = step_of(module, batch)
     seen = module.observations
@@ -56,7 +54,7 @@ def test_observations__hold_probabilities_logits_and_figures(batch: Any, at: Any
 
 def test_observations__teacher_and_student_rows_of_cls_are_the_pairs_of_the_loss(batch: Any, at: Any) -> None:
     at(0.6)
-    module = recipes.build(AGSSD, {"num_local": 0})
+    module = build_whole({"num_local": 0})
     _, loss, _ = step_of(module, batch)
     seen = module.observations
     entropy = -(seen["teacher_cls"] * seen["student_cls"].log_softmax(-1)).sum(-1)
@@ -65,7 +63,7 @@ def test_observations__teacher_and_student_rows_of_cls_are_the_pairs_of_the_loss
 
 @pytest.mark.parametrize("given", [{"orientations": "all"}, {"rotation_deg": 15.0}], ids=str)
 def test_observations__features_of_the_place_in_the_world_agree_where_views_overlap(given: Any, batch: Any) -> None:
-    module = recipes.build(AGSSD, {"size_vox": (32, 32, 32), **given})
+    module = build_whole({"size_vox": (32, 32, 32), **given})
     views, _, step = step_of(module, batch)
     centres = token_centres(module.grid)
     affine = views.geometry.globals.affine
@@ -82,7 +80,7 @@ def test_observations__features_of_the_place_in_the_world_agree_where_views_over
 
 def test_view_panel__shows_a_sample_and_refuses_others(batch: Any, at: Any) -> None:
     at(0.6)
-    module = recipes.build(AGSSD, {"size_vox": (24, 32, 24)})
+    module = build_whole({"size_vox": (24, 32, 24)})
     with pytest.raises(IndexError, match="not in the last batch"):
         module.view_panel(0)
     views, _, step = step_of(module, batch)

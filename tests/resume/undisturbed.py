@@ -33,6 +33,9 @@ def write_config(path: Path, cache: Path) -> Path:
             "init_args": {
                 "num_prototypes": 32, "head_hidden": 32, "head_bottleneck": 16, "fuser_heads": 2, "fuser_depth": 1,
                 "mask_block": 1, "lr": 1e-3,
+                # whole views, where fewer gradients are 0 but for rounding, which Adam makes steps of
+                "student_views": "both", "masked_views": 1, "mask_ratio": [0.3, 0.7], "distilled_share": 1.0,
+                "weight_cls": 1.0, "weight_patch": 1.0, "fused_share_cls": 0.25,
                 "seed": 1,  # with 0 a voxel is predicted to within rounding, and the sign of its L1 is anyone's
             },
         },
