@@ -79,7 +79,8 @@ class AGSSD(PretrainModule):
       teacher's tokens of that view (ours; see :class:`agssd.models.aligner.Aligner`).
 
     Source: modules and the three terms [paper: Yu and Dai, IEEE TMI 2026, doi 10.1109/TMI.2026.3680920, abstract];
-    weights 1:1:10 [R: SMIT, Alice]; heads and centring [R: DINO, iBOT]; everything else is ours (docs/method.md §1).
+    visible patches alone [R: MAE]; weight of reconstruction [R: SMIT, Alice]; heads and centring [R: DINO, iBOT];
+    everything else is ours, the light weights of both distillations among it (docs/method.md §1, docs/evidence.md).
     Deviates: the paper's text beyond its abstract is not public, so no detail here is claimed to be the paper's.
 
     Nothing depends on how the batch is cut into micro-batches and ranks, except ``assignment="sinkhorn"`` and
@@ -118,13 +119,14 @@ class AGSSD(PretrainModule):
         mask_temperature: of that draw, from first to second over the run (linear in its logarithm).
         mask_hints: share of hidden tokens of the strongest patches that are shown after all.
         mask_block: tokens per side of a hidden block.
-        masked_views: 1 masks one of the two global views, so that the student's [CLS] sees whole views too [R: DINOv2];
-            2 masks both, each by a draw of its own: twice the patches to learn from for half as much time again (ours).
-        student_views: ``"both"`` shows the student both global views [R: DINOv2]; ``"masked"`` only those that are
-            masked, which is all that the patch terms ask for, and the [CLS] term takes their [CLS] alone: a view less
-            per step (ours; docs/evidence.md). The same where both are masked. ``"visible"`` shows it only the visible
-            patches of those: hidden ones are left out, and a light decoder works out their tokens [R: MAE, data2vec 2.0
-            for the place of it in distillation]. The teacher always sees both views whole.
+        masked_views: 2 masks both global views, each by a draw of its own: twice the patches to learn from (ours); 1
+            masks one of them, so that the student's [CLS] sees whole views too where it is shown both [R: DINOv2].
+        student_views: ``"visible"`` shows the student only the visible patches of masked views: hidden ones are left
+            out, and a light decoder works out their tokens [R: MAE, data2vec 2.0 for the place of it in distillation];
+            it needs an encoder that can leave patches out, a ViT. ``"masked"`` shows it the masked views, which is all
+            that the patch terms ask for, and the [CLS] term takes their [CLS] alone (ours; docs/evidence.md).
+            ``"both"`` shows it both global views [R: DINOv2]; the same where both are masked. The teacher always sees
+            both views whole.
         decoder_dim: width of that decoder.
         decoder_depth: its blocks.
         decoder_heads: its attention heads.
