@@ -16,7 +16,7 @@ import yaml
 from made_bench import bench, made_rows
 
 from agssd.commands.bench import _chosen, _share
-from agssd.commands.bench.cells import Cell, list_cells, read_subjects
+from agssd.commands.bench.cells import Cell, Pool, list_cells, read_subjects
 from agssd.commands.bench.equal_time import seconds_per_step
 from agssd.commands.bench.kept import keep, kept
 from agssd.commands.bench.results import places
@@ -115,6 +115,29 @@ def test_list_cells__a_fold_is_left_out_of_pretraining_too() -> None:
         commands = [cell.fit, cell.measure, *([cell.pretraining.command] if cell.pretraining else [])]
         assert {command[command.index("--data.fold") + 1] for command in commands} == {str(cell.fold)}
         assert cell.measure[0] == "validate" and cell.cases == "val_cases.csv"
+
+
+def test_list_cells__what_is_pretrained_on_may_be_other_volumes_and_then_serves_every_fold() -> None:
+    settings = bench(num_folds=2)
+    pool = Pool(("all.h5", "more.h5"), "m")
+    cells = list_cells(settings, "c.h5", Path("out"), "d", pool)
+    own = list_cells(settings, "c.h5", Path("out"), "d")
+    assert [cell.folder for cell in cells] == [cell.folder for cell in own]
+    before = {cell.pretraining for cell in cells if cell.pretraining is not None}
+    assert len(before) == 2 * 3 and all(one.fold is None for one in before), "of each method and seed one"
+    for one in before:
+        assert one.command[one.command.index("--data.cache") + 1] == "[all.h5,more.h5]"
+        assert "--data.num_folds" not in one.command
+    assert all("c.h5" in cell.fit and "--data.fold" in cell.fit for cell in cells)
+    changed = {cell.method for cell, other in zip(cells, own, strict=True) if cell.mark != other.mark}
+    assert changed == {"ours", "rival"}, "what was pretrained on other volumes is another figure"
+    marks = {cell.mark for cell in cells} & {
+        cell.mark for cell in list_cells(settings, "c.h5", Path("out"), "d", Pool(pool.caches, "other"))
+    }
+    assert marks == {cell.mark for cell in cells if cell.pretraining is None}
+    shares = [_share(cells, f"{number}/3") for number in range(3)]
+    wanted = [{cell.pretraining for cell in share if cell.pretraining is not None} for share in shares]
+    assert sum(map(len, wanted)) == len(before), "no pretraining is wanted by two shares"
 
 
 def test_share__is_a_partition_that_keeps_pretrainings_together() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,21 @@ def test_bench__what_cannot_work_is_refused_before_anything_is_trained(
     assert main([*command, "--cache", str(tiny_cache)]) == 2
     assert said in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_bench__pretraining_on_whom_it_measures_or_on_other_grids_is_refused(
+    make_cache: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = make_cache(tmp_path / "asked.h5", splits=["train"] * 6 + ["test"] * 2)
+    everyone = make_cache(tmp_path / "everyone.h5", splits=["train"] * 8)
+    command = [*write(tmp_path / "bench.yaml", [], [], num_folds=None), "--cache", str(asked)]
+    assert main([*command, "--pretrain-cache", str(everyone)]) == 2
+    said = capfd.readouterr().err
+    assert f"an encoder of --pretrain-cache {everyone} has been trained on" in said and "2 of 2 subjects" in said
+    coarse = make_cache(tmp_path / "coarse.h5", spacing_mm=(3.0, 1.0, 1.0), seed=1)
+    assert main([*command, "--pretrain-cache", str(coarse)]) == 2
+    assert "spacing 1x1x1 mm instead of 3x1x1 mm" in capfd.readouterr().err
+    assert main([*command, "--pretrain-cache", str(tmp_path / "gone.h5")]) == 2
+    assert f"no cache {tmp_path / 'gone.h5'}, which --pretrain-cache names" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--pretrain-cache", str(asked), "--dry-run"]) == 0

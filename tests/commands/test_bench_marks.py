@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +60,8 @@ def test_run__nothing_is_measured_with_an_encoder_of_other_settings(
         return []
 
     monkeypatch.setattr("agssd.commands.bench.side_by_side", work)
-    arguments = Namespace(workers=1, cache="c.h5", out=tmp_path)
     job = Job(settings, "c.h5", None)
-    _measure_all(job, _pretrain_all(job, cells, arguments, "")[1], 1)
+    _measure_all(job, _pretrain_all(job, cells, 1, lambda: list_cells(settings, "c.h5", tmp_path))[1], 1)
     assert {one.method for one in asked if isinstance(one, Pretraining)} == {"ours", "rival"}, "one is refused there"
     assert {one.method for one in asked if isinstance(one, Cell)} == {"scratch", "unet", "rival"}
 

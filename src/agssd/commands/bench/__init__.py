@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from agssd.commands.bench.cells import Cell, Pretraining
     from agssd.commands.bench.records import Job
     from agssd.commands.bench.settings import Bench
+    from agssd.data_modules.cache import VolumeCache
 
 _PRELOADED = ["agssd.lightning_cli", "agssd.methods.agssd", "agssd.tasks.segmentation", "agssd.tasks.classification"]
 
@@ -37,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="for example conf/bench/NAME.yaml")
     parser.add_argument("--cache", required=True, metavar="CACHE", help="labelled cache written by agssd prepare")
+    parser.add_argument(
+        "--pretrain-cache",
+        nargs="+",
+        default=[],
+        metavar="CACHE",
+        help="pretrain on the split train of these, labelled or not, instead of on that of --cache",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for runs, rows, tables and curves")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells side by side (default: 1)")
     parser.add_argument("--quick", action="store_true", help="the small form, what stands under 'quick' in the YAML")
@@ -51,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
     """Run what is missing, make the tables and return the exit code: 1 if a cell failed or it was interrupted."""
     from agssd.commands._cache_facts import cache_facts
     from agssd.commands.bench.before import refuse_beforehand
-    from agssd.commands.bench.cells import list_cells
+    from agssd.commands.bench.cells import Pool, list_cells
     from agssd.commands.bench.kept import keep
-    from agssd.commands.bench.marks import cache_mark
+    from agssd.commands.bench.marks import cache_mark, fingerprint
     from agssd.commands.bench.records import Job, commit, is_done
     from agssd.commands.bench.settings import read_settings
     from agssd.data_modules.cache import VolumeCache
@@ -65,29 +74,33 @@ def run(args: argparse.Namespace) -> int:
     if cache is None and not args.dry_run:
         raise ValueError(f"there is no cache {args.cache}; write one with `agssd prepare`, see {args.config}")
     data = "" if cache is None else cache_mark(cache)
-    cells = list_cells(bench, args.cache, args.out, data)
+    pools = [_open(path, "--pretrain-cache") for path in args.pretrain_cache]
+    pool = Pool(tuple(args.pretrain_cache), fingerprint([cache_mark(one) for one in pools])) if pools else None
+    listed = partial(list_cells, bench, args.cache, args.out, data, pool)
+    cells = listed()
     ours = _share(_chosen(bench, cells, args), args.share)
     if cache is None or args.dry_run:
         _tell(bench, ours, args.share)
         return 0
     facts = cache_facts(cache)
+    facts += [(f"pretrained on: {name}", value) for one in pools for name, value in cache_facts(one)]
     failed: list[tuple[str, str]] = []
     if not args.tables:
-        refuse_beforehand(bench, ours, cache, args.workers, _PRELOADED)
+        refuse_beforehand(bench, ours, cache, pools, args.workers, _PRELOADED)
         if not args.share:
             keep(bench, facts, cells, args.out)
         job = Job(bench, args.cache, commit())
         try:
-            failed, ours = _pretrain_all(job, ours, args, data)
+            failed, ours = _pretrain_all(job, ours, args.workers, listed)
             if not args.share:
-                keep(bench, facts, list_cells(bench, args.cache, args.out, data), args.out)
+                keep(bench, facts, listed(), args.out)
             failed += _measure_all(job, ours, args.workers)
         except KeyboardInterrupt:
             if not args.share:
-                keep(bench, facts, list_cells(bench, args.cache, args.out, data), args.out)
+                keep(bench, facts, listed(), args.out)
             print("error: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
             return 1
-    cells = list_cells(bench, args.cache, args.out, data)  # what hung on the time of another may be known now
+    cells = listed()  # what hung on the time of another may be known now
     if args.share:
         done = sum(map(is_done, _share(_chosen(bench, cells, args), args.share)))
         print(f"{done} of {len(ours)} cells of share {args.share} are done; --tables makes the tables of all shares")
@@ -97,6 +110,14 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in failed:
         print(f"error: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _open(path: str, flag: str) -> VolumeCache:
+    from agssd.data_modules.cache import VolumeCache
+
+    if not Path(path).exists():
+        raise ValueError(f"there is no cache {path}, which {flag} names; write one with `agssd prepare`")
+    return VolumeCache(path)
 
 
 def _chosen(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> list[Cell]:
@@ -115,9 +136,12 @@ def _share(cells: Sequence[Cell], share: str | None) -> list[Cell]:
     number, _, count = share.partition("/")
     if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
         raise ValueError(f"--share is {share!r}; give I/N with I from 0 to N - 1")
-    groups = dict.fromkeys((cell.method, cell.seed, cell.fold) for cell in cells)
-    place = {group: index % int(count) for index, group in enumerate(groups)}
-    return [cell for cell in cells if place[cell.method, cell.seed, cell.fold] == int(number)]
+
+    def group(cell: Cell) -> tuple[str, int, int | None]:
+        return cell.method, cell.seed, cell.fold if cell.pretraining is None else cell.pretraining.fold
+
+    place = {one: index % int(count) for index, one in enumerate(dict.fromkeys(map(group, cells)))}
+    return [cell for cell in cells if place[group(cell)] == int(number)]
 
 
 def _tell(bench: Bench, cells: Sequence[Cell], share: str | None) -> None:
@@ -148,16 +172,14 @@ def _pretrainings(cells: Sequence[Cell]) -> list[Pretraining]:
 
 
 def _pretrain_all(
-    job: Job, cells: list[Cell], args: argparse.Namespace, data: str
+    job: Job, cells: list[Cell], workers: int, listed: Callable[[], list[Cell]]
 ) -> tuple[list[tuple[str, str]], list[Cell]]:
     """Run every pretraining; return what failed and why, and the cells, whose twins' steps are known now."""
-    from agssd.commands.bench.cells import list_cells
-
-    failed, tried = _pretrain(job, cells, args.workers)
+    failed, tried = _pretrain(job, cells, workers)
     if job.bench.equal_time is not None:
         ours = {cell.folder for cell in cells}
-        cells = [cell for cell in list_cells(job.bench, args.cache, args.out, data) if cell.folder in ours]
-        failed += _pretrain(job, cells, args.workers, tried)[0]
+        cells = [cell for cell in listed() if cell.folder in ours]
+        failed += _pretrain(job, cells, workers, tried)[0]
         waiting = [one.name for one in _pretrainings(cells) if not one.command]
         if waiting:
             print(

@@ -14,13 +14,22 @@ from agssd.commands.bench.cells import Cell
 from agssd.commands.bench.processes import Task, said_to, side_by_side
 from agssd.commands.bench.records import is_done
 from agssd.commands.bench.settings import Bench
+from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
+from agssd.data_modules.leakage import check_leakage, seen_record
+from agssd.data_modules.probe_set import ProbeSet
+from agssd.evaluation.contract import check_contract
 
 _OF_A_RUN = ("--model.encoder", "--trainer.default_root_dir")  # what is not there yet
 
 
 def refuse_beforehand(
-    bench: Bench, cells: Sequence[Cell], cache: VolumeCache, workers: int, preload: Sequence[str]
+    bench: Bench,
+    cells: Sequence[Cell],
+    cache: VolumeCache,
+    pools: Sequence[VolumeCache],
+    workers: int,
+    preload: Sequence[str],
 ) -> None:
     """Refuse what no cell could work with: of every kind of training that is to be done, one is built with its data.
 
@@ -28,13 +37,18 @@ def refuse_beforehand(
         bench: the settings.
         cells: those that are asked for.
         cache: the labelled cache.
+        pools: what is pretrained on in its place, if anything.
         workers: kinds that are built side by side.
         preload: modules that are imported once.
 
     Raises:
         ValueError: naming every amount, method and readout that cannot work, and why.
     """
-    _refuse_amounts(bench, cells, cache)
+    kind = "label" if bench.figure == "dice" else "class"
+    data = ProbeSet(cache, bench.num_folds, kinds=(kind,), measured_on="test")
+    _refuse_amounts(bench, cells, data)
+    if pools:
+        _refuse_pools(data, pools)
     tasks: dict[str, Task] = {}
     for cell in cells:
         before = cell.pretraining
@@ -68,15 +82,24 @@ def build(words: Sequence[str]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started}
 
 
-def _refuse_amounts(bench: Bench, cells: Sequence[Cell], cache: VolumeCache) -> None:
-    from agssd.data_modules.probe_set import ProbeSet
+def _refuse_pools(data: ProbeSet, pools: Sequence[VolumeCache]) -> None:
+    """Refuse to pretrain on whom the bench measures, or on what was prepared differently; every run checks it again."""
+    seen = seen_record(pools, [(number, row) for number, one in enumerate(pools) for row in one.select(split="train")])
+    measured = {subject for fold in data.folds for subject in fold.held_out}
+    held = [(0, row) for row in data.rows if data.cache.cases[row].subject in measured]
+    told = f"of --pretrain-cache {' '.join(str(one.path) for one in pools)}"
+    contract = cache_contract([case for one in pools for case in one.cases])
+    check_contract(contract, cache_contract([data.cache.cases[row] for row in data.rows]), told, None)
+    check_leakage(
+        {"seen": seen}, f"an encoder {told}", [data.cache], {"train" if len(data.folds) > 1 else "test": held}, "error"
+    )
 
-    kind = "label" if bench.figure == "dice" else "class"
-    data = ProbeSet(cache, bench.num_folds, kinds=(kind,), measured_on="test")
+
+def _refuse_amounts(bench: Bench, cells: Sequence[Cell], data: ProbeSet) -> None:
     most = min(len(fold.learned) for fold in data.folds)
     for cell in cells:
         if isinstance(cell.labels, int) and cell.labels > most:
             raise ValueError(
-                f"labels of {cell.readout} are {cell.labels} subjects, but {cache.path} has {most} labelled ones to "
-                f"learn from{'' if bench.num_folds is None else ' in a fold'}; give at most {most}"
+                f"labels of {cell.readout} are {cell.labels} subjects, but {data.cache.path} has {most} labelled "
+                f"ones to learn from{'' if bench.num_folds is None else ' in a fold'}; give at most {most}"
             )

@@ -60,7 +60,25 @@ class Cell:
         return str(self.folder)
 
 
-def list_cells(bench: Bench, cache: str, out: Path, data: str = "") -> list[Cell]:
+@dataclass(frozen=True)
+class Pool:
+    """What encoders are pretrained on in place of the labelled cache; not cut into folds.
+
+    Args:
+        caches: paths.
+        mark: of their cases, see ``agssd.commands.bench.marks.cache_mark``.
+    """
+
+    caches: tuple[str, ...]
+    mark: str
+
+    @property
+    def word(self) -> str:
+        """What ``--data.cache`` is given."""
+        return self.caches[0] if len(self.caches) == 1 else f"[{','.join(self.caches)}]"
+
+
+def list_cells(bench: Bench, cache: str, out: Path, data: str = "", pool: Pool | None = None) -> list[Cell]:
     """Return every cell in the order of the tables: readout, budget, labels, draw, seed, fold, method.
 
     Args:
@@ -68,10 +86,13 @@ def list_cells(bench: Bench, cache: str, out: Path, data: str = "") -> list[Cell
         cache: labelled cache; need not exist.
         out: directory of the bench.
         data: mark of the cache, see ``agssd.commands.bench.marks.cache_mark``.
+        pool: what is pretrained on; None for the labelled cache without test subjects and folds.
     """
     folds = [None] if bench.num_folds is None else list(range(bench.num_folds))
     before = {
         (method, seed, fold): _pretraining(bench, cache, out, data, method, seed, fold)
+        if pool is None
+        else _pretraining(bench, pool.word, out, pool.mark, method, seed, None)
         for method in bench.methods
         for seed in range(bench.seeds)
         for fold in folds
