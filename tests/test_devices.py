@@ -13,7 +13,7 @@ def test_check_device__one_that_computes__is_returned() -> None:
     assert check_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "meta"])
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "meta", "hpu"])
 def test_check_device__one_that_does_not__named_with_a_remedy(name: str) -> None:
     with pytest.raises(ValueError, match=f"^--device is {name}, .*use --device cpu$"):
         check_device(name)

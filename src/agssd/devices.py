@@ -16,7 +16,7 @@ def check_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (AssertionError, RuntimeError) as error:  # torch asserts where it was built without the device
+    except (AssertionError, ImportError, RuntimeError) as error:  # torch asserts where it was built without the device
         reason = " ".join(str(error).split()).partition(". ")[0][:250]
         raise ValueError(f"--device is {name}, where torch cannot compute ({reason}); use --device cpu") from error
     return device

@@ -22,6 +22,8 @@ from agssd.commands.bench.kept import keep, kept
 from agssd.commands.bench.results import places
 from agssd.commands.bench.settings import (
     Bench,
+    Method,
+    Readout,
     label_flags,
     read_settings,
 )
@@ -107,6 +109,16 @@ def test_list_cells__commands_differ_by_nothing_but_what_is_compared() -> None:
     rival = next(c.pretraining for c in cells if c.method == "rival" and c.pretraining is not None)
     assert rival.command[rival.command.index("--trainer.max_steps") + 1] == "7"
     assert label_flags("25%") == ["--data.label_fraction", "0.25"] and label_flags("100%") == []
+
+
+def test_takes_part__scratch_has_fits_of_its_own_beside_the_probes_and_a_network_of_its_own_no_probe() -> None:
+    methods = bench().methods | {"scratch": Method(fit={"full": ["--config", "s.yaml"]})}
+    probe = Readout(probe="knn-seg", window_vox=[16, 16, 16])
+    settings = bench(methods=methods, readouts=bench().readouts | {"knn": probe}, backbone="b.yaml")
+    assert {name for name in methods if settings.takes_part(name, "knn")} == {"scratch", "ours", "rival"}
+    cells = [cell for cell in list_cells(settings, "c.h5", Path("out")) if cell.method == "scratch"]
+    assert {cell.readout for cell in cells} == {"full", "linear", "knn"}
+    assert all(("s.yaml" in cell.fit) == (cell.readout == "full") for cell in cells)
 
 
 def test_list_cells__a_fold_is_left_out_of_pretraining_too() -> None:

@@ -43,8 +43,8 @@ def write(path: Path, task: list[str], pretraining: list[str], **given: Any) -> 
         ([], [], {"labels": [1, 50]}, "labels of full are 50 subjects, but "),
         (["--model.decodr", "unetr"], [], {}, "settings of full for every method, labels 1: "),
         (["--model.crop_vox", "[30,30,30]"], [], {}, "settings of full for every method, labels 1: "),
-        ([], ["--model.mask_ratio", "[0.9,0.1]"], {}, "settings of the pretraining simmim: "),
-        ([], [], {"num_classes": 2}, "settings of full for every method, labels 1: "),
+        ([], ["--model.mask_ratio", "[0.9,0.1]"], {}, "settings of the pretraining simmim: mask_ratio is (0.9, 0.1)"),
+        ([], [], {"num_classes": 2, "labels": [1, 2]}, "labels 1, settings of full for every method, labels 2: case "),
     ],
     ids=["amount", "typo", "sizes", "pretraining", "classes"],
 )
@@ -79,3 +79,24 @@ def test_bench__pretraining_on_whom_it_measures_or_on_other_grids_is_refused(
     assert f"no cache {tmp_path / 'gone.h5'}, which --pretrain-cache names" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*command, "--pretrain-cache", str(asked), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("labels", [[1], ["10%", "100%"]], ids=str)
+def test_bench__amount_that_cannot_hold_every_class_is_refused_for_probes_too(
+    labels: list[Any], make_cache: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = make_cache(tmp_path / "c.h5", shape=(18, 18, 18), splits=["train"] * 6 + ["test"] * 2)
+    settings = {
+        "methods": {"scratch": {}},
+        "readouts": {"knn": {"probe": "knn-cls", "window_vox": [16, 16, 16]}},
+        "figure": "accuracy",
+        "backbone": str(CONF / "backbone" / "vit_tiny_p8.yaml"),
+        "labels": labels,
+        "pretrain_steps": 1,
+    }
+    path = tmp_path / "bench.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert main(["bench", "--config", str(path), "--cache", str(cache), "--out", str(tmp_path / "out")]) == 2
+    said = capfd.readouterr().err
+    assert f"labels of knn are {labels[0]}, 1 of 6 subjects of {cache}, too few to hold the class '" in said
+    assert not (tmp_path / "out").exists()

@@ -320,6 +320,17 @@ def test_method__takes_other_families_of_encoders_or_says_why_not(
     assert type(encoder).__name__ == kind and encoder.patch_size == (8, 8, 8)
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in BACKBONES if "agssd fit" in path.read_text()], ids=lambda path: path.stem
+)
+def test_backbone__command_in_its_head_is_accepted(path: Path, only_build: list[AgssdCLI]) -> None:
+    said = path.read_text().replace("\\\n#", "")
+    (command,) = re.findall(r"agssd (fit .*)", said)
+    words = [str(ROOT / word) if word.startswith("conf/") else word for word in command.split()]
+    AgssdCLI([*words, "--trainer.accelerator", "cpu"])
+    assert type(only_build[0].model.backbone).__name__ == content(path)["class_path"].rpartition(".")[2]
+
+
 def test_swin_unetr_v2__has_monais_usual_sizes(only_build: list[AgssdCLI]) -> None:
     parts = ["--model", str(CONF / "method/simmim.yaml"), "--backbone", str(CONF / "backbone/swin_unetr_v2.yaml")]
     command = ["fit", "--config", str(CONF / "experiment/ct.yaml"), *parts, "--data.cache", "cache.h5"]

@@ -52,6 +52,7 @@ def made_rows(cells: list[Cell], gain: dict[str, float], seed: int = 0) -> list[
         found = dict(zip(SUBJECTS, values.tolist(), strict=True))
         row = {"subjects": found, "value": float(values.mean()), "bench": "b", "commit": "c", "figure": "dice"}
         row |= {"pretraining_steps": 0 if cell.pretraining is None else cell.pretraining.steps}
+        row |= {"pretraining_fold": None if cell.pretraining is None else cell.pretraining.fold}
         row |= {"pretraining_seconds": 0.0 if cell.pretraining is None else 400.0}
         row |= {
             "pretraining_commit": None if cell.pretraining is None else "c0",

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, chromium
-from made_bench import bench, many_methods, write_bench
+from made_bench import bench, made_rows, many_methods, write_bench
 
 from agssd.cli import main
+from agssd.commands.bench.cells import Pool, list_cells
 from agssd.commands.bench.kept import kept
 from agssd.commands.bench.results import places, read_rows
 from agssd.commands.bench.settings import Readout
 from agssd.commands.bench.tables import compare, of_place
-from agssd.commands.report.bench_page import round_values
+from agssd.commands.report.bench_page import _tiles, round_values
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "bench"
     write_bench(out, {"ours": 0.1, "unet": -0.1}, leave_out=3)
     return out
+
+
+def test_tiles__a_pretraining_that_serves_every_fold_counts_once() -> None:
+    settings = bench(num_folds=4)
+    for pool, hours in ((None, "2.7"), (Pool(("a.h5",), "m"), "0.7")):  # 2 methods, 3 seeds, 400 s each
+        rows = [row | {"seconds": 1.0} for row in made_rows(list_cells(settings, "c.h5", Path("out"), "", pool), {})]
+        assert f"<dt>hours of pretraining</dt><dd>{hours}</dd>" in _tiles(settings, rows)
 
 
 def looks(browser: Browser) -> dict[str, set[tuple[str, str, bool]]]:

@@ -169,10 +169,16 @@ def test_report__failure_while_segmenting__is_no_fault_of_the_checkpoint(
         main(["report", str(runs["segmentation"]), "--out", str(tmp_path / "a.html"), "--cases", "0"])
 
 
+def test_shown_error__no_part_of_a_path_with_blanks_in_it_stays() -> None:
+    run = made_run({})
+    said = shown_error(ValueError("cannot read /data/John Smith Miller/of May/ct.h5: it is torn"), run)
+    assert said == f"cannot read {HIDDEN} it is torn"
+
+
 def test_shown_error__paths_and_files_go_the_runs_own_names_stay() -> None:
     run = made_run({})
     said = shown_error(ValueError(f"x{os.sep}a{os.sep}last.ckpt: torn, see '/data/jane/b.h5' and jane.h5; 9 mm"), run)
-    assert said == f"last.ckpt: torn, see {HIDDEN} and {HIDDEN} 9 mm"
+    assert said == f"last.ckpt: torn, see {HIDDEN} 9 mm"
 
 
 def test_write_nifti__a_token__peaks_at_the_middle_of_its_own_patch(tmp_path: Path) -> None:

@@ -21,6 +21,10 @@ _LOG = logging.getLogger(__name__)
 _DIGEST_BYTES = 8
 _HASH_BYTES = NUM_BITS // 8
 Policy = Literal["error", "warn"]
+_REMEDY = (
+    "Pretrain on the split 'train' of the same cache (for folds with the same data.num_folds and data.fold), measure "
+    "on other cases, or accept it knowingly with --data.leakage warn"
+)
 Row = tuple[int, int]  # cache, case
 
 
@@ -126,6 +130,7 @@ def check_leakage(
     caches: Sequence[VolumeCache],
     splits: Mapping[str, Sequence[Row]],
     policy: Policy,
+    remedy: str = _REMEDY,
 ) -> None:
     """Refuse, or warn of, an encoder that has seen cases to be validated or tested on.
 
@@ -137,6 +142,7 @@ def check_leakage(
         caches: of the downstream task.
         splits: the cases of "val" and "test".
         policy: "error" or "warn".
+        remedy: what the error advises.
 
     Raises:
         ValueError: under "error", naming counts, split, an example and the remedy.
@@ -160,10 +166,7 @@ def check_leakage(
         return
     message = f"{encoder} has been trained on cases that figures would be measured on: {told}"
     if policy == "error":
-        raise ValueError(
-            f"{message}. Pretrain on the split 'train' of the same cache (for folds with the same data.num_folds and "
-            "data.fold), measure on other cases, or accept it knowingly with --data.leakage warn"
-        )
+        raise ValueError(f"{message}. {remedy}")
     _LOG.warning("%s; figures on them say nothing about new patients", message)
 
 

@@ -67,9 +67,9 @@ class _Seen:
 class AGSSD(PretrainModule):
     """Anatomy-guided self-supervised distillation.
 
-    Per sample two overlapping global views and several local views of one parent crop (CVAC); one or both of the global
-    views are masked where edges are strong (EAAM); attention aligns and fuses the views (CVAA). Three terms, and one
-    for that attention:
+    Per sample two overlapping global views, and local views if there are to be any, of one parent crop (CVAC); one or
+    both of the global views are masked where edges are strong (EAAM); attention aligns and fuses the views (CVAA).
+    Three terms, and one for that attention:
 
     - ``patch``: hidden foreground tokens of the masked view against the teacher's tokens of the same view unmasked,
       plain and after fusion with the other view;
@@ -415,7 +415,7 @@ class AGSSD(PretrainModule):
         return sinkhorn(logits, temperature, counts) if self.assignment == "sinkhorn" else targets
 
     def pretrain_loss(self, views: Views) -> LossTerms:
-        """Return the objective of one micro-batch: ``cls + patch + 10 rec + align`` by default."""
+        """Return the objective of one micro-batch: ``0.02 cls + 0.2 patch + 10 rec + align`` by default."""
         self._step = None  # frees the last step before this one needs the memory
         now = self.scheduled(self.progress)
         hidden, seen, samples = self._masked(views), self._seen(views), len(views.sample)

@@ -86,11 +86,11 @@ def run(args: argparse.Namespace) -> int:
     facts += [(f"pretrained on: {name}", value) for one in pools for name, value in cache_facts(one)]
     failed: list[tuple[str, str]] = []
     if not args.tables:
-        refuse_beforehand(bench, ours, cache, pools, args.workers, _PRELOADED)
-        if not args.share:
-            keep(bench, facts, cells, args.out)
         job = Job(bench, args.cache, commit())
         try:
+            refuse_beforehand(bench, ours, cache, pools, args.workers, _PRELOADED)
+            if not args.share:
+                keep(bench, facts, cells, args.out)
             failed, ours = _pretrain_all(job, ours, args.workers, listed)
             if not args.share:
                 keep(bench, facts, listed(), args.out)

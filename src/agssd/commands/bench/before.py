@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
@@ -13,7 +14,7 @@ from typing import Any
 from agssd.commands.bench.cells import Cell
 from agssd.commands.bench.processes import Task, said_to, side_by_side
 from agssd.commands.bench.records import is_done
-from agssd.commands.bench.settings import Bench
+from agssd.commands.bench.settings import Bench, amount
 from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import check_leakage, seen_record
@@ -57,45 +58,55 @@ def refuse_beforehand(
         if cell.fit and not is_done(cell):
             who = cell.method if bench.methods[cell.method].fit else "every method"
             tasks.setdefault(f"settings of {cell.readout} for {who}, labels {cell.labels}", (build, cell.fit))
-    if failed := side_by_side(tasks, workers, preload):
-        told = "; ".join(f"{name}: {reason}" for name, reason in failed)
+    reasons: dict[str, list[str]] = {}
+    for name, reason in side_by_side(tasks, workers, preload):
+        reasons.setdefault(reason, []).append(name)
+    if reasons:
+        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
         raise ValueError(f"nothing is trained, since some of it cannot work: {told}")
 
 
 def build(words: Sequence[str]) -> dict[str, Any]:
     """Build the module and the data of a command line ``fit ...`` as ``agssd fit`` would, with random weights.
 
-    Nothing is written, and no checkpoint of an earlier attempt is read.
+    Nothing is written, and no checkpoint of an earlier attempt is read. What callbacks ask of both is not checked.
 
     Raises:
-        ValueError: for what ``agssd fit`` would refuse.
+        ValueError: for what module and data refuse; with the traceback for anything else that goes wrong.
     """
     started = time.perf_counter()
     kept = [word for before, word in pairwise(words) if before not in _OF_A_RUN and word not in _OF_A_RUN]
     with tempfile.TemporaryDirectory() as folder, said_to(Path(folder) / "log.txt"):
-        fit = import_module("agssd.lightning_cli").ParsedFit(kept, Path(folder))
-        fit.build()
-        trainer = fit.build_trainer()
-        trainer.strategy.connect(fit.model)
-        fit.datamodule.trainer = trainer
-        fit.datamodule.setup("fit")
+        try:
+            fit = import_module("agssd.lightning_cli").ParsedFit(kept, Path(folder))
+            fit.build()
+            trainer = fit.build_trainer()
+            trainer.strategy.connect(fit.model)
+            fit.datamodule.trainer = trainer
+            fit.datamodule.setup("fit")
+        except Exception as error:
+            raise ValueError(import_module("agssd.cli").refusal(error) or traceback.format_exc()) from error
     return {"seconds": time.perf_counter() - started}
 
 
 def _refuse_pools(data: ProbeSet, pools: Sequence[VolumeCache]) -> None:
     """Refuse to pretrain on whom the bench measures, or on what was prepared differently; every run checks it again."""
-    seen = seen_record(pools, [(number, row) for number, one in enumerate(pools) for row in one.select(split="train")])
+    rows = [(number, row) for number, one in enumerate(pools) for row in one.select(split="train")]
     measured = {subject for fold in data.folds for subject in fold.held_out}
     held = [(0, row) for row in data.rows if data.cache.cases[row].subject in measured]
     told = f"of --pretrain-cache {' '.join(str(one.path) for one in pools)}"
-    contract = cache_contract([case for one in pools for case in one.cases])
+    if not rows:
+        raise ValueError(f"the split 'train' {told} is empty; there is nothing to pretrain on")
+    contract = cache_contract([pools[number].cases[row] for number, row in rows])
     check_contract(contract, cache_contract([data.cache.cases[row] for row in data.rows]), told, None)
-    check_leakage(
-        {"seen": seen}, f"an encoder {told}", [data.cache], {"train" if len(data.folds) > 1 else "test": held}, "error"
-    )
+    part = "train" if len(data.folds) > 1 else "test"
+    remedy = f"Take these subjects out {told}, or out of the split {part!r} of {data.cache.path}"
+    seen = seen_record(pools, rows)
+    check_leakage({"seen": seen}, f"an encoder {told}", [data.cache], {part: held}, "error", remedy)
 
 
 def _refuse_amounts(bench: Bench, cells: Sequence[Cell], data: ProbeSet) -> None:
+    """Refuse more subjects than there are, and for classification fewer than hold every class."""
     most = min(len(fold.learned) for fold in data.folds)
     for cell in cells:
         if isinstance(cell.labels, int) and cell.labels > most:
@@ -103,3 +114,17 @@ def _refuse_amounts(bench: Bench, cells: Sequence[Cell], data: ProbeSet) -> None
                 f"labels of {cell.readout} are {cell.labels} subjects, but {data.cache.path} has {most} labelled "
                 f"ones to learn from{'' if bench.num_folds is None else ' in a fold'}; give at most {most}"
             )
+    if bench.figure != "accuracy":
+        return
+    cases = [data.cache.cases[row] for row in data.rows]
+    for readout, labels in dict.fromkeys((cell.readout, cell.labels) for cell in cells):
+        for fold in data.folds:
+            drawn = data.subset(fold.learned, *amount(labels), 0)  # as many, hence as complete, in every draw
+            there, kept = (
+                {c.class_index for c in cases if c.subject in who} for who in (set(fold.learned), set(drawn))
+            )
+            if lacking := sorted(data.cache.class_names[number] for number in there - kept if number is not None):
+                raise ValueError(
+                    f"labels of {readout} are {labels}, {len(drawn)} of {len(fold.learned)} subjects of "
+                    f"{data.cache.path}, too few to hold the class {lacking[0]!r} too; give more"
+                )

@@ -137,7 +137,8 @@ def _cell(
         flags += [] if bench.num_classes is None else ["--model.num_classes", str(bench.num_classes)]
         flags += [*label_flags(labels), "--data.subset_seed", str(draw), "--data.seed", str(seed)]
         flags += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps)]
-        mark = fingerprint([kind, command_mark(flags), before, data])
+        drawn = ["by class"] if bench.figure == "accuracy" else []
+        mark = fingerprint([kind, command_mark(flags), before, data, *drawn])
         flags += ["--data.cache", cache, "--trainer.default_root_dir", str(folder)]
         flags += [] if pretraining is None else ["--model.encoder", str(pretraining.folder)]
         only_last = ["--trainer.limit_val_batches", "0", "--checkpoint.every_n_train_steps", str(steps)]
@@ -255,6 +256,7 @@ def row_of(cell: Cell, job: Job, subjects: dict[str, float]) -> dict[str, Any]:
         "value": sum(subjects.values()) / len(subjects),
         "subjects": subjects,
         "bench": job.bench.fingerprint(),
+        "pretraining_fold": None if cell.pretraining is None else cell.pretraining.fold,
         "pretraining_steps": before.get("steps", 0),
         "pretraining_seconds": before.get("seconds", 0.0),
         "pretraining_commit": before.get("commit"),

@@ -17,7 +17,7 @@ import yaml
 
 from agssd.commands.bench.cells import Cell, balanced, row_of
 from agssd.commands.bench.records import Job, once, state_of
-from agssd.commands.bench.settings import Bench, Labels
+from agssd.commands.bench.settings import Bench, Labels, amount
 from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import check_leakage
@@ -103,9 +103,7 @@ class _Frozen:
 
     def figures(self, readout: str, labels: Labels, draw: int) -> dict[str, float]:
         """Return by measured subject the Dice over its classes, or its weighted accuracy; see ``balanced``."""
-        count = labels if isinstance(labels, int) else None
-        share = None if isinstance(labels, int) else float(str(labels).rstrip("%")) / 100
-        fold = Fold(tuple(self.data.subset(self.fold.learned, count, share, draw)), self.fold.held_out)
+        fold = Fold(tuple(self.data.subset(self.fold.learned, *amount(labels), draw)), self.fold.held_out)
         if readout.endswith("seg"):
             cases = [ProbeCase(f.subject, f.tokens, f.labels) for f in self.features if f.labels is not None]
             fit = partial(NeighbourReadout if readout == "knn-seg" else linear_segmenter, device=self.device)

@@ -207,11 +207,16 @@ class Bench:
         return fingerprint(with_contents(asdict(self)))
 
 
+def amount(labels: Labels) -> tuple[int | None, float | None]:
+    """Return an amount of labels as a count of subjects or a share of them."""
+    return (labels, None) if isinstance(labels, int) else (None, float(str(labels).rstrip("%")) / 100)
+
+
 def label_flags(labels: Labels) -> list[str]:
     """Return the flags of the data module for an amount of labels."""
-    if isinstance(labels, int):
-        return ["--data.num_subjects", str(labels)]
-    share = float(str(labels).rstrip("%")) / 100
+    count, share = amount(labels)
+    if count is not None:
+        return ["--data.num_subjects", str(count)]
     return [] if share == 1 else ["--data.label_fraction", f"{share:g}"]
 
 

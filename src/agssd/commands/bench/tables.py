@@ -29,11 +29,7 @@ def markdown(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
         if here := {key: value for key, value in compared.items() if key[2] in columns}:
             parts.append(_differences(here, list(columns)))
     if compared:
-        parts.append(
-            "Differences are paired by seed, draw and subject; intervals are of single ones, p after Holm over "
-            f'{counted(bench, compared)}. "No difference shown" is such a p of {ALPHA} or more, '
-            "even where the single interval excludes 0: no proof of none."
-        )
+        parts.append(closing(bench, compared))
     return "\n\n".join(parts)
 
 
@@ -133,7 +129,16 @@ def _pairs(bench: Bench) -> list[tuple[str, str]]:
     ]
 
 
-def counted(bench: Bench, compared: Collection[Any]) -> str:
+def closing(bench: Bench, compared: Collection[Any]) -> str:
+    """Return what differences, intervals and p are, in a paragraph."""
+    return (
+        "Differences are paired by seed, draw and subject; intervals are of single ones, p after Holm over "
+        f'{_counted(bench, compared)}. "No difference shown" is such a p of {ALPHA} or more, '
+        "even where the single interval excludes 0: no proof of none."
+    )
+
+
+def _counted(bench: Bench, compared: Collection[Any]) -> str:
     """Return over how many differences p is corrected, and of how many that there will be."""
     whole = sum(
         bench.takes_part(first, place.readout) and bench.takes_part(second, place.readout)

@@ -21,7 +21,8 @@ def what_was_compared(kept: Kept, rows: Sequence[dict[str, Any]]) -> str:
 
 def _pretrained(bench: Bench, name: str, method: Method, rows: Sequence[dict[str, Any]]) -> str:
     if method.fit:
-        return "; ".join(f"{escape(readout)}: {_words(words)}" for readout, words in method.fit.items())
+        own = "; ".join(f"{escape(readout)}: {_words(words)}" for readout, words in method.fit.items())
+        return f"random weights; {own}" if name == "scratch" else own
     if not method.pretrain:
         return "random weights"
     steps = sorted({row["pretraining_steps"] for row in rows if row["method"] == name})

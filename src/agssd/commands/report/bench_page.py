@@ -17,7 +17,7 @@ from agssd.commands.bench.looks import Look, look
 from agssd.commands.bench.results import Place, places, read_rows
 from agssd.commands.bench.results import heading as heading_of
 from agssd.commands.bench.settings import Bench
-from agssd.commands.bench.tables import ALPHA, compare, counted, head, label, of_place, probability
+from agssd.commands.bench.tables import ALPHA, closing, compare, head, label, of_place, probability
 from agssd.commands.report.bench_facts import what_was_compared
 from agssd.commands.report.write import check_name, joined_script, save
 from agssd.evaluation.statistics import Interval, crossed_mean
@@ -65,7 +65,7 @@ def write_bench(folder: Path, out: Path, title: str | None) -> str:
         f"<h1>{escape(name)}</h1><p>{escape(head(bench, rows))}</p>"
         '<button type="button" id="theme" hidden>Dark</button>',
         f'{_tiles(bench, rows)}<nav aria-label="Parts"><ul>{"".join(links)}</ul></nav>{note if missing else ""}'
-        f"{''.join(parts)}{_closing(counted(bench, compared) if compared else '')}",
+        f"{''.join(parts)}{_closing(bench, compared)}",
         f"<p>agssd {agssd.__version__} report, {time.strftime('%Y-%m-%d', time.gmtime())}.</p>",
         (here_folder / "report.css").read_text(encoding="utf-8"),
         joined_script(here_folder, ("base",)),
@@ -75,7 +75,10 @@ def write_bench(folder: Path, out: Path, title: str | None) -> str:
 
 def _tiles(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     hours = sum(row["seconds"] for row in rows) / 3600
-    before = {(row["method"], row["seed"], row["fold"]): row["pretraining_seconds"] for row in rows}
+    before = {
+        (row["method"], row["seed"], row.get("pretraining_fold", row["fold"])): row["pretraining_seconds"]
+        for row in rows
+    }
     figures = {
         "runs": str(len(rows)),
         "methods": str(len(bench.methods)),
@@ -242,14 +245,8 @@ def round_values(low: float, high: float) -> list[float]:
     return [round(number * step, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _closing(differences: str) -> str:
-    if not differences:
-        return ""
-    return (
-        f'<p class="note">Differences are paired by seed, draw and subject; intervals are of single ones, p after Holm '
-        f"over {differences}. “No difference shown” is such a p of {ALPHA} or more, "
-        "even where the single interval excludes 0: no proof of none.</p>"
-    )
+def _closing(bench: Bench, compared: _Compared) -> str:
+    return f'<p class="note">{escape(closing(bench, compared))}</p>' if compared else ""
 
 
 def _interval(interval: Interval, sign: str = "") -> str:

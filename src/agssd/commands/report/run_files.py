@@ -135,17 +135,20 @@ def shown_sentence(text: str, run: Run) -> str:
 
 
 def shown_error(error: ValueError, run: Run) -> str:
-    """Return what an error says without paths and names of files; of the run's own files the names stay."""
+    """Return what an error says without paths and names of files; of the run's own files the names stay.
+
+    Folders may have blanks in their names, so that all from the first word of a path to the last is hidden.
+    """
     inside = re.escape(str(run.folder)) + r"[/\\](?:[^\s:]*[/\\])?([^\s:/\\]+)"
     words = re.sub(inside, r"\0\1", str(error)).split(" ")
-    return " ".join(
-        word[1:]
-        if word.startswith("\0")
-        else HIDDEN
-        if re.search(r"[/\\]", word) or _SUFFIX.search(word.strip("`'\";:,.()"))
-        else word
-        for word in words
-    )
+    paths = [
+        place
+        for place, word in enumerate(words)
+        if re.search(r"[/\\]", word) or (_SUFFIX.search(word.strip("`'\";:,.()")) and not word.startswith("\0"))
+    ]
+    if paths:
+        words[paths[0] : paths[-1] + 1] = [HIDDEN]
+    return " ".join(word.removeprefix("\0") for word in words)
 
 
 def last_checkpoint(run: Run) -> Path:
