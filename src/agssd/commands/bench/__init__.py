@@ -34,11 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  sbatch --array 0-15 --wrap 'agssd bench ... --share $SLURM_ARRAY_TASK_ID/16'\n"
         "  sbatch --array 0-15 --dependency afterany:JOB --wrap 'agssd bench ... --share $SLURM_ARRAY_TASK_ID/16'\n"
         "  agssd bench ... --tables\n"
+        "What was run elsewhere, or published, comes together in one table without data or cache:\n"
+        "  agssd bench --config conf/bench/hippocampus.yaml --results docs/evidence/hippocampus --out runs/published\n"
         "DIR then holds rows.csv (a row per run), subjects.csv (a row per run and subject), tables.md and curves.png;\n"
         "`agssd report DIR --out bench.html` puts them on one page."
     )
     parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="for example conf/bench/NAME.yaml")
-    parser.add_argument("--cache", required=True, metavar="CACHE", help="labelled cache written by agssd prepare")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--cache", metavar="CACHE", help="labelled cache written by agssd prepare")
+    data.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="run nothing: take rows.csv and subjects.csv of these folders into --out, and make the tables",
+    )
     parser.add_argument(
         "--pretrain-cache",
         nargs="+",
@@ -70,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if args.workers < 1:
         raise ValueError(f"--workers is {args.workers}; give at least 1")
     bench = read_settings(args.config, args.quick)
+    if args.results:
+        return _take_over(bench, args)
     cache = VolumeCache(args.cache) if Path(args.cache).exists() else None
     if cache is None and not args.dry_run:
         raise ValueError(f"there is no cache {args.cache}; write one with `agssd prepare`, see {args.config}")
@@ -110,6 +122,19 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in failed:
         print(f"error: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _take_over(bench: Bench, args: argparse.Namespace) -> int:
+    """Make the tables of what lies in folders, and return the exit code."""
+    from agssd.commands.bench.taken import take_over
+
+    for name in ("pretrain_cache", "methods", "readouts", "share", "dry_run"):
+        if getattr(args, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is of runs, and --results runs nothing; leave one of them out"
+            )
+    _tables(bench, take_over(bench, args.results, args.out), args)
+    return 0
 
 
 def _open(path: str, flag: str) -> VolumeCache:
@@ -171,6 +196,14 @@ def _pretrainings(cells: Sequence[Cell]) -> list[Pretraining]:
     return list(dict.fromkeys(cell.pretraining for cell in cells if cell.pretraining is not None))
 
 
+def _wanted(cells: Sequence[Cell]) -> list[Pretraining]:
+    """Return the pretrainings that a cell waits for: all, where one hangs on the time of another that is not known."""
+    from agssd.commands.bench.records import is_done
+
+    waiting = _pretrainings([cell for cell in cells if not is_done(cell)])
+    return waiting if all(one.command for one in waiting) else _pretrainings(cells)
+
+
 def _pretrain_all(
     job: Job, cells: list[Cell], workers: int, listed: Callable[[], list[Cell]]
 ) -> tuple[list[tuple[str, str]], list[Cell]]:
@@ -215,7 +248,7 @@ def _pretrain(
     """Run the pretrainings whose steps are known and that are not ``before``; return failures and names."""
     from agssd.commands.bench.cells import pretrain
 
-    known = [one for one in _pretrainings(cells) if one.command and one.name not in before]
+    known = [one for one in _wanted(cells) if one.command and one.name not in before]
     tasks: dict[str, Task] = {one.name: (pretrain, one, job) for one in known}
     return side_by_side(tasks, workers, _PRELOADED), [one.name for one in known]
 

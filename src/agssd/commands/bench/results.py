@@ -15,7 +15,8 @@ from agssd.commands.bench.records import kept_row
 from agssd.commands.bench.settings import Bench, Labels
 from agssd.whole_file import whole_file
 
-_COLUMNS = ("readout", "steps", "labels", "draw", "seed", "fold", "method", "figure", "value")
+ROWS, SUBJECTS = "rows.csv", "subjects.csv"
+RUN = ("readout", "steps", "labels", "draw", "seed", "fold", "method", "figure")  # which run it is
 _BEFORE = ("pretraining_steps", "pretraining_seconds", "pretraining_commit")
 _OF_A_RUN = ("seconds", *_BEFORE, "bench", "commit", "time", "machine", "mark")
 
@@ -45,16 +46,16 @@ def read_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def write_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Write ``rows.csv``, one row per run, and ``subjects.csv``, one per run and subject."""
-    columns = (*_COLUMNS, *_OF_A_RUN)
-    with whole_file(out / "rows.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+    columns = (*RUN, "value", *_OF_A_RUN)
+    with whole_file(out / ROWS) as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows([row[name] for name in columns] for row in rows)
-    with whole_file(out / "subjects.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(out / SUBJECTS) as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow((*_COLUMNS[:-1], "subject", "value"))
+        writer.writerow((*RUN, "subject", "value"))
         for row in rows:
-            lead = [row[name] for name in _COLUMNS[:-1]]
+            lead = [row[name] for name in RUN]
             writer.writerows([*lead, subject, value] for subject, value in row["subjects"].items())
 
 

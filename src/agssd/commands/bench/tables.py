@@ -15,6 +15,7 @@ from agssd.evaluation.statistics import Interval, crossed_mean, holm, paired_dif
 
 ALPHA = 0.05
 DICE = "mean Dice of a subject's classes (absent: 0 where it is predicted, else left out)"
+NOTHING_YET = "None of its figures is complete yet."
 _Figures = dict[str, npt.NDArray[np.float64]]
 
 
@@ -97,6 +98,8 @@ def of_place(bench: Bench, rows: Sequence[dict[str, Any]], place: Place) -> _Fig
 
 
 def _means(bench: Bench, found: dict[Place, _Figures]) -> str:
+    if not any(found.values()):
+        return NOTHING_YET
     lines = ["| method | " + " | ".join(label(place) for place in found) + " |", "|---" * (len(found) + 1) + "|"]
     for method in bench.methods:
         if any(method in tables for tables in found.values()):

@@ -17,7 +17,7 @@ from agssd.commands.bench.looks import Look, look
 from agssd.commands.bench.results import Place, places, read_rows
 from agssd.commands.bench.results import heading as heading_of
 from agssd.commands.bench.settings import Bench
-from agssd.commands.bench.tables import ALPHA, closing, compare, head, label, of_place, probability
+from agssd.commands.bench.tables import ALPHA, NOTHING_YET, closing, compare, head, label, of_place, probability
 from agssd.commands.report.bench_facts import what_was_compared
 from agssd.commands.report.write import check_name, joined_script, save
 from agssd.evaluation.statistics import Interval, crossed_mean
@@ -93,7 +93,7 @@ def _tiles(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
 def _part(bench: Bench, means: _Means, compared: _Compared) -> str:
     methods = [name for name in bench.methods if any(name in one for one in means.values())]
     if not methods:
-        return '<p class="missing">None of its figures is complete yet.</p>'
+        return f'<p class="missing">{NOTHING_YET}</p>'
     body = _charts(bench, methods, means, compared) + _table("method", list(means), _mean_rows(methods, means))
     return f'<div class="card">{body}{_table("difference", list(means), _difference_rows(compared, list(means)))}</div>'
 

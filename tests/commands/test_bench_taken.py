@@ -1,0 +1,159 @@
+"""``agssd bench --results``: what was run elsewhere comes together in one table, without data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from made_bench import bench, write_bench
+
+from agssd.cli import main
+from agssd.commands.bench import _wanted
+from agssd.commands.bench.cells import list_cells
+from agssd.commands.bench.kept import kept
+from agssd.commands.bench.results import read_rows, write_rows
+from agssd.commands.bench.settings import EQUAL_TIME, Method
+from agssd.commands.bench.tables import markdown
+
+SMALL = {"labels": [2, "100%"], "seeds": 2, "draws": 2}
+BENCH = yaml.safe_dump(
+    {
+        "methods": {"scratch": {}, "ours": {"pretrain": ["--config", "a.yaml"]}},
+        "readouts": {"linear": {"probe": "linear-seg", "window_vox": [16, 16, 16]}},
+        "backbone": "b.yaml",
+        "pretrain_steps": 5,
+        **SMALL,
+    }
+)
+LEAD = "readout,steps,labels,draw,seed,fold,method,figure"
+ROWS = (
+    f"{LEAD},value,seconds,pretraining_steps,pretraining_seconds,pretraining_commit,bench,commit,time,machine,mark\n"
+    "linear,0,2,1,0,,ours,dice,0.75,2.5,5,9.5,c0,b,c,2026-01-31T12:00:00Z,a processor,m\n"
+)
+SUBJECTS = f"{LEAD},subject,value\nlinear,0,2,1,0,,ours,dice,s00,0.5\nlinear,0,2,1,0,,ours,dice,s01,1.0\n"
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> tuple[list[str], Path]:
+    """Return the words of the command and a folder of one run."""
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "bench.yaml").write_text(BENCH)
+    folder = tmp_path / "published"
+    folder.mkdir()
+    (folder / "rows.csv").write_text(ROWS)
+    (folder / "subjects.csv.gz").write_bytes(gzip.compress(SUBJECTS.encode()))
+    return ["bench", "--config", str(tmp_path / "bench.yaml"), "--out", str(tmp_path / "out"), "--results"], folder
+
+
+def test_results__of_two_parts_give_the_tables_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole"
+    write_bench(whole, {"ours": 0.1}, **SMALL)
+    settings = bench(**SMALL)
+    rows = read_rows(kept(whole).cells(whole))
+    for name, part in (("one", rows[:40]), ("other", rows[40:])):
+        (tmp_path / name).mkdir()
+        write_rows(part, tmp_path / name)
+    packed = tmp_path / "other" / "subjects.csv"
+    packed.with_suffix(".csv.gz").write_bytes(gzip.compress(packed.read_bytes()))
+    packed.unlink()
+    monkeypatch.setattr("agssd.commands.bench.settings.read_settings", lambda *_: settings)
+    words = ["bench", "--config", "any.yaml", "--out", str(tmp_path / "out"), "--results"]
+    assert main([*words, str(tmp_path / "one"), str(tmp_path / "other")]) == 0
+    out = tmp_path / "out"
+    assert markdown(settings, rows) in (out / "tables.md").read_text()
+    assert "missing" not in capsys.readouterr().err
+    again = read_rows(kept(out).cells(out))
+    assert [{**row, "pretraining_fold": None} for row in again] == [{**row, "pretraining_fold": None} for row in rows]
+    assert main(["report", str(out), "--out", str(tmp_path / "bench.html")]) == 0
+    assert main([*words, str(tmp_path / "one")]) == 0, "the same once more changes nothing"
+
+
+def test_results__of_a_part__say_what_is_missing(
+    published: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, folder = published
+    assert main([*words, str(folder)]) == 0
+    said = capsys.readouterr()
+    assert "11 of 12 cells are missing from the tables" in said.err
+    assert "1 of 12 runs: the bench is not finished" in said.out and "None of its figures is complete yet." in said.out
+    row = json.loads((tmp_path / "out/cells/linear/ours/steps0-labels2-draw1-seed0/row.json").read_text())
+    assert row["subjects"] == {"s00": 0.5, "s01": 1.0} and row["value"] == 0.75 and row["mark"] == "m"
+    assert row["pretraining_steps"] == 5 and row["fold"] is None and row["labels"] == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "subjects", "said"),
+    [
+        (ROWS.replace("linear,0,2", "linear,0,3"), SUBJECTS.replace("linear,0,2", "linear,0,3"), "does not ask for"),
+        (ROWS, SUBJECTS.replace("ours", "scratch"), "a run whose subjects subjects.csv beside it does not have"),
+        (ROWS.splitlines()[0], SUBJECTS, "a run that rows.csv beside it does not have"),
+        (ROWS, SUBJECTS.replace("s01", "s00"), "has the subject s00 twice in one run"),
+        (ROWS, SUBJECTS.replace("1.0", "much"), "has 'much' where value is a number"),
+        (ROWS.replace(",mark", ""), SUBJECTS, "a line without mark"),
+        (None, SUBJECTS, "has no rows.csv, nor rows.csv.gz"),
+    ],
+)
+def test_results__what_is_no_result_of_this_bench_is_refused(
+    rows: str | None,
+    subjects: str,
+    said: str,
+    published: tuple[list[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words, folder = published
+    (folder / "subjects.csv.gz").write_bytes(gzip.compress(subjects.encode()))
+    (folder / "rows.csv").unlink()
+    if rows is not None:
+        (folder / "rows.csv").write_text(rows)
+    assert main([*words, str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "published" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_results__two_of_one_run_are_refused(
+    published: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, folder = published
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "rows.csv").write_text(ROWS)
+    (other / "subjects.csv").write_text(SUBJECTS.replace("0.5", "0.25"))
+    assert main([*words, str(folder), str(other)]) == 2
+    assert "two results of one run: readout linear, steps 0, labels 2, draw 1, seed 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*words, str(folder)]) == 0
+    assert main([*words, str(other)]) == 2, "nor in two turns"
+    assert "two results of one run" in capsys.readouterr().err
+
+
+def test_results__broken_file_and_flags_of_runs_are_refused(
+    published: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, folder = published
+    packed = folder / "subjects.csv.gz"
+    packed.write_bytes(packed.read_bytes()[:20])
+    assert main([*words, str(folder)]) == 2
+    assert "subjects.csv.gz cannot be read" in capsys.readouterr().err
+    assert main([*words, str(folder), "--methods", "ours"]) == 2
+    assert "--methods is of runs, and --results runs nothing" in capsys.readouterr().err
+
+
+def test_wanted__only_pretrainings_that_a_cell_waits_for(tmp_path: Path) -> None:
+    settings = bench(**SMALL)
+    write_bench(tmp_path / "bench", {}, leave_out=1, **SMALL)
+    cells = list_cells(settings, "", tmp_path / "bench")
+    assert [(one.method, one.seed) for one in _wanted(cells)] == [("rival", 1)]
+    twin = Method(["--config", "b.yaml"], time_of="rival")
+    timed = bench(**SMALL, methods={**settings.methods, f"rival{EQUAL_TIME}": twin}, equal_time="ours")
+    for one in (tmp_path / "bench" / "pretraining").rglob("row.json"):
+        one.unlink()
+    cells = list_cells(timed, "", tmp_path / "bench")
+    assert {one.method for one in _wanted(cells)} == {"ours", "rival", f"rival{EQUAL_TIME}"}, "its time hangs on them"
