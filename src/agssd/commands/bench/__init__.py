@@ -75,16 +75,14 @@ def run(args: argparse.Namespace) -> int:
     from agssd.commands.bench.marks import cache_mark, fingerprint
     from agssd.commands.bench.records import Job, commit, is_done
     from agssd.commands.bench.settings import read_settings
-    from agssd.data_modules.cache import VolumeCache
 
     if args.workers < 1:
         raise ValueError(f"--workers is {args.workers}; give at least 1")
     bench = read_settings(args.config, args.quick)
     if args.results:
         return _take_over(bench, args)
-    cache = VolumeCache(args.cache) if Path(args.cache).exists() else None
-    if cache is None and not args.dry_run:
-        raise ValueError(f"there is no cache {args.cache}; write one with `agssd prepare`, see {args.config}")
+    told_only = args.dry_run and not Path(args.cache).exists()
+    cache = None if told_only else _open(args.cache, "--cache")
     data = "" if cache is None else cache_mark(cache)
     pools = [_open(path, "--pretrain-cache") for path in args.pretrain_cache]
     pool = Pool(tuple(args.pretrain_cache), fingerprint([cache_mark(one) for one in pools])) if pools else None

@@ -130,6 +130,7 @@ def _cell(
     folder = out / "cells" / readout / method / f"steps{steps}-labels{amount}-draw{draw}-seed{seed}{place}"
     kind = "test" if fold is None else "validate"
     before = None if pretraining is None else pretraining.mark
+    drawn = ["by class"] if bench.figure == "accuracy" else []  # how labels are
     fit: tuple[str, ...] = ()
     measure: tuple[str, ...] = ()
     if one.probe is None:
@@ -137,7 +138,6 @@ def _cell(
         flags += [] if bench.num_classes is None else ["--model.num_classes", str(bench.num_classes)]
         flags += [*label_flags(labels), "--data.subset_seed", str(draw), "--data.seed", str(seed)]
         flags += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps)]
-        drawn = ["by class"] if bench.figure == "accuracy" else []
         mark = fingerprint([kind, command_mark(flags), before, data, *drawn])
         flags += ["--data.cache", cache, "--trainer.default_root_dir", str(folder)]
         flags += [] if pretraining is None else ["--model.encoder", str(pretraining.folder)]
@@ -147,8 +147,7 @@ def _cell(
     else:
         encoder = contents(Path(str(bench.backbone))) if pretraining is None else before
         asked = [one.probe, one.window_vox, one.depths, labels, draw, seed, fold, bench.num_folds, encoder, data]
-        asked += ["by class"] if one.probe.endswith("cls") else []  # how labels are drawn
-        mark = fingerprint(asked)
+        mark = fingerprint([*asked, *drawn])
     return Cell(
         folder=folder,
         method=method,
