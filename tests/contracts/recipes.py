@@ -173,7 +173,7 @@ class Recorder(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Some gradients are 0 but for rounding (biases of keys); Adam would blow them up to the size of a step.
         for group in trainer.optimizers[0].param_groups:
-            group["eps"] = 1e-4
+            group["eps"] = 3e-4
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.samples.append(batch.sample.tolist() if hasattr(batch, "sample") else [])
