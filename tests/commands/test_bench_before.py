@@ -10,6 +10,9 @@ import pytest
 import yaml
 
 from agssd.cli import main
+from agssd.commands.bench.before import shares_in_subjects
+from agssd.commands.bench.settings import Bench, Method, Readout
+from agssd.data_modules.cache import VolumeCache
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SMALL = ["--data.num_workers", "0", "--data.global_batch_size", "2"]
@@ -100,3 +103,23 @@ def test_bench__amount_that_cannot_hold_every_class_is_refused_for_probes_too(
     said = capfd.readouterr().err
     assert f"labels of knn are {labels[0]}, 1 of 6 subjects of {cache}, too few to hold the class '" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_shares_in_subjects__are_those_that_every_draw_has(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    cache = VolumeCache(make_cache(tmp_path / "c.h5", splits=["train"] * 7 + ["test"] * 2))
+    readouts = {
+        "linear": Readout(probe="linear-seg", window_vox=[16] * 3),
+        "knn": Readout(probe="knn-seg", window_vox=[16] * 3, labels=["5%", 2]),
+    }
+    given: dict[str, Any] = {
+        "methods": {"scratch": Method()},
+        "readouts": readouts,
+        "pretrain_steps": 1,
+        "backbone": "a.yaml",
+    }
+    settings = Bench(**given, labels=[1, "30%", "100%"])
+    assert shares_in_subjects(settings, cache) == [("labelled subjects", "30%: 2, 100%: 7, 5%: 1")]
+    folds = Bench(**given, labels=["50%", "100%"], num_folds=2)
+    assert shares_in_subjects(folds, cache) == [("labelled subjects", "50%: 2, 100%: 3 to 4, 5%: 1")]
+    counts = Bench(**given | {"readouts": {"linear": readouts["linear"]}}, labels=[1, 2])
+    assert shares_in_subjects(counts, cache) == []

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run what is missing, make the tables and return the exit code: 1 if a cell failed or it was interrupted."""
     from agssd.commands._cache_facts import cache_facts
-    from agssd.commands.bench.before import refuse_beforehand
+    from agssd.commands.bench.before import refuse_beforehand, shares_in_subjects
     from agssd.commands.bench.cells import Pool, list_cells
     from agssd.commands.bench.kept import keep
     from agssd.commands.bench.marks import cache_mark, fingerprint
@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     if cache is None or args.dry_run:
         _tell(bench, ours, args.share)
         return 0
-    facts = cache_facts(cache)
+    shares = shares_in_subjects(bench, cache)
+    facts = [*cache_facts(cache), *shares]
     facts += [(f"pretrained on: {name}", value) for one in pools for name, value in cache_facts(one)]
     failed: list[tuple[str, str]] = []
     if not args.tables:
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{done} of {len(ours)} cells of share {args.share} are done; --tables makes the tables of all shares")
     else:
         keep(bench, facts, cells, args.out)
-        _tables(bench, cells, args)
+        _tables(bench, cells, args, shares)
     for name, reason in failed:
         print(f"error: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
@@ -251,8 +252,10 @@ def _pretrain(
     return side_by_side(tasks, workers, _PRELOADED), [one.name for one in known]
 
 
-def _tables(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> None:
-    """Write rows, tables and curves from what is done, and say what is missing."""
+def _tables(
+    bench: Bench, cells: Sequence[Cell], args: argparse.Namespace, notes: Sequence[tuple[str, str]] = ()
+) -> None:
+    """Write rows, tables with notes beneath, and curves from what is done, and say what is missing."""
     from agssd.commands.bench.curves import draw
     from agssd.commands.bench.records import state_of
     from agssd.commands.bench.results import read_rows, write_rows
@@ -262,7 +265,7 @@ def _tables(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> No
     rows = read_rows(cells)
     if rows:
         write_rows(rows, args.out)
-        text = markdown(bench, rows)
+        text = "\n\n".join([markdown(bench, rows), *(f"{name.capitalize()}: {value}." for name, value in notes)])
         command = " ".join(["agssd", *sys.argv[1:]]) if sys.argv else "agssd bench"
         with whole_file(args.out / "tables.md") as path:
             path.write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")

@@ -45,8 +45,7 @@ def refuse_beforehand(
     Raises:
         ValueError: naming every amount, method and readout that cannot work, and why.
     """
-    kind = "label" if bench.figure == "dice" else "class"
-    data = ProbeSet(cache, bench.num_folds, kinds=(kind,), measured_on="test")
+    data = _labelled(bench, cache)
     _refuse_amounts(bench, cells, data)
     if pools:
         _refuse_pools(data, pools)
@@ -64,6 +63,28 @@ def refuse_beforehand(
     if reasons:
         told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
         raise ValueError(f"nothing is trained, since some of it cannot work: {told}")
+
+
+def shares_in_subjects(bench: Bench, cache: VolumeCache) -> list[tuple[str, str]]:
+    """Return how many labelled subjects each share of the labels is, as (name, value) for a page; none without shares.
+
+    Folds may differ: the fewest and the most.
+    """
+    asked = dict.fromkeys(labels for readout in bench.readouts for labels in bench.labels_of(readout))
+    shares = [labels for labels in asked if not isinstance(labels, int)]
+    if not shares:
+        return []
+    data, told = _labelled(bench, cache), []
+    for labels in shares:
+        counts = sorted({len(data.subset(fold.learned, *amount(labels), 0)) for fold in data.folds})
+        told.append(f"{labels}: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}")
+    return [("labelled subjects", ", ".join(told))]
+
+
+def _labelled(bench: Bench, cache: VolumeCache) -> ProbeSet:
+    """Return whom a bench learns from and measures on."""
+    kind = "label" if bench.figure == "dice" else "class"
+    return ProbeSet(cache, bench.num_folds, kinds=(kind,), measured_on="test")
 
 
 def build(words: Sequence[str]) -> dict[str, Any]:
