@@ -13,28 +13,79 @@ from agssd.commands.bench.tables import markdown
 from agssd.commands.bench.taken import take_over
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHES = {"hippocampus": "hippocampus", "hippocampus_ablation": "hippocampus_ablation", "torsos": "ct_organs"}
-FIGURE = re.compile(r"[+-]?\d\.\d{3}")
+HEADINGS = {"A linear layer:": "linear", "k-NN:": "knn"}
+SAME = ", no difference shown"
+ABLATED = {
+    "random weights": "scratch",
+    "AG-SSD": "agssd",
+    "without CVAC: two crops of one scale that share 1 to 5 %": "no_cvac",
+    "without EAAM: random masks": "no_eaam",
+    "without CVAA: neither alignment nor fusion": "no_cvaa",
+    "without alignment": "no_alignment",
+    "without fusion": "no_fusion",
+    "without the patch term": "no_patch",
+    "without the [CLS] term": "no_cls",
+    "without reconstruction": "no_reconstruction",
+    "the student sees hidden patches as mask tokens": "mask_tokens",
+}
+ABLATION_COLUMNS = [
+    (readout, labels) for readout in ("linear", "knn") for labels in ("4 subjects", "100% of the labels")
+]
+Place = tuple[str, str, str]  # readout, column, row
 
 
-def table_rows(text: str) -> list[list[str]]:
-    """Return the cells of every row of a table that holds figures, without what is said of small differences."""
-    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|") and FIGURE.search(line)]
-    return [[cell.strip().removesuffix(", no difference shown") for cell in row] for row in rows]
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-@pytest.mark.parametrize("name", BENCHES)
-def test_evidence__tables_are_those_of_the_published_runs(name: str, tmp_path: Path) -> None:
-    bench = read_settings(ROOT / "conf" / "bench" / f"{BENCHES[name]}.yaml", quick=False)
-    made = table_rows(markdown(bench, read_rows(take_over(bench, [ROOT / "docs" / "evidence" / name], tmp_path))))
-    sections = re.split(r"^#+ ", (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    told = [row for part in sections if f"(evidence/{name})" in part for row in table_rows(part)]
-    assert len(told) >= 20
-    by_name = {row[0] for row in made}
-    cells = {cell for row in made for cell in row[1:]}
-    means = {cell.partition(" ")[0] for cell in cells}
-    for row in told:
-        if row[0] in by_name:
-            assert row in made, row
-        else:  # methods under other names, of some columns
-            assert all(cell in cells or cell in means for cell in row[1:]), row
+def tables(text: str, headings: dict[str, str]) -> list[tuple[str, list[list[str]]]]:
+    """Return the tables of a text, each with the last line before it that is a heading."""
+    found: list[tuple[str, list[list[str]]]] = []
+    heading, inside = "", False
+    for line in text.splitlines():
+        heading = headings.get(line, heading)
+        if line.startswith("|"):
+            found += [] if inside else [(heading, [])]
+            found[-1][1].append(cells_of(line))
+        inside = line.startswith("|")
+    return [(heading, [rows[0], *rows[2:]]) for heading, rows in found]
+
+
+def by_place(text: str, headings: dict[str, str]) -> dict[Place, str]:
+    return {
+        (heading, column, row[0]): cell
+        for heading, (head, *rows) in tables(text, headings)
+        for row in rows
+        for column, cell in zip(head[1:], row[1:], strict=True)
+    }
+
+
+def made(name: str, config: str, folder: Path) -> dict[Place, str]:
+    """Return the cells of the tables that the published runs of a bench give."""
+    bench = read_settings(ROOT / "conf" / "bench" / f"{config}.yaml", quick=False)
+    text = markdown(bench, read_rows(take_over(bench, [ROOT / "docs" / "evidence" / name], folder)))
+    return by_place(text, {line: line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")})
+
+
+def told(name: str) -> str:
+    """Return the sections of the document that name the published runs of a bench."""
+    text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    return "\n".join(part for part in re.split(r"^#+ ", text, flags=re.MULTILINE) if f"(evidence/{name})" in part)
+
+
+@pytest.mark.parametrize(("name", "config"), [("hippocampus", "hippocampus"), ("torsos", "ct_organs")])
+def test_evidence__final_tables_are_those_of_the_published_runs(name: str, config: str, tmp_path: Path) -> None:
+    found, expected = by_place(told(name), HEADINGS), made(name, config, tmp_path / "out")
+    assert len(found) >= 40
+    assert found == {place: expected.get(place) for place in found}
+
+
+def test_evidence__ablation_is_that_of_the_published_runs(tmp_path: Path) -> None:
+    expected = made("hippocampus_ablation", "hippocampus_ablation", tmp_path / "out")
+    means, differences = (rows[1:] for _, rows in tables(told("hippocampus_ablation"), {}))
+    assert [row[0] for row in means] == list(ABLATED) and len(differences) == len(ABLATED) - 1
+    for name, *cells in means:
+        assert cells == [expected[*place, ABLATED[name]].partition(" ")[0] for place in ABLATION_COLUMNS], name
+    for name, *cells in differences:
+        row = f"agssd - {ABLATED[name]}"
+        assert cells == [expected[*place, row].removesuffix(SAME) for place in ABLATION_COLUMNS], name

@@ -11,11 +11,8 @@ import yaml
 from made_bench import bench, write_bench
 
 from agssd.cli import main
-from agssd.commands.bench import _wanted
-from agssd.commands.bench.cells import list_cells
 from agssd.commands.bench.kept import kept
 from agssd.commands.bench.results import read_rows, write_rows
-from agssd.commands.bench.settings import EQUAL_TIME, Method
 from agssd.commands.bench.tables import markdown
 
 SMALL = {"labels": [2, "100%"], "seeds": 2, "draws": 2}
@@ -69,9 +66,12 @@ def test_results__of_two_parts_give_the_tables_of_the_whole(
     assert markdown(settings, rows) in (out / "tables.md").read_text()
     assert "missing" not in capsys.readouterr().err
     again = read_rows(kept(out).cells(out))
-    assert [{**row, "pretraining_fold": None} for row in again] == [{**row, "pretraining_fold": None} for row in rows]
+    assert [{name: row[name] for name in before} for row, before in zip(again, rows, strict=True)] == rows
     assert main(["report", str(out), "--out", str(tmp_path / "bench.html")]) == 0
-    assert main([*words, str(tmp_path / "one")]) == 0, "the same once more changes nothing"
+    assert main([*words, str(tmp_path / "one")]) == 2, "and not over what is there"
+    assert "is there already; --results wants a new folder" in capsys.readouterr().err
+    assert main(["bench", "--config", "any.yaml", "--cache", "any.h5", "--out", str(out)]) == 2
+    assert "holds runs of one, other by --results; give another one" in capsys.readouterr().err
 
 
 def test_results__of_a_part__say_what_is_missing(
@@ -93,9 +93,16 @@ def test_results__of_a_part__say_what_is_missing(
         (ROWS.replace("linear,0,2", "linear,0,3"), SUBJECTS.replace("linear,0,2", "linear,0,3"), "does not ask for"),
         (ROWS, SUBJECTS.replace("ours", "scratch"), "a run whose subjects subjects.csv beside it does not have"),
         (ROWS.splitlines()[0], SUBJECTS, "a run that rows.csv beside it does not have"),
-        (ROWS, SUBJECTS.replace("s01", "s00"), "has the subject s00 twice in one run"),
-        (ROWS, SUBJECTS.replace("1.0", "much"), "has 'much' where value is a number"),
-        (ROWS.replace(",mark", ""), SUBJECTS, "a line without mark"),
+        (ROWS, SUBJECTS.replace("s01", "s00"), "has the subject s00 twice"),
+        (ROWS, SUBJECTS.replace("1.0", "much"), "has 'much' for value"),
+        (ROWS.replace(",mark", ""), SUBJECTS, "has no column mark"),
+        (ROWS.replace(",machine", ""), SUBJECTS, "has no column machine"),
+        (ROWS.replace(",m\n", "\n"), SUBJECTS, "line 2 of"),
+        (ROWS + ROWS.splitlines()[1] + "\n", SUBJECTS, "has a run twice: readout linear"),
+        (ROWS.replace("0.75", "0.5"), SUBJECTS, "not the mean of its subjects"),
+        (ROWS.replace("ours,dice,0.75,2.5,5,", "ours,dice,0.75,2.5,5.5,"), SUBJECTS, "'5.5' for pretraining_steps"),
+        (ROWS, SUBJECTS.replace("1.0", "nan"), "has 'nan' for value"),
+        ("", "", "has no column readout"),
         (None, SUBJECTS, "has no rows.csv, nor rows.csv.gz"),
     ],
 )
@@ -124,14 +131,40 @@ def test_results__two_of_one_run_are_refused(
     words, folder = published
     other = tmp_path / "other"
     other.mkdir()
-    (other / "rows.csv").write_text(ROWS)
+    (other / "rows.csv").write_text(ROWS.replace("0.75", "0.625"))
     (other / "subjects.csv").write_text(SUBJECTS.replace("0.5", "0.25"))
     assert main([*words, str(folder), str(other)]) == 2
-    assert "two results of one run: readout linear, steps 0, labels 2, draw 1, seed 0" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{folder} and {other} have two results of one run" in said
+    assert "readout linear, steps 0, labels 2, draw 1, seed 0" in said
     assert not (tmp_path / "out").exists()
-    assert main([*words, str(folder)]) == 0
-    assert main([*words, str(other)]) == 2, "nor in two turns"
-    assert "two results of one run" in capsys.readouterr().err
+    (other / "rows.csv").write_text(ROWS)
+    (other / "subjects.csv").write_text(SUBJECTS)
+    assert main([*words, str(folder), str(other)]) == 0, "the same twice is no harm"
+
+
+def test_results__runs_that_have_measured_other_subjects_are_refused_before_anything_is_written(
+    published: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, folder = published
+    runs = [(draw, seed) for draw in (0, 1) for seed in (0, 1)]
+    line, subject = ROWS.splitlines()[1], SUBJECTS.splitlines()[1:]
+
+    def of(text: str, draw: int, seed: int) -> str:
+        return text.replace("linear,0,2,1,0,", f"linear,0,2,{draw},{seed},")
+
+    (folder / "rows.csv").write_text("\n".join([ROWS.splitlines()[0], *(of(line, *run) for run in runs)]) + "\n")
+    lines = [of(one, *run) for run in runs for one in subject]
+    for last, code in (("s01", 0), ("s02", 2)):
+        lines[-1] = lines[-1].replace("s01", last)
+        text = "\n".join([SUBJECTS.splitlines()[0], *lines]) + "\n"
+        (folder / "subjects.csv.gz").write_bytes(gzip.compress(text.encode()))
+        assert main([*words[:4], str(tmp_path / last), *words[5:], str(folder)]) == code
+    assert (
+        f"the runs in {folder} do not fit together: runs of ours have measured other subjects"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "s02").exists()
 
 
 def test_results__broken_file_and_flags_of_runs_are_refused(
@@ -139,21 +172,10 @@ def test_results__broken_file_and_flags_of_runs_are_refused(
 ) -> None:
     words, folder = published
     packed = folder / "subjects.csv.gz"
-    packed.write_bytes(packed.read_bytes()[:20])
-    assert main([*words, str(folder)]) == 2
-    assert "subjects.csv.gz cannot be read" in capsys.readouterr().err
+    whole = packed.read_bytes()
+    for broken in (whole[:20], whole[:30] + b"\xff" * 20 + whole[50:], b"no gzip"):
+        packed.write_bytes(broken)
+        assert main([*words, str(folder)]) == 2
+        assert "subjects.csv.gz cannot be read" in capsys.readouterr().err
     assert main([*words, str(folder), "--methods", "ours"]) == 2
     assert "--methods is of runs, and --results runs nothing" in capsys.readouterr().err
-
-
-def test_wanted__only_pretrainings_that_a_cell_waits_for(tmp_path: Path) -> None:
-    settings = bench(**SMALL)
-    write_bench(tmp_path / "bench", {}, leave_out=1, **SMALL)
-    cells = list_cells(settings, "", tmp_path / "bench")
-    assert [(one.method, one.seed) for one in _wanted(cells)] == [("rival", 1)]
-    twin = Method(["--config", "b.yaml"], time_of="rival")
-    timed = bench(**SMALL, methods={**settings.methods, f"rival{EQUAL_TIME}": twin}, equal_time="ours")
-    for one in (tmp_path / "bench" / "pretraining").rglob("row.json"):
-        one.unlink()
-    cells = list_cells(timed, "", tmp_path / "bench")
-    assert {one.method for one in _wanted(cells)} == {"ours", "rival", f"rival{EQUAL_TIME}"}, "its time hangs on them"

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="run nothing: take rows.csv and subjects.csv of these folders into --out, and make the tables",
+        help="run nothing: make tables in a new --out of rows.csv and subjects.csv in these folders, plain or .gz",
     )
     parser.add_argument(
         "--pretrain-cache",
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from agssd.commands._cache_facts import cache_facts
     from agssd.commands.bench.before import refuse_beforehand, shares_in_subjects
     from agssd.commands.bench.cells import Pool, list_cells
-    from agssd.commands.bench.kept import keep
+    from agssd.commands.bench.kept import keep, refuse_taken_over
     from agssd.commands.bench.marks import cache_mark, fingerprint
     from agssd.commands.bench.records import Job, commit, is_done
     from agssd.commands.bench.settings import read_settings
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     bench = read_settings(args.config, args.quick)
     if args.results:
         return _take_over(bench, args)
+    refuse_taken_over(args.out)
     told_only = args.dry_run and not Path(args.cache).exists()
     cache = None if told_only else _open(args.cache, "--cache")
     data = "" if cache is None else cache_mark(cache)
@@ -129,9 +130,8 @@ def _take_over(bench: Bench, args: argparse.Namespace) -> int:
 
     for name in ("pretrain_cache", "methods", "readouts", "share", "dry_run"):
         if getattr(args, name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} is of runs, and --results runs nothing; leave one of them out"
-            )
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is of runs, and --results runs nothing; leave one of them out")
     _tables(bench, take_over(bench, args.results, args.out), args)
     return 0
 
@@ -195,14 +195,6 @@ def _pretrainings(cells: Sequence[Cell]) -> list[Pretraining]:
     return list(dict.fromkeys(cell.pretraining for cell in cells if cell.pretraining is not None))
 
 
-def _wanted(cells: Sequence[Cell]) -> list[Pretraining]:
-    """Return the pretrainings that a cell waits for: all, where one hangs on the time of another that is not known."""
-    from agssd.commands.bench.records import is_done
-
-    waiting = _pretrainings([cell for cell in cells if not is_done(cell)])
-    return waiting if all(one.command for one in waiting) else _pretrainings(cells)
-
-
 def _pretrain_all(
     job: Job, cells: list[Cell], workers: int, listed: Callable[[], list[Cell]]
 ) -> tuple[list[tuple[str, str]], list[Cell]]:
@@ -247,7 +239,7 @@ def _pretrain(
     """Run the pretrainings whose steps are known and that are not ``before``; return failures and names."""
     from agssd.commands.bench.cells import pretrain
 
-    known = [one for one in _wanted(cells) if one.command and one.name not in before]
+    known = [one for one in _pretrainings(cells) if one.command and one.name not in before]
     tasks: dict[str, Task] = {one.name: (pretrain, one, job) for one in known}
     return side_by_side(tasks, workers, _PRELOADED), [one.name for one in known]
 

@@ -50,11 +50,11 @@ def refuse_beforehand(
     if pools:
         _refuse_pools(data, pools)
     tasks: dict[str, Task] = {}
-    for cell in (cell for cell in cells if not is_done(cell)):
+    for cell in cells:
         before = cell.pretraining
         if before is not None and before.command and not is_done(before):
             tasks.setdefault(f"settings of the pretraining {before.method}", (build, before.command))
-        if cell.fit:
+        if cell.fit and not is_done(cell):
             who = cell.method if bench.methods[cell.method].fit else "every method"
             tasks.setdefault(f"settings of {cell.readout} for {who}, labels {cell.labels}", (build, cell.fit))
     reasons: dict[str, list[str]] = {}

@@ -130,7 +130,7 @@ def _cell(
     folder = out / "cells" / readout / method / f"steps{steps}-labels{amount}-draw{draw}-seed{seed}{place}"
     kind = "test" if fold is None else "validate"
     before = None if pretraining is None else pretraining.mark
-    drawn = ["by class"] if bench.figure == "accuracy" else []  # how labels are
+    drawn = ["by class"] if bench.figure == "accuracy" else []  # the way of draws, in the mark
     fit: tuple[str, ...] = ()
     measure: tuple[str, ...] = ()
     if one.probe is None:

@@ -17,8 +17,9 @@ from agssd.whole_file import whole_file
 
 ROWS, SUBJECTS = "rows.csv", "subjects.csv"
 RUN = ("readout", "steps", "labels", "draw", "seed", "fold", "method", "figure")  # which run it is
+FOLD = "pretraining_fold"  # not in older files
 _BEFORE = ("pretraining_steps", "pretraining_seconds", "pretraining_commit")
-_OF_A_RUN = ("seconds", *_BEFORE, "bench", "commit", "time", "machine", "mark")
+OF_A_RUN = ("value", "seconds", *_BEFORE, "bench", "commit", "time", "machine", "mark")
 
 
 class Place(NamedTuple):
@@ -46,11 +47,11 @@ def read_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def write_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Write ``rows.csv``, one row per run, and ``subjects.csv``, one per run and subject."""
-    columns = (*RUN, "value", *_OF_A_RUN)
+    columns = (*RUN, *OF_A_RUN, FOLD)
     with whole_file(out / ROWS) as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
-        writer.writerows([row[name] for name in columns] for row in rows)
+        writer.writerows([row.get(name) for name in columns] for row in rows)
     with whole_file(out / SUBJECTS) as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow((*RUN, "subject", "value"))

@@ -1,62 +1,76 @@
-"""Results that benches elsewhere have written, taken over as runs that are done: for tables without the data."""
+"""Results that benches elsewhere have written, brought together: for tables without data or training."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from agssd.commands.bench.cells import Cell, list_cells
 from agssd.commands.bench.kept import keep
-from agssd.commands.bench.records import ROW, kept_row
-from agssd.commands.bench.results import ROWS, RUN, SUBJECTS
+from agssd.commands.bench.records import ROW
+from agssd.commands.bench.results import FOLD, OF_A_RUN, ROWS, RUN, SUBJECTS, places
 from agssd.commands.bench.settings import Bench
+from agssd.commands.bench.tables import of_place
 from agssd.whole_file import whole_file
 
 _WHOLE = ("steps", "draw", "seed", "pretraining_steps")
 _REAL = ("value", "seconds", "pretraining_seconds")
+_OPTIONAL = ("fold", FOLD, "pretraining_commit", "commit")
 _Run = tuple[str, ...]  # the columns that say which run it is, as they are written
 
 
 def take_over(bench: Bench, folders: Sequence[Path], out: Path) -> list[Cell]:
     """Put the runs of ``rows.csv`` and ``subjects.csv`` of folders where a bench in ``out`` has its own.
 
-    Nothing says that the settings behind the rows are those of ``bench``: their marks are kept, so that a bench which
-    goes on in ``out`` with a cache takes those of its own settings alone.
+    Nothing says that the settings behind the rows are those of ``bench``; tables name the fingerprints of all of them.
 
     Args:
         bench: the settings.
         folders: each with both files, either of them compressed with gzip (``rows.csv.gz``) or not.
-        out: directory of the bench.
+        out: a new directory, in which no cell can be run afterwards.
 
     Returns:
         Every cell of the bench, those that are done with the mark of their row.
 
     Raises:
-        ValueError: for files that cannot be read, that do not fit together, or that hold a run which the bench does not
-            ask for, or another result of a run than the rest or ``out``. Nothing is written then.
+        ValueError: for a directory that holds something, and for files that cannot be read, that do not fit together,
+            or that hold a run which the bench does not ask for, or one twice with two results. Nothing is written then.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is there already; --results wants a new folder")
     cells = {_run_of(cell, bench): cell for cell in list_cells(bench, "", out)}
-    found: dict[_Run, dict[str, Any]] = {}
+    found: dict[_Run, tuple[Path, dict[str, Any]]] = {}
     for folder in folders:
         for run, row in _rows(folder):
-            told = ", ".join(f"{name} {value}" for name, value in zip(RUN, run, strict=True) if value)
             if run not in cells:
-                raise ValueError(f"{folder} has a run that --config does not ask for: {told}")
-            before = found.get(run) or kept_row(cells[run])
-            if before is not None and any(before[name] != row[name] for name in ("subjects", "mark")):
-                raise ValueError(f"{folder} and what was there before have two results of one run: {told}; keep one")
-            found[run] = row
-    for run, row in found.items():
+                raise ValueError(f"{folder} has a run that --config does not ask for: {_told(run)}")
+            first, before = found.setdefault(run, (folder, row))
+            if before["subjects"] != row["subjects"]:
+                raise ValueError(f"{first} and {folder} have two results of one run, keep one: {_told(run)}")
+    rows = [row for _, row in found.values()]
+    names = [folder.resolve().name for folder in folders]
+    for place in places(bench):
+        try:
+            of_place(bench, rows, place)
+        except ValueError as error:
+            raise ValueError(f"the runs in {', '.join(map(str, folders))} do not fit together: {error}") from error
+    for run, (_, row) in found.items():
         with whole_file(cells[run].folder / ROW) as path:
             path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-    marked = [replace(cell, mark=(kept_row(cell) or {}).get("mark", "")) for cell in cells.values()]
-    keep(bench, [("runs taken over from", ", ".join(folder.name for folder in folders))], marked, out)
+    marked = [replace(cell, mark=found[run][1]["mark"] if run in found else "") for run, cell in cells.items()]
+    keep(bench, [("runs of", ", ".join(names))], marked, out, names)
     return marked
+
+
+def _told(run: _Run) -> str:
+    return ", ".join(f"{name} {value}" for name, value in zip(RUN, run, strict=True) if value)
 
 
 def _run_of(cell: Cell, bench: Bench) -> _Run:
@@ -65,53 +79,66 @@ def _run_of(cell: Cell, bench: Bench) -> _Run:
 
 
 def _rows(folder: Path) -> Iterator[tuple[_Run, dict[str, Any]]]:
+    """Yield the runs of a folder and their rows, as a bench keeps them."""
     subjects: dict[_Run, dict[str, float]] = {}
-    for path, one in _lines(folder, SUBJECTS, (*RUN, "subject", "value")):
+    lines, _ = _lines(folder, SUBJECTS, (*RUN, "subject", "value"))
+    for one in lines:
         its = subjects.setdefault(_run(one), {})
         if one["subject"] in its:
-            raise ValueError(f"{path} has the subject {one['subject']} twice in one run: {', '.join(_run(one))}")
-        its[one["subject"]] = _number(path, one, "value")
-    for path, one in _lines(folder, ROWS, (*RUN, *_WHOLE, *_REAL, "mark")):
+            raise ValueError(f"{folder / SUBJECTS} has the subject {one['subject']} twice: {_told(_run(one))}")
+        its[one["subject"]] = _number(folder / SUBJECTS, one, "value")
+    lines, columns = _lines(folder, ROWS, (*RUN, *OF_A_RUN))
+    path, seen = folder / ROWS, set()
+    for one in lines:
         run = _run(one)
-        if run not in subjects:
-            raise ValueError(f"{path} has a run whose subjects {SUBJECTS} beside it does not have: {', '.join(run)}")
-        row: dict[str, Any] = {name: value or None for name, value in one.items()}
+        if run in seen or run not in subjects:
+            which = "a run twice" if run in seen else f"a run whose subjects {SUBJECTS} beside it does not have"
+            raise ValueError(f"{path} has {which}: {_told(run)}")
+        seen.add(run)
+        row: dict[str, Any] = dict(one)
         row |= {name: int(_number(path, one, name)) for name in _WHOLE}
         row |= {name: _number(path, one, name) for name in _REAL}
-        row["fold"] = int(_number(path, one, "fold")) if one["fold"] else None
+        row |= {name: one[name] or None for name in _OPTIONAL if name in columns}
+        for name in {"fold", FOLD} & set(columns):
+            row[name] = int(_number(path, one, name)) if one[name] else None
         row["labels"] = int(one["labels"]) if one["labels"].isdigit() else one["labels"]
-        yield run, row | {"subjects": subjects.pop(run)}
-    if subjects:
-        raise ValueError(
-            f"{folder / SUBJECTS} has a run that {ROWS} beside it does not have: {', '.join([*subjects][0])}"
-        )
+        values = subjects[run].values()
+        if not math.isclose(row["value"], sum(values) / len(values), abs_tol=1e-9):
+            raise ValueError(f"{path} has a value that is not the mean of its subjects in {SUBJECTS}: {_told(run)}")
+        yield run, row | {"subjects": subjects[run]}
+    if missing := [run for run in subjects if run not in seen]:
+        raise ValueError(f"{folder / SUBJECTS} has a run that {ROWS} beside it does not have: {_told(missing[0])}")
 
 
 def _run(one: dict[str, str]) -> _Run:
     return tuple(one[name] for name in RUN)
 
 
-def _lines(folder: Path, name: str, columns: Iterable[str]) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yield the lines of a CSV file by column, each with the file's path."""
+def _lines(folder: Path, name: str, columns: Sequence[str]) -> tuple[list[dict[str, str]], Sequence[str]]:
+    """Return the lines of a CSV file by column, and its columns."""
     plain, packed = folder / name, folder / f"{name}.gz"
     path = plain if plain.is_file() else packed
     if not path.is_file():
-        raise ValueError(
-            f"--results: {folder} has no {name}, nor {packed.name}; name a folder that `agssd bench` wrote"
-        )
+        raise ValueError(f"--results: {folder} has no {name}, nor {packed.name}; name one that `agssd bench` wrote")
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path == packed else path.open(encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+            reader = csv.DictReader(file)
+            lines, found = list(reader), list(reader.fieldnames or ())
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    for one in lines:
-        if missing := [column for column in columns if one.get(column) is None]:
-            raise ValueError(f"{path} has a line without {missing[0]}; it is not what `agssd bench` wrote")
-        yield path, one
+    if missing := [column for column in columns if column not in found]:
+        raise ValueError(f"{path} has no column {missing[0]}; it is not what `agssd bench` wrote")
+    for number, one in enumerate(lines, 2):
+        if None in one or None in one.values():
+            raise ValueError(f"line {number} of {path} has not as many values as its first line")
+    return lines, found
 
 
 def _number(path: Path, one: dict[str, str], name: str) -> float:
     try:
-        return float(one[name])
+        value = float(one[name])
     except ValueError:
-        raise ValueError(f"{path} has {one[name]!r} where {name} is a number") from None
+        value = math.nan
+    if not math.isfinite(value) or (name not in (*_REAL, "value") and value != int(value)):
+        raise ValueError(f"{path} has {one[name]!r} for {name} in a run of {one['method']} by {one['readout']}")
+    return value
