@@ -24,6 +24,7 @@ from agssd.commands.bench.records import Job
 from agssd.commands.bench.settings import Bench, read_settings
 from agssd.data_modules.cache import VolumeCache
 from agssd.lightning_cli import ParsedFit
+from agssd.scans.keys import open_salt, subject_key
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHES = sorted((ROOT / "conf" / "bench").glob("*.yaml"))
@@ -269,6 +270,14 @@ def test_full_size__few_labels_have_draws_and_seeds_and_each_fraction_a_readout(
     trained = {name for name, one in settings.readouts.items() if one.probe is None}
     measured = {cell.readout for cell in list_cells(settings, "c.h5", Path("out")) if cell.method == "scratch"}
     assert trained <= measured, "what all are held against"
+
+
+@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
+def test_commands__of_public_data_draw_the_same_subjects_everywhere(path: Path) -> None:
+    prepared = next(words for words in commands(path) if words[0] == "prepare")
+    salt = prepared[prepared.index("--salt") + 1] if "--salt" in prepared else None
+    assert salt == (None if path.stem == "adni" else "conf/bench/public.salt"), "a salt that all know hides nobody"
+    assert subject_key(open_salt(ROOT / "conf" / "bench" / "public.salt")[0], "hippocampus_001") == "01c1ac47aef3d916"
 
 
 @parametrised
