@@ -184,7 +184,10 @@ def test_chosen__are_the_cells_of_what_is_asked_for() -> None:
 def test_read_subjects__dice_of_present_classes_and_weighted_accuracy(tmp_path: Path) -> None:
     path = tmp_path / "cases.csv"
     path.write_text("case,subject,dice_class1,dice_class2,surface_dice_class1\na,p,0.5,0.7,0\nb,p,0.9,,0\nc,q,,,1\n")
-    assert read_subjects(path, "dice") == pytest.approx({"p": (0.6 + 0.9) / 2})
+    assert read_subjects(path, "dice") == {"p": pytest.approx((0.6 + 0.9) / 2), "q": None}
+    path.write_text("case,subject,dice_class1\na,p,\n")
+    with pytest.raises(ValueError, match=r"cases\.csv has no dice"):
+        read_subjects(path, "dice")
 
 
 def test_read_subjects__shares_of_the_balanced_accuracy_over_volumes(tmp_path: Path) -> None:

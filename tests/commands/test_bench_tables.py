@@ -79,6 +79,36 @@ def test_tables__of_a_readout_with_fewer_seeds() -> None:
         assert table is not None and table.shape == (seeds, 5, 20)
 
 
+def test_head__tells_what_the_checks_for_leakage_have_found() -> None:
+    settings = bench()
+    rows = [row | {"leakage": "none"} for row in made_rows(list_cells(settings, "c.h5", Path("out")), {})]
+    assert "; pretraining with measured subjects: none, as checked for each run. Mean" in head(settings, rows)
+    pretrained = [row for row in rows if row["method"] in ("ours", "rival")]
+    pretrained[0]["leakage"] = pretrained[-1]["leakage"] = "seen 2 of 20 subjects"
+    rows[0]["leakage"] = None  # random weights
+    assert "measured subjects: 2 runs: seen 2 of 20 subjects. Mean" in head(settings, rows)
+    del pretrained[1]["leakage"]
+    told = f"measured subjects: not said by 1 of {len(pretrained)} runs; 2 runs: seen 2 of 20 subjects. Mean"
+    assert told in head(settings, rows)
+
+
+def test_tables__who_has_no_figure_in_one_run_is_in_no_table_and_that_is_told(tmp_path: Path) -> None:
+    settings = bench()
+    cells = list_cells(settings, "c.h5", tmp_path)
+    rows = made_rows(cells, {"ours": 0.1})
+    assert "are left out" not in head(settings, rows)
+    empty = sorted(rows[0]["subjects"])[0]
+    fewer = [row | {"subjects": {name: v for name, v in row["subjects"].items() if name != empty}} for row in rows]
+    for number, row in enumerate(rows):  # nothing is predicted in it, or something, which counts 0
+        row["subjects"][empty] = 0.0 if number % 2 else None
+    assert "1 of 20 subjects are left out, since their labels hold no class" in head(settings, rows)
+    place = Place("full", 30, 2)
+    table = figures(settings, rows, "ours", place)
+    assert table is not None and table.shape == (3, 5, 19)
+    without = markdown(settings, fewer).split("\n## ", 1)[1]
+    assert markdown(settings, rows).split("\n## ", 1)[1] == without
+
+
 def test_tables__a_figure_with_a_missing_run_is_left_out_and_other_subjects_are_refused() -> None:
     settings = bench()
     cells = list_cells(settings, "c.h5", Path("out"))

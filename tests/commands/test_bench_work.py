@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -262,3 +264,13 @@ def test_bench__an_encoder_that_has_seen_test_subjects_is_refused(
     train_and_measure(cells[0], job)
     probe(cells[1:], job)
     assert all(state_of(cell) == "done" for cell in cells)
+    told = {json.loads((cell.folder / "row.json").read_text())["leakage"] for cell in cells}
+    assert len(told) == 1 and told.pop().startswith("incompletely checked: subject keys were made with different")
+    warned = replace(settings, fit_common=["--data.leakage", "warn"])
+    knowingly = next(c for c in list_cells(warned, str(cache), tmp_path / "warned") if c.method == "simmim" and c.fit)
+    assert knowingly.pretraining is not None
+    shutil.copytree(before.folder, knowingly.pretraining.folder)
+    train_and_measure(knowingly, Job(warned, str(cache), None))
+    assert (
+        "seen of the split 'test' 2 of 2 subjects" in json.loads((knowingly.folder / "row.json").read_text())["leakage"]
+    )

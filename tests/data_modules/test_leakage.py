@@ -99,7 +99,8 @@ def test_check_leakage__error_names_counts_split_example_and_remedy(
         with pytest.raises(ValueError) as error:
             check_leakage(known, "the encoder E", [cache], splits, "error")
         assert not caplog.records
-        check_leakage(known, "the encoder E", [cache], splits, "warn")
+        told = check_leakage(known, "the encoder E", [cache], splits, "warn")
+    assert told.startswith("seen of the split 'test' 1 of 2 subjects") and "incompletely" not in told
     message = str(error.value)
     assert "the encoder E has been trained on cases" in message and "'val'" not in message
     assert "of the split 'test' 1 of 2 subjects (for example a) and near duplicates of 1 further of 2 scans" in message
@@ -130,9 +131,10 @@ def test_check_leakage__what_cannot_be_compared_is_said(
     if not isinstance(seen, str):
         known = contract(one("a", 0, **seen))
     with caplog.at_level(logging.WARNING):
-        check_leakage(known, "E", [one("b", 1, **other)], {"val": [], "test": [(0, 0)]}, "error")
-    assert len(caplog.records) == (said is not None)
+        told = check_leakage(known, "E", [one("b", 1, **other)], {"val": [], "test": [(0, 0)]}, "error")
+    assert len(caplog.records) == (said is not None) == bool(told)
     assert said is None or said in caplog.text
+    assert said is None or said in told or "carries no record of what it has seen" in told
 
 
 def test_record_after__further_training_adds_its_cases(info: CaseInfo) -> None:

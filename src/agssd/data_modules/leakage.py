@@ -131,7 +131,7 @@ def check_leakage(
     splits: Mapping[str, Sequence[Row]],
     policy: Policy,
     remedy: str = _REMEDY,
-) -> None:
+) -> str:
     """Refuse, or warn of, an encoder that has seen cases to be validated or tested on.
 
     What could not be compared is said in one warning: an encoder without a record, other or unknown salts, no hashes.
@@ -144,12 +144,15 @@ def check_leakage(
         policy: "error" or "warn".
         remedy: what the error advises.
 
+    Returns:
+        What was seen, and what could not be compared; nothing where all was compared and nothing seen.
+
     Raises:
         ValueError: under "error", naming counts, split, an example and the remedy.
     """
     rows = [row for part in splits.values() for row in part]
     if contract is None or not rows:
-        return
+        return ""
     seen = contract.get("seen")
     if seen is None:
         _LOG.warning(
@@ -157,17 +160,19 @@ def check_leakage(
             "so whether any of them is in val or test could not be checked",
             encoder,
         )
-        return
+        return "not checked, since the encoder carries no record of what it has seen"
     if gap := _gap(seen, caches, rows):
         _LOG.warning("the check of %s for cases of val and test is incomplete: %s", encoder, gap)
     found = {name: overlap(seen, caches, part) for name, part in splits.items()}
     told = "; ".join(f"of the split {name!r} {part}" for name, part in found.items() if part)
+    incomplete = f"incompletely checked: {gap}" if gap else ""
     if not told:
-        return
+        return incomplete
     message = f"{encoder} has been trained on cases that figures would be measured on: {told}"
     if policy == "error":
         raise ValueError(f"{message}. {remedy}")
     _LOG.warning("%s; figures on them say nothing about new patients", message)
+    return "; ".join(filter(None, (f"seen {told}", incomplete)))
 
 
 def _gap(seen: Mapping[str, Any], caches: Sequence[VolumeCache], rows: Sequence[Row]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agssd.commands.bench.cells import Cell
+from agssd.commands.bench.leaks import labelled
 from agssd.commands.bench.processes import Task, said_to, side_by_side
 from agssd.commands.bench.records import is_done
 from agssd.commands.bench.settings import Bench, amount
@@ -45,7 +46,7 @@ def refuse_beforehand(
     Raises:
         ValueError: naming every amount, method and readout that cannot work, and why.
     """
-    data = _labelled(bench, cache)
+    data = labelled(bench, cache)
     _refuse_amounts(bench, cells, data)
     if pools:
         _refuse_pools(data, pools)
@@ -74,17 +75,11 @@ def shares_in_subjects(bench: Bench, cache: VolumeCache) -> list[tuple[str, str]
     shares = [labels for labels in asked if not isinstance(labels, int)]
     if not shares:
         return []
-    data, told = _labelled(bench, cache), []
+    data, told = labelled(bench, cache), []
     for labels in shares:
         counts = sorted({len(data.subset(fold.learned, *amount(labels), 0)) for fold in data.folds})
         told.append(f"{labels}: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}")
     return [("labelled subjects", ", ".join(told))]
-
-
-def _labelled(bench: Bench, cache: VolumeCache) -> ProbeSet:
-    """Return whom a bench learns from and measures on."""
-    kind = "label" if bench.figure == "dice" else "class"
-    return ProbeSet(cache, bench.num_folds, kinds=(kind,), measured_on="test")
 
 
 def build(words: Sequence[str]) -> dict[str, Any]:

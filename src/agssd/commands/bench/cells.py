@@ -227,21 +227,23 @@ def train_and_measure(cell: Cell, job: Job) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         _command(cell.fit, cell.folder, job.bench.threads)
         _command(cell.measure, cell.folder, job.bench.threads)
-        row = row_of(cell, job, read_subjects(cell.folder / cell.cases, job.bench.figure))
+        row = row_of(cell, job, read_subjects(cell.folder / cell.cases, job.bench.figure), _leakage(cell, job))
         shutil.rmtree(cell.folder / "checkpoints")  # hundreds of cells; the same command makes it again
         return row
 
     return once(cell, job, work)
 
 
-def row_of(cell: Cell, job: Job, subjects: dict[str, float]) -> dict[str, Any]:
+def row_of(cell: Cell, job: Job, subjects: dict[str, float | None], leakage: str) -> dict[str, Any]:
     """Return the row of a cell.
 
     Args:
         cell: the cell.
         job: what every run of the bench is given.
-        subjects: figure by subject.
+        subjects: figure by subject; None where it has none.
+        leakage: what the encoder has seen of them, see ``agssd.commands.bench.leaks``.
     """
+    known = [value for value in subjects.values() if value is not None]
     before = {} if cell.pretraining is None else kept_row(cell.pretraining) or {}
     return {
         "method": cell.method,
@@ -252,14 +254,29 @@ def row_of(cell: Cell, job: Job, subjects: dict[str, float]) -> dict[str, Any]:
         "seed": cell.seed,
         "fold": cell.fold,
         "figure": job.bench.figure,
-        "value": sum(subjects.values()) / len(subjects),
+        "value": sum(known) / len(known),
         "subjects": subjects,
         "bench": job.bench.fingerprint(),
         "pretraining_fold": None if cell.pretraining is None else cell.pretraining.fold,
         "pretraining_steps": before.get("steps", 0),
         "pretraining_seconds": before.get("seconds", 0.0),
         "pretraining_commit": before.get("commit"),
+        "leakage": leakage,
     }
+
+
+def _leakage(cell: Cell, job: Job) -> str:
+    """Return what the encoder of a cell has seen of whom it measures; a command has refused it, or was to accept it."""
+    from agssd.commands.bench.leaks import labelled, leakage
+    from agssd.commands.bench.results import NO_LEAK
+    from agssd.data_modules.cache import VolumeCache
+    from agssd.tasks.encoders import load_encoder
+
+    if cell.pretraining is None:
+        return NO_LEAK
+    folder = cell.pretraining.folder
+    data = labelled(job.bench, VolumeCache(job.cache))
+    return leakage(load_encoder(folder).contract, str(folder), data, cell.fold, "warn")
 
 
 def _command(words: Sequence[str], folder: Path, threads: int) -> None:
@@ -286,11 +303,11 @@ def _command(words: Sequence[str], folder: Path, threads: int) -> None:
         raise ValueError(f"{words[0]} of {folder} failed ({lines[-1] if lines else 'no word'}); see {log}")
 
 
-def read_subjects(path: Path, figure: str) -> dict[str, float]:
+def read_subjects(path: Path, figure: str) -> dict[str, float | None]:
     """Return the figure of each subject from the cases that a measurement wrote.
 
     Dice is the mean over classes, of which one that is absent from a case is left out where it is not predicted and
-    counts 0 where it is, and over the subject's cases; accuracy is that of ``balanced``.
+    counts 0 where it is, and over the subject's cases; None where all are left out. Accuracy is that of ``balanced``.
 
     Raises:
         ValueError: if there is no figure.
@@ -301,17 +318,17 @@ def read_subjects(path: Path, figure: str) -> dict[str, float]:
     if figure == "dice":
         for case in cases:
             values = [float(v) for key, v in case.items() if key.startswith("dice_class") and v]
-            if values:
-                found.setdefault(case["subject"] or case["case"], []).append(sum(values) / len(values))
+            own = found.setdefault(case["subject"] or case["case"], [])
+            own += [sum(values) / len(values)] if values else []
     else:
         guesses = []
         for case in cases:
             scores = [float(v) for key, v in case.items() if key.startswith("probability")]
             guesses.append((case["subject"] or case["case"], int(case["target"]), scores.index(max(scores))))
-        return balanced(guesses)
-    if not found:
+        return dict(balanced(guesses))
+    if not any(found.values()):
         raise ValueError(f"{path} has no {figure}")
-    return {subject: sum(values) / len(values) for subject, values in sorted(found.items())}
+    return {subject: sum(values) / len(values) if values else None for subject, values in sorted(found.items())}
 
 
 def balanced(guesses: Sequence[tuple[str, int, int]]) -> dict[str, float]:

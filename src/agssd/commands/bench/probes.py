@@ -16,11 +16,11 @@ import torch
 import yaml
 
 from agssd.commands.bench.cells import Cell, balanced, row_of
+from agssd.commands.bench.leaks import labelled, leakage
 from agssd.commands.bench.records import Job, once, state_of
 from agssd.commands.bench.settings import Bench, Labels, amount
 from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
-from agssd.data_modules.leakage import check_leakage
 from agssd.data_modules.probe_set import ProbeSet
 from agssd.evaluation.classification_probe import SHARES, ProbeVector
 from agssd.evaluation.contract import check_contract
@@ -55,7 +55,8 @@ def probe(cells: Sequence[Cell], job: Job) -> dict[str, Any]:
 
 
 def _measured(cell: Cell, job: Job, frozen: _Frozen) -> dict[str, Any]:
-    return row_of(cell, job, frozen.figures(str(job.bench.readouts[cell.readout].probe), cell.labels, cell.draw))
+    found = frozen.figures(str(job.bench.readouts[cell.readout].probe), cell.labels, cell.draw)
+    return row_of(cell, job, found, frozen.leakage)
 
 
 class _Frozen:
@@ -72,14 +73,14 @@ class _Frozen:
 
     @cached_property
     def data(self) -> ProbeSet:
-        kind = "label" if self.bench.figure == "dice" else "class"
-        return ProbeSet(VolumeCache(self.cache), self.bench.num_folds, kinds=(kind,), measured_on="test")
+        return labelled(self.bench, VolumeCache(self.cache))
 
     @cached_property
     def fold(self) -> Fold:
         return self.data.folds[self.cell.fold or 0]
 
-    def _encoder(self) -> Backbone:
+    @cached_property
+    def _checked(self) -> tuple[Backbone, str]:
         cell, cache = self.cell, self.data.cache
         if cell.pretraining is None:
             encoder, told = build_fresh(self.config, cell.seed), str(self.bench.backbone)
@@ -89,28 +90,37 @@ class _Frozen:
         if contract["channels"] != encoder.in_channels:
             raise ValueError(f"{cache.path} has {contract['channels']} channel(s), {told} takes {encoder.in_channels}")
         check_contract(encoder.contract, contract, told, None)
-        held = [(0, row) for row in self.data.rows if cache.cases[row].subject in set(self.fold.held_out)]
-        part = "test" if cell.fold is None else "val"
-        check_leakage(encoder.contract, told, [cache], {part: held}, "error")
-        return encoder.eval().to(self.device)
+        return encoder.eval().to(self.device), leakage(encoder.contract, told, self.data, cell.fold, "error")
+
+    @property
+    def leakage(self) -> str:
+        return self._checked[1]
 
     @cached_property
     def features(self) -> list[ProbeFeatures]:
-        found = encode(self._encoder(), self.data.volumes(), self.window_vox, 0.5, depths=self.depths)
+        found = encode(self._checked[0], self.data.volumes(), self.window_vox, 0.5, depths=self.depths)
         if not all_finite(found):
             raise ValueError(f"the features of {self.cell.method} are not finite: its weights have diverged")
         return found
 
-    def figures(self, readout: str, labels: Labels, draw: int) -> dict[str, float]:
-        """Return by measured subject the Dice over its classes, or its weighted accuracy; see ``balanced``."""
+    def figures(self, readout: str, labels: Labels, draw: int) -> dict[str, float | None]:
+        """Return by measured subject the Dice over its classes, or its weighted accuracy; as ``read_subjects``.
+
+        Raises:
+            ValueError: if the labels of no measured subject hold a class.
+        """
         fold = Fold(tuple(self.data.subset(self.fold.learned, *amount(labels), draw)), self.fold.held_out)
         if readout.endswith("seg"):
             cases = [ProbeCase(f.subject, f.tokens, f.labels) for f in self.features if f.labels is not None]
             fit = partial(NeighbourReadout if readout == "knn-seg" else linear_segmenter, device=self.device)
             found = probe_segmentation(cases, [fold], self.data.num_label_classes, fit)
-            return {name: float(np.nanmean(dice)) for name, dice in sorted(found.items()) if not np.isnan(dice).all()}
+            if all(np.isnan(dice).all() for dice in found.values()):
+                raise ValueError(f"no class is in the labels of a measured subject of {self.data.cache.path}")
+            return {
+                name: None if np.isnan(dice).all() else float(np.nanmean(dice)) for name, dice in sorted(found.items())
+            }
         vectors = [ProbeVector(f.subject, f.cls, f.target) for f in self.features if f.target is not None]
         learned = [case for case in vectors if case.subject in set(fold.learned)]
         asked = [case for case in vectors if case.subject in set(fold.held_out)]
         guesses = SHARES[readout.removesuffix("-cls")](learned, asked, self.data.num_targets).argmax(1).tolist()
-        return balanced([(case.subject, case.target, guess) for case, guess in zip(asked, guesses, strict=True)])
+        return dict(balanced([(case.subject, case.target, guess) for case, guess in zip(asked, guesses, strict=True)]))

@@ -17,7 +17,10 @@ from agssd.whole_file import whole_file
 
 ROWS, SUBJECTS = "rows.csv", "subjects.csv"
 RUN = ("readout", "steps", "labels", "draw", "seed", "fold", "method", "figure")  # which run it is
-FOLD = "pretraining_fold"  # not in older files
+FOLD = "pretraining_fold"
+LEAKAGE = "leakage"  # what the encoder has seen of whom is measured
+LATER = (FOLD, LEAKAGE)  # not in older files
+NO_LEAK = "none"  # all could be compared, and nothing was seen
 _BEFORE = ("pretraining_steps", "pretraining_seconds", "pretraining_commit")
 OF_A_RUN = ("value", "seconds", *_BEFORE, "bench", "commit", "time", "machine", "mark")
 
@@ -47,7 +50,7 @@ def read_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def write_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Write ``rows.csv``, one row per run, and ``subjects.csv``, one per run and subject."""
-    columns = (*RUN, *OF_A_RUN, FOLD)
+    columns = (*RUN, *OF_A_RUN, *LATER)
     with whole_file(out / ROWS) as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -84,15 +87,38 @@ def subjects(rows: Sequence[dict[str, Any]], method: str, place: Place) -> set[s
     return {subject for row in _runs(rows, method, place) for subject in row["subjects"]}
 
 
+def told_leakage(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
+    """Return in words what the checks of the runs with a pretraining have found."""
+    said = [row.get(LEAKAGE) for row in rows if bench.methods[row["method"]].pretrain]
+    parts = [f"not said by {said.count(None)} of {len(said)} runs"] if None in said else []
+    parts += [f"{said.count(one)} runs: {one}" for one in sorted({one for one in said if one not in (None, NO_LEAK)})]
+    return f"pretraining with measured subjects: {'; '.join(parts) or 'none, as checked for each run'}"
+
+
+def left_out(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """Return the subjects that have no figure in some run: their labels hold no class, and that run predicts none.
+
+    Where another run predicts one it has counted 0, so tables are without them in every run.
+    """
+    some = [row["subjects"] for row in rows if None in row["subjects"].values()]
+    return {subject for one in some for subject, value in one.items() if value is None}
+
+
+def told_left_out(rows: Sequence[dict[str, Any]]) -> str:
+    """Return how many subjects are left out, in a sentence with a space behind it; nothing where none is."""
+    gone, known = left_out(rows), {subject for row in rows for subject in row["subjects"]}
+    return f"{len(gone)} of {len(known)} subjects are left out, since their labels hold no class. " if gone else ""
+
+
 def figures(bench: Bench, rows: Sequence[dict[str, Any]], method: str, place: Place) -> npt.NDArray[np.float64] | None:
     """Return (seeds, draws, subjects) of a method at a place; None while one of its runs is missing.
 
-    Subjects of all folds stand side by side, in one order for every method.
+    Subjects of all folds stand side by side, in one order for every method; without those of ``left_out``.
 
     Raises:
         ValueError: if two runs have measured other subjects.
     """
-    found: dict[tuple[int, int], dict[str, float]] = {}
+    found: dict[tuple[int, int], dict[str, float | None]] = {}
     counts: dict[tuple[int, int], int] = {}
     for row in _runs(rows, method, place):
         key = row["seed"], row["draw"]
@@ -102,9 +128,10 @@ def figures(bench: Bench, rows: Sequence[dict[str, Any]], method: str, place: Pl
     wanted = {(seed, draw) for seed in seeds for draw in draws}
     if set(found) != wanted or set(counts.values()) != {bench.num_folds or 1}:
         return None
-    names = sorted(found[0, 0])
-    if any(sorted(one) != names for one in found.values()):
+    measured = sorted(found[0, 0])
+    if any(sorted(one) != measured for one in found.values()):
         raise ValueError(f"runs of {method} have measured other subjects; a cache has changed: give another --out")
+    names = sorted(set(measured) - left_out(rows))
     return np.array([[[found[s, d][n] for n in names] for d in draws] for s in seeds])
 
 

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agssd.commands.bench.results import Place, figures, heading, num_runs, places, subjects
+from agssd.commands.bench.results import (
+    Place,
+    figures,
+    heading,
+    num_runs,
+    places,
+    subjects,
+    told_leakage,
+    told_left_out,
+)
 from agssd.commands.bench.settings import Bench
 from agssd.evaluation.statistics import Interval, crossed_mean, holm, paired_difference
 
@@ -47,10 +56,11 @@ def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"{what} on {where}; {_seeds(bench)}, {bench.draws} "
         f"draw{'s' * (bench.draws > 1)} of the labels (all labels: 1), "
-        f"{bench.pretrain_steps} steps of pretraining ({', '.join(pretrained) or 'none'}{_other_steps(bench, rows)}), "
-        "none with a measured subject, or its runs are refused. "
+        f"{bench.pretrain_steps} steps of pretraining ({', '.join(pretrained) or 'none'}{_other_steps(bench, rows)}); "
+        f"{told_leakage(bench, rows)}. "
         f"Mean with 95 % interval over {over}{' and ' * bool(over)}subjects"
-        f"{f', not over {alone}, of which there is one' if alone else ''}. {_runs(bench, rows)}; settings "
+        f"{f', not over {alone}, of which there is one' if alone else ''}. "
+        f"{told_left_out(rows)}{_runs(bench, rows)}; settings "
         f"{', '.join(sorted(marks))}; commit {', '.join(sorted(commits)) or 'not known'}."
     )
 

@@ -15,14 +15,14 @@ from typing import Any
 from agssd.commands.bench.cells import Cell, list_cells
 from agssd.commands.bench.kept import keep
 from agssd.commands.bench.records import ROW
-from agssd.commands.bench.results import FOLD, OF_A_RUN, ROWS, RUN, SUBJECTS, places
+from agssd.commands.bench.results import FOLD, LATER, OF_A_RUN, ROWS, RUN, SUBJECTS, places
 from agssd.commands.bench.settings import Bench
 from agssd.commands.bench.tables import of_place
 from agssd.whole_file import whole_file
 
 _WHOLE = ("steps", "draw", "seed", "pretraining_steps")
 _REAL = ("value", "seconds", "pretraining_seconds")
-_OPTIONAL = ("fold", FOLD, "pretraining_commit", "commit")
+_OPTIONAL = ("fold", *LATER, "pretraining_commit", "commit")
 _Run = tuple[str, ...]  # the columns that say which run it is, as they are written
 
 
@@ -80,13 +80,13 @@ def _run_of(cell: Cell, bench: Bench) -> _Run:
 
 def _rows(folder: Path) -> Iterator[tuple[_Run, dict[str, Any]]]:
     """Yield the runs of a folder and their rows, as a bench keeps them."""
-    subjects: dict[_Run, dict[str, float]] = {}
+    subjects: dict[_Run, dict[str, float | None]] = {}
     lines, _ = _lines(folder, SUBJECTS, (*RUN, "subject", "value"))
     for one in lines:
         its = subjects.setdefault(_run(one), {})
         if one["subject"] in its:
             raise ValueError(f"{folder / SUBJECTS} has the subject {one['subject']} twice: {_told(_run(one))}")
-        its[one["subject"]] = _number(folder / SUBJECTS, one, "value")
+        its[one["subject"]] = _number(folder / SUBJECTS, one, "value") if one["value"] else None
     lines, columns = _lines(folder, ROWS, (*RUN, *OF_A_RUN))
     path, seen = folder / ROWS, set()
     for one in lines:
@@ -102,8 +102,8 @@ def _rows(folder: Path) -> Iterator[tuple[_Run, dict[str, Any]]]:
         for name in {"fold", FOLD} & set(columns):
             row[name] = int(_number(path, one, name)) if one[name] else None
         row["labels"] = int(one["labels"]) if one["labels"].isdigit() else one["labels"]
-        values = subjects[run].values()
-        if not math.isclose(row["value"], sum(values) / len(values), abs_tol=1e-9):
+        values = [value for value in subjects[run].values() if value is not None]
+        if not values or not math.isclose(row["value"], sum(values) / len(values), abs_tol=1e-9):
             raise ValueError(f"{path} has a value that is not the mean of its subjects in {SUBJECTS}: {_told(run)}")
         yield run, row | {"subjects": subjects[run]}
     if missing := [run for run in subjects if run not in seen]:
