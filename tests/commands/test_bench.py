@@ -15,7 +15,7 @@ import pytest
 import yaml
 from made_bench import bench, made_rows
 
-from agssd.commands.bench import _chosen, _share
+from agssd.commands.bench import _chosen, _pretrainings, _share
 from agssd.commands.bench.cells import Cell, Pool, list_cells, read_subjects
 from agssd.commands.bench.equal_time import seconds_per_step
 from agssd.commands.bench.kept import keep, kept
@@ -152,6 +152,29 @@ def test_list_cells__what_is_pretrained_on_may_be_other_volumes_and_then_serves_
     assert sum(map(len, wanted)) == len(before), "no pretraining is wanted by two shares"
 
 
+def test_list_cells__what_was_pretrained_elsewhere_is_one_encoder_a_seed_and_no_work(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.ckpt" for name in "abc"]
+    for path in paths:
+        path.write_text(path.name)
+    whole = bench()
+    settings = bench(methods={**whole.methods, "given": Method(encoders=list(map(str, paths)))})
+
+    def given() -> list[Cell]:
+        return [cell for cell in list_cells(settings, "c.h5", Path("out")) if cell.method == "given"]
+
+    cells = given()
+    assert len(cells) == sum(cell.method == "ours" for cell in list_cells(settings, "c.h5", Path("out")))
+    for cell in cells:
+        one = cell.pretraining
+        assert one is not None and one.is_done and one.folder == paths[cell.seed] and one.fold is None
+        assert cell.fit[cell.fit.index("--model.encoder") + 1] == str(paths[cell.seed])
+    assert not _pretrainings(cells)
+    before = {cell.folder: cell.mark for cell in cells}
+    paths[1].write_text("other weights")
+    changed = {cell.seed for cell in given() if cell.mark != before[cell.folder]}
+    assert changed == {1}, "what was measured with other weights is known as such"
+
+
 def test_share__is_a_partition_that_keeps_pretrainings_together() -> None:
     cells = list_cells(bench(), "c.h5", Path("out"))
     shares = [_share(cells, f"{number}/4") for number in range(4)]
@@ -215,6 +238,9 @@ def test_read_subjects__shares_of_the_balanced_accuracy_over_volumes(tmp_path: P
     ("change", "said"),
     [
         ({"equal_time": "scratch"}, "equal_time is 'scratch'"),
+        ({"methods": {"scratch": {}, "g": {"encoders": ["a.ckpt"]}}}, "methods.g.encoders are 1 for"),
+        ({"methods": {"scratch": {}, "g": {"encoders": ["a"] * 3, "pretrain": ["b"]}}}, "give one of both"),
+        ({"methods": {"scratch": {"encoders": ["a"] * 3}}}, "no 'scratch: {}'"),
         ({"readouts": {"knn": {"probe": "knn-cls", "window_vox": [8, 8, 8]}}, "backbone": "b.yaml"}, "ending in seg"),
         ({"readouts": {"knn": {"probe": "knn-seg", "window_vox": [8, 8, 8]}}}, "name the encoder of scratch"),
         ({"readouts": {"knn": {"probe": "knn-seg"}}, "backbone": "b.yaml"}, r"window_vox is \[\]"),
@@ -251,7 +277,11 @@ def test_read_settings__says_what_is_wrong(change: dict[str, Any], said: str, tm
 def test_read_settings__lays_itself_over_its_bases(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     methods = {
-        "methods": {"scratch": {}, "ours": {"pretrain": ["--config", "../a.yaml"]}, "rival": {"pretrain": ["x"]}},
+        "methods": {
+            "scratch": {},
+            "ours": {"pretrain": ["--config", "../a.yaml"]},
+            "rival": {"encoders": ["../x"] * 3},
+        },
         "pretrain_steps": 1,
         "quick": {"seeds": 2, "methods": {"ours": None}},
     }
@@ -270,6 +300,7 @@ def test_read_settings__lays_itself_over_its_bases(tmp_path: Path) -> None:
     assert found.labels == [8] and found.seeds == 3 and set(found.readouts) == {"full"}
     assert set(found.methods) == {"scratch", "ours", "rival", "unet"}
     assert found.methods["ours"].pretrain[1] == str(tmp_path / "a.yaml")
+    assert found.methods["rival"].encoders == [str(tmp_path / "x")] * 3
     assert found.readouts["full"].fit[1] == str(tmp_path / "base" / "f.yaml"), "relative to the file that says it"
     quick = read_settings(path, quick=True)
     assert quick.seeds == 1 and set(quick.methods) == {"scratch", "rival"}, "what each base takes out of the small form"

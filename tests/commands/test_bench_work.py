@@ -224,6 +224,19 @@ def test_bench__equal_time_and_probes_from_beginning_to_end(
     )
     made = {row: row.stat().st_mtime_ns for row in out.rglob("row.json")}
     assert main(command) == 0 and all(row.stat().st_mtime_ns == stamp for row, stamp in made.items()), "nothing twice"
+    elsewhere = yaml.safe_load(path.read_text()) | {"equal_time": None}
+    elsewhere["methods"] = {"scratch": {}, "mae": {"encoders": ["out/pretraining/mae/seed0"]}}
+    path.write_text(yaml.safe_dump(elsewhere))
+    assert main([*command[:-1], str(tmp_path / "again")]) == 0, capfd.readouterr().err
+    with (tmp_path / "again" / "rows.csv").open() as file:
+        again = list(csv.DictReader(file))
+    same = [(row["method"], row["labels"], row["value"]) for row in rows if row["method"] in ("scratch", "mae")]
+    assert [(row["method"], row["labels"], row["value"]) for row in again] == same, "as if pretrained by the bench"
+    assert not (tmp_path / "again" / "pretraining").exists()
+    assert "6 steps of pretraining (mae; mae elsewhere)" in (tmp_path / "again" / "tables.md").read_text()
+    shutil.rmtree(out / "pretraining" / "mae" / "seed0")
+    assert main([*command[:-1], str(tmp_path / "third")]) == 2
+    assert "methods.mae.encoders names" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from agssd.hub import export_backbone, load_backbone
+from agssd.hub import FILE_NAME, export_backbone, load_backbone
 from agssd.models.backbone import Backbone, build_fresh
 
 
@@ -15,14 +15,20 @@ def load_encoder(path: str | Path) -> Backbone:
     Raises:
         ValueError: if there is none, or it cannot be read.
     """
-    path = Path(path)
-    last = path / "checkpoints" / "last.ckpt"
-    if path.is_dir() and not (path / "backbone.safetensors").exists() and last.is_file():
-        path = last
-    if path.suffix != ".ckpt":
+    file = encoder_file(path)
+    if file.suffix != ".ckpt":
         return load_backbone(path)
     with tempfile.TemporaryDirectory() as folder:
-        return load_backbone(export_backbone(path, folder))
+        return load_backbone(export_backbone(file, folder))
+
+
+def encoder_file(path: str | Path) -> Path:
+    """Return the file that ``load_encoder`` reads, which need not be there."""
+    path = Path(path)
+    export, last = path / FILE_NAME, path / "checkpoints" / "last.ckpt"
+    if not path.is_dir():
+        return path
+    return last if last.is_file() and not export.exists() else export
 
 
 def random_like(encoder: Backbone, seed: int) -> Backbone:

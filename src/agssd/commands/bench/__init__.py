@@ -192,7 +192,9 @@ def _tell(bench: Bench, cells: Sequence[Cell], share: str | None) -> None:
 
 
 def _pretrainings(cells: Sequence[Cell]) -> list[Pretraining]:
-    return list(dict.fromkeys(cell.pretraining for cell in cells if cell.pretraining is not None))
+    """Return the pretrainings of cells, without those made elsewhere."""
+    found = dict.fromkeys(cell.pretraining for cell in cells)
+    return [one for one in found if one is not None and not one.elsewhere]
 
 
 def _pretrain_all(
@@ -218,9 +220,8 @@ def _measure_all(job: Job, cells: Sequence[Cell], workers: int) -> list[tuple[st
     """Run every cell whose pretraining is there; return what failed and why."""
     from agssd.commands.bench.cells import train_and_measure
     from agssd.commands.bench.probes import probe
-    from agssd.commands.bench.records import is_done
 
-    ready = [cell for cell in cells if cell.pretraining is None or is_done(cell.pretraining)]
+    ready = [cell for cell in cells if cell.pretraining is None or cell.pretraining.is_done]
     work: dict[str, Task] = {cell.name: (train_and_measure, cell, job) for cell in ready if cell.fit}
     probes: dict[str, list[Cell]] = {}
     for cell in ready:

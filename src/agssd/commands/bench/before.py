@@ -21,6 +21,7 @@ from agssd.data_modules.cache import VolumeCache
 from agssd.data_modules.leakage import check_leakage, seen_record
 from agssd.data_modules.probe_set import ProbeSet
 from agssd.evaluation.contract import check_contract
+from agssd.tasks.encoders import encoder_file
 
 _OF_A_RUN = ("--model.encoder", "--trainer.default_root_dir")  # what is not there yet
 
@@ -53,6 +54,8 @@ def refuse_beforehand(
     tasks: dict[str, Task] = {}
     for cell in cells:
         before = cell.pretraining
+        if before is not None and before.elsewhere and not encoder_file(before.folder).is_file():
+            raise ValueError(f"methods.{before.method}.encoders names {before.folder}, where there is no encoder")
         if before is not None and before.command and not is_done(before):
             tasks.setdefault(f"settings of the pretraining {before.method}", (build, before.command))
         if cell.fit and not is_done(cell):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agssd.commands.bench.equal_time import clock_flags, fitting_steps
-from agssd.commands.bench.marks import command_mark, contents, fingerprint
+from agssd.commands.bench.marks import command_mark, contents, file_mark, fingerprint
 from agssd.commands.bench.processes import said_to
 from agssd.commands.bench.records import Job, is_done, kept_row, once
 from agssd.commands.bench.settings import Bench, Labels, label_flags
@@ -20,15 +20,21 @@ from agssd.commands.bench.settings import Bench, Labels, label_flags
 
 @dataclass(frozen=True)
 class Pretraining:
-    """One pretraining."""
+    """One pretraining, or what was pretrained elsewhere."""
 
-    folder: Path
+    folder: Path  # of its run; of one made elsewhere what its settings name
     method: str
     seed: int
     fold: int | None
     steps: int | None  # None where they hang on the time of a pretraining that is not done
     command: tuple[str, ...]  # after ``agssd``; empty while the steps are not known
-    mark: str  # of its settings and data
+    mark: str  # of its settings and data; of one made elsewhere of its weights
+    elsewhere: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its encoder can be asked for."""
+        return self.elsewhere or is_done(self)
 
     @property
     def name(self) -> str:
@@ -169,15 +175,20 @@ def _pretraining(
     bench: Bench, cache: str, out: Path, data: str, method: str, seed: int, fold: int | None
 ) -> Pretraining | None:
     its = bench.methods[method]
+    if its.encoders:
+        from agssd.tasks.encoders import encoder_file
+
+        path = Path(its.encoders[seed])
+        return Pretraining(path, method, seed, None, None, (), file_mark(encoder_file(path)), elsewhere=True)
     if not its.pretrain:
         return None
     folder = out / "pretraining" / method / (f"seed{seed}" + ("" if fold is None else f"-fold{fold}"))
     steps: int | None = its.steps or bench.pretrain_steps
     if its.time_of is not None and bench.equal_time is not None:
-        pair = [_pretraining(bench, cache, out, data, one, seed, fold) for one in (bench.equal_time, its.time_of)]
-        reference, same = pair
-        assert reference is not None and same is not None  # or the settings are refused
-        steps = fitting_steps(reference.folder, reference.steps, same.folder) if all(map(_is_made, pair)) else None
+        made = [_pretraining(bench, cache, out, data, one, seed, fold) for one in (bench.equal_time, its.time_of)]
+        reference, same = pair = [one for one in made if one is not None]  # or the settings are refused
+        done = all(one.is_done for one in pair)
+        steps = fitting_steps(reference.folder, reference.steps, same.folder) if done else None
     if steps is None:
         return Pretraining(folder, method, seed, fold, None, (), "")
     flags = [*its.pretrain, *bench.pretrain_common, *_fold_flags(bench, fold)]
@@ -186,10 +197,6 @@ def _pretraining(
     mark = fingerprint([command_mark(flags), data])
     flags += ["--data.cache", cache, "--trainer.default_root_dir", str(folder), "--wandb.mode", "disabled"]
     return Pretraining(folder, method, seed, fold, steps, ("fit", *flags), mark)
-
-
-def _is_made(one: Pretraining | None) -> bool:
-    return one is not None and is_done(one)
 
 
 def _fold_flags(bench: Bench, fold: int | None) -> list[str]:
@@ -244,7 +251,8 @@ def row_of(cell: Cell, job: Job, subjects: dict[str, float | None], leakage: str
         leakage: what the encoder has seen of them, see ``agssd.commands.bench.leaks``.
     """
     known = [value for value in subjects.values() if value is not None]
-    before = {} if cell.pretraining is None else kept_row(cell.pretraining) or {}
+    own = None if cell.pretraining is None or cell.pretraining.elsewhere else cell.pretraining
+    before = {} if own is None else kept_row(own) or {}
     return {
         "method": cell.method,
         "readout": cell.readout,

@@ -36,7 +36,7 @@ def draw(bench: Bench, rows: Sequence[dict[str, Any]], path: Path) -> None:
                 xs, means = [x for x, _ in points], [interval.mean for _, interval in points]
                 bars = [[i.mean - i.low for _, i in points], [i.high - i.mean for _, i in points]]
                 own = look(number)  # the same in every panel, whoever else is in it
-                style = "--" if not bench.methods[method].pretrain else "-"
+                style = "--" if not bench.methods[method].pretrained else "-"
                 axis.errorbar(
                     xs,
                     means,

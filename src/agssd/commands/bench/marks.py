@@ -56,6 +56,21 @@ def contents(path: Path) -> Any:
     return filled(_parsed(path, path.stat().st_mtime_ns)) if path.is_file() else str(path)
 
 
+def file_mark(path: Path) -> str:
+    """Return 12 hex digits that change with what a file holds, weights for example; of its name where there is none."""
+    if not path.is_file():
+        return fingerprint(str(path))
+    state = path.stat()
+    return _digest(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, changed: int, size: int) -> str:
+    """Return the mark of a file; ``changed`` and ``size`` say when it is to be read again."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
 @lru_cache(maxsize=256)
 def _parsed(path: Path, changed: int) -> Any:
     """Return what a file says; ``changed`` is when it was written, since hundreds of cells name the same files."""

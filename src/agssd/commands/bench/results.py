@@ -89,7 +89,7 @@ def subjects(rows: Sequence[dict[str, Any]], method: str, place: Place) -> set[s
 
 def told_leakage(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     """Return in words what the checks of the runs with a pretraining have found."""
-    said = [row.get(LEAKAGE) for row in rows if bench.methods[row["method"]].pretrain]
+    said = [row.get(LEAKAGE) for row in rows if bench.methods[row["method"]].pretrained]
     parts = [f"not said by {said.count(None)} of {len(said)} runs"] if None in said else []
     parts += [f"{said.count(one)} runs: {one}" for one in sorted({one for one in said if one not in (None, NO_LEAK)})]
     return f"pretraining with measured subjects: {'; '.join(parts) or 'none, as checked for each run'}"

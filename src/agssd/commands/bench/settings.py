@@ -26,6 +26,8 @@ class Method:
 
     Args:
         pretrain: command line of ``agssd fit`` without cache, seeds and run directory; empty means random weights.
+        encoders: in place of ``pretrain``, what was pretrained elsewhere, such as on many GPUs: exports, checkpoints or
+            run directories, one for each seed, in YAML relative to the file.
         steps: optimiser steps of pretraining, None for those of the bench; more or fewer for equal time.
         fit: for a network of its own the command line of each readout that it takes part in, in place of the readout's;
             empty takes part in all, and ``scratch`` always does.
@@ -34,9 +36,15 @@ class Method:
     """
 
     pretrain: list[str] = field(default_factory=list)
+    encoders: list[str] = field(default_factory=list)
     steps: int | None = None
     fit: dict[str, list[str]] = field(default_factory=dict)
     time_of: str | None = None
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether it starts from anything but random weights."""
+        return bool(self.pretrain or self.encoders)
 
 
 @dataclass
@@ -78,7 +86,8 @@ class Bench:
     """A comparison: methods x readouts x budgets x labels x draws x seeds x folds.
 
     Args:
-        methods: by name; a name without ``pretrain`` is trained from random weights, and one of them is ``scratch``.
+        methods: by name; one without ``pretrain`` and ``encoders`` is trained from random weights, such as ``scratch``,
+            which is always there.
         readouts: by name.
         labels: counts of labelled subjects ("4") and shares of them ("25%"); all labels are "100%".
         pretrain_steps: optimiser steps of every pretraining.
@@ -120,12 +129,19 @@ class Bench:
         for kind, names in (("method", self.methods), ("readout", self.readouts)):
             if bad := [name for name in names if not _NAME.fullmatch(name)]:
                 raise ValueError(f"the {kind} {bad[0]!r} is to be a folder's name: letters, digits, and ._+-")
-        if "scratch" not in self.methods or self.methods["scratch"].pretrain:
+        if "scratch" not in self.methods or self.methods["scratch"].pretrained:
             raise ValueError("methods has no 'scratch: {}', the network without pretraining that all are held against")
         for name, method in self.methods.items():
             if unknown := set(method.fit) - set(self.readouts):
                 raise ValueError(
                     f"methods.{name}.fit names {sorted(unknown)}; the readouts are {sorted(self.readouts)}"
+                )
+            if method.encoders and (method.pretrain or method.steps is not None):
+                raise ValueError(f"methods.{name} has encoders, and pretrain or steps beside them; give one of both")
+            if method.encoders and len(method.encoders) < self.seeds:
+                raise ValueError(
+                    f"methods.{name}.encoders are {len(method.encoders)} for {self.seeds} seeds; give one for each, "
+                    "from pretrainings that differ by their seed, or ask for fewer seeds"
                 )
         numbers = {"pretrain_steps": self.pretrain_steps, "seeds": self.seeds, "draws": self.draws}
         numbers |= {
@@ -221,7 +237,7 @@ def label_flags(labels: Labels) -> list[str]:
 
 
 def read_settings(path: Path, quick: bool) -> Bench:
-    """Return the bench in a YAML file; words that name a YAML are paths relative to it.
+    """Return the bench in a YAML file; encoders and words that name a YAML are paths relative to it.
 
     A file may lay itself over others: ``base: OTHER.yaml``, or a list in which the later is over the earlier.
 
@@ -284,9 +300,12 @@ def _over(below: Any, above: Any, keep_none: bool = False) -> Any:
 
 
 def _resolved(folder: Path, value: Any) -> Any:
-    """Return settings in which words that name a YAML, relative to ``folder`` before, are paths."""
+    """Return settings in which encoders and words that name a YAML, relative to ``folder`` before, are paths."""
     if isinstance(value, dict):
-        return {key: _resolved(folder, item) for key, item in value.items()}
+        found = {key: _resolved(folder, item) for key, item in value.items()}
+        if isinstance(given := value.get("encoders"), list):
+            found["encoders"] = [os.path.normpath(folder / str(one)) for one in given]
+        return found
     if isinstance(value, list):
         return [_resolved(folder, item) for item in value]
     if names_yaml(value) and not Path(value).is_absolute():

@@ -47,7 +47,7 @@ def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     """Return what was compared, on what, and what the intervals are, in a paragraph."""
     marks = {str(row["bench"]) for row in rows}
     commits = {str(row[name]) for row in rows for name in ("commit", "pretraining_commit") if row[name]}
-    pretrained = [name for name, method in bench.methods.items() if method.pretrain]
+    pretrained = [name for name, method in bench.methods.items() if method.pretrained]
     what = DICE if bench.figure == "dice" else "balanced accuracy"
     where = "the split test" if bench.num_folds is None else f"{bench.num_folds} folds of the split train"
     axes = {"seeds": bench.seeds, "draws": bench.draws}
@@ -80,7 +80,7 @@ def _seeds(bench: Bench) -> str:
 
 def _other_steps(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     """Return which methods were pretrained for other numbers of steps, and why."""
-    told = []
+    told = [f"{name} elsewhere" for name, method in bench.methods.items() if method.encoders]
     for name, method in bench.methods.items():
         steps = sorted({row["pretraining_steps"] for row in rows if row["method"] == name and method.pretrain})
         if steps and steps != [bench.pretrain_steps]:
@@ -135,7 +135,7 @@ def compare(bench: Bench, found: dict[Place, _Figures]) -> dict[tuple[str, str, 
 
 
 def _pairs(bench: Bench) -> list[tuple[str, str]]:
-    pretrained = [name for name, method in bench.methods.items() if method.pretrain]
+    pretrained = [name for name, method in bench.methods.items() if method.pretrained]
     pairs = [(name, "scratch") for name in bench.methods if name != "scratch"]
     return pairs + [
         (pretrained[0], name) for name in bench.methods if pretrained and name not in ("scratch", pretrained[0])

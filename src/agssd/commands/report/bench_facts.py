@@ -23,6 +23,8 @@ def _pretrained(bench: Bench, name: str, method: Method, rows: Sequence[dict[str
     if method.fit:
         own = "; ".join(f"{escape(readout)}: {_words(words)}" for readout, words in method.fit.items())
         return f"random weights; {own}" if name == "scratch" else own
+    if method.encoders:
+        return f"pretrained elsewhere: {_words(method.encoders[: bench.seeds])}"
     if not method.pretrain:
         return "random weights"
     steps = sorted({row["pretraining_steps"] for row in rows if row["method"] == name})

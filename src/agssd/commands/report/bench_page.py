@@ -220,7 +220,7 @@ def _chart(
 
 
 def _dash(bench: Bench, method: str) -> str:
-    return "" if bench.methods[method].pretrain else ' stroke-dasharray="5 4"'
+    return "" if bench.methods[method].pretrained else ' stroke-dasharray="5 4"'
 
 
 def _key(bench: Bench, method: str, with_line: bool) -> str:
