@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from made_bench import bench, made_rows
+from made_bench import bench, made_rows, write_bench, write_small_bench
 
-from agssd.commands.bench import _chosen, _pretrainings, _share
+from agssd.cli import main
+from agssd.commands.bench import _chosen, _pretrainings, _share, _time_left
 from agssd.commands.bench.cells import Cell, Pool, list_cells, read_subjects
 from agssd.commands.bench.equal_time import seconds_per_step
 from agssd.commands.bench.kept import keep, kept
@@ -186,6 +187,31 @@ def test_share__is_a_partition_that_keeps_pretrainings_together() -> None:
     assert all(len(found) == 1 for one, found in owners.items() if one is not None)
     with pytest.raises(ValueError, match="--share is '4/4'"):
         _share(cells, "4/4")
+
+
+def test_time_left__is_what_is_missing_by_the_mean_of_what_is_done(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_bench(out, {}, leave_out=30)
+    cells = kept(out).cells(out)
+    assert (
+        _time_left(cells)
+        == f"{30 * 60 / 3600:.1f} hours of one worker are left, by the mean of those done of each kind"
+    )
+    assert not _time_left(cells[:-30]), "nothing is left"
+    for cell in cells:
+        if cell.method == "unet":
+            (cell.folder / "row.json").unlink(missing_ok=True)
+    unets = [cell for cell in cells if cell.method == "unet"]
+    assert "without 2 kinds of which none is done yet, such as full, 10 steps, of unet" in _time_left(cells)
+    assert not _time_left(unets), "and nothing is guessed"
+
+
+def test_share__beyond_the_encoders_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "--config", str(write_small_bench(tmp_path / "b.yaml")), "--cache", "none.h5", "--out", "o"]
+    assert main([*words, "--dry-run", "--share", "5/8"]) == 0
+    assert "share 5/8 has nothing to do: the work is of 4 encoders, so 4 shares are the most" in capsys.readouterr().out
+    assert main([*words, "--dry-run", "--share", "3/8"]) == 0
+    assert "nothing to do" not in capsys.readouterr().out
 
 
 def test_chosen__are_the_cells_of_what_is_asked_for() -> None:

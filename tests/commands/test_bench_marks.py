@@ -60,7 +60,7 @@ def test_run__nothing_is_measured_with_an_encoder_of_other_settings(
         return []
 
     monkeypatch.setattr("agssd.commands.bench.side_by_side", work)
-    job = Job(settings, "c.h5", None)
+    job = Job(settings, "c.h5", "c")
     _measure_all(job, _pretrain_all(job, cells, 1, lambda: list_cells(settings, "c.h5", tmp_path))[1], 1)
     assert {one.method for one in asked if isinstance(one, Pretraining)} == {"ours", "rival"}, "one is refused there"
     assert {one.method for one in asked if isinstance(one, Cell)} == {"scratch", "unet", "rival"}
@@ -80,7 +80,7 @@ def test_read_rows__a_row_of_other_settings_is_in_no_table(tmp_path: Path) -> No
 
 
 def test_once__work_begun_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
-    job = Job(bench(), "c.h5", None)
+    job = Job(bench(), "c.h5", "c")
     cell = list_cells(job.bench, "c.h5", tmp_path, "these cases")[0]
 
     def stopped() -> dict[str, Any]:

@@ -323,7 +323,7 @@ def tiny(settings: Bench, quick: Bench) -> Bench:
 
 def figures_of(settings: Bench, cache: str, cells: list[Cell]) -> dict[tuple[str, str], dict[str, float]]:
     """Return the figure of each subject by method and readout, of cells of one seed, draw and fold."""
-    job = Job(settings, cache, None)
+    job = Job(settings, cache, "c")
     for one in dict.fromkeys(cell.pretraining for cell in cells):
         if one is not None:
             pretrain(one, job)
@@ -403,7 +403,7 @@ def test_adni__smallest_amount__every_draw_has_both_classes_and_is_measured(
     assert full.labels[0] == "1%"
     settings = replace(tiny(full, quick), labels=["1%"], draws=full.draws)
     cells = [cell for cell in list_cells(settings, cache, tmp_path / "out") if cell.method == "scratch"]
-    job = Job(settings, cache, None)
+    job = Job(settings, cache, "c")
     for cell in cells:
         if cell.fit and (cell.readout == "finetune" or cell.draw == 0):
             row = train_and_measure(cell, job)

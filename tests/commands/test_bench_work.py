@@ -260,9 +260,9 @@ def test_bench__an_encoder_that_has_seen_test_subjects_is_refused(
         backbone=str(conf / "backbone" / "vit_tiny_p8.yaml"),
     )
     before = next(one for c in list_cells(settings, str(seen), tmp_path) if (one := c.pretraining) is not None)
-    pretrain(before, Job(settings, str(seen), None))
+    pretrain(before, Job(settings, str(seen), "c"))
     cells = [c for c in list_cells(settings, str(cache), tmp_path) if c.method == "simmim"]
-    job = Job(settings, str(cache), None)
+    job = Job(settings, str(cache), "c")
     tasks = {c.readout: (train_and_measure, c, job) if c.fit else (probe, [c], job) for c in cells}
     failed = dict(side_by_side(tasks, 1))
     assert set(failed) == {"fit", "knn"}
@@ -283,7 +283,7 @@ def test_bench__an_encoder_that_has_seen_test_subjects_is_refused(
     knowingly = next(c for c in list_cells(warned, str(cache), tmp_path / "warned") if c.method == "simmim" and c.fit)
     assert knowingly.pretraining is not None
     shutil.copytree(before.folder, knowingly.pretraining.folder)
-    train_and_measure(knowingly, Job(warned, str(cache), None))
+    train_and_measure(knowingly, Job(warned, str(cache), "c"))
     assert (
         "seen of the split 'test' 2 of 2 subjects" in json.loads((knowingly.folder / "row.json").read_text())["leakage"]
     )

@@ -124,10 +124,13 @@ class Browser:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
-    """Start a browser with a profile of its own; skip the test where there is none."""
+    """Start a browser with a profile of its own; without one skip the test, or with AGSSD_REQUIRE_BROWSER fail it."""
     program = next((found for name in NAMES if (found := shutil.which(name))), None)
     if program is None:
-        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
+        told = f"no browser: none of {', '.join(NAMES)} is installed"
+        if os.environ.get("AGSSD_REQUIRE_BROWSER"):
+            pytest.fail(told)
+        pytest.skip(told)
     read_commands, write_commands = os.pipe()
     read_answers, write_answers = os.pipe()
     options = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage --hide-scrollbars"

@@ -89,7 +89,11 @@ def run(args: argparse.Namespace) -> int:
     pool = Pool(tuple(args.pretrain_cache), fingerprint([cache_mark(one) for one in pools])) if pools else None
     listed = partial(list_cells, bench, args.cache, args.out, data, pool)
     cells = listed()
-    ours = _share(_chosen(bench, cells, args), args.share)
+    chosen = _chosen(bench, cells, args)
+    ours = _share(chosen, args.share)
+    if args.share and not ours:
+        most = len(_encoders(chosen))
+        print(f"share {args.share} has nothing to do: the work is of {most} encoders, so {most} shares are the most")
     if cache is None or args.dry_run:
         _tell(bench, ours, args.share)
         return 0
@@ -160,12 +164,17 @@ def _share(cells: Sequence[Cell], share: str | None) -> list[Cell]:
     number, _, count = share.partition("/")
     if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
         raise ValueError(f"--share is {share!r}; give I/N with I from 0 to N - 1")
+    place = {one: index % int(count) for index, one in enumerate(_encoders(cells))}
+    return [cell for cell in cells if place[_encoder(cell)] == int(number)]
 
-    def group(cell: Cell) -> tuple[str, int, int | None]:
-        return cell.method, cell.seed, cell.fold if cell.pretraining is None else cell.pretraining.fold
 
-    place = {one: index % int(count) for index, one in enumerate(dict.fromkeys(map(group, cells)))}
-    return [cell for cell in cells if place[group(cell)] == int(number)]
+def _encoder(cell: Cell) -> tuple[str, int, int | None]:
+    return cell.method, cell.seed, cell.fold if cell.pretraining is None else cell.pretraining.fold
+
+
+def _encoders(cells: Sequence[Cell]) -> list[tuple[str, int, int | None]]:
+    """Return method, seed and fold of each encoder; a share of the work is of whole ones."""
+    return list(dict.fromkeys(map(_encoder, cells)))
 
 
 def _tell(bench: Bench, cells: Sequence[Cell], share: str | None) -> None:
@@ -176,6 +185,8 @@ def _tell(bench: Bench, cells: Sequence[Cell], share: str | None) -> None:
         f"{len(pretrainings)} pretrainings ({sum(map(is_done, pretrainings))} done) and {len(cells)} cells "
         f"({sum(map(is_done, cells))} done){'' if share is None else f' in share {share}'}"
     )
+    if left := _time_left(cells):
+        print(left)
     for one in pretrainings:
         if one.command:
             print("agssd " + " ".join(one.command))
@@ -189,6 +200,29 @@ def _tell(bench: Bench, cells: Sequence[Cell], share: str | None) -> None:
         print(f"... and {len(trained) - 3} cells more")
     if len(trained) < len(cells):
         print(f"and {len(cells) - len(trained)} cells of frozen features, those of an encoder all at once")
+
+
+def _time_left(cells: Sequence[Cell]) -> str:
+    """Return how long what is missing will take one worker, by what is done of each kind; nothing before any is."""
+    from agssd.commands.bench.records import is_done, kept_row
+
+    kinds: dict[str, list[Cell | Pretraining]] = {}
+    for one in _pretrainings(cells):
+        kinds.setdefault(f"pretraining {one.method}", []).append(one)
+    for cell in cells:
+        kinds.setdefault(f"{cell.readout}, {cell.steps} steps, of {cell.method}", []).append(cell)
+    hours, unknown = 0.0, []
+    for name, members in kinds.items():
+        done = [(kept_row(one) or {})["seconds"] for one in members if is_done(one)]
+        missing = len(members) - len(done)
+        if missing and not done:
+            unknown.append(name)
+        elif missing:
+            hours += missing * sum(done) / len(done) / 3600
+    if len(unknown) == len(kinds) or not (hours or unknown):
+        return ""
+    without = f", without {len(unknown)} kinds of which none is done yet, such as {unknown[0]}" if unknown else ""
+    return f"{hours:.1f} hours of one worker are left, by the mean of those done of each kind{without}"
 
 
 def _pretrainings(cells: Sequence[Cell]) -> list[Pretraining]:

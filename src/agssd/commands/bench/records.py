@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from agssd import __version__
 from agssd.commands.bench.settings import Bench
 from agssd.run.directory import describe_host
 from agssd.whole_file import whole_file
@@ -26,12 +27,12 @@ class Job:
     Args:
         bench: the settings.
         cache: labelled cache.
-        commit: of the source when the bench began, or None; see ``commit``.
+        commit: of the source when the bench began; see ``commit``.
     """
 
     bench: Bench
     cache: str
-    commit: str | None
+    commit: str
 
 
 class Recorded(Protocol):
@@ -108,14 +109,14 @@ def _begin(one: Recorded) -> None:
         temporary.write_text(one.mark, encoding="utf-8")
 
 
-def commit() -> str | None:
-    """Return the commit of the source, with a plus if files differ from it; None outside a repository."""
+def commit() -> str:
+    """Return the commit of the source, with a plus if files differ from it; outside a repository the version."""
     git = ["git", "-C", str(Path(__file__).parent)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
         return head.strip() + ("+" if changed.stdout.strip() else "")
-    return None
+    return f"agssd {__version__}"
 
 
 def _machine() -> str:
