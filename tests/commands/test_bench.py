@@ -17,7 +17,7 @@ from made_bench import bench, made_rows, write_bench, write_small_bench
 
 from agssd.cli import main
 from agssd.commands.bench import _chosen, _pretrainings, _share, _time_left
-from agssd.commands.bench.cells import Cell, Pool, list_cells, read_subjects
+from agssd.commands.bench.cells import Cell, Measured, Pool, list_cells, read_measured
 from agssd.commands.bench.equal_time import seconds_per_step
 from agssd.commands.bench.kept import keep, kept
 from agssd.commands.bench.results import places
@@ -230,16 +230,18 @@ def test_chosen__are_the_cells_of_what_is_asked_for() -> None:
         chosen(None, ["knn"])
 
 
-def test_read_subjects__dice_of_present_classes_and_weighted_accuracy(tmp_path: Path) -> None:
+def test_read_measured__dice_of_present_classes_and_weighted_accuracy(tmp_path: Path) -> None:
     path = tmp_path / "cases.csv"
     path.write_text("case,subject,dice_class1,dice_class2,surface_dice_class1\na,p,0.5,0.7,0\nb,p,0.9,,0\nc,q,,,1\n")
-    assert read_subjects(path, "dice") == {"p": pytest.approx((0.6 + 0.9) / 2), "q": None}
+    approx = pytest.approx
+    expected = Measured({"p": approx((0.6 + 0.9) / 2), "q": None}, {"1": approx((0.5 + 0.9) / 2), "2": approx(0.7)})
+    assert read_measured(path, "dice") == expected
     path.write_text("case,subject,dice_class1\na,p,\n")
     with pytest.raises(ValueError, match=r"cases\.csv has no dice"):
-        read_subjects(path, "dice")
+        read_measured(path, "dice")
 
 
-def test_read_subjects__shares_of_the_balanced_accuracy_over_volumes(tmp_path: Path) -> None:
+def test_read_measured__shares_of_the_balanced_accuracy_over_volumes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     targets, scores = rng.choice(3, 40, p=[0.6, 0.3, 0.1]), rng.dirichlet(np.ones(3), 40)
     subjects = rng.integers(0, 25, 40)  # some with several volumes, of one class or of two
@@ -251,7 +253,9 @@ def test_read_subjects__shares_of_the_balanced_accuracy_over_volumes(tmp_path: P
             writer.writerow(["case", "subject", "target", "probability0", "probability1", "probability2"])
             rows = zip(subjects, targets, scores, strict=True)
             writer.writerows([n, f"p{subject}", t, *s] for n, (subject, t, s) in enumerate(rows))
-        found = read_subjects(path, "accuracy")
+        measured = read_measured(path, "accuracy")
+        found = measured.subjects
+        assert np.mean(list(measured.classes.values())) == pytest.approx(np.mean(list(found.values())))
         assert set(found) == {f"p{subject}" for subject in subjects}
         return float(np.mean(list(found.values())))
 

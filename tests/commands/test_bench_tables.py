@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_bench import bench, made_rows
 
 from agssd.commands.bench.cells import list_cells
 from agssd.commands.bench.results import Place, figures
-from agssd.commands.bench.tables import compare, head, markdown, probability
+from agssd.commands.bench.tables import by_class, compare, head, markdown, probability
 
 
 def test_tables__find_a_gain_and_claim_none_where_there_is_none() -> None:
@@ -77,6 +78,26 @@ def test_tables__of_a_readout_with_fewer_seeds() -> None:
     for place, seeds in ((Place("full", 30, 2), 2), (Place("linear", 10, 2), 3)):
         table = figures(settings, rows, "ours", place)
         assert table is not None and table.shape == (seeds, 5, 20)
+
+
+def test_by_class__means_over_runs_of_whole_figures() -> None:
+    settings = bench()
+    rows = made_rows(list_cells(settings, "c.h5", Path("out")), {})
+    assert not by_class(settings, rows), "rows of before"
+    for number, row in enumerate(rows):
+        row["classes"] = {"10": number % 2, "2": {"ours": 0.75}.get(row["method"], 0.25)}
+    lost = next(row for row in rows if (row["method"], row["readout"], row["labels"]) == ("rival", "linear", "25%"))
+    text = by_class(settings, [row for row in rows if row is not lost])
+    assert text.count("\n## ") == 3 * 3 and "| method | 2 | 10 |" in text
+    assert text.count("| ours | 0.750 |") == 9 and text.count("| rival | 0.250 |") == 8
+    place = Place("full", 10, 2)
+    of_ours = [row["classes"]["10"] for row in rows if (row["method"], *place) == _where(row, "ours")]
+    line = next(one for one in text.splitlines() if one.startswith("| ours |"))
+    assert line == f"| ours | 0.750 | {sum(of_ours) / len(of_ours):.3f} |"
+
+
+def _where(row: dict[str, Any], method: str) -> tuple[Any, ...]:
+    return (method, row["readout"], row["steps"], row["labels"])
 
 
 def test_head__tells_what_the_checks_for_leakage_have_found() -> None:

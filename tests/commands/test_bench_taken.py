@@ -56,6 +56,7 @@ def test_results__of_two_parts_give_the_tables_of_the_whole(
     rows = read_rows(kept(whole).cells(whole))
     for row in rows[::2]:
         row["subjects"]["s07"] = None  # whose labels are empty
+        row["classes"] = {"1": 0.25, "12": 0.5}
         row["value"] = float(np.mean([value for value in row["subjects"].values() if value is not None]))
     for name, part in (("one", rows[:40]), ("other", rows[40:])):
         (tmp_path / name).mkdir()
@@ -101,6 +102,7 @@ def test_results__of_a_part__say_what_is_missing(
         (ROWS, SUBJECTS.replace("1.0", "much"), "has 'much' for value"),
         (ROWS.replace(",mark", ""), SUBJECTS, "has no column mark"),
         (ROWS.replace(",machine", ""), SUBJECTS, "has no column machine"),
+        (ROWS.replace("mark\n", "mark,classes\n").replace(",m\n", ",m,[1]\n"), SUBJECTS, "has '[1]' for classes"),
         (ROWS.replace(",m\n", "\n"), SUBJECTS, "line 2 of"),
         (ROWS + ROWS.splitlines()[1] + "\n", SUBJECTS, "has a run twice: readout linear"),
         (ROWS.replace("0.75", "0.5"), SUBJECTS, "not the mean of its subjects"),

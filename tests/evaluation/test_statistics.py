@@ -106,6 +106,27 @@ def test_crossed_mean__with_all_labels_there_is_one_draw_and_nothing_that_draws_
     assert covered / trials >= 0.925 and found / trials <= 0.075
 
 
+def in_folds(rng: np.random.Generator, folds: int, subjects: int, of_fold: float) -> np.ndarray:
+    """Return a table of subjects in folds, each with encoders, draws and a body of training subjects of its own."""
+    own = [rng.normal(size=(3, 1, folds)), rng.normal(size=(1, 5, folds)), of_fold * rng.normal(size=(1, 1, folds))]
+    shared = sum(own) + 0.5 * rng.normal(size=(3, 5, folds))
+    of_subject = 1 - rng.exponential(size=(1, 1, folds * subjects))
+    return np.repeat(shared, subjects, 2) + of_subject + rng.normal(size=(3, 5, folds * subjects))
+
+
+@pytest.mark.parametrize(("folds", "subjects"), [(3, 10), (5, 6)])
+@pytest.mark.parametrize("of_fold", [0.0, 0.3])
+def test_crossed_mean__of_folds_covers_too(folds: int, subjects: int, of_fold: float) -> None:
+    rng = np.random.default_rng(7)
+    trials, covered, found = 600, 0, 0
+    for _ in range(trials):
+        interval = crossed_mean(in_folds(rng, folds, subjects, of_fold))
+        covered += interval.low <= 0 <= interval.high
+        found += paired_difference(*(in_folds(rng, folds, subjects, of_fold) for _ in range(2))).p < 0.05
+    print(f"{folds} folds, {of_fold}: {covered / trials:.3f} covered of 0.95, {found / trials:.3f} false positives")
+    assert covered / trials >= 0.925 and found / trials <= 0.075
+
+
 def test_crossed_mean__small_p_values_are_as_rare_as_they_say_where_seeds_vary() -> None:
     rng = np.random.default_rng(6)
     trials = 6000

@@ -7,7 +7,9 @@ degrees of freedom, and the interval is Student's; it is never narrower than tha
 simulations with 3 seeds, 5 draws and 20 subjects, or 3 seeds, all labels and 25 subjects, it covers 94 to 100 % of
 truths where 95 % are promised. Drawing seeds, draws and subjects anew (a bootstrap) covers 80 to 88 % where
 seeds matter, because three seeds cannot show how seeds vary; tests/evaluation/test_statistics.py prints both. A source
-with one level cannot be judged: its variation is not in the interval.
+with one level cannot be judged: its variation is not in the interval. Subjects of folds stand side by side; that each
+fold has encoders and draws of its own costs no coverage, but what the training subjects of a fold have in common is not
+in the interval: were it as strong as what subjects differ by, three folds would cover 85 %.
 
 Source: variance components of crossed random effects (Cornfield and Tukey 1956), Satterthwaite 1946, Holm 1979; the
 choice is ours.

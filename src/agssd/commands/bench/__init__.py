@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  agssd bench ... --tables\n"
         "What was run elsewhere, or published, comes together in one table without data or cache:\n"
         "  agssd bench --config conf/bench/hippocampus.yaml --results docs/evidence/hippocampus --out runs/published\n"
-        "DIR then holds rows.csv (a row per run), subjects.csv (a row per run and subject), tables.md and curves.png;\n"
-        "`agssd report DIR --out bench.html` puts them on one page."
+        "DIR then holds rows.csv (a row per run), subjects.csv (a row per run and subject), tables.md, classes.md (by\n"
+        "class) and curves.png; `agssd report DIR --out bench.html` makes a page of them."
     )
     parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="for example conf/bench/NAME.yaml")
     data = parser.add_mutually_exclusive_group(required=True)
@@ -286,7 +286,7 @@ def _tables(
     from agssd.commands.bench.curves import draw
     from agssd.commands.bench.records import state_of
     from agssd.commands.bench.results import read_rows, write_rows
-    from agssd.commands.bench.tables import markdown
+    from agssd.commands.bench.tables import by_class, markdown
     from agssd.whole_file import whole_file
 
     rows = read_rows(cells)
@@ -296,8 +296,12 @@ def _tables(
         command = " ".join(["agssd", *sys.argv[1:]]) if sys.argv else "agssd bench"
         with whole_file(args.out / "tables.md") as path:
             path.write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")
+        if classes := by_class(bench, rows):
+            with whole_file(args.out / "classes.md") as path:
+                path.write_text(f"{classes}\n", encoding="utf-8")
         draw(bench, rows, args.out / "curves.png")
-        print(f"\n{text}\n\nwritten: {args.out / 'tables.md'}, curves.png, rows.csv and subjects.csv")
+        more = "classes.md, " if classes else ""
+        print(f"\n{text}\n\nwritten: {args.out / 'tables.md'}, {more}curves.png, rows.csv and subjects.csv")
     else:
         print("no cell is done, so there are no tables yet", file=sys.stderr)
     if len(rows) < len(cells):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +16,8 @@ from agssd.commands.bench.marks import command_mark, contents, file_mark, finger
 from agssd.commands.bench.processes import said_to
 from agssd.commands.bench.records import Job, is_done, kept_row, once
 from agssd.commands.bench.settings import Bench, Labels, label_flags
+
+_DICE = "dice_class"  # columns of what `agssd test` writes
 
 
 @dataclass(frozen=True)
@@ -234,23 +236,36 @@ def train_and_measure(cell: Cell, job: Job) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         _command(cell.fit, cell.folder, job.bench.threads)
         _command(cell.measure, cell.folder, job.bench.threads)
-        row = row_of(cell, job, read_subjects(cell.folder / cell.cases, job.bench.figure), _leakage(cell, job))
+        row = row_of(cell, job, read_measured(cell.folder / cell.cases, job.bench.figure), _leakage(cell, job))
         shutil.rmtree(cell.folder / "checkpoints")  # hundreds of cells; the same command makes it again
         return row
 
     return once(cell, job, work)
 
 
-def row_of(cell: Cell, job: Job, subjects: dict[str, float | None], leakage: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measured:
+    """What a run has measured.
+
+    Args:
+        subjects: figure by subject; None where it has none.
+        classes: by number of the class: Dice, or the share of its volumes that are found, over all who have a figure.
+    """
+
+    subjects: dict[str, float | None]
+    classes: dict[str, float]
+
+
+def row_of(cell: Cell, job: Job, measured: Measured, leakage: str) -> dict[str, Any]:
     """Return the row of a cell.
 
     Args:
         cell: the cell.
         job: what every run of the bench is given.
-        subjects: figure by subject; None where it has none.
+        measured: its figures.
         leakage: what the encoder has seen of them, see ``agssd.commands.bench.leaks``.
     """
-    known = [value for value in subjects.values() if value is not None]
+    known = [value for value in measured.subjects.values() if value is not None]
     own = None if cell.pretraining is None or cell.pretraining.elsewhere else cell.pretraining
     before = {} if own is None else kept_row(own) or {}
     return {
@@ -262,8 +277,9 @@ def row_of(cell: Cell, job: Job, subjects: dict[str, float | None], leakage: str
         "seed": cell.seed,
         "fold": cell.fold,
         "figure": job.bench.figure,
-        "value": sum(known) / len(known),
-        "subjects": subjects,
+        "value": _mean(known),
+        "subjects": measured.subjects,
+        "classes": measured.classes,
         "bench": job.bench.fingerprint(),
         "pretraining_fold": None if cell.pretraining is None else cell.pretraining.fold,
         "pretraining_steps": before.get("steps", 0),
@@ -311,8 +327,8 @@ def _command(words: Sequence[str], folder: Path, threads: int) -> None:
         raise ValueError(f"{words[0]} of {folder} failed ({lines[-1] if lines else 'no word'}); see {log}")
 
 
-def read_subjects(path: Path, figure: str) -> dict[str, float | None]:
-    """Return the figure of each subject from the cases that a measurement wrote.
+def read_measured(path: Path, figure: str) -> Measured:
+    """Return the figures of subjects and classes from the cases that a measurement wrote.
 
     Dice is the mean over classes, of which one that is absent from a case is left out where it is not predicted and
     counts 0 where it is, and over the subject's cases; None where all are left out. Accuracy is that of ``balanced``.
@@ -323,20 +339,37 @@ def read_subjects(path: Path, figure: str) -> dict[str, float | None]:
     with path.open(newline="", encoding="utf-8") as file:
         cases = list(csv.DictReader(file))
     found: dict[str, list[float]] = {}
+    by_class: dict[str, dict[str, list[float]]] = {}
     if figure == "dice":
         for case in cases:
-            values = [float(v) for key, v in case.items() if key.startswith("dice_class") and v]
-            own = found.setdefault(case["subject"] or case["case"], [])
-            own += [sum(values) / len(values)] if values else []
+            who = case["subject"] or case["case"]
+            values = {key.removeprefix(_DICE): float(v) for key, v in case.items() if key.startswith(_DICE) and v}
+            found.setdefault(who, []).extend([_mean(values.values())] if values else [])
+            for name, value in values.items():
+                by_class.setdefault(name, {}).setdefault(who, []).append(value)
     else:
         guesses = []
         for case in cases:
             scores = [float(v) for key, v in case.items() if key.startswith("probability")]
             guesses.append((case["subject"] or case["case"], int(case["target"]), scores.index(max(scores))))
-        return dict(balanced(guesses))
+        return measured_guesses(guesses)
     if not any(found.values()):
         raise ValueError(f"{path} has no {figure}")
-    return {subject: sum(values) / len(values) if values else None for subject, values in sorted(found.items())}
+    return Measured(
+        {subject: _mean(values) if values else None for subject, values in sorted(found.items())},
+        {name: _mean([_mean(values) for values in its.values()]) for name, its in by_class.items()},
+    )
+
+
+def measured_guesses(guesses: Sequence[tuple[str, int, int]]) -> Measured:
+    """Return the figures of subjects, see ``balanced``, and classes from subject, class and guess of each volume."""
+    targets = sorted({target for _, target, _ in guesses})
+    found = {one: _mean([float(guess == one) for _, target, guess in guesses if target == one]) for one in targets}
+    return Measured(dict(balanced(guesses)), {str(one): share for one, share in found.items()})
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values)
 
 
 def balanced(guesses: Sequence[tuple[str, int, int]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from agssd.commands.bench.cells import Cell, balanced, row_of
+from agssd.commands.bench.cells import Cell, Measured, measured_guesses, row_of
 from agssd.commands.bench.leaks import labelled, leakage
 from agssd.commands.bench.records import Job, once, state_of
 from agssd.commands.bench.settings import Bench, Labels, amount
@@ -103,8 +103,8 @@ class _Frozen:
             raise ValueError(f"the features of {self.cell.method} are not finite: its weights have diverged")
         return found
 
-    def figures(self, readout: str, labels: Labels, draw: int) -> dict[str, float | None]:
-        """Return by measured subject the Dice over its classes, or its weighted accuracy; as ``read_subjects``.
+    def figures(self, readout: str, labels: Labels, draw: int) -> Measured:
+        """Return by measured subject the Dice over its classes, or its weighted accuracy; as ``read_measured``.
 
         Raises:
             ValueError: if the labels of no measured subject hold a class.
@@ -116,11 +116,13 @@ class _Frozen:
             found = probe_segmentation(cases, [fold], self.data.num_label_classes, fit)
             if all(np.isnan(dice).all() for dice in found.values()):
                 raise ValueError(f"no class is in the labels of a measured subject of {self.data.cache.path}")
-            return {
-                name: None if np.isnan(dice).all() else float(np.nanmean(dice)) for name, dice in sorted(found.items())
-            }
+            of_class = np.stack(list(found.values())).T  # (K - 1, subjects)
+            return Measured(
+                {who: None if np.isnan(dice).all() else float(np.nanmean(dice)) for who, dice in sorted(found.items())},
+                {str(k): float(np.nanmean(dice)) for k, dice in enumerate(of_class, 1) if not np.isnan(dice).all()},
+            )
         vectors = [ProbeVector(f.subject, f.cls, f.target) for f in self.features if f.target is not None]
         learned = [case for case in vectors if case.subject in set(fold.learned)]
         asked = [case for case in vectors if case.subject in set(fold.held_out)]
         guesses = SHARES[readout.removesuffix("-cls")](learned, asked, self.data.num_targets).argmax(1).tolist()
-        return dict(balanced([(case.subject, case.target, guess) for case, guess in zip(asked, guesses, strict=True)]))
+        return measured_guesses([(one.subject, one.target, guess) for one, guess in zip(asked, guesses, strict=True)])

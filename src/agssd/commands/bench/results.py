@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ ROWS, SUBJECTS = "rows.csv", "subjects.csv"
 RUN = ("readout", "steps", "labels", "draw", "seed", "fold", "method", "figure")  # which run it is
 FOLD = "pretraining_fold"
 LEAKAGE = "leakage"  # what the encoder has seen of whom is measured
-LATER = (FOLD, LEAKAGE)  # not in older files
+CLASSES = "classes"  # figures by class, in JSON
+LATER = (FOLD, LEAKAGE, CLASSES)  # not in older files
 NO_LEAK = "none"  # all could be compared, and nothing was seen
 _BEFORE = ("pretraining_steps", "pretraining_seconds", "pretraining_commit")
 OF_A_RUN = ("value", "seconds", *_BEFORE, "bench", "commit", "time", "machine", "mark")
@@ -54,7 +56,8 @@ def write_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
     with whole_file(out / ROWS) as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
-        writer.writerows([row.get(name) for name in columns] for row in rows)
+        plain = [row | {CLASSES: json.dumps(row[CLASSES])} if row.get(CLASSES) else row for row in rows]
+        writer.writerows([row.get(name) for name in columns] for row in plain)
     with whole_file(out / SUBJECTS) as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow((*RUN, "subject", "value"))
@@ -133,6 +136,15 @@ def figures(bench: Bench, rows: Sequence[dict[str, Any]], method: str, place: Pl
         raise ValueError(f"runs of {method} have measured other subjects; a cache has changed: give another --out")
     names = sorted(set(measured) - left_out(rows))
     return np.array([[[found[s, d][n] for n in names] for d in draws] for s in seeds])
+
+
+def class_figures(rows: Sequence[dict[str, Any]], method: str, place: Place) -> dict[str, float]:
+    """Return the means over the runs of a method at a place of what each has by class; of classes that any has."""
+    found: dict[str, list[float]] = {}
+    for row in _runs(rows, method, place):
+        for name, value in (row.get(CLASSES) or {}).items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _runs(rows: Sequence[dict[str, Any]], method: str, place: Place) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from agssd.commands.bench.results import (
     Place,
+    class_figures,
     figures,
     heading,
     num_runs,
@@ -41,6 +42,27 @@ def markdown(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     if compared:
         parts.append(closing(bench, compared))
     return "\n\n".join(parts)
+
+
+def by_class(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
+    """Return a table of means by class for each place whose runs are all there and say them; else nothing."""
+    parts = []
+    for place in places(bench):
+        whole = [method for method in bench.methods if figures(bench, rows, method, place) is not None]
+        found = {method: its for method in whole if (its := class_figures(rows, method, place))}
+        names = sorted({name for its in found.values() for name in its}, key=int)
+        if not names:
+            continue
+        lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for method, its in found.items():
+            cells = [f"{its[name]:.3f}" if name in its else "" for name in names]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        parts.append(f"## {heading(place.readout, place.steps)}, {label(place)}\n\n" + "\n".join(lines))
+    if not parts:
+        return ""
+    what = "Dice" if bench.figure == "dice" else "share of a class's volumes that is found"
+    told = f"{what} by number of the class: means over subjects, seeds and draws, without intervals and tests."
+    return "\n\n".join([told, *parts])
 
 
 def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:

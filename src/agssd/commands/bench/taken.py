@@ -15,7 +15,7 @@ from typing import Any
 from agssd.commands.bench.cells import Cell, list_cells
 from agssd.commands.bench.kept import keep
 from agssd.commands.bench.records import ROW
-from agssd.commands.bench.results import FOLD, LATER, OF_A_RUN, ROWS, RUN, SUBJECTS, places
+from agssd.commands.bench.results import CLASSES, FOLD, LATER, OF_A_RUN, ROWS, RUN, SUBJECTS, places
 from agssd.commands.bench.settings import Bench
 from agssd.commands.bench.tables import of_place
 from agssd.whole_file import whole_file
@@ -101,6 +101,7 @@ def _rows(folder: Path) -> Iterator[tuple[_Run, dict[str, Any]]]:
         row |= {name: one[name] or None for name in _OPTIONAL if name in columns}
         for name in {"fold", FOLD} & set(columns):
             row[name] = int(_number(path, one, name)) if one[name] else None
+        row[CLASSES] = _classes(path, one)
         row["labels"] = int(one["labels"]) if one["labels"].isdigit() else one["labels"]
         values = [value for value in subjects[run].values() if value is not None]
         if not values or not math.isclose(row["value"], sum(values) / len(values), abs_tol=1e-9):
@@ -132,6 +133,14 @@ def _lines(folder: Path, name: str, columns: Sequence[str]) -> tuple[list[dict[s
         if None in one or None in one.values():
             raise ValueError(f"line {number} of {path} has not as many values as its first line")
     return lines, found
+
+
+def _classes(path: Path, one: dict[str, str]) -> dict[str, float] | None:
+    text = one.get(CLASSES)
+    try:
+        return {str(name): float(value) for name, value in json.loads(text).items()} if text else None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has {text!r} for {CLASSES} in a run of {one['method']}: {error}") from error
 
 
 def _number(path: Path, one: dict[str, str], name: str) -> float:
