@@ -28,6 +28,14 @@ ABLATED = {
     "without reconstruction": "no_reconstruction",
     "the student sees hidden patches as mask tokens": "mask_tokens",
 }
+ABLATION = "What each part is worth: the ablation on hippocampus"
+FINE_TUNED = {
+    "200 steps, 4 subjects": ("finetune, 200 steps", "4 subjects"),
+    "600 steps, 4 subjects": ("finetune, 600 steps", "4 subjects"),
+    "600 steps, all labels": ("finetune_all, 600 steps", "100% of the labels"),
+    "with stem, 600 steps, 4 subjects": ("finetune_stem, 600 steps", "4 subjects"),
+    "with stem, 600 steps, all labels": ("finetune_stem, 600 steps", "100% of the labels"),
+}
 ABLATION_COLUMNS = [
     (readout, labels) for readout in ("linear", "knn") for labels in ("4 subjects", "100% of the labels")
 ]
@@ -67,22 +75,42 @@ def made(name: str, config: str, folder: Path) -> dict[Place, str]:
     return by_place(text, {line: line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")})
 
 
-def told(name: str) -> str:
-    """Return the sections of the document that name the published runs of a bench."""
+def told(title: str, name: str) -> str:
+    """Return a section of the document, which names the published runs of a bench."""
     text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    return "\n".join(part for part in re.split(r"^#+ ", text, flags=re.MULTILINE) if f"(evidence/{name})" in part)
+    (part,) = (part for part in re.split(r"^#+ ", text, flags=re.MULTILINE) if part.startswith(f"{title}\n"))
+    assert f"(evidence/{name})" in part
+    return part
 
 
-@pytest.mark.parametrize(("name", "config"), [("hippocampus", "hippocampus"), ("torsos", "ct_organs")])
-def test_evidence__final_tables_are_those_of_the_published_runs(name: str, config: str, tmp_path: Path) -> None:
-    found, expected = by_place(told(name), HEADINGS), made(name, config, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("title", "name", "config"),
+    [
+        ("Hippocampus: frozen tokens on the split test", "hippocampus", "hippocampus"),
+        ("Torsos: frozen tokens on the split test", "torsos", "ct_organs"),
+    ],
+)
+def test_evidence__final_tables_are_those_of_the_published_runs(
+    title: str, name: str, config: str, tmp_path: Path
+) -> None:
+    found, expected = by_place(told(title, name), HEADINGS), made(name, config, tmp_path / "out")
     assert len(found) >= 40
     assert found == {place: expected.get(place) for place in found}
 
 
+def test_evidence__fine_tuned_is_that_of_the_published_runs(tmp_path: Path) -> None:
+    expected = made("hippocampus", "hippocampus", tmp_path / "out")
+    means, differences = tables(told("Hippocampus: fine-tuned on the split test", "hippocampus"), {})
+    for _, (head, *rows) in (means, differences):
+        assert head[1:] == list(FINE_TUNED) and len(rows) >= 4
+        for name, *cells in rows:
+            places = [(*FINE_TUNED[column], name) for column in head[1:]]
+            assert cells == [expected.get(place, "").removesuffix(SAME) for place in places], name
+
+
 def test_evidence__ablation_is_that_of_the_published_runs(tmp_path: Path) -> None:
     expected = made("hippocampus_ablation", "hippocampus_ablation", tmp_path / "out")
-    means, differences = (rows[1:] for _, rows in tables(told("hippocampus_ablation"), {}))
+    means, differences = (rows[1:] for _, rows in tables(told(ABLATION, "hippocampus_ablation"), {}))
     assert [row[0] for row in means] == list(ABLATED) and len(differences) == len(ABLATED) - 1
     for name, *cells in means:
         assert cells == [expected[*place, ABLATED[name]].partition(" ")[0] for place in ABLATION_COLUMNS], name
