@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agssd.commands.bench.processes import Task, side_by_side
+from agssd.commands.bench.processes import Task, side_by_side, told_to_end
 
 if TYPE_CHECKING:
     from agssd.commands.bench.cells import Cell, Pretraining
@@ -103,19 +103,19 @@ def run(args: argparse.Namespace) -> int:
     failed: list[tuple[str, str]] = []
     if not args.tables:
         job = Job(bench, args.cache, commit())
-        try:
-            refuse_beforehand(bench, ours, cache, pools, args.workers, _PRELOADED)
-            if not args.share:
-                keep(bench, facts, cells, args.out)
-            failed, ours = _pretrain_all(job, ours, args.workers, listed)
-            if not args.share:
-                keep(bench, facts, listed(), args.out)
-            failed += _measure_all(job, ours, args.workers)
-        except KeyboardInterrupt:
-            if not args.share:
-                keep(bench, facts, listed(), args.out)
-            print("error: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
-            return 1
+        with told_to_end() as told:
+            try:
+                refuse_beforehand(bench, ours, cache, pools, args.workers, _PRELOADED)
+                if not args.share:
+                    keep(bench, facts, cells, args.out)
+                failed, ours = _pretrain_all(job, ours, args.workers, listed)
+                if not args.share:
+                    keep(bench, facts, listed(), args.out)
+                failed += _measure_all(job, ours, args.workers)
+            except KeyboardInterrupt:
+                if not args.share:
+                    keep(bench, facts, listed(), args.out)
+                return _interrupted(told)
     cells = listed()  # what hung on the time of another may be known now
     if args.share:
         done = sum(map(is_done, _share(_chosen(bench, cells, args), args.share)))
@@ -126,6 +126,22 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in failed:
         print(f"error: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _interrupted(told: Sequence[int]) -> int:
+    """Say that the same command goes on, put a SLURM job that was told to end back, and return the exit code."""
+    from agssd.callbacks.preemption import EXIT_PREEMPTED
+    from agssd.run import slurm
+
+    after = ""
+    if told and slurm.job() is not None:
+        try:
+            after = f"; {slurm.requeue()}"
+        except OSError as error:
+            after = f"; {error}"
+    line = f"error: interrupted; what is done is kept, and the same command goes on from there{after}"
+    print(line, file=sys.stderr, flush=True)
+    return EXIT_PREEMPTED if told else 1
 
 
 def _take_over(bench: Bench, args: argparse.Namespace) -> int:

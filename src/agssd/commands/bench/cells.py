@@ -17,6 +17,7 @@ from agssd.commands.bench.processes import said_to
 from agssd.commands.bench.records import Job, is_done, kept_row, once
 from agssd.commands.bench.settings import Bench, Labels, label_flags
 
+_ALONE = ("--wandb.mode", "disabled", "--preemption.requeue", "false")  # it is for the bench to go back into a queue
 _DICE = "dice_class"  # columns of what `agssd test` writes
 
 
@@ -150,7 +151,7 @@ def _cell(
         flags += ["--data.cache", cache, "--trainer.default_root_dir", str(folder)]
         flags += [] if pretraining is None else ["--model.encoder", str(pretraining.folder)]
         only_last = ["--trainer.limit_val_batches", "0", "--checkpoint.every_n_train_steps", str(steps)]
-        fit = ("fit", *flags, *only_last, "--wandb.mode", "disabled")
+        fit = ("fit", *flags, *only_last, *_ALONE)
         measure = (kind, *flags, "--ckpt_path", str(folder / "checkpoints" / "last.ckpt"))
     else:
         encoder = contents(Path(str(bench.backbone))) if pretraining is None else before
@@ -197,7 +198,7 @@ def _pretraining(
     flags += ["--seed_everything", str(seed), "--model.seed", str(seed), "--data.seed", str(seed)]
     flags += ["--trainer.max_steps", str(steps), *clock_flags(bench, steps)]
     mark = fingerprint([command_mark(flags), data])
-    flags += ["--data.cache", cache, "--trainer.default_root_dir", str(folder), "--wandb.mode", "disabled"]
+    flags += ["--data.cache", cache, "--trainer.default_root_dir", str(folder), *_ALONE]
     return Pretraining(folder, method, seed, fold, steps, ("fit", *flags), mark)
 
 

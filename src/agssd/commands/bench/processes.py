@@ -12,6 +12,7 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from threading import Thread
+from types import FrameType
 from typing import Any, cast
 
 Task = tuple[Callable[..., dict[str, Any]], *tuple[Any, ...]]  # a function and what it is given
@@ -62,6 +63,27 @@ def side_by_side(tasks: Mapping[str, Task], workers: int, preload: Sequence[str]
     return failed
 
 
+@contextmanager
+def told_to_end() -> Iterator[list[int]]:
+    """Let SIGTERM and SIGUSR1 interrupt what runs here as a terminal does, and yield which of them came, once one has.
+
+    A second one while tasks save themselves is passed over.
+    """
+    told: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        told.append(number)
+        if len(told) == 1:
+            raise KeyboardInterrupt
+
+    before = {one: signal.signal(one, interrupt) for one in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield told
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
 def device_of(slot: int) -> str | None:
     """Return what ``CUDA_VISIBLE_DEVICES`` is to be for the n-th of the processes side by side; None without a GPU."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -97,7 +119,8 @@ def _do(sender: Connection, device: str | None, work: Callable[..., dict[str, An
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the bench, which then sends SIGTERM
+    for one in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(one, signal.SIG_IGN)  # it is for the bench, which then sends SIGTERM
     Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         row, reason = work(*given), ""
