@@ -65,15 +65,25 @@ def made_rows(cells: list[Cell], gain: dict[str, float], seed: int = 0) -> list[
     return rows
 
 
-def write_bench(out: Path, gain: dict[str, float], leave_out: int = 0, **given: Any) -> None:
-    """Write the directory of a bench, with settings ``given``, in which the last ``leave_out`` cells are not done."""
+def write_bench(
+    out: Path, gain: dict[str, float], leave_out: int = 0, classes: dict[str, float] | None = None, **given: Any
+) -> None:
+    """Write the directory of a bench, with settings ``given``, in which the last ``leave_out`` cells are not done.
+
+    Args:
+        out: is made.
+        gain: by method.
+        leave_out: how many cells.
+        classes: figures by class of every run; None as rows had it before there were any.
+        given: settings.
+    """
     settings = bench(**given)
     cells = list_cells(settings, "", out)
     out.mkdir()
     keep(settings, [("cases", "20 of 20 subjects"), ("modality", "MRI")], cells, out)
     for cell, row in list(zip(cells, made_rows(cells, gain), strict=True))[: len(cells) - leave_out]:
         cell.folder.mkdir(parents=True)
-        (cell.folder / "row.json").write_text(json.dumps(row | {"seconds": 60.0}))
+        (cell.folder / "row.json").write_text(json.dumps(row | {"seconds": 60.0, "classes": classes}))
         if cell.pretraining is not None:
             cell.pretraining.folder.mkdir(parents=True, exist_ok=True)
             (cell.pretraining.folder / "row.json").write_text(

@@ -109,6 +109,26 @@ def test_bench_page__shows_every_readout(
     assert not browser.complaints
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_bench_page__figures_by_class_are_opened_below_each_readout(
+    browser: Browser, tmp_path: Path, width: int
+) -> None:
+    classes = {str(number): 0.4 + number / 100 for number in range(1, 12)}
+    write_bench(tmp_path / "bench", {}, leave_out=1, classes=classes)
+    page = tmp_path / "bench.html"
+    assert main(["report", str(tmp_path / "bench"), "--out", str(page)]) == 0
+    browser.open(page, width)
+    browser.run("document.querySelector('#part2 summary').click()")
+    table = "[...document.querySelectorAll('#part2 details h3')].map((h) => [h.textContent, ...[...h.nextSibling"
+    shown = browser.run(table + ".querySelectorAll('tr')].map((r) => r.textContent)])")
+    of_each = "".join(f"{value:.3f}" for value in classes.values())
+    rows = ["method1234567891011", *(name + of_each for name in ("scratch", "ours", "rival"))]
+    assert shown[0] == ["2 subjects", *rows]
+    assert shown[2] == ["100% of the labels", *rows[:-1]], "a method of which a run is missing is left out"
+    assert browser.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert not browser.complaints
+
+
 def test_bench_page__by_keyboard(browser: Browser, folder: Path, tmp_path: Path) -> None:
     page = tmp_path / "bench.html"
     assert main(["report", str(folder), "--out", str(page)]) == 0

@@ -48,21 +48,33 @@ def by_class(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     """Return a table of means by class for each place whose runs are all there and say them; else nothing."""
     parts = []
     for place in places(bench):
-        whole = [method for method in bench.methods if figures(bench, rows, method, place) is not None]
-        found = {method: its for method in whole if (its := class_figures(rows, method, place))}
-        names = sorted({name for its in found.values() for name in its}, key=int)
-        if not names:
+        found = of_classes(bench, rows, place)
+        if not found:
             continue
+        names = class_names(found)
         lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         for method, its in found.items():
             cells = [f"{its[name]:.3f}" if name in its else "" for name in names]
             lines.append(f"| {method} | {' | '.join(cells)} |")
         parts.append(f"## {heading(place.readout, place.steps)}, {label(place)}\n\n" + "\n".join(lines))
-    if not parts:
-        return ""
+    return "\n\n".join([told_classes(bench), *parts]) if parts else ""
+
+
+def of_classes(bench: Bench, rows: Sequence[dict[str, Any]], place: Place) -> dict[str, dict[str, float]]:
+    """Return by method and number of the class the mean figure at a place, of methods whose runs are all there."""
+    whole = [method for method in bench.methods if figures(bench, rows, method, place) is not None]
+    return {method: its for method in whole if (its := class_figures(rows, method, place))}
+
+
+def class_names(found: dict[str, dict[str, float]]) -> list[str]:
+    """Return the classes that some method has a figure of, in their order."""
+    return sorted({name for its in found.values() for name in its}, key=int)
+
+
+def told_classes(bench: Bench) -> str:
+    """Return what figures by class are, in a sentence."""
     what = "Dice" if bench.figure == "dice" else "share of a class's volumes that is found"
-    told = f"{what} by number of the class: means over subjects, seeds and draws, without intervals and tests."
-    return "\n\n".join([told, *parts])
+    return f"{what} by number of the class: means over subjects, seeds and draws, without intervals and tests."
 
 
 def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:

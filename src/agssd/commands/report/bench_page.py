@@ -17,7 +17,19 @@ from agssd.commands.bench.looks import Look, look
 from agssd.commands.bench.results import Place, places, read_rows
 from agssd.commands.bench.results import heading as heading_of
 from agssd.commands.bench.settings import Bench
-from agssd.commands.bench.tables import ALPHA, NOTHING_YET, closing, compare, head, label, of_place, probability
+from agssd.commands.bench.tables import (
+    ALPHA,
+    NOTHING_YET,
+    class_names,
+    closing,
+    compare,
+    head,
+    label,
+    of_classes,
+    of_place,
+    probability,
+    told_classes,
+)
 from agssd.commands.report.bench_facts import what_was_compared
 from agssd.commands.report.write import check_name, joined_script, save
 from agssd.evaluation.statistics import Interval, crossed_mean
@@ -53,7 +65,8 @@ def write_bench(folder: Path, out: Path, title: str | None) -> str:
         heading = escape(heading_of(readout, steps))
         links.append(f'<li><a href="#part{number}">{heading}</a></li>')
         own = {key: value for key, value in compared.items() if key[2] in here}
-        parts.append(f'<section id="part{number}"><h2>{heading}</h2>{_part(bench, here, own)}</section>')
+        body = _part(bench, here, own) + _by_class(bench, rows, list(here))
+        parts.append(f'<section id="part{number}"><h2>{heading}</h2>{body}</section>')
     links.append('<li><a href="#what">What was compared</a></li>')
     parts.append(f'<section id="what"><h2>What was compared</h2>{what_was_compared(settings, rows)}</section>')
     missing = len(cells) - len(rows)
@@ -94,8 +107,9 @@ def _part(bench: Bench, means: _Means, compared: _Compared) -> str:
     methods = [name for name in bench.methods if any(name in one for one in means.values())]
     if not methods:
         return f'<p class="missing">{NOTHING_YET}</p>'
-    body = _charts(bench, methods, means, compared) + _table("method", list(means), _mean_rows(methods, means))
-    return f'<div class="card">{body}{_table("difference", list(means), _difference_rows(compared, list(means)))}</div>'
+    columns = [label(place) for place in means]
+    body = _charts(bench, methods, means, compared) + _table("method", columns, _mean_rows(methods, means))
+    return f'<div class="card">{body}{_table("difference", columns, _difference_rows(compared, list(means)))}</div>'
 
 
 def _mean_rows(methods: Sequence[str], means: _Means) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -122,10 +136,27 @@ def _difference_rows(compared: _Compared, columns: Sequence[Place]) -> list[tupl
     return rows
 
 
-def _table(name: str, columns: Sequence[Place], rows: Sequence[tuple[str, list[tuple[str, str]]]]) -> str:
+def _by_class(bench: Bench, rows: Sequence[dict[str, Any]], columns: Sequence[Place]) -> str:
+    """Return, to be opened, a table of classes for each amount of labels whose runs say them; else nothing."""
+    tables = []
+    for place in columns:
+        found = of_classes(bench, rows, place)
+        names = class_names(found)
+        cells = [
+            (who, [("", f"{its[name]:.3f}" if name in its else "") for name in names]) for who, its in found.items()
+        ]
+        if cells:
+            tables.append(f"<h3>{escape(label(place))}</h3>{_table('method', names, cells)}")
+    if not tables:
+        return ""
+    told = escape(told_classes(bench))
+    return f'<details><summary>By class</summary><p class="note">{told}</p>{"".join(tables)}</details>'
+
+
+def _table(name: str, columns: Sequence[str], rows: Sequence[tuple[str, list[tuple[str, str]]]]) -> str:
     if not rows:
         return ""
-    heads = "".join(f"<th scope=col>{escape(label(place))}</th>" for place in columns)
+    heads = "".join(f"<th scope=col>{escape(column)}</th>" for column in columns)
     body = "".join(
         f"<tr><th scope=row>{escape(head)}</th>"
         + "".join(f'<td class="{kind}">{text}</td>' for kind, text in cells)
