@@ -31,18 +31,29 @@ def requeue() -> str:
     name = job()
     if name is None:
         raise OSError("this process is in no SLURM job; start it again with the same command")
-    state = _fields(_scontrol("show", "job", "--oneliner", name))
-    if int(state.get("Restarts", "0")) > restarts():
+    state = _state(name)
+    if _put_back(state):
         return f"SLURM has put job {name} back into the queue"
     preempted = state.get("PreemptTime", "None") != "None"  # all that tells it from a cancelled one without grace time
     if state.get("JobState") != "RUNNING" and not preempted and state.get("Reason") not in ("TimeLimit", "Preempted"):
         return f"job {name} is cancelled and not put back into the queue; scontrol requeue {name} does"
-    _scontrol("requeue", name)
+    try:
+        _scontrol("requeue", name)
+    except OSError:
+        # SLURM ends the job, and scontrol in it, as soon as it agrees; that may be before scontrol has heard of it.
+        if not _put_back(_state(name)):
+            raise
     return f"job {name} is back in the queue"
 
 
-def _fields(line: str) -> dict[str, str]:
+def _state(name: str) -> dict[str, str]:
+    line = _scontrol("show", "job", "--oneliner", name)
     return dict(field.partition("=")[::2] for field in line.split())
+
+
+def _put_back(state: dict[str, str]) -> bool:
+    """Return whether the job is to start once more than it had when this process began."""
+    return int(state.get("Restarts", "0")) > restarts()
 
 
 def _scontrol(*arguments: str) -> str:
@@ -55,5 +66,6 @@ def _scontrol(*arguments: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{' '.join(command)} gave no answer in {_ANSWER_S} s, so {remedy}") from error
     if done.returncode:
-        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}, so {remedy}")
+        why = done.stderr.strip() or f"ended by signal {-done.returncode}" * (done.returncode < 0) or "failed"
+        raise OSError(f"{' '.join(command)}: {why}, so {remedy}")
     return done.stdout
