@@ -14,6 +14,7 @@ from agssd.evaluation.segmentation_probe import (
     case_dice,
     fit_readout,
     linear_segmenter,
+    objective_gradient,
     predict_patches,
     probe_segmentation,
 )
@@ -99,6 +100,24 @@ def cases_of(backbone: Backbone, count: int, noise: float = 0.1) -> list[ProbeCa
         tokens, _ = window_features(backbone, image[None], (8, 8, 8))
         made.append(ProbeCase(f"s{number // 2}", tokens, patch_labels(label, (4, 4, 4), (8, 8, 8))))
     return made
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("outside", [0.0, 0.3])
+def test_objective_gradient__equals_that_of_cross_entropy_plus_dice(classes: int, outside: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(7, classes - 1, 11, generator=generator)
+    labels = torch.randint(max(classes - 1, 2), (7, 11), generator=generator).to(torch.uint8)  # of 5, one is absent
+    labels[torch.rand(7, 11, generator=generator) < outside] = 255
+    wanted = scores.double().requires_grad_()
+    shares = torch.cat([torch.zeros(7, 1, 11), wanted], 1).movedim(1, -1).softmax(-1)[labels != 255]  # (V, K)
+    truth = torch.eye(classes, dtype=torch.float64)[labels[labels != 255].long()]
+    entropy = -(shares.log() * truth).sum(-1).mean()
+    dice = (2 * (shares * truth).sum(0) + 1) / (shares.sum(0) + truth.sum(0) + 1)
+    (entropy + 1 - dice[1:].mean()).backward()
+    found = objective_gradient(scores.clone(), labels)
+    torch.testing.assert_close(found.double(), wanted.grad, rtol=1e-4, atol=1e-7)
+    assert (found.movedim(1, -1)[labels == 255] == 0).all()
 
 
 def test_fit_readout__linear_features__learnt_and_deterministic() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+import yaml
 
 from agssd.transforms.keyed_random import KeyedRandom
 from agssd.transforms.masking import (
@@ -20,6 +22,7 @@ from agssd.transforms.masking import (
     masked_indices,
 )
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 GRID = (6, 6, 6)
 N = 216
 
@@ -104,23 +107,41 @@ def test_draw_masks__prefers_edges_more_as_the_quota_grows():
     assert all(late > early + 0.05 for early, late in zip(shares, shares[1:], strict=False))
 
 
+@pytest.mark.parametrize("path", sorted((CONF / "method").glob("agssd*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("grid", [(4, 4, 4), (6, 6, 6)])
+def test_shipped_settings__hide_the_strongest_edges_more_often_than_the_rest_once_under_way(path, grid):
+    given = yaml.safe_load(path.read_text())["init_args"]
+    names = {"mask_edge_share": "score_share", "mask_temperature": "temperature", "mask_hints": "hints"}
+    masks = MaskSampler(grid, (8, 8, 8), "edge", **{names[name]: given[name] for name in names})
+    batch, tokens = 600, math.prod(grid)
+    scores = z_scores(batch, tokens)
+    body = torch.ones(batch, tokens, dtype=torch.bool)
+    top = torch.zeros_like(body).scatter_(1, scores.topk(math.ceil(0.1 * tokens)).indices, True)
+    for ratio in sorted(set(given["mask_ratio"])):
+        lead = []
+        for progress in (0.0, 0.5, 1.0):
+            now, ratios = masks.schedules(progress), torch.full((batch,), ratio)
+            share, temperature = now["mask_edge_share"], now["mask_temperature"]
+            mask = draw_masks(scores, body, grid, ratios, share, temperature, masks.hints, keyed(batch)).flatten(1)
+            lead.append((mask[top].float().mean() - mask[~top].float().mean()).item())
+        assert lead[0] == pytest.approx(0, abs=0.02), "at random at first"
+        assert lead[2] > lead[1] > 0.03, (ratio, lead)
+
+
 def test_draw_masks__hints_show_some_of_the_strongest_and_hide_body_instead():
     batch, ratio = 600, 0.5
     scores = z_scores(batch)
     body = torch.ones(batch, N, dtype=torch.bool)
     body[:, 150:] = False
     ratios = torch.full((batch,), ratio)
-    without = draw_masks(scores, body, GRID, ratios, 0.5, 0.5, 0.0, keyed(batch)).flatten(1)
-    with_hints = draw_masks(scores, body, GRID, ratios, 0.5, 0.5, 0.1, keyed(batch)).flatten(1)
+    without = draw_masks(scores, body, GRID, ratios, 1.0, 0.5, 0.0, keyed(batch)).flatten(1)
+    with_hints = draw_masks(scores, body, GRID, ratios, 1.0, 0.5, 0.1, keyed(batch)).flatten(1)
     top = torch.zeros_like(body).scatter_(1, scores.masked_fill(~body, -torch.inf).topk(22).indices, True)
     shown = without & ~with_hints
     hidden_instead = with_hints & ~without
-    wanted = round(0.1 * ratio * N)
     assert (shown & ~top).sum() == 0 and (hidden_instead & ~body).sum() == 0
     assert torch.equal(shown.sum(1), hidden_instead.sum(1))
-    enough = (without & top).sum(1) >= wanted
-    assert enough.float().mean() > 0.95
-    assert (shown.sum(1)[enough] == wanted).all()
+    assert torch.equal(shown.sum(1), (0.1 * (without & top).sum(1)).round().long())
 
 
 def test_draw_masks__hints_without_spare_body_change_nothing():

@@ -117,7 +117,7 @@ class AGSSD(PretrainModule):
         teacher_score_edges: share of the edge score mixed into the teacher's, ``"attention"`` or ``"loss"``.
         mask_edge_share: share of hidden tokens drawn by score at the end of the run; it rises linearly from 0.
         mask_temperature: of that draw, from first to second over the run (linear in its logarithm).
-        mask_hints: share of hidden tokens of the strongest patches that are shown after all.
+        mask_hints: share of the strongest tenth of patches, as far as drawn by score, that is shown after all.
         mask_block: tokens per side of a hidden block.
         masked_views: 2 masks both global views, each by a draw of its own: twice the patches to learn from (ours); 1
             masks one of them, so that the student's [CLS] sees whole views too where it is shown both [R: DINOv2].

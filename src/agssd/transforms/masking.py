@@ -58,8 +58,8 @@ def draw_masks(
 
     Of the ``k`` hidden blocks a share ``edge_share`` is drawn without replacement with probability proportional to
     ``exp(score / temperature)`` among foreground blocks, the rest uniformly (background with weight 0.2). Then
-    ``hint_share * ratio`` of all blocks are shown again among those of the top tenth of the scores, and as many drawn
-    uniformly from the foreground are hidden instead, so the count stays ``k``.
+    ``hint_share`` of the blocks that this draw has hidden of the top tenth of the scores are shown again, and as many
+    drawn uniformly from the foreground are hidden instead, so the count stays ``k``.
 
     Args:
         scores: (B, N) float32, z-scores; all 0 (a flat volume) makes the edge quota uniform over the foreground.
@@ -68,7 +68,8 @@ def draw_masks(
         ratio: (B,) float32, share of hidden tokens.
         edge_share: share of the hidden blocks drawn by score, in [0, 1].
         temperature: of the draw; large is uniform.
-        hint_share: 0 switches hints off.
+        hint_share: of the blocks of the top tenth that are drawn by score, rounded; 0 switches hints off. Not of all
+            hidden blocks: a tenth of those is most of the top tenth, and edges are then hidden less than the rest.
         random: keyed by the B samples.
         block: tokens per side of a hidden block.
 
@@ -97,9 +98,9 @@ def draw_masks(
         # A flat volume has no strongest patches; the order of its ties must not show the same places every time.
         varied = (body & (score != 0)).any(1, keepdim=True)
         top = _take(score, (torch.full_like(count, blocks) * 0.1).ceil().long()) & varied
+        strongest = by_score & top
         hints = _take(
-            random.uniform(blocks).masked_fill(~(hidden & top), -torch.inf),
-            (hint_share * ratio * blocks).round().long(),
+            random.uniform(blocks).masked_fill(~strongest, -torch.inf), (hint_share * strongest.sum(1)).round().long()
         )
         # A hint needs a foreground block to hide in its place.
         spare = random.uniform(blocks).masked_fill(hidden | ~body, -torch.inf)
@@ -154,7 +155,7 @@ class MaskSampler:
         block: tokens per side of a hidden block.
         score_share: share of the hidden tokens drawn by score at the end of the run.
         temperature: first and last.
-        hints: share of hidden tokens of the strongest patches that are shown after all.
+        hints: share of the strongest tenth of patches, as far as drawn by score, that is shown after all.
 
     Raises:
         ValueError: if ``block`` does not divide the grid, or a temperature is not above 0.
