@@ -38,7 +38,7 @@ ALTERNATIVES: dict[str, dict[str, Any]] = {
     "no alignment": {"model": {"weight_align": 0.0}},
     "blurred places": {"model": {"align_pitches": 1.0}},
     "hidden blocks": {"model": {"mask_block": 2}},
-    "no hints": {"model": {"mask_hints": 0.0}},
+    "hints": {"model": {"mask_hints": 0.3}},
     "cvaa teacher": {"model": {"cvaa": "teacher"}},
     "cvaa casa": {"model": {"cvaa": "casa", "student_views": "masked"}},
     "cvaa none": {"model": {"cvaa": "none"}},

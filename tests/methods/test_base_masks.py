@@ -74,15 +74,13 @@ def leave_student(module: Any) -> Any:
 
 
 def by_score_alone(kind: Any, score: str) -> Any:
-    """Return a module whose third of hidden patches shows its score: no edges in it, no hints against it.
+    """Return a module whose third of hidden patches shows its score: no edges in it.
 
     Patches are not standardised, which makes the errors of a teacher that has learnt nothing nearly equal.
     """
     known = inspect.signature(kind).parameters
     alone = {name: value for name, value in {"teacher_score_edges": 0.0, "norm_pix": False}.items() if name in known}
-    module = recipes.build(kind, mask_score=score, mask_ratio=(1 / 3, 1 / 3), **alone)
-    module.masks.hints = 0.0
-    return module
+    return recipes.build(kind, mask_score=score, mask_ratio=(1 / 3, 1 / 3), **alone)
 
 
 @pytest.fixture(scope="module")

@@ -186,7 +186,7 @@ class AGSSD(PretrainModule):
         teacher_score_edges: float = 0.7,
         mask_edge_share: float = 0.5,
         mask_temperature: tuple[float, float] = (4.0, 1.0),
-        mask_hints: float = 0.1,
+        mask_hints: float = 0.0,
         mask_block: int = 1,
         masked_views: Literal[1, 2] = 2,
         student_views: Literal["both", "masked", "visible"] = "visible",

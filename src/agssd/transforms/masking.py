@@ -1,8 +1,8 @@
 """EAAM: edge-aware adaptive masking, and the plainer masks it is compared with, in one batched draw.
 
 Source: AG-SSD's abstract names masking that prefers patches with strong edges [paper]; the easy-to-hard quota follows
-AnatoMask [R: AnatoMask], the hints AttMask-hint [R: AttMask]; Gumbel-top-k with an annealed temperature, exact counts
-and the background rules are ours (docs/method.md §1.3).
+AnatoMask [R: AnatoMask], the hints, off by default, AttMask-hint [R: AttMask]; Gumbel-top-k with an annealed
+temperature, exact counts and the background rules are ours (docs/method.md §1.3).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class MaskSampler:
         block: int = 1,
         score_share: float = 0.5,
         temperature: tuple[float, float] = (4.0, 1.0),
-        hints: float = 0.1,
+        hints: float = 0.0,
     ) -> None:
         _coarse_grid(grid, block)
         if min(temperature) <= 0:
