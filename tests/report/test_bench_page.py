@@ -99,6 +99,10 @@ def test_bench_page__shows_every_readout(
         return dot.width > 4 &&
             dot.left >= svg.left && dot.right <= svg.right && dot.top >= svg.top && dot.bottom <= svg.bottom; })"""
     assert browser.run(inside)
+    words = """[...document.querySelectorAll('.spread > svg text')].every((t) => {
+        const word = t.getBoundingClientRect(), svg = t.closest('svg').getBoundingClientRect();
+        return word.left >= svg.left && word.right <= svg.right; })"""
+    assert browser.run(words), "no figure is cut off"
     tables = "[...document.querySelectorAll('.of-methods')].every((t) => t.scrollHeight <= t.clientHeight)"
     assert browser.run(tables), "no row is hidden"
     shown = looks(browser)
@@ -138,9 +142,9 @@ def test_bench_page__by_keyboard(browser: Browser, folder: Path, tmp_path: Path)
     browser.run("document.getElementById('theme').focus()")
     browser.press("Enter", "\r")
     assert browser.run(colour) != before
-    browser.run("document.querySelector('.scroll').focus()")
+    browser.run("document.querySelector('#part0 .scroll').focus()")
     browser.press("ArrowRight")
-    browser.wait("document.querySelector('.scroll').scrollLeft > 0")  # a table that is wider than a phone
+    browser.wait("document.querySelector('#part0 .scroll').scrollLeft > 0")  # a table that is wider than a phone
     assert not browser.complaints
 
 
@@ -157,6 +161,25 @@ def test_bench_page__claims_what_the_tables_claim(folder: Path, tmp_path: Path) 
     assert text.count(">no difference shown, p = ") == unclear
     assert text.count("<b>") == len(compared) - unclear
     assert str(tmp_path) not in text and str(folder) not in text
+
+
+def test_bench_page__at_a_glance__says_of_each_rival_what_intervals_and_corrected_p_say(
+    folder: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "bench.html"
+    assert main(["report", str(folder), "--out", str(page)]) == 0
+    table = page.read_text().partition('<section id="glance">')[2].partition("</section>")[0]
+    assert re.findall("scope=col>over ([^<]+)<", table) == ["scratch", "unet", "rival"]
+    settings = bench()
+    rows = read_rows(kept(folder).cells(folder))
+    compared = compare(settings, {place: of_place(settings, rows, place) for place in places(settings)})
+    ahead = [found for (first, _, _), found in compared.items() if first == "ours"]
+    corrected = sum(p < 0.05 for _, p in ahead)
+    single = sum(p >= 0.05 and i.low * i.high > 0 for i, p in ahead)
+    said = re.findall("<small>([^<]+)</small>", table)
+    assert said.count("corrected") == corrected > 0 and said.count("single") == single
+    assert len(said) == len(ahead) == corrected + single + said.count("neither")
+    assert sorted(re.findall(r"([+-][\d.]+) <small>", table)) == sorted(f"{i.mean:+.3f}" for i, _ in ahead)
 
 
 def test_bench_page__says_what_was_compared(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

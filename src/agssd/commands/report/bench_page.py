@@ -34,7 +34,8 @@ from agssd.commands.report.bench_facts import what_was_compared
 from agssd.commands.report.write import check_name, joined_script, save
 from agssd.evaluation.statistics import Interval, crossed_mean
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 300, 52, 12, 28
+_WIDTH, _HEIGHT, _TOP, _BOTTOM = 640, 300, 12, 28
+_LETTER = 13  # the widest figure in units of a chart, on a phone, where letters are largest
 _Means = dict[Place, dict[str, Interval]]
 _Compared = dict[tuple[str, str, Place], tuple[Interval, float]]
 
@@ -67,6 +68,9 @@ def write_bench(folder: Path, out: Path, title: str | None) -> str:
         own = {key: value for key, value in compared.items() if key[2] in here}
         body = _part(bench, here, own) + _by_class(bench, rows, list(here))
         parts.append(f'<section id="part{number}"><h2>{heading}</h2>{body}</section>')
+    glance = _at_a_glance(bench, compared)
+    if glance:
+        links.insert(0, '<li><a href="#glance">At a glance</a></li>')
     links.append('<li><a href="#what">What was compared</a></li>')
     parts.append(f'<section id="what"><h2>What was compared</h2>{what_was_compared(settings, rows)}</section>')
     missing = len(cells) - len(rows)
@@ -78,7 +82,7 @@ def write_bench(folder: Path, out: Path, title: str | None) -> str:
         f"<h1>{escape(name)}</h1><p>{escape(head(bench, rows))}</p>"
         '<button type="button" id="theme" hidden>Dark</button>',
         f'{_tiles(bench, rows)}<nav aria-label="Parts"><ul>{"".join(links)}</ul></nav>{note if missing else ""}'
-        f"{''.join(parts)}{_closing(bench, compared)}",
+        f"{glance}{''.join(parts)}{_closing(bench, compared)}",
         f"<p>agssd {agssd.__version__} report, {time.strftime('%Y-%m-%d', time.gmtime())}.</p>",
         (here_folder / "report.css").read_text(encoding="utf-8"),
         joined_script(here_folder, ("base",)),
@@ -101,6 +105,40 @@ def _tiles(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     }
     tiles = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items())
     return f'<dl class="tiles">{tiles}</dl>'
+
+
+def _at_a_glance(bench: Bench, compared: _Compared) -> str:
+    """Return what the first pretrained method is ahead of each other by, in one table of all readouts; else nothing."""
+    ours = _ours(compared)
+    if ours is None:
+        return ""
+    others = [name for name in bench.methods if any(key[:2] == (ours, name) for key in compared)]
+    rows = []
+    for place in dict.fromkeys(key[2] for key in compared):
+        cells = [_glance(compared.get((ours, name, place))) for name in others]
+        rows.append((f"{heading_of(place.readout, place.steps)}: {label(place)}", cells))
+    told = (
+        f"What {ours} is ahead of each by. Corrected: p after correction for all differences below {ALPHA}; single: "
+        "the interval of this one difference excludes 0, but p is not below it; neither: no difference shown."
+    )
+    table = _table("readout", [f"over {name}" for name in others], rows)
+    card = f'<div class="card"><p class="note">{escape(told)}</p>{table}</div>'
+    return f'<section id="glance"><h2>At a glance</h2>{card}</section>'
+
+
+def _glance(found: tuple[Interval, float] | None) -> tuple[str, str]:
+    """Return the class and the HTML of a difference without its interval: how far it is ahead, and what that says."""
+    if found is None:
+        return "", ""
+    interval, p = found
+    told = "corrected" if p < ALPHA else "single" if interval.low > 0 or interval.high < 0 else "neither"
+    kind = "note" if told == "neither" else "good" if interval.mean > 0 else "error"
+    return kind, f"{interval.mean:+.3f} <small>{told}</small>"
+
+
+def _ours(compared: _Compared) -> str | None:
+    """Return the first pretrained method, where it is compared with another."""
+    return next((first for first, second, _ in compared if second != "scratch"), None)
 
 
 def _part(bench: Bench, means: _Means, compared: _Compared) -> str:
@@ -188,7 +226,7 @@ def _charts(bench: Bench, methods: Sequence[str], means: _Means, compared: _Comp
     charts = _chart(
         bench, lines, columns, f"{what} over labelled subjects; bars are 95 % intervals, dashed without pretraining"
     )
-    ours = next((first for first, second, _ in compared if second != "scratch"), None)
+    ours = _ours(compared)
     if ours is not None:
         ahead: dict[str, dict[Place, Interval]] = {}
         for (first, second, place), (interval, _) in compared.items():
@@ -211,23 +249,24 @@ def _chart(
         low, high = min(low, 0.0), max(high, 0.0)
     pad = 0.06 * (high - low) or 0.01
     low, high = low - pad, high + pad
-    step = (_WIDTH - _LEFT - 12) / len(columns)
+    ticks = {value: f"{value:{sign if value else ''}.3g}" for value in round_values(low, high)}
+    left = 12 + _LETTER * max(map(len, ticks.values()))
+    step = (_WIDTH - left - 12) / len(columns)
     share = min(0.8, max(0.5, 0.07 * len(lines)))  # of a column, where the methods stand beside one another
 
     def x(column: int, method: int) -> float:
-        return _LEFT + step * (column + 0.5) + share * step * ((method + 0.5) / len(lines) - 0.5)
+        return left + step * (column + 0.5) + share * step * ((method + 0.5) / len(lines) - 0.5)
 
     def y(value: float) -> float:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low)
 
     marks = []
-    for value in round_values(low, high):
+    for value, told in ticks.items():
         kind = "grid zero" if sign and value == 0 else "grid"
-        marks.append(f'<line class="{kind}" x1="{_LEFT}" x2="{_WIDTH}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        told = f"{value:{sign if value else ''}.3g}"
-        marks.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{told}</text>')
+        marks.append(f'<line class="{kind}" x1="{left}" x2="{_WIDTH}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+        marks.append(f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{told}</text>')
     for column, place in enumerate(columns):
-        middle = _LEFT + step * (column + 0.5)
+        middle = left + step * (column + 0.5)
         marks.append(
             f'<text x="{middle:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(str(place.labels))}</text>'
         )
