@@ -440,3 +440,19 @@ def test_full_form__every_kind_of_command_builds(path: Path, tmp_path: Path, mon
             "ClassificationTask",
             "UNetTask",
         )
+
+
+def test_docs__list_every_bench_once_and_show_one_that_can_be_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "bench.md").read_text()
+    rows = text.split("| `conf/bench/` | task | data |\n")[1].split("\n\n")[0].splitlines()[1:]
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(listed) == [path.stem for path in BENCHES]
+    shown = text.partition("```yaml\n")[2].partition("```")[0]
+    folder = tmp_path / "conf" / "bench"
+    folder.mkdir(parents=True)
+    for name in ("base", "../experiment", "../method", "../backbone"):
+        (folder / name).resolve().symlink_to(ROOT / "conf" / "bench" / name)
+    (folder / "mine.yaml").write_text(shown)
+    settings = read_settings(folder / "mine.yaml", quick=False)
+    assert {"scratch", "mine", "elsewhere", "unet"} < set(settings.methods) and "mine-equal-time" in settings.methods
+    assert settings.labels == [2, 4, "10%", "100%"] and settings.readouts["finetune"].steps == [200, 600]
