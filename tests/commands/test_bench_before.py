@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import yaml
 from agssd.cli import main
 from agssd.commands.bench.before import shares_in_subjects
 from agssd.commands.bench.settings import Bench, Method, Readout
+from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
+from agssd.hub import export_backbone
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SMALL = ["--data.num_workers", "0", "--data.global_batch_size", "2"]
+FIT = {"full": {"fit": ["--config", str(CONF / "experiment" / "segmentation_small.yaml"), *SMALL], "steps": [2]}}
 
 
 def write(path: Path, task: list[str], pretraining: list[str], **given: Any) -> list[str]:
@@ -103,6 +108,51 @@ def test_bench__amount_that_cannot_hold_every_class_is_refused_for_probes_too(
     said = capfd.readouterr().err
     assert f"labels of knn are {labels[0]}, 1 of 6 subjects of {cache}, too few to hold the class '" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"readouts": {"knn": {"probe": "knn-seg", "window_vox": [30, 32, 32]}}},
+            "input of (30, 32, 32) voxels",
+        ),
+        ({"backbone": str(CONF / "backbone" / "gone.yaml")}, "settings of knn for every method: "),
+        ({"channels": 2}, "has 1 channel(s), "),
+        ({"spacing_mm": (3.0, 1.0, 1.0)}, "spacing 1x1x1 mm instead of 3x1x1 mm"),
+        ({"readouts": FIT, "depth": 3}, "settings of full for mae, seed 0, fold 0, labels 1"),
+    ],
+    ids=["window", "backbone", "channels", "preparation", "architecture"],
+)
+def test_bench__probes_and_encoders_from_elsewhere_that_cannot_serve_are_refused_before_anything_is_trained(
+    given: dict[str, Any], said: str, tiny_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((CONF / "backbone" / "vit_tiny_p8.yaml").read_text())
+    own = {"in_channels": given.pop("channels", 1), "depth": given.pop("depth", config["init_args"]["depth"])}
+    module, _, name = config["class_path"].rpartition(".")
+    made = getattr(import_module(module), name)(**config["init_args"] | own)
+    spacing = given.pop("spacing_mm", (1.0, 1.0, 1.0))
+    contract = cache_contract([replace(case, spacing_mm=spacing) for case in VolumeCache(tiny_cache).cases])
+    made.contract = contract | {"channels": own["in_channels"]}
+    export_backbone(made, tmp_path / "export")
+    methods = {"scratch": {}, "mae": {"encoders": [str(tmp_path / "export")]}}
+    probes = {"knn": {"probe": "knn-seg", "window_vox": [32, 32, 32]}}
+    backbone = str(CONF / "backbone" / "vit_tiny_p8.yaml")
+    settings = {"methods": methods, "readouts": probes, "seeds": 1, "draws": 2, "backbone": backbone} | given
+    command = write(tmp_path / "bench.yaml", [], [], **settings)
+    assert main([*command, "--cache", str(tiny_cache)]) == 2
+    assert said in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bench__one_figure_alone_has_no_interval_and_is_refused(
+    make_cache: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = make_cache(tmp_path / "c.h5", splits=["train"] * 7 + ["test"])
+    command = write(tmp_path / "bench.yaml", [], [], num_folds=None, seeds=1, labels=[2, "100%"])
+    assert main([*command, "--cache", str(cache)]) == 2
+    said = capfd.readouterr().err
+    assert "full with labels 100% is one figure alone, of one seed, one draw and one measured subject" in said
 
 
 def test_shares_in_subjects__are_those_that_every_draw_has(make_cache: Callable[..., Path], tmp_path: Path) -> None:

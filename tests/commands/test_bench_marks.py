@@ -44,6 +44,43 @@ def test_list_cells__marks_change_with_what_is_compared_and_with_nothing_else() 
     assert changed == {name for name in as_it_was if "cells/full/" in name and "/unet/" not in name}
 
 
+def test_list_cells__settings_say_what_the_yaml_says_for_any_data_and_machine() -> None:
+    def found(data: str = "d", **given: Any) -> dict[str, str]:
+        return {cell.name: cell.settings for cell in list_cells(bench(**given), "c.h5", Path("out"), data)}
+
+    as_it_was = found(equal_time="ours")
+    assert len(set(as_it_was.values())) == len(as_it_was)
+    assert found("other cases", equal_time="ours") == as_it_was
+    assert found("other cases", equal_time="ours", labels=[2], seeds=2).items() <= as_it_was.items()
+    methods = bench().methods
+    other = found(equal_time="ours", methods=methods | {"rival": replace(methods["rival"], pretrain=["--config", "c"])})
+    changed = {name for name, settings in other.items() if settings != as_it_was[name]}
+    assert changed == {name for name in as_it_was if "/rival" in name}, "and its twin of equal time"
+    other = found(equal_time="ours", methods=methods | {"ours": replace(methods["ours"], steps=9)})
+    changed = {name for name, settings in other.items() if settings != as_it_was[name]}
+    assert changed == {name for name in as_it_was if "/ours/" in name or "/rival-equal-time/" in name}, (
+        "whose time it is"
+    )
+
+
+def test_once__the_time_of_attempts_that_were_interrupted_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(bench(), "c.h5", "c")
+    cell, other = list_cells(job.bench, "c.h5", tmp_path, "these cases")[:2]
+    clock = iter([100.0, 130.0, 1000.0, 1007.0, 0.0, 2.0])
+    monkeypatch.setattr("agssd.commands.bench.records.time.perf_counter", lambda: next(clock))
+
+    def interrupted() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        once(cell, job, interrupted)
+    assert once(cell, job, dict)["seconds"] == 37.0
+    assert once(other, job, dict)["seconds"] == 2.0
+    assert {path.name for path in cell.folder.iterdir()} == {"row.json", "mark.txt"}
+
+
 def test_run__nothing_is_measured_with_an_encoder_of_other_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -455,4 +455,8 @@ def test_docs__list_every_bench_once_and_show_one_that_can_be_read(tmp_path: Pat
     (folder / "mine.yaml").write_text(shown)
     settings = read_settings(folder / "mine.yaml", quick=False)
     assert {"scratch", "mine", "elsewhere", "unet"} < set(settings.methods) and "mine-equal-time" in settings.methods
-    assert settings.labels == [2, 4, "10%", "100%"] and settings.readouts["finetune"].steps == [200, 600]
+    assert (
+        settings.leader == "mine"
+        and settings.labels == [2, 4, "10%", "100%"]
+        and settings.readouts["finetune"].steps == [200, 600]
+    )

@@ -10,8 +10,9 @@ import pytest
 from made_bench import bench, made_rows
 
 from agssd.commands.bench.cells import list_cells
-from agssd.commands.bench.results import Place, figures
-from agssd.commands.bench.tables import by_class, compare, head, markdown, probability
+from agssd.commands.bench.results import Place, figures, places
+from agssd.commands.bench.settings import Readout
+from agssd.commands.bench.tables import by_class, compare, head, markdown, of_place, probability
 
 
 def test_tables__find_a_gain_and_claim_none_where_there_is_none() -> None:
@@ -46,12 +47,36 @@ def test_probability__shows_on_which_side_of_a_bound_it_is(p: float, told: str) 
 
 def test_tables__say_over_what_an_interval_is() -> None:
     for given, told in (
-        ({}, "95 % interval over seeds, draws and subjects."),
+        ({}, "95 % interval over seeds, draws and subjects, not over draws where all labels are used. 363 runs"),
+        ({"labels": [2, "25%"]}, "95 % interval over seeds, draws and subjects. "),
         ({"draws": 1}, "95 % interval over seeds and subjects, not over draws, of which there is one."),
         ({"draws": 1, "seeds": 1}, "95 % interval over subjects, not over seeds and draws, of which there is one."),
     ):
         settings = bench(**given)
         assert told in head(settings, made_rows(list_cells(settings, "", Path("o")), {}))
+    settings = bench(readouts={"full": Readout(["--config", "f.yaml"], [10], seeds=1)}, labels=[2], num_folds=2)
+    said = head(settings, made_rows(list_cells(settings, "", Path("o")), {}))
+    assert "not over seeds where there is one (full). What the training subjects of a fold have in common is in" in said
+
+
+def test_tables__the_leader_is_held_against_every_other_method() -> None:
+    rows = made_rows(list_cells(bench(), "c.h5", Path("out")), {})
+    for given, ahead in ((None, {"rival", "unet", "scratch"}), ("rival", {"ours", "unet", "scratch"})):
+        settings = bench(lead=given)
+        found = compare(settings, {place: of_place(settings, rows, place) for place in places(settings)})
+        assert {second for first, second, _ in found if first == (given or "ours")} == ahead
+        assert {first for first, second, _ in found if second == "scratch"} == {"ours", "rival", "unet"}
+    with pytest.raises(ValueError, match="lead is 'unet'; name a method that is pretrained: ours, rival"):
+        bench(lead="unet")
+
+
+def test_tables__without_a_subject_whose_labels_hold_a_class() -> None:
+    settings = bench()
+    rows = made_rows(list_cells(settings, "c.h5", Path("out")), {})
+    for row in rows:
+        row["subjects"] = dict.fromkeys(row["subjects"])
+    text = markdown(settings, rows)
+    assert "20 of 20 subjects are left out" in text and "None of its figures is complete yet." in text
 
 
 def test_tables__of_an_unfinished_bench_say_so() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,29 @@ def test_results__of_a_part__say_what_is_missing(
     row = json.loads((tmp_path / "out/cells/linear/ours/steps0-labels2-draw1-seed0/row.json").read_text())
     assert row["subjects"] == {"s00": 0.5, "s01": 1.0} and row["value"] == 0.75 and row["mark"] == "m"
     assert row["pretraining_steps"] == 5 and row["fold"] is None and row["labels"] == 2
+    assert "Their settings: of 1 runs 1 not said." in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_results__say_how_many_runs_are_of_other_settings_than_the_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bench(tmp_path / "whole", {}, **SMALL)
+    settings = bench(**SMALL)
+    rows = read_rows(kept(tmp_path / "whole").cells(tmp_path / "whole"))
+    (tmp_path / "one").mkdir()
+    write_rows(rows, tmp_path / "one")
+    words = ["bench", "--config", "any.yaml", "--results", str(tmp_path / "one"), "--out"]
+    rival = replace(settings.methods["rival"], pretrain=["--config", "c.yaml"])
+    for now, told in (
+        (settings, "66 as the YAML has them"),
+        (bench(**SMALL, methods=settings.methods | {"rival": rival}), "48 as the YAML has them, 18 other than"),
+    ):
+        monkeypatch.setattr("agssd.commands.bench.settings.read_settings", lambda *_, now=now: now)
+        out = tmp_path / told[:2]
+        assert main([*words, str(out)]) == 0
+        assert f"Their settings: of 66 runs {told}" in (out / "tables.md").read_text()
+        assert main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+        assert f"of 66 runs {told}" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(

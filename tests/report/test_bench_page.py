@@ -182,6 +182,20 @@ def test_bench_page__at_a_glance__says_of_each_rival_what_intervals_and_correcte
     assert sorted(re.findall(r"([+-][\d.]+) <small>", table)) == sorted(f"{i.mean:+.3f}" for i, _ in ahead)
 
 
+def test_bench_page__one_method_beside_random_weights__is_shown_at_a_glance(tmp_path: Path) -> None:
+    methods = {name: bench().methods[name] for name in ("scratch", "ours")}
+    for leave_out, shown in ((0, 1), (11, 0)):
+        readouts = {"linear": Readout(["--config", "l.yaml"], [10])}
+        folder, page = tmp_path / str(leave_out), tmp_path / "bench.html"
+        given = {"methods": methods, "readouts": readouts, "labels": [2], "draws": 2}
+        write_bench(folder, {"ours": 0.1}, leave_out=leave_out, **given)
+        assert main(["report", str(folder), "--out", str(page)]) == 0
+        text = page.read_text()
+        assert (
+            text.count(">over scratch<") == text.count('id="glance"') == text.count("<span>Dice of ours less") == shown
+        )
+
+
 def test_bench_page__says_what_was_compared(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "bench.html"
     assert main(["report", str(folder), "--out", str(page)]) == 0

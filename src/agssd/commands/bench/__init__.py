@@ -146,13 +146,15 @@ def _interrupted(told: Sequence[int]) -> int:
 
 def _take_over(bench: Bench, args: argparse.Namespace) -> int:
     """Make the tables of what lies in folders, and return the exit code."""
+    from agssd.commands.bench.kept import kept
     from agssd.commands.bench.taken import take_over
 
     for name in ("pretrain_cache", "methods", "readouts", "share", "dry_run"):
         if getattr(args, name):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} is of runs, and --results runs nothing; leave one of them out")
-    _tables(bench, take_over(bench, args.results, args.out), args)
+    cells = take_over(bench, args.results, args.out)
+    _tables(bench, cells, args, kept(args.out).data)
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from agssd.commands.bench.cells import Cell
 from agssd.commands.bench.leaks import labelled
+from agssd.commands.bench.probes import try_probe
 from agssd.commands.bench.processes import Task, said_to, side_by_side
 from agssd.commands.bench.records import is_done
 from agssd.commands.bench.settings import Bench, amount
@@ -23,7 +24,7 @@ from agssd.data_modules.probe_set import ProbeSet
 from agssd.evaluation.contract import check_contract
 from agssd.tasks.encoders import encoder_file
 
-_OF_A_RUN = ("--model.encoder", "--trainer.default_root_dir")  # what is not there yet
+_FOLDER, _ENCODER = "--trainer.default_root_dir", "--model.encoder"
 
 
 def refuse_beforehand(
@@ -35,6 +36,9 @@ def refuse_beforehand(
     preload: Sequence[str],
 ) -> None:
     """Refuse what no cell could work with: of every kind of training that is to be done, one is built with its data.
+
+    Encoders that were pretrained elsewhere are loaded, each for every kind of cell that it is for; of probes random
+    weights are tried too.
 
     Args:
         bench: the settings.
@@ -54,13 +58,21 @@ def refuse_beforehand(
     tasks: dict[str, Task] = {}
     for cell in cells:
         before = cell.pretraining
-        if before is not None and before.elsewhere and not encoder_file(before.folder).is_file():
+        elsewhere = before is not None and before.elsewhere
+        if before is not None and elsewhere and not encoder_file(before.folder).is_file():
             raise ValueError(f"methods.{before.method}.encoders names {before.folder}, where there is no encoder")
         if before is not None and before.command and not is_done(before):
             tasks.setdefault(f"settings of the pretraining {before.method}", (build, before.command))
-        if cell.fit and not is_done(cell):
-            who = cell.method if bench.methods[cell.method].fit else "every method"
-            tasks.setdefault(f"settings of {cell.readout} for {who}, labels {cell.labels}", (build, cell.fit))
+        if is_done(cell):
+            continue
+        who = cell.method if bench.methods[cell.method].fit else "every method"
+        if elsewhere:
+            who = f"{cell.method}, seed {cell.seed}{'' if cell.fold is None else f', fold {cell.fold}'}"
+        if cell.fit:
+            task: Task = (build, cell.fit, elsewhere)
+            tasks.setdefault(f"settings of {cell.readout} for {who}, labels {cell.labels}", task)
+        elif elsewhere or before is None:
+            tasks.setdefault(f"settings of {cell.readout} for {who}", (try_probe, cell, bench, str(cache.path)))
     reasons: dict[str, list[str]] = {}
     for name, reason in side_by_side(tasks, workers, preload):
         reasons.setdefault(reason, []).append(name)
@@ -85,16 +97,21 @@ def shares_in_subjects(bench: Bench, cache: VolumeCache) -> list[tuple[str, str]
     return [("labelled subjects", ", ".join(told))]
 
 
-def build(words: Sequence[str]) -> dict[str, Any]:
-    """Build the module and the data of a command line ``fit ...`` as ``agssd fit`` would, with random weights.
+def build(words: Sequence[str], with_encoder: bool = False) -> dict[str, Any]:
+    """Build the module and the data of a command line ``fit ...`` as ``agssd fit`` would.
 
     Nothing is written, and no checkpoint of an earlier attempt is read. What callbacks ask of both is not checked.
+
+    Args:
+        words: after ``agssd``.
+        with_encoder: load the encoder that they name; else weights are random.
 
     Raises:
         ValueError: for what module and data refuse; with the traceback for anything else that goes wrong.
     """
     started = time.perf_counter()
-    kept = [word for before, word in pairwise(words) if before not in _OF_A_RUN and word not in _OF_A_RUN]
+    gone = (_FOLDER,) if with_encoder else (_FOLDER, _ENCODER)
+    kept = [word for before, word in pairwise(words) if before not in gone and word not in gone]
     with tempfile.TemporaryDirectory() as folder, said_to(Path(folder) / "log.txt"):
         try:
             fit = import_module("agssd.lightning_cli").ParsedFit(kept, Path(folder))
@@ -125,7 +142,8 @@ def _refuse_pools(data: ProbeSet, pools: Sequence[VolumeCache]) -> None:
 
 
 def _refuse_amounts(bench: Bench, cells: Sequence[Cell], data: ProbeSet) -> None:
-    """Refuse more subjects than there are, and for classification fewer than hold every class."""
+    """Refuse more subjects than there are, what would be one figure alone, and classes without a labelled subject."""
+    measured = {who for fold in data.folds for who in fold.held_out}
     most = min(len(fold.learned) for fold in data.folds)
     for cell in cells:
         if isinstance(cell.labels, int) and cell.labels > most:
@@ -133,17 +151,23 @@ def _refuse_amounts(bench: Bench, cells: Sequence[Cell], data: ProbeSet) -> None
                 f"labels of {cell.readout} are {cell.labels} subjects, but {data.cache.path} has {most} labelled "
                 f"ones to learn from{'' if bench.num_folds is None else ' in a fold'}; give at most {most}"
             )
+        if len(measured) * bench.seeds_of(cell.readout) * bench.draws_of(cell.labels) == 1:
+            raise ValueError(
+                f"{cell.readout} with labels {cell.labels} is one figure alone, of one seed, one draw and one measured "
+                f"subject of {data.cache.path}, and has no interval; ask for more seeds or draws"
+            )
     if bench.figure != "accuracy":
         return
     cases = [data.cache.cases[row] for row in data.rows]
     for readout, labels in dict.fromkeys((cell.readout, cell.labels) for cell in cells):
         for fold in data.folds:
-            drawn = data.subset(fold.learned, *amount(labels), 0)  # as many, hence as complete, in every draw
-            there, kept = (
-                {c.class_index for c in cases if c.subject in who} for who in (set(fold.learned), set(drawn))
-            )
-            if lacking := sorted(data.cache.class_names[number] for number in there - kept if number is not None):
-                raise ValueError(
-                    f"labels of {readout} are {labels}, {len(drawn)} of {len(fold.learned)} subjects of "
-                    f"{data.cache.path}, too few to hold the class {lacking[0]!r} too; give more"
-                )
+            there = {c.class_index for c in cases if c.subject in set(fold.learned)}
+            for draw in range(bench.draws_of(labels)):
+                drawn = set(data.subset(fold.learned, *amount(labels), draw))
+                lacking = there - {c.class_index for c in cases if c.subject in drawn} - {None}
+                if lacking:
+                    name = min(data.cache.class_names[number] for number in lacking if number is not None)
+                    raise ValueError(
+                        f"labels of {readout} are {labels}, {len(drawn)} of {len(fold.learned)} subjects of "
+                        f"{data.cache.path}, too few to hold the class {name!r} too; give more"
+                    )

@@ -32,6 +32,7 @@ class Pretraining:
     steps: int | None  # None where they hang on the time of a pretraining that is not done
     command: tuple[str, ...]  # after ``agssd``; empty while the steps are not known
     mark: str  # of its settings and data; of one made elsewhere of its weights
+    settings: str  # mark of what the YAML says of it alone, the same for any data and machine
     elsewhere: bool = False
 
     @property
@@ -62,6 +63,7 @@ class Cell:
     measure: tuple[str, ...]
     cases: str  # the file that measuring writes
     mark: str  # of its settings and data, and of its pretraining's
+    settings: str  # mark of its settings and its pretraining's alone
 
     @property
     def name(self) -> str:
@@ -138,7 +140,7 @@ def _cell(
     amount = str(labels).replace("%", "pct")
     folder = out / "cells" / readout / method / f"steps{steps}-labels{amount}-draw{draw}-seed{seed}{place}"
     kind = "test" if fold is None else "validate"
-    before = None if pretraining is None else pretraining.mark
+    before, earlier = (None, None) if pretraining is None else (pretraining.mark, pretraining.settings)
     drawn = ["by class"] if bench.figure == "accuracy" else []  # the way of draws, in the mark
     fit: tuple[str, ...] = ()
     measure: tuple[str, ...] = ()
@@ -148,15 +150,17 @@ def _cell(
         flags += [*label_flags(labels), "--data.subset_seed", str(draw), "--data.seed", str(seed)]
         flags += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps)]
         mark = fingerprint([kind, command_mark(flags), before, data, *drawn])
+        settings = fingerprint([kind, command_mark(flags), earlier, *drawn])
         flags += ["--data.cache", cache, "--trainer.default_root_dir", str(folder)]
         flags += [] if pretraining is None else ["--model.encoder", str(pretraining.folder)]
         only_last = ["--trainer.limit_val_batches", "0", "--checkpoint.every_n_train_steps", str(steps)]
         fit = ("fit", *flags, *only_last, *_ALONE)
         measure = (kind, *flags, "--ckpt_path", str(folder / "checkpoints" / "last.ckpt"))
     else:
-        encoder = contents(Path(str(bench.backbone))) if pretraining is None else before
-        asked = [one.probe, one.window_vox, one.depths, labels, draw, seed, fold, bench.num_folds, encoder, data]
-        mark = fingerprint([*asked, *drawn])
+        fresh = contents(Path(str(bench.backbone))) if pretraining is None else None
+        asked = [one.probe, one.window_vox, one.depths, labels, draw, seed, fold, bench.num_folds]
+        mark = fingerprint([*asked, fresh or before, data, *drawn])
+        settings = fingerprint([*asked, fresh or earlier, *drawn])
     return Cell(
         folder=folder,
         method=method,
@@ -171,6 +175,7 @@ def _cell(
         measure=measure,
         cases="test_cases.csv" if fold is None else "val_cases.csv",
         mark=mark,
+        settings=settings,
     )
 
 
@@ -182,24 +187,27 @@ def _pretraining(
         from agssd.tasks.encoders import encoder_file
 
         path = Path(its.encoders[seed])
-        return Pretraining(path, method, seed, None, None, (), file_mark(encoder_file(path)), elsewhere=True)
+        mark = file_mark(encoder_file(path))
+        return Pretraining(path, method, seed, None, None, (), mark, "elsewhere", elsewhere=True)
     if not its.pretrain:
         return None
     folder = out / "pretraining" / method / (f"seed{seed}" + ("" if fold is None else f"-fold{fold}"))
     steps: int | None = its.steps or bench.pretrain_steps
+    flags = [*its.pretrain, *bench.pretrain_common, *_fold_flags(bench, fold)]
+    flags += ["--seed_everything", str(seed), "--model.seed", str(seed), "--data.seed", str(seed)]
+    settings: list[Any] = [command_mark(flags), steps]
     if its.time_of is not None and bench.equal_time is not None:
         made = [_pretraining(bench, cache, out, data, one, seed, fold) for one in (bench.equal_time, its.time_of)]
         reference, same = pair = [one for one in made if one is not None]  # or the settings are refused
+        settings[1] = [one.settings for one in pair]  # the steps are of a machine
         done = all(one.is_done for one in pair)
         steps = fitting_steps(reference.folder, reference.steps, same.folder) if done else None
     if steps is None:
-        return Pretraining(folder, method, seed, fold, None, (), "")
-    flags = [*its.pretrain, *bench.pretrain_common, *_fold_flags(bench, fold)]
-    flags += ["--seed_everything", str(seed), "--model.seed", str(seed), "--data.seed", str(seed)]
+        return Pretraining(folder, method, seed, fold, None, (), "", fingerprint(settings))
     flags += ["--trainer.max_steps", str(steps), *clock_flags(bench, steps)]
     mark = fingerprint([command_mark(flags), data])
     flags += ["--data.cache", cache, "--trainer.default_root_dir", str(folder), *_ALONE]
-    return Pretraining(folder, method, seed, fold, steps, ("fit", *flags), mark)
+    return Pretraining(folder, method, seed, fold, steps, ("fit", *flags), mark, fingerprint(settings))
 
 
 def _fold_flags(bench: Bench, fold: int | None) -> list[str]:
@@ -282,6 +290,7 @@ def row_of(cell: Cell, job: Job, measured: Measured, leakage: str) -> dict[str, 
         "subjects": measured.subjects,
         "classes": measured.classes,
         "bench": job.bench.fingerprint(),
+        "settings": cell.settings,
         "pretraining_fold": None if cell.pretraining is None else cell.pretraining.fold,
         "pretraining_steps": before.get("steps", 0),
         "pretraining_seconds": before.get("seconds", 0.0),

@@ -54,6 +54,19 @@ def probe(cells: Sequence[Cell], job: Job) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started}
 
 
+def try_probe(cell: Cell, bench: Bench, cache: str) -> dict[str, Any]:
+    """Find out whether an encoder that is there, or one of random weights, can be probed, and return how long it took.
+
+    Raises:
+        ValueError: if it cannot serve: another preparation or number of channels than the cache has, a window that its
+            patch does not divide, a subject that it has seen and that is measured.
+    """
+    started = time.perf_counter()
+    frozen = _Frozen(cell, bench, cache)
+    frozen.encoder.token_grid(frozen.window_vox)
+    return {"seconds": time.perf_counter() - started}
+
+
 def _measured(cell: Cell, job: Job, frozen: _Frozen) -> dict[str, Any]:
     found = frozen.figures(str(job.bench.readouts[cell.readout].probe), cell.labels, cell.draw)
     return row_of(cell, job, found, frozen.leakage)
@@ -67,9 +80,7 @@ class _Frozen:
         d, h, w = bench.readouts[cell.readout].window_vox
         self.window_vox: Triple = (d, h, w)
         self.depths = bench.readouts[cell.readout].depths
-        assert bench.backbone is not None  # or the settings are refused
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.config = yaml.safe_load(Path(bench.backbone).read_text(encoding="utf-8"))
 
     @cached_property
     def data(self) -> ProbeSet:
@@ -83,7 +94,8 @@ class _Frozen:
     def _checked(self) -> tuple[Backbone, str]:
         cell, cache = self.cell, self.data.cache
         if cell.pretraining is None:
-            encoder, told = build_fresh(self.config, cell.seed), str(self.bench.backbone)
+            path = Path(str(self.bench.backbone))  # or the settings are refused
+            encoder, told = build_fresh(yaml.safe_load(path.read_text(encoding="utf-8")), cell.seed), str(path)
         else:
             encoder, told = load_encoder(cell.pretraining.folder), str(cell.pretraining.folder)
         contract = cache_contract([cache.cases[row] for row in self.data.rows])
@@ -93,12 +105,16 @@ class _Frozen:
         return encoder.eval().to(self.device), leakage(encoder.contract, told, self.data, cell.fold, "error")
 
     @property
+    def encoder(self) -> Backbone:
+        return self._checked[0]
+
+    @property
     def leakage(self) -> str:
         return self._checked[1]
 
     @cached_property
     def features(self) -> list[ProbeFeatures]:
-        found = encode(self._checked[0], self.data.volumes(), self.window_vox, 0.5, depths=self.depths)
+        found = encode(self.encoder, self.data.volumes(), self.window_vox, 0.5, depths=self.depths)
         if not all_finite(found):
             raise ValueError(f"the features of {self.cell.method} are not finite: its weights have diverged")
         return found

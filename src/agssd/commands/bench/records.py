@@ -18,6 +18,7 @@ from agssd.whole_file import whole_file
 
 ROW = "row.json"
 BEGUN = "mark.txt"  # the mark of work that has begun, so that other settings do not go on with it
+SPENT = "seconds.txt"  # that attempts before took; one that was killed could not say
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def kept_row(one: Recorded) -> dict[str, Any] | None:
 def once(one: Recorded, job: Job, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the row of a run, after doing the work if there is none.
 
-    The row says besides what ``work`` returns how long it took, when and where it was made, by which commit, and its
-    mark.
+    The row says besides what ``work`` returns how long it took, with attempts that were interrupted or failed but not
+    those that were killed, when and where it was made, by which commit, and its mark.
 
     Raises:
         ValueError: if there is one of other settings, or the work fails.
@@ -79,17 +80,26 @@ def once(one: Recorded, job: Job, work: Callable[[], dict[str, Any]]) -> dict[st
             raise ValueError(_OTHER.format(one.folder))
         return row
     _begin(one)
+    path = one.folder / SPENT
+    before = float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
     started = time.perf_counter()
+    try:
+        found = work()
+    except BaseException:
+        with whole_file(path) as temporary:
+            temporary.write_text(str(before + time.perf_counter() - started), encoding="utf-8")
+        raise
     row = {
-        **work(),
-        "seconds": time.perf_counter() - started,
+        **found,
+        "seconds": before + time.perf_counter() - started,
         "commit": job.commit,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": _machine(),
         "mark": one.mark,
     }
-    with whole_file(one.folder / ROW) as path:
-        path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    with whole_file(one.folder / ROW) as temporary:
+        temporary.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    path.unlink(missing_ok=True)
     return row
 
 

@@ -21,7 +21,8 @@ RUN = ("readout", "steps", "labels", "draw", "seed", "fold", "method", "figure")
 FOLD = "pretraining_fold"
 LEAKAGE = "leakage"  # what the encoder has seen of whom is measured
 CLASSES = "classes"  # figures by class, in JSON
-LATER = (FOLD, LEAKAGE, CLASSES)  # not in older files
+SETTINGS = "settings"  # mark of what the YAML said of the run
+LATER = (FOLD, LEAKAGE, SETTINGS, CLASSES)  # not in older files
 NO_LEAK = "none"  # all could be compared, and nothing was seen
 _BEFORE = ("pretraining_steps", "pretraining_seconds", "pretraining_commit")
 OF_A_RUN = ("value", "seconds", *_BEFORE, "bench", "commit", "time", "machine", "mark")
@@ -46,7 +47,7 @@ def read_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for cell in cells:
         row = kept_row(cell)
         if row is not None and row.get("mark") == cell.mark:
-            rows.append(row)
+            rows.append({SETTINGS: cell.settings} | row)  # an older row, of the same mark and hence of these
     return rows
 
 
@@ -114,7 +115,7 @@ def told_left_out(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def figures(bench: Bench, rows: Sequence[dict[str, Any]], method: str, place: Place) -> npt.NDArray[np.float64] | None:
-    """Return (seeds, draws, subjects) of a method at a place; None while one of its runs is missing.
+    """Return (seeds, draws, subjects) of a method at a place; None while one of its runs is missing, or nobody is left.
 
     Subjects of all folds stand side by side, in one order for every method; without those of ``left_out``.
 
@@ -135,7 +136,7 @@ def figures(bench: Bench, rows: Sequence[dict[str, Any]], method: str, place: Pl
     if any(sorted(one) != measured for one in found.values()):
         raise ValueError(f"runs of {method} have measured other subjects; a cache has changed: give another --out")
     names = sorted(set(measured) - left_out(rows))
-    return np.array([[[found[s, d][n] for n in names] for d in draws] for s in seeds])
+    return np.array([[[found[s, d][n] for n in names] for d in draws] for s in seeds]) if names else None
 
 
 def class_figures(rows: Sequence[dict[str, Any]], method: str, place: Place) -> dict[str, float]:

@@ -99,6 +99,8 @@ class Bench:
         equal_time: a method with ``pretrain``. Every other one gets a second pretraining, NAME-equal-time, of as many
             steps as fit into the time that the steps of this one took with the same seed and fold. The clock of
             ``throughput/s_per_step`` counts: without start, probes and validation.
+        lead: the pretrained method that is held against every other one, as all are against ``scratch``; None takes
+            the first of ``methods``.
         num_classes: of the tasks, with background for segmentation; None leaves what their YAML says.
         backbone: YAML of the encoder, for ``scratch`` and its like in readouts that are a ``probe``.
         pretrain_common: words at the end of every ``pretrain``.
@@ -118,6 +120,7 @@ class Bench:
     num_folds: int | None = None
     figure: Literal["dice", "accuracy"] = "dice"
     equal_time: str | None = None
+    lead: str | None = None
     num_classes: int | None = None
     backbone: str | None = None
     pretrain_common: list[str] = field(default_factory=list)
@@ -163,6 +166,9 @@ class Bench:
             if one.probe is not None:
                 self._check_probe(name, one)
         self.methods = self._with_equal_time()
+        pretrained = [name for name, method in self.methods.items() if method.pretrained]
+        if self.lead is not None and self.lead not in pretrained:
+            raise ValueError(f"lead is {self.lead!r}; name a method that is pretrained: {', '.join(pretrained)}")
 
     def _check_probe(self, name: str, one: Readout) -> None:
         kind = "seg" if self.figure == "dice" else "cls"
@@ -198,6 +204,11 @@ class Bench:
                     )
                 found[name + EQUAL_TIME] = twin
         return found
+
+    @property
+    def leader(self) -> str | None:
+        """The method that is held against every other one; None where nothing is pretrained."""
+        return self.lead or next((name for name, method in self.methods.items() if method.pretrained), None)
 
     def labels_of(self, readout: str) -> list[Labels]:
         """Return the amounts of labels of a readout."""

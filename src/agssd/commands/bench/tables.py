@@ -25,6 +25,7 @@ from agssd.evaluation.statistics import Interval, crossed_mean, holm, paired_dif
 
 ALPHA = 0.05
 DICE = "mean Dice of a subject's classes (absent: 0 where it is predicted, else left out)"
+OF_FOLDS = "What the training subjects of a fold have in common is in no interval."
 NOTHING_YET = "None of its figures is complete yet."
 _Figures = dict[str, npt.NDArray[np.float64]]
 
@@ -84,19 +85,30 @@ def head(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
     pretrained = [name for name, method in bench.methods.items() if method.pretrained]
     what = DICE if bench.figure == "dice" else "balanced accuracy"
     where = "the split test" if bench.num_folds is None else f"{bench.num_folds} folds of the split train"
-    axes = {"seeds": bench.seeds, "draws": bench.draws}
-    over = ", ".join(name for name, levels in axes.items() if levels > 1)
-    alone = " and ".join(name for name, levels in axes.items() if levels == 1)
     return (
         f"{what} on {where}; {_seeds(bench)}, {bench.draws} "
         f"draw{'s' * (bench.draws > 1)} of the labels (all labels: 1), "
         f"{bench.pretrain_steps} steps of pretraining ({', '.join(pretrained) or 'none'}{_other_steps(bench, rows)}); "
         f"{told_leakage(bench, rows)}. "
-        f"Mean with 95 % interval over {over}{' and ' * bool(over)}subjects"
-        f"{f', not over {alone}, of which there is one' if alone else ''}. "
+        f"{_axes(bench)} "
         f"{told_left_out(rows)}{_runs(bench, rows)}; settings "
         f"{', '.join(sorted(marks))}; commit {', '.join(sorted(commits)) or 'not known'}."
     )
+
+
+def _axes(bench: Bench) -> str:
+    """Return what intervals are over, and where and over what they are not, in one or two sentences."""
+    axes = {"seeds": bench.seeds, "draws": bench.draws}
+    over = ", ".join(name for name, levels in axes.items() if levels > 1)
+    alone = " and ".join(name for name, levels in axes.items() if levels == 1)
+    gaps = [f"over {alone}, of which there is one"] if alone else []
+    if one_seed := [name for name in bench.readouts if bench.seeds_of(name) == 1 < bench.seeds]:
+        gaps.append(f"over seeds where there is one ({', '.join(one_seed)})")
+    if bench.draws > 1 and any(bench.draws_of(place.labels) == 1 for place in places(bench)):
+        gaps.append("over draws where all labels are used")
+    told = f"Mean with 95 % interval over {over}{' and ' * bool(over)}subjects"
+    told += f", not {' and not '.join(gaps)}." if gaps else "."
+    return told if bench.num_folds is None else f"{told} {OF_FOLDS}"
 
 
 def _runs(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
@@ -147,7 +159,9 @@ def _means(bench: Bench, found: dict[Place, _Figures]) -> str:
     lines = ["| method | " + " | ".join(label(place) for place in found) + " |", "|---" * (len(found) + 1) + "|"]
     for method in bench.methods:
         if any(method in tables for tables in found.values()):
-            cells = [_interval(crossed_mean(tables[method])) if method in tables else "" for tables in found.values()]
+            cells = [
+                told_interval(crossed_mean(tables[method])) if method in tables else "" for tables in found.values()
+            ]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -155,7 +169,7 @@ def _means(bench: Bench, found: dict[Place, _Figures]) -> str:
 def compare(bench: Bench, found: dict[Place, _Figures]) -> dict[tuple[str, str, Place], tuple[Interval, float]]:
     """Return the paired differences at places with p-values corrected over all of them.
 
-    Every method against ``scratch``, and the first pretrained method against every other.
+    Every method against ``scratch``, and the leader against every other.
     """
     intervals = {
         (first, second, place): paired_difference(tables[first], tables[second])
@@ -169,11 +183,9 @@ def compare(bench: Bench, found: dict[Place, _Figures]) -> dict[tuple[str, str, 
 
 
 def _pairs(bench: Bench) -> list[tuple[str, str]]:
-    pretrained = [name for name, method in bench.methods.items() if method.pretrained]
     pairs = [(name, "scratch") for name in bench.methods if name != "scratch"]
-    return pairs + [
-        (pretrained[0], name) for name in bench.methods if pretrained and name not in ("scratch", pretrained[0])
-    ]
+    leader = bench.leader
+    return pairs + [(leader, name) for name in bench.methods if leader is not None and name not in ("scratch", leader)]
 
 
 def closing(bench: Bench, compared: Collection[Any]) -> str:
@@ -204,7 +216,7 @@ def _differences(compared: dict[tuple[str, str, Place], tuple[Interval, float]],
         for place in columns:
             interval, p = compared.get((first, second, place), (None, 1.0))
             told = f"p {probability(p)}{'' if p < ALPHA else ', no difference shown'}"
-            cells.append("" if interval is None else f"{_interval(interval, '+')}, {told}")
+            cells.append("" if interval is None else f"{told_interval(interval, '+')}, {told}")
         lines.append(f"| {first} - {second} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -221,5 +233,6 @@ def label(place: Place) -> str:
     return f"{place.labels} subjects" if isinstance(place.labels, int) else f"{place.labels} of the labels"
 
 
-def _interval(interval: Interval, sign: str = "") -> str:
+def told_interval(interval: Interval, sign: str = "") -> str:
+    """Return a mean with its interval; ``sign`` "+" for a difference."""
     return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"

@@ -7,7 +7,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from agssd.commands.bench.cells import Cell, list_cells
 from agssd.commands.bench.kept import keep
 from agssd.commands.bench.records import ROW
-from agssd.commands.bench.results import CLASSES, FOLD, LATER, OF_A_RUN, ROWS, RUN, SUBJECTS, places
+from agssd.commands.bench.results import CLASSES, FOLD, LATER, OF_A_RUN, ROWS, RUN, SETTINGS, SUBJECTS, places
 from agssd.commands.bench.settings import Bench
 from agssd.commands.bench.tables import of_place
 from agssd.whole_file import whole_file
@@ -29,7 +29,7 @@ _Run = tuple[str, ...]  # the columns that say which run it is, as they are writ
 def take_over(bench: Bench, folders: Sequence[Path], out: Path) -> list[Cell]:
     """Put the runs of ``rows.csv`` and ``subjects.csv`` of folders where a bench in ``out`` has its own.
 
-    Nothing says that the settings behind the rows are those of ``bench``; tables name the fingerprints of all of them.
+    What is kept says how many of the rows are of the settings in ``bench``; others are taken over all the same.
 
     Args:
         bench: the settings.
@@ -63,10 +63,21 @@ def take_over(bench: Bench, folders: Sequence[Path], out: Path) -> list[Cell]:
             raise ValueError(f"the runs in {', '.join(map(str, folders))} do not fit together: {error}") from error
     for run, (_, row) in found.items():
         with whole_file(cells[run].folder / ROW) as path:
-            path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(row | {SETTINGS: row.get(SETTINGS)}, indent=1) + "\n", encoding="utf-8")
     marked = [replace(cell, mark=found[run][1]["mark"] if run in found else "") for run, cell in cells.items()]
-    keep(bench, [("runs of", ", ".join(names))], marked, out, names)
+    origin = [("runs of", ", ".join(names)), ("their settings", _told_settings(cells, found))]
+    keep(bench, origin, marked, out, names)
     return marked
+
+
+def _told_settings(cells: Mapping[_Run, Cell], found: Mapping[_Run, tuple[Path, dict[str, Any]]]) -> str:
+    """Return of how many runs the settings are those of the bench, in words."""
+    same = [
+        None if row.get(SETTINGS) is None else row[SETTINGS] == cells[run].settings for run, (_, row) in found.items()
+    ]
+    told = {True: "as the YAML has them", False: "other than the YAML has them", None: "not said"}
+    parts = [f"{same.count(one)} {words}" for one, words in told.items() if one in same]
+    return f"of {len(same)} runs {', '.join(parts)}"
 
 
 def _told(run: _Run) -> str:

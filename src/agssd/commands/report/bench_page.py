@@ -29,6 +29,7 @@ from agssd.commands.bench.tables import (
     of_place,
     probability,
     told_classes,
+    told_interval,
 )
 from agssd.commands.report.bench_facts import what_was_compared
 from agssd.commands.report.write import check_name, joined_script, save
@@ -108,11 +109,11 @@ def _tiles(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _at_a_glance(bench: Bench, compared: _Compared) -> str:
-    """Return what the first pretrained method is ahead of each other by, in one table of all readouts; else nothing."""
-    ours = _ours(compared)
-    if ours is None:
-        return ""
+    """Return what the leader is ahead of each other by, in one table; nothing where it has no figure."""
+    ours = bench.leader
     others = [name for name in bench.methods if any(key[:2] == (ours, name) for key in compared)]
+    if ours is None or not others:
+        return ""
     rows = []
     for place in dict.fromkeys(key[2] for key in compared):
         cells = [_glance(compared.get((ours, name, place))) for name in others]
@@ -136,11 +137,6 @@ def _glance(found: tuple[Interval, float] | None) -> tuple[str, str]:
     return kind, f"{interval.mean:+.3f} <small>{told}</small>"
 
 
-def _ours(compared: _Compared) -> str | None:
-    """Return the first pretrained method, where it is compared with another."""
-    return next((first for first, second, _ in compared if second != "scratch"), None)
-
-
 def _part(bench: Bench, means: _Means, compared: _Compared) -> str:
     methods = [name for name in bench.methods if any(name in one for one in means.values())]
     if not methods:
@@ -152,7 +148,8 @@ def _part(bench: Bench, means: _Means, compared: _Compared) -> str:
 
 def _mean_rows(methods: Sequence[str], means: _Means) -> list[tuple[str, list[tuple[str, str]]]]:
     return [
-        (name, [("", _interval(one[name])) if name in one else ("", "") for one in means.values()]) for name in methods
+        (name, [("", told_interval(one[name])) if name in one else ("", "") for one in means.values()])
+        for name in methods
     ]
 
 
@@ -166,10 +163,10 @@ def _difference_rows(compared: _Compared, columns: Sequence[Place]) -> list[tupl
                 cells.append(("", ""))
             elif p < ALPHA:
                 kind = "good" if interval.mean > 0 else "error"
-                cells.append((kind, f"<b>{_interval(interval, '+')}</b><small>p {escape(probability(p))}</small>"))
+                cells.append((kind, f"<b>{told_interval(interval, '+')}</b><small>p {escape(probability(p))}</small>"))
             else:
                 told = f"no difference shown, p {probability(p)}"
-                cells.append(("", f'{_interval(interval, "+")}<small class="note">{told}</small>'))
+                cells.append(("", f'{told_interval(interval, "+")}<small class="note">{told}</small>'))
         rows.append((f"{first} − {second}", cells))
     return rows
 
@@ -219,19 +216,19 @@ def _mark(look: Look, told: str = "") -> str:
 
 
 def _charts(bench: Bench, methods: Sequence[str], means: _Means, compared: _Compared) -> str:
-    """Return the means over the labels beside what the first pretrained method is ahead by; tables hold the same."""
+    """Return the means over the labels beside what the leader is ahead by; tables hold the same."""
     what = "Dice" if bench.figure == "dice" else "balanced accuracy"
     columns = list(means)
     lines = {name: {place: one[name] for place, one in means.items() if name in one} for name in methods}
     charts = _chart(
         bench, lines, columns, f"{what} over labelled subjects; bars are 95 % intervals, dashed without pretraining"
     )
-    ours = _ours(compared)
-    if ours is not None:
-        ahead: dict[str, dict[Place, Interval]] = {}
-        for (first, second, place), (interval, _) in compared.items():
-            if first == ours:
-                ahead.setdefault(second, {})[place] = interval
+    ours = bench.leader
+    ahead: dict[str, dict[Place, Interval]] = {}
+    for (first, second, place), (interval, _) in compared.items():
+        if first == ours:
+            ahead.setdefault(second, {})[place] = interval
+    if ahead:
         lines = {name: ahead[name] for name in methods if name in ahead}
         charts += _chart(
             bench, lines, columns, f"{what} of {ours} less that of each, paired; above 0 {ours} is ahead", "+"
@@ -277,7 +274,7 @@ def _chart(
         drawn = "" if sign else f'<polyline class="line" points="{path}"{_dash(bench, method)}/>'
         for at, place in points:
             one = line[place]
-            told = escape(f"{method}, {label(place)}: {_interval(one, sign)}")
+            told = escape(f"{method}, {label(place)}: {told_interval(one, sign)}")
             drawn += f'<line class="line" x1="{at:.1f}" x2="{at:.1f}" y1="{y(one.low):.1f}" y2="{y(one.high):.1f}"/>'
             drawn += f'<g transform="translate({at:.1f} {y(one.mean):.1f})">{_mark(own, told)}</g>'
         marks.append(f'<g class="s{own.colour}">{drawn}</g>')
@@ -317,7 +314,3 @@ def round_values(low: float, high: float) -> list[float]:
 
 def _closing(bench: Bench, compared: _Compared) -> str:
     return f'<p class="note">{escape(closing(bench, compared))}</p>' if compared else ""
-
-
-def _interval(interval: Interval, sign: str = "") -> str:
-    return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
