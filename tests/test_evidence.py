@@ -58,6 +58,7 @@ def by_place(text: str, headings: dict[str, str]) -> dict[Place, str]:
     return {
         (heading, column, row[0]): cell
         for heading, (head, *rows) in tables(text, headings)
+        if head[0] in ("method", "difference")
         for row in rows
         for column, cell in zip(head[1:], row[1:], strict=True)
     }
