@@ -131,3 +131,12 @@ def test_evidence__ablation_is_that_of_the_published_runs(tmp_path: Path) -> Non
     for name, *cells in differences:
         row = f"agssd - {ABLATED[name]}"
         assert cells == [expected[*place, row].removesuffix(SAME) for place in ABLATION_COLUMNS], name
+
+
+def test_readme__has_the_figures_of_the_published_runs(tmp_path: Path) -> None:
+    expected = made("hippocampus", "hippocampus", tmp_path / "out")
+    (head, *rows), *_ = (found for _, found in tables((ROOT / "README.md").read_text(), {}) if "k-NN" in str(found[2:]))
+    methods = ["scratch", "ibot", "mae", "mae-equal-time", "agssd"]
+    assert head[1:] == ["random weights", "iBOT", "MAE", "MAE in as much time", "AG-SSD"]
+    for (_, *cells), readout in zip(rows, ("linear", "knn"), strict=True):
+        assert cells == [expected[readout, "4 subjects", method].partition(" ")[0] for method in methods]
