@@ -132,7 +132,7 @@ def _glance(found: tuple[Interval, float] | None) -> tuple[str, str]:
     if found is None:
         return "", ""
     interval, p = found
-    told = "corrected" if p < ALPHA else "single" if interval.low > 0 or interval.high < 0 else "neither"
+    told = "corrected" if p < ALPHA else "single" if interval.excludes_zero else "neither"
     kind = "note" if told == "neither" else "good" if interval.mean > 0 else "error"
     return kind, f"{interval.mean:+.3f} <small>{told}</small>"
 
