@@ -136,7 +136,7 @@ class AGSSD(PretrainModule):
         fuser_heads: its attention heads.
         distilled_share: how many of a view's hidden tokens the patch term asks for, as a share of the most that a view
             hides (the upper ``mask_ratio``), those with body first, else at random in each step: where hidden patches
-            are left out, heads and fuser would take a sixth of a step (ours).
+            are left out, heads and fuser took a sixth of a step where three quarters were hidden (ours).
         fused_share: weight of the fused patch loss at 20 % of the run, from 0 at 5 %.
         fused_share_cls: weight of the fused teacher [CLS] in the targets, reached at 20 % from 0 at 10 %.
         counterpart_drop: probability that a hidden token may not look at its own place in the other view.

@@ -27,7 +27,7 @@ class PGL(PretrainModule):
     views, so flips, scales and crops are undone before features are compared.
 
     Source: Xie et al., arXiv 2011.12640 [paper]: BYOL with a prior-guided local consistency in place of the global one;
-    the grid of points [R: CVA] (docs/method.md §1.2, operator ii).
+    the grid of points [R: CVA] (docs/method.md §1.2, region grid).
     Deviates: tokens are read before projector and predictor, which act on points (ours: reading is linear in
     tokens); points in air, or outside a rotated view, are left out (ours); the heads standardise over the points of
     a view and not over the batch (ours, see :class:`agssd.models.heads.PointNorm`; with layer norm features fall to

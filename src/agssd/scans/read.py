@@ -1,6 +1,6 @@
 """Reading one scan: its voxels, its place in the world, and a reason where it cannot be used.
 
-NIfTI is read by nibabel, NRRD and MetaImage by SimpleITK, DICOM by pydicom (``dicom_volume.py``).
+NIfTI is read by nibabel, NRRD and MetaImage by SimpleITK, DICOM by pydicom (``dicom/volume.py``).
 """
 
 from __future__ import annotations

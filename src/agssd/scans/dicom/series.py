@@ -1,6 +1,6 @@
 """Which DICOM files make up a scan: series by their UID, and a reason for every series that is no scan.
 
-What one file is stands in ``dicom_headers.py``, how slices become a volume in ``dicom_volume.py``.
+What one file is stands in ``headers.py``, how slices become a volume in ``volume.py``.
 """
 
 from __future__ import annotations
