@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from agssd.commands.bench.kept import kept
-from agssd.commands.bench.results import read_rows
+from agssd.commands.bench.results import places, read_rows
 from agssd.commands.bench.settings import read_settings
-from agssd.commands.bench.tables import markdown
+from agssd.commands.bench.tables import ALPHA, compare, markdown, of_place
 from agssd.commands.bench.taken import take_over
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +34,20 @@ FINE_TUNED = {"200 steps, 4 subjects": ("finetune, 200 steps", "4 subjects")}
 ABLATION_COLUMNS = [
     (readout, labels) for readout in ("linear", "knn") for labels in ("4 subjects", "100% of the labels")
 ]
+ANSWERS = {
+    "frozen tokens, a linear layer": "linear",
+    "frozen tokens, k-NN": "knn",
+    "UNETR without stem, fine-tuned 200 steps": "finetune, 200 steps",
+    "UNETR with stem, 600 steps": "finetune_stem, 600 steps",
+}
+COLUMNS = {
+    "random weights": "scratch",
+    "iBOT": "ibot",
+    "MAE": "mae",
+    "MAE, equal time": "mae-equal-time",
+    "AG-SSD": "agssd",
+    "U-Net": "unet",
+}
 Place = tuple[str, str, str]  # readout, column, row
 
 
@@ -112,14 +126,39 @@ def test_evidence__tables_of_other_settings_than_the_yaml_say_so(
     assert ("not those that the YAML has now" in told(title, name)) == (words != f"{runs} as the YAML has them")
 
 
+def test_evidence__answer_is_that_of_the_published_runs(tmp_path: Path) -> None:
+    expected = made("hippocampus", "hippocampus", tmp_path / "out")
+    ((_, (head, *rows)),) = tables(told("The answer so far", "hippocampus"), {})
+    assert head[1:] == list(COLUMNS) and [row[0] for row in rows] == list(ANSWERS)
+    for name, *cells in rows:
+        at = [(ANSWERS[name], "4 subjects", COLUMNS[column]) for column in head[1:]]
+        assert cells == [expected.get(place, "").partition(" ")[0] for place in at], name
+
+
+def test_evidence__prose_counts_the_intervals_of_the_published_runs(tmp_path: Path) -> None:
+    bench = read_settings(ROOT / "conf" / "bench" / "hippocampus.yaml", quick=False)
+    rows = read_rows(take_over(bench, [ROOT / "docs" / "evidence" / "hippocampus"], tmp_path / "out"))
+    compared = compare(bench, {place: of_place(bench, rows, place) for place in places(bench)})
+    frozen = {key: its for key, its in compared.items() if key[0] == "agssd" and key[2].readout in HEADINGS.values()}
+    alone = sum(interval.excludes_zero for interval, _ in frozen.values())
+    corrected = sum(p < ALPHA for _, p in frozen.values())
+    text = " ".join(told("Hippocampus: frozen tokens on the split test", "hippocampus").split())
+    assert f"{alone} of the {len(frozen)} single intervals exclude 0" in text
+    assert f"After Holm over these {len(compared)}, {corrected} of these {len(frozen)} differences stand" in text
+    least = min(interval.low for key, (interval, _) in frozen.items() if key[2].labels == "100%")
+    assert f"the lowest bound of an interval there is {least:.3f}" in text
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"exclude 0 in {alone} of {len(frozen)} comparisons, {corrected} of them" in readme
+
+
 def test_evidence__fine_tuned_is_that_of_the_published_runs(tmp_path: Path) -> None:
     expected = made("hippocampus", "hippocampus", tmp_path / "out")
     means, differences = tables(told("Hippocampus: fine-tuned on the split test", "hippocampus"), {})
     for _, (head, *rows) in (means, differences):
         assert head[1:] == list(FINE_TUNED) and len(rows) >= 3
         for name, *cells in rows:
-            places = [(*FINE_TUNED[column], name) for column in head[1:]]
-            assert cells == [expected.get(place, "").removesuffix(SAME) for place in places], name
+            at = [(*FINE_TUNED[column], name) for column in head[1:]]
+            assert cells == [expected.get(place, "").removesuffix(SAME) for place in at], name
 
 
 def test_evidence__ablation_is_that_of_the_published_runs(tmp_path: Path) -> None:
