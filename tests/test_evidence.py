@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agssd.commands.bench.kept import kept
 from agssd.commands.bench.results import places, read_rows
-from agssd.commands.bench.settings import read_settings
+from agssd.commands.bench.settings import Bench, read_settings
 from agssd.commands.bench.tables import ALPHA, compare, markdown, of_place
 from agssd.commands.bench.taken import take_over
 
@@ -40,6 +42,7 @@ ANSWERS = {
     "UNETR without stem, fine-tuned 200 steps": "finetune, 200 steps",
     "UNETR with stem, 600 steps": "finetune_stem, 600 steps",
 }
+CONFIGS = {"torsos": "ct_organs"}  # where not as the folder
 COLUMNS = {
     "random weights": "scratch",
     "iBOT": "ibot",
@@ -78,11 +81,27 @@ def by_place(text: str, headings: dict[str, str]) -> dict[Place, str]:
     }
 
 
-def made(name: str, config: str, folder: Path) -> dict[Place, str]:
-    """Return the cells of the tables that the published runs of a bench give."""
-    bench = read_settings(ROOT / "conf" / "bench" / f"{config}.yaml", quick=False)
-    text = markdown(bench, read_rows(take_over(bench, [ROOT / "docs" / "evidence" / name], folder)))
-    return by_place(text, {line: line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")})
+class Published:
+    """The published runs of benches, each taken over once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = cache(self._rows)
+        self.cells = cache(self._cells)
+
+    def _rows(self, name: str) -> tuple[Bench, list[dict[str, Any]]]:
+        bench = read_settings(ROOT / "conf" / "bench" / f"{CONFIGS.get(name, name)}.yaml", quick=False)
+        return bench, read_rows(take_over(bench, [ROOT / "docs" / "evidence" / name], self.folder / name))
+
+    def _cells(self, name: str) -> dict[Place, str]:
+        """Return the cells of the tables that the published runs of a bench give."""
+        text = markdown(*self.rows(name))
+        return by_place(text, {line: line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")})
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return Published(tmp_path_factory.mktemp("published"))
 
 
 def told(title: str, name: str) -> str:
@@ -94,40 +113,36 @@ def told(title: str, name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("title", "name", "config"),
+    ("title", "name"),
     [
-        ("Hippocampus: frozen tokens on the split test", "hippocampus", "hippocampus"),
-        ("Torsos: frozen tokens on the split test", "torsos", "ct_organs"),
+        ("Hippocampus: frozen tokens on the split test", "hippocampus"),
+        ("Torsos: frozen tokens on the split test", "torsos"),
     ],
 )
-def test_evidence__final_tables_are_those_of_the_published_runs(
-    title: str, name: str, config: str, tmp_path: Path
-) -> None:
-    found, expected = by_place(told(title, name), HEADINGS), made(name, config, tmp_path / "out")
+def test_evidence__final_tables_are_those_of_the_published_runs(title: str, name: str, published: Published) -> None:
+    found, expected = by_place(told(title, name), HEADINGS), published.cells(name)
     assert len(found) >= 40
     assert found == {place: expected.get(place) for place in found}
 
 
 @pytest.mark.parametrize(
-    ("title", "name", "config"),
+    ("title", "name"),
     [
-        ("Hippocampus: frozen tokens on the split test", "hippocampus", "hippocampus"),
-        ("Torsos: frozen tokens on the split test", "torsos", "ct_organs"),
-        (ABLATION, "hippocampus_ablation", "hippocampus_ablation"),
+        ("Hippocampus: frozen tokens on the split test", "hippocampus"),
+        ("Torsos: frozen tokens on the split test", "torsos"),
+        (ABLATION, "hippocampus_ablation"),
     ],
 )
-def test_evidence__tables_of_other_settings_than_the_yaml_say_so(
-    title: str, name: str, config: str, tmp_path: Path
-) -> None:
-    bench = read_settings(ROOT / "conf" / "bench" / f"{config}.yaml", quick=False)
-    cells = take_over(bench, [ROOT / "docs" / "evidence" / name], tmp_path / "out")
-    runs, _, words = dict(kept(tmp_path / "out").data)["their settings"].removeprefix("of ").partition(" runs ")
-    assert int(runs) == len(read_rows(cells))
+def test_evidence__tables_of_other_settings_than_the_yaml_say_so(title: str, name: str, published: Published) -> None:
+    _, rows = published.rows(name)
+    its = dict(kept(published.folder / name).data)["their settings"]
+    runs, _, words = its.removeprefix("of ").partition(" runs ")
+    assert int(runs) == len(rows)
     assert ("not those that the YAML has now" in told(title, name)) == (words != f"{runs} as the YAML has them")
 
 
-def test_evidence__answer_is_that_of_the_published_runs(tmp_path: Path) -> None:
-    expected = made("hippocampus", "hippocampus", tmp_path / "out")
+def test_evidence__answer_is_that_of_the_published_runs(published: Published) -> None:
+    expected = published.cells("hippocampus")
     ((_, (head, *rows)),) = tables(told("The answer so far", "hippocampus"), {})
     assert head[1:] == list(COLUMNS) and [row[0] for row in rows] == list(ANSWERS)
     for name, *cells in rows:
@@ -135,9 +150,8 @@ def test_evidence__answer_is_that_of_the_published_runs(tmp_path: Path) -> None:
         assert cells == [expected.get(place, "").partition(" ")[0] for place in at], name
 
 
-def test_evidence__prose_counts_the_intervals_of_the_published_runs(tmp_path: Path) -> None:
-    bench = read_settings(ROOT / "conf" / "bench" / "hippocampus.yaml", quick=False)
-    rows = read_rows(take_over(bench, [ROOT / "docs" / "evidence" / "hippocampus"], tmp_path / "out"))
+def test_evidence__prose_counts_the_intervals_of_the_published_runs(published: Published) -> None:
+    bench, rows = published.rows("hippocampus")
     compared = compare(bench, {place: of_place(bench, rows, place) for place in places(bench)})
     frozen = {key: its for key, its in compared.items() if key[0] == "agssd" and key[2].readout in HEADINGS.values()}
     alone = sum(interval.excludes_zero for interval, _ in frozen.values())
@@ -151,8 +165,8 @@ def test_evidence__prose_counts_the_intervals_of_the_published_runs(tmp_path: Pa
     assert f"exclude 0 in {alone} of {len(frozen)} comparisons, {corrected} of them" in readme
 
 
-def test_evidence__fine_tuned_is_that_of_the_published_runs(tmp_path: Path) -> None:
-    expected = made("hippocampus", "hippocampus", tmp_path / "out")
+def test_evidence__fine_tuned_is_that_of_the_published_runs(published: Published) -> None:
+    expected = published.cells("hippocampus")
     means, differences = tables(told("Hippocampus: fine-tuned on the split test", "hippocampus"), {})
     for _, (head, *rows) in (means, differences):
         assert head[1:] == list(FINE_TUNED) and len(rows) >= 3
@@ -161,8 +175,8 @@ def test_evidence__fine_tuned_is_that_of_the_published_runs(tmp_path: Path) -> N
             assert cells == [expected.get(place, "").removesuffix(SAME) for place in at], name
 
 
-def test_evidence__ablation_is_that_of_the_published_runs(tmp_path: Path) -> None:
-    expected = made("hippocampus_ablation", "hippocampus_ablation", tmp_path / "out")
+def test_evidence__ablation_is_that_of_the_published_runs(published: Published) -> None:
+    expected = published.cells("hippocampus_ablation")
     means, differences = (rows[1:] for _, rows in tables(told(ABLATION, "hippocampus_ablation"), {}))
     assert [row[0] for row in means] == list(ABLATED) and len(differences) == len(ABLATED) - 1
     for name, *cells in means:
@@ -172,8 +186,8 @@ def test_evidence__ablation_is_that_of_the_published_runs(tmp_path: Path) -> Non
         assert cells == [expected[*place, row].removesuffix(SAME) for place in ABLATION_COLUMNS], name
 
 
-def test_readme__has_the_figures_of_the_published_runs(tmp_path: Path) -> None:
-    expected = made("hippocampus", "hippocampus", tmp_path / "out")
+def test_readme__has_the_figures_of_the_published_runs(published: Published) -> None:
+    expected = published.cells("hippocampus")
     (head, *rows), *_ = (found for _, found in tables((ROOT / "README.md").read_text(), {}) if "k-NN" in str(found[2:]))
     methods = ["scratch", "ibot", "mae", "mae-equal-time", "agssd"]
     assert head[1:] == ["random weights", "iBOT", "MAE", "MAE in as much time", "AG-SSD"]
