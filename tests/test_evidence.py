@@ -21,7 +21,10 @@ SAME = ", no difference shown"
 ABLATED = {
     "random weights": "scratch",
     "AG-SSD": "agssd",
-    "without CVAC: two crops of one scale that share 1 to 5 %": "no_cvac",
+    "without CVAC: two crops of one small scale that share 1 to 5 %": "no_cvac",
+    "crops of that one small scale (0.65), with the usual overlap": "small_crops",
+    "crops of one usual scale (0.85)": "one_scale",
+    "crops that share anything from 1 to 100 %": "any_overlap",
     "without EAAM: random masks": "no_eaam",
     "without CVAA: neither alignment nor fusion": "no_cvaa",
     "without alignment": "no_alignment",
