@@ -133,3 +133,16 @@ def test_ibot__attention_hides_what_the_teacher_attends_to(tiny_cache: Path, mon
             nominal.append(float(panel["mask"][hidden].float().mean()))
         shares[score] = np.mean(mass) / np.mean(nominal)
     assert shares["attention"] > shares["random"] + 0.02
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_ibot__clean_teacher_sees_no_appearance(clean: bool, tiny_cache: Path) -> None:
+    module = moved(recipes.build(IBOT, drop_path=0.0, clean_teacher=clean))
+    views = module.make_views(recipes.parents(tiny_cache, [0, 1]))
+    shown = views.clean if clean else views.inputs
+    assert not torch.equal(views.clean, views.inputs)
+    module.pretrain_loss(views)
+    _, _, outputs = module._step
+    logits = module.teacher["head"](module.teacher["backbone"].forward_crops(shown).cls)
+    expected = torch.softmax((logits - module.centre_cls.centre) / 0.04, -1)
+    torch.testing.assert_close(outputs.teacher_cls, expected, rtol=1e-4, atol=1e-6)

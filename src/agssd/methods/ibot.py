@@ -59,6 +59,7 @@ class IBOT(PretrainModule):
         mask_ratio: range of the share of hidden tokens, one draw per sample.
         mask_score: what is hidden; see :class:`agssd.transforms.masking.MaskSampler`.
         mask_block: tokens per side of a hidden block.
+        clean_teacher: the teacher sees views before appearance augmentation (ours), instead of the student's [paper].
         appearance: settings of :class:`agssd.transforms.intensity.Appearance` that differ from its defaults.
         lr: peak learning rate, for example ``5e-4 * global batch / 256``.
         min_lr: last learning rate.
@@ -89,6 +90,7 @@ class IBOT(PretrainModule):
         mask_ratio: tuple[float, float] = (0.1, 0.5),
         mask_score: MaskScore = "block",
         mask_block: int = 1,
+        clean_teacher: bool = False,
         appearance: dict[str, float] | None = None,
         lr: float = 1.25e-4,
         min_lr: float = 1e-6,
@@ -114,6 +116,7 @@ class IBOT(PretrainModule):
         self.temperature_patch = temperature_patch
         self.mask_ratio = mask_ratio
         self.mask_score = mask_score
+        self.clean_teacher = clean_teacher
         self.patch = backbone.patch_size
         self.grid = backbone.token_grid(views.size_vox)
         if views.num_local:
@@ -150,9 +153,10 @@ class IBOT(PretrainModule):
         now = self.scheduled(self.progress)
         hidden = views.hidden_view
         with torch.no_grad():
-            seen = cast(Backbone, self.teacher["backbone"]).forward_crops(views.inputs)
+            shown = views.clean if self.clean_teacher else views.inputs  # to the teacher
+            seen = cast(Backbone, self.teacher["backbone"]).forward_crops(shown)
             body = body_of(pick(views.foreground, hidden), self.patch)  # (B, N)
-            view, whole = pick(views.inputs, hidden), pick(seen.tokens, hidden)
+            view, whole = pick(shown, hidden), pick(seen.tokens, hidden)
 
             def error(mask: Tensor, index: Tensor) -> Tensor:
                 logits, _ = predict_hidden(self.teacher, self.patch_head, view, mask, index)
