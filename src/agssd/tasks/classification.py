@@ -98,8 +98,7 @@ class ClassificationTask(DownstreamTask):
     Raises:
         ValueError: for an encoder that is missing or does not fit, or an impossible setting.
 
-    Source: ours; AdamW for the probes too (DINOv2 uses SGD), so that one optimiser
-    serves all forms.
+    Source: ours; AdamW for the probes too (DINOv2 uses SGD), so that one optimiser serves all forms.
     """
 
     def __init__(
