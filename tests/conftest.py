@@ -87,11 +87,12 @@ def build_cache(
     seed: int = 0,
     layout: str = "chunks",
     compression: str = "blosc-lz4",
+    salt: str | None = None,
 ) -> Path:
     """Write a cache of synthetic cases and return its path.
 
     ``shape`` is one for all or one per case; ``splits`` one per subject, by default 60 % train, then val and test in
-    turn; ``num_classes`` 0 leaves the classes out.
+    turn; ``num_classes`` 0 leaves the classes out; ``salt`` is the fingerprint that is noted.
     """
     num_subjects = -(-num_cases // cases_per_subject)
     if splits is None:
@@ -106,7 +107,7 @@ def build_cache(
             case = make_case(shapes[row], seed + row, modality, spacing_mm, channels, labelled, kind)
             name = names[kind] if num_classes else None
             writer.add(case, f"case{row:03d}", f"subject{subject:03d}", splits[subject], name)
-        writer.finish()
+        writer.finish(salt_fingerprint=salt)
     return path
 
 

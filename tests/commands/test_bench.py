@@ -16,7 +16,7 @@ import yaml
 from made_bench import bench, made_rows, write_bench, write_small_bench
 
 from agssd.cli import main
-from agssd.commands.bench import _chosen, _pretrainings, _share, _time_left
+from agssd.commands.bench import _chosen, _only_helps, _pretrainings, _share, _time_left
 from agssd.commands.bench.cells import Cell, Measured, Pool, list_cells, read_measured
 from agssd.commands.bench.equal_time import seconds_per_step
 from agssd.commands.bench.kept import keep, kept
@@ -189,6 +189,25 @@ def test_share__is_a_partition_that_keeps_pretrainings_together() -> None:
         _share(cells, "4/4")
 
 
+def test_share__of_more_than_the_encoders_are_parts_of_what_each_is_trained_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = bench(readouts=bench().readouts | {"knn": Readout(probe="knn-seg", window_vox=[8] * 3)}, backbone="b")
+    cells = list_cells(settings, "c.h5", tmp_path)
+    encoders = {(cell.method, cell.seed) for cell in cells}
+    count = 2 * len(encoders) + 1
+    shares = [_share(cells, f"{number}/{count}") for number in range(count)]
+    assert Counter(cell.folder for share in shares for cell in share) == Counter(cell.folder for cell in cells)
+    for number, share in enumerate(shares):
+        assert len({(cell.method, cell.seed) for cell in share}) == 1
+        assert _only_helps(cells, f"{number}/{count}") == (number >= len(encoders))
+        assert number < len(encoders) or all(cell.fit for cell in share), "features are computed once"
+    trained = [sum(bool(cell.fit) for cell in share) for share in shares]
+    halves = zip(trained[1 : len(encoders)], trained[len(encoders) + 1 : -1], strict=True)
+    assert all(0 <= first - second <= 1 for first, second in halves) and sum(trained) == sum(bool(c.fit) for c in cells)
+    assert not _only_helps(cells, None) and not _only_helps(cells, "3/4")
+
+
 def test_time_left__is_what_is_missing_by_the_mean_of_what_is_done(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_bench(out, {}, leave_out=30)
@@ -209,7 +228,7 @@ def test_time_left__is_what_is_missing_by_the_mean_of_what_is_done(tmp_path: Pat
 def test_share__beyond_the_encoders_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "--config", str(write_small_bench(tmp_path / "b.yaml")), "--cache", "none.h5", "--out", "o"]
     assert main([*words, "--dry-run", "--share", "5/8"]) == 0
-    assert "share 5/8 has nothing to do: the work is of 4 encoders, so 4 shares are the most" in capsys.readouterr().out
+    assert "share 5/8 has nothing to do: there are more shares than the work has parts" in capsys.readouterr().out
     assert main([*words, "--dry-run", "--share", "3/8"]) == 0
     assert "nothing to do" not in capsys.readouterr().out
 
@@ -376,7 +395,10 @@ def test_equal_time__as_many_steps_as_fit_into_the_time_of_the_same_seed(tmp_pat
     _timed(settings, tmp_path, "ours", 2, [0.4])
     _timed(settings, tmp_path, "rival", 2, [0.2])
     rows = made_rows(list_cells(settings, "c.h5", tmp_path), {})
-    assert "rival 7; rival-equal-time 500 to 4000, the time of ours" in markdown(settings, rows)
+    assert "rival 7; rival-equal-time 500 to 4000, the time of ours;" in markdown(settings, rows).replace(")", ";")
+    for row in rows:
+        row["pretraining_machine"] = "a" if row["method"] == "ours" or row["seed"] else "b"
+    assert "500 to 4000, the time of ours on another kind of machine" in markdown(settings, rows)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "bench").glob("*.yaml")), ids=lambda path: path.stem)

@@ -21,6 +21,10 @@ from agssd.hub import export_backbone
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SMALL = ["--data.num_workers", "0", "--data.global_batch_size", "2"]
 FIT = {"full": {"fit": ["--config", str(CONF / "experiment" / "segmentation_small.yaml"), *SMALL], "steps": [2]}}
+KNN = {
+    "readouts": {"knn": {"probe": "knn-seg", "window_vox": [32, 32, 32]}},
+    "backbone": str(CONF / "backbone" / "vit_tiny_p8.yaml"),
+}
 
 
 def write(path: Path, task: list[str], pretraining: list[str], **given: Any) -> list[str]:
@@ -53,8 +57,21 @@ def write(path: Path, task: list[str], pretraining: list[str], **given: Any) -> 
         (["--model.crop_vox", "[30,30,30]"], [], {}, "settings of full for every method, labels 1: "),
         ([], ["--model.mask_ratio", "[0.9,0.1]"], {}, "settings of the pretraining simmim: mask_ratio is (0.9, 0.1)"),
         ([], [], {"num_classes": 2, "labels": [1, 2]}, "labels 1, settings of full for every method, labels 2: case "),
+        (
+            [],
+            ["--backbone.depth", "2"],
+            {},
+            "simmim pretrains an encoder that is not the one of full: depth 2 instead of 4",
+        ),
+        (
+            [],
+            ["--backbone", str(CONF / "backbone" / "swin_unetr_tiny.yaml")],
+            KNN,
+            "simmim pretrains an encoder that is not the one of knn: agssd.models.swin_unetr.SwinUNETREncoder instead",
+        ),
+        ([], [], KNN | {"num_classes": 2}, "num_classes is 2, but the labels of "),
     ],
-    ids=["amount", "typo", "sizes", "pretraining", "classes"],
+    ids=["amount", "typo", "sizes", "pretraining", "classes", "depth", "encoder of a probe", "classes of a probe"],
 )
 def test_bench__what_cannot_work_is_refused_before_anything_is_trained(
     task: list[str],
@@ -89,6 +106,29 @@ def test_bench__pretraining_on_whom_it_measures_or_on_other_grids_is_refused(
     assert main([*command, "--pretrain-cache", str(asked), "--dry-run"]) == 0
 
 
+def test_bench__pretraining_on_cases_whose_subjects_cannot_be_compared_is_refused_but_knowingly(
+    make_cache: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = make_cache(tmp_path / "asked.h5", splits=["train"] * 6 + ["test"] * 2)
+    other = make_cache(tmp_path / "other.h5", seed=1, salt="other")
+    words = ["--cache", str(asked), "--pretrain-cache", str(other), "--methods", "scratch"]
+    assert main([*write(tmp_path / "bench.yaml", [], [], num_folds=None), *words]) == 2
+    said = capfd.readouterr().err
+    assert f"{asked} and --pretrain-cache {other} were prepared with different salts" in said and "leakage" in said
+    known = write(tmp_path / "bench.yaml", ["--nonsense"], [], num_folds=None, fit_common=["--data.leakage", "warn"])
+    assert main([*known, *words]) == 2
+    said = capfd.readouterr().err
+    assert "different salts, so" not in said and "nonsense" in said, "what comes next"
+
+
+def test_bench__probes_beside_labels_that_fit_groups_are_refused(
+    tiny_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = write(tmp_path / "bench.yaml", [], [], **KNN, fit_common=["--data.label_groups", "[[1,2]]"])
+    assert main([*command, "--cache", str(tiny_cache)]) == 2
+    assert "readouts.knn is a probe, which takes labels as they are stored" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("labels", [[1], ["10%", "100%"]], ids=str)
 def test_bench__amount_that_cannot_hold_every_class_is_refused_for_probes_too(
     labels: list[Any], make_cache: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -117,12 +157,13 @@ def test_bench__amount_that_cannot_hold_every_class_is_refused_for_probes_too(
             {"readouts": {"knn": {"probe": "knn-seg", "window_vox": [30, 32, 32]}}},
             "input of (30, 32, 32) voxels",
         ),
-        ({"backbone": str(CONF / "backbone" / "gone.yaml")}, "settings of knn for every method: "),
+        ({"backbone": str(CONF / "backbone" / "gone.yaml")}, "settings of knn for every method, "),
         ({"channels": 2}, "has 1 channel(s), "),
         ({"spacing_mm": (3.0, 1.0, 1.0)}, "spacing 1x1x1 mm instead of 3x1x1 mm"),
         ({"readouts": FIT, "depth": 3}, "settings of full for mae, seed 0, fold 0, labels 1"),
+        ({"depth": 3}, "whose random weights it is compared with: depth 3 instead of 4"),
     ],
-    ids=["window", "backbone", "channels", "preparation", "architecture"],
+    ids=["window", "backbone", "channels", "preparation", "architecture", "architecture of a probe"],
 )
 def test_bench__probes_and_encoders_from_elsewhere_that_cannot_serve_are_refused_before_anything_is_trained(
     given: dict[str, Any], said: str, tiny_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

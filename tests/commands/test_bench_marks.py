@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from agssd.cli import main
 from agssd.commands.bench import _measure_all, _pretrain_all
 from agssd.commands.bench.cells import Cell, Pretraining, list_cells
 from agssd.commands.bench.kept import kept
-from agssd.commands.bench.marks import command_mark
+from agssd.commands.bench.marks import cache_mark, command_mark
 from agssd.commands.bench.records import Job, once, state_of
 from agssd.commands.bench.results import read_rows
 from agssd.commands.bench.settings import Method
+from agssd.data_modules.cache import VolumeCache
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,6 +82,55 @@ def test_once__the_time_of_attempts_that_were_interrupted_counts(
     assert once(cell, job, dict)["seconds"] == 37.0
     assert once(other, job, dict)["seconds"] == 2.0
     assert {path.name for path in cell.folder.iterdir()} == {"row.json", "mark.txt"}
+
+
+def test_once__two_processes_never_work_on_one_run(tmp_path: Path) -> None:
+    job = Job(bench(), "c.h5", "c")
+    cell, other = list_cells(job.bench, "c.h5", tmp_path, "these cases")[:2]
+    work = []
+
+    def nested() -> dict[str, Any]:
+        with pytest.raises(ValueError, match=f"another process works on {cell.folder}"):
+            once(cell, job, dict)
+        work.append(once(other, job, dict))
+        return {"by": "the first"}
+
+    assert once(cell, job, nested)["by"] == "the first" and work
+    assert once(cell, job, dict)["by"] == "the first"
+
+
+def test_once__killed_before_it_had_noted_what_it_begins__goes_on(tmp_path: Path) -> None:
+    job = Job(bench(), "c.h5", "c")
+    cell, other = list_cells(job.bench, "c.h5", tmp_path, "these cases")[:2]
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "mark.txt.tmp").write_text("ab")
+    (cell.folder / "lock").touch()
+    assert state_of(cell) == "missing" and once(cell, job, dict) and state_of(cell) == "done"
+    other.folder.mkdir(parents=True)
+    (other.folder / "mark.txt").write_text("other settings")
+    assert state_of(other) == "other"
+    (other.folder / "row.json").touch()
+    with pytest.raises(ValueError, match=f"row.json holds no row .*; remove {other.folder} to have it made again"):
+        once(other, job, dict)
+
+
+def test_cache_mark__corrected_labels_change_what_is_measured_and_no_pretraining(
+    make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    cache = VolumeCache(make_cache(tmp_path / "c.h5", num_cases=3))
+    corrected, early = (copy.copy(cache) for _ in range(2))
+    corrected.cases = (*cache.cases[:-1], replace(cache.cases[-1], label_sha256="0" * 64))
+    early.cases = tuple(replace(case, label_sha256=None) for case in cache.cases)
+    assert len({cache_mark(one) for one in (cache, corrected, early)}) == 3
+    assert len({cache_mark(one, with_labels=False) for one in (cache, corrected, early)}) == 1
+    settings = bench()
+    both = [
+        list_cells(settings, "c.h5", tmp_path, cache_mark(one), None, cache_mark(one, with_labels=False))
+        for one in (cache, corrected)
+    ]
+    for cell, other in zip(*both, strict=True):
+        assert cell.mark != other.mark
+        assert cell.pretraining == other.pretraining
 
 
 def test_run__nothing_is_measured_with_an_encoder_of_other_settings(

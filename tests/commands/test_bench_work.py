@@ -150,7 +150,6 @@ def test_side_by_side__ended__its_tasks_end_too_and_none_begins(how: signal.Sign
     assert told[0].with_suffix(".told").exists(), "told by the signal upon which a training saves itself"
 
 
-@pytest.mark.slow
 def test_bench__runs_goes_on_and_refuses_another_setting(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,8 +191,17 @@ def test_bench__runs_goes_on_and_refuses_another_setting(
     assert all(row.stat().st_mtime_ns == stamp for row, stamp in made.items() if row != again), "nothing twice"
     settings["readouts"]["full"]["fit"][-1] = "bf16-mixed"  # type: ignore[index]
     path.write_text(yaml.safe_dump(settings))
-    assert main(command) == 1
-    assert "was made with other settings" in capfd.readouterr().err
+    assert main([*command, "--dry-run"]) == 0
+    assert "4 runs were made with other settings, such as" in capfd.readouterr().out
+    assert main(command) == 2
+    assert f"4 runs were made with other settings, and nothing is trained beside them: {out}" in capfd.readouterr().err
+    assert main([*command, "--redo", "--tables"]) == 0, capfd.readouterr().err
+    aside = out / "replaced" / "cells" / "full"
+    assert len(list(aside.rglob("row.json"))) == 4 and not list((out / "cells").rglob("row.json"))
+    assert len(list((out / "pretraining").rglob("row.json"))) == 2, "which the setting is not of"
+    capfd.readouterr()
+    assert main([*command, "--dry-run"]) == 0
+    assert "2 pretrainings (2 done) and 4 cells (0 done)" in capfd.readouterr().out
 
 
 @pytest.mark.slow

@@ -179,6 +179,8 @@ def test_bench_page__at_a_glance__says_of_each_rival_what_intervals_and_correcte
     said = re.findall("<small>([^<]+)</small>", table)
     assert said.count("corrected") == corrected > 0 and said.count("single") == single
     assert len(said) == len(ahead) == corrected + single + said.count("neither")
+    for kind, told in re.findall('<td class="([^"]*)">[^<]*<small>([^<]+)</small>', table):
+        assert (kind == "note") == (told != "corrected"), "colour is for what stands"
     assert sorted(re.findall(r"([+-][\d.]+) <small>", table)) == sorted(f"{i.mean:+.3f}" for i, _ in ahead)
 
 

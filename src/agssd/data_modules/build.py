@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -296,6 +297,7 @@ def case_info(case: PreparedCase, key: str, subject: str, split: str | None) -> 
         foreground_fraction=float(np.count_nonzero(case.foreground) / case.foreground.size),
         foreground_box=bounding_box(case.foreground),
         label_values=None if case.label is None else tuple(int(value) for value in np.unique(case.label)),
+        label_sha256=None if case.label is None else hashlib.sha256(case.label.tobytes()).hexdigest(),
     )
 
 

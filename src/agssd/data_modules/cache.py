@@ -81,6 +81,8 @@ class CaseInfo:
         num_regions: highest number in the region map, or None without one; see ``agssd.data_modules.regions``.
         regions_sha256: of the region map, which tells a run from one on other regions; None without one, and in caches
             of early versions.
+        label_sha256: of the label map as it is stored, which tells a bench from one on corrected labels; None without
+            one, and in caches of early versions.
     """
 
     key: str
@@ -109,6 +111,7 @@ class CaseInfo:
     in_mm: bool = True
     num_regions: int | None = None
     regions_sha256: str | None = None
+    label_sha256: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists, numbers and strings."""

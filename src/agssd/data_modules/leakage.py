@@ -93,15 +93,27 @@ class Overlap:
 
     def __str__(self) -> str:
         """Return counts and an example of each kind."""
+        return self._told(examples=True)
+
+    @property
+    def counts(self) -> str:
+        """Counts without keys, for what is published."""
+        return self._told(examples=False)
+
+    def _told(self, examples: bool) -> str:
         parts = []
         if self.subjects:
-            parts.append(f"{len(self.subjects)} of {self.num_subjects} subjects (for example {self.subjects[0]})")
+            example = f" (for example {self.subjects[0]})" if examples else ""
+            parts.append(f"{len(self.subjects)} of {self.num_subjects} subjects{example}")
         if self.duplicates:
             key, bits = next(iter(self.duplicates.items()))
+            example = (
+                f" (for example case {key}: {bits} of the {NUM_BITS} bits of its perceptual hash differ, and up to "
+                f"{MAX_DISTANCE} do in copies)"
+            )
             more = "further " if self.subjects else ""
             parts.append(
-                f"near duplicates of {len(self.duplicates)} {more}of {self.num_cases} scans (for example case {key}: "
-                f"{bits} of the {NUM_BITS} bits of its perceptual hash differ, and up to {MAX_DISTANCE} do in copies)"
+                f"near duplicates of {len(self.duplicates)} {more}of {self.num_cases} scans{example * examples}"
             )
         return " and ".join(parts)
 
@@ -145,7 +157,7 @@ def check_leakage(
         remedy: what the error advises.
 
     Returns:
-        What was seen, and what could not be compared; nothing where all was compared and nothing seen.
+        What was seen, in counts, and what could not be compared; nothing where all was compared and nothing seen.
 
     Raises:
         ValueError: under "error", naming counts, split, an example and the remedy.
@@ -172,7 +184,8 @@ def check_leakage(
     if policy == "error":
         raise ValueError(f"{message}. {remedy}")
     _LOG.warning("%s; figures on them say nothing about new patients", message)
-    return "; ".join(filter(None, (f"seen {told}", incomplete)))
+    seen_of = "; ".join(f"of the split {name!r} {part.counts}" for name, part in found.items() if part)
+    return "; ".join(filter(None, (f"seen {seen_of}", incomplete)))
 
 
 def _gap(seen: Mapping[str, Any], caches: Sequence[VolumeCache], rows: Sequence[Row]) -> str:

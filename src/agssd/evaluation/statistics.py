@@ -9,7 +9,9 @@ truths where 95 % are promised. Drawing seeds, draws and subjects anew (a bootst
 seeds matter, because three seeds cannot show how seeds vary; tests/evaluation/test_statistics.py prints both. A source
 with one level cannot be judged: its variation is not in the interval. Subjects of folds stand side by side; that each
 fold has encoders and draws of its own costs no coverage, but what the training subjects of a fold have in common is not
-in the interval: were it as strong as what subjects differ by, three folds would cover 85 %.
+in the interval: were it as strong as what subjects differ by, three folds would cover 88 %. Of a balanced accuracy,
+whose subjects count by how rare their class is, intervals cover 95 to 99 %, but 87 % where seeds alone decide who is
+found; differences between methods that are equal are found in less than 5 % of trials throughout.
 
 Source: variance components of crossed random effects (Cornfield and Tukey 1956), Satterthwaite 1946, Holm 1979; the
 choice is ours.

@@ -37,7 +37,7 @@ def resolve_encoder(backbone: Backbone | None, encoder: str | None) -> Backbone:
         return backbone
     loaded = load_encoder(encoder)
     if backbone is not None:
-        expected, found = _plain(backbone.config), _plain(loaded.config)
+        expected, found = architecture(backbone.config), architecture(loaded.config)
         if expected != found:
             raise ValueError(
                 f"the encoder in {encoder} is {found}, but the configuration says {expected}; remove the backbone "
@@ -49,7 +49,7 @@ def resolve_encoder(backbone: Backbone | None, encoder: str | None) -> Backbone:
 NO_FUNCTION = ("drop_path", "size", "use_checkpoint")  # arguments of encoders
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def architecture(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration without what does not change the function computed by trained weights.
 
     ``size`` is only a name: an encoder's own configuration states the numbers behind it.

@@ -13,7 +13,7 @@ from agssd.commands.bench.processes import Task, side_by_side, told_to_end
 
 if TYPE_CHECKING:
     from agssd.commands.bench.cells import Cell, Pretraining
-    from agssd.commands.bench.records import Job
+    from agssd.commands.bench.records import Job, Recorded
     from agssd.commands.bench.settings import Bench
     from agssd.data_modules.cache import VolumeCache
 
@@ -29,10 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "again, and one that was stopped goes on, so the same command finishes a bench that was interrupted.\n"
         "--methods and --readouts do a part of the work, such as the cheap readouts; tables are of all that is done.\n"
         "--workers N runs cells side by side, on the GPUs in turn where there are several.\n"
-        "On a cluster, an array of jobs shares the work (same arguments) and the last command makes the tables; where\n"
-        "methods are pretrained for the time of another (equal_time), a second array does what waited for the first:\n"
-        "  sbatch --array 0-15 --wrap 'agssd bench ... --share $SLURM_ARRAY_TASK_ID/16'\n"
-        "  sbatch --array 0-15 --dependency afterany:JOB --wrap 'agssd bench ... --share $SLURM_ARRAY_TASK_ID/16'\n"
+        "On a cluster an array of jobs shares the work (same arguments), a second one does what waited for the first\n"
+        "(methods that are pretrained for the time of another by equal_time; and where there are more shares than\n"
+        "encoders, the cells that these share), and the last command makes the tables:\n"
+        "  options='--array=0-15 --gres=gpu:1 --requeue --signal=USR1@120 --open-mode=append'\n"
+        "  sbatch $options --wrap 'srun agssd bench ... --share $SLURM_ARRAY_TASK_ID/16'\n"
+        "  sbatch $options --dependency=afterany:JOB --wrap 'srun agssd bench ... --share $SLURM_ARRAY_TASK_ID/16'\n"
         "  agssd bench ... --tables\n"
         "What was run elsewhere, or published, comes together in one table without data or cache:\n"
         "  agssd bench --config conf/bench/hippocampus.yaml --results docs/evidence/hippocampus --out runs/published\n"
@@ -64,12 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", metavar="I/N", help="do the I-th of N shares of the work (0/16 is the first)")
     parser.add_argument("--tables", action="store_true", help="only make tables from the cells that are done")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    parser.add_argument(
+        "--redo",
+        action="store_true",
+        help="move what was made with other settings to DIR/replaced, and make it again (otherwise it is refused)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run what is missing, make the tables and return the exit code: 1 if a cell failed or it was interrupted."""
     from agssd.commands._cache_facts import cache_facts
-    from agssd.commands.bench.before import refuse_beforehand, shares_in_subjects
+    from agssd.commands.bench.before import of_other_settings, refuse_beforehand, shares_in_subjects
     from agssd.commands.bench.cells import Pool, list_cells
     from agssd.commands.bench.kept import keep, refuse_taken_over
     from agssd.commands.bench.marks import cache_mark, fingerprint
@@ -86,14 +93,21 @@ def run(args: argparse.Namespace) -> int:
     cache = None if told_only else _open(args.cache, "--cache")
     data = "" if cache is None else cache_mark(cache)
     pools = [_open(path, "--pretrain-cache") for path in args.pretrain_cache]
-    pool = Pool(tuple(args.pretrain_cache), fingerprint([cache_mark(one) for one in pools])) if pools else None
-    listed = partial(list_cells, bench, args.cache, args.out, data, pool)
+    images = "" if cache is None else cache_mark(cache, with_labels=False)
+    pool_mark = fingerprint([cache_mark(one, with_labels=False) for one in pools])
+    pool = Pool(tuple(args.pretrain_cache), pool_mark) if pools else None
+    listed = partial(list_cells, bench, args.cache, args.out, data, pool, images)
     cells = listed()
     chosen = _chosen(bench, cells, args)
+    if args.redo and not args.dry_run:
+        if args.share:
+            raise ValueError("--redo is of all shares; give it once with --tables, and then the shares without it")
+        _move_away(of_other_settings(chosen), args.out)
+        cells = listed()
+        chosen = _chosen(bench, cells, args)
     ours = _share(chosen, args.share)
     if args.share and not ours:
-        most = len(_encoders(chosen))
-        print(f"share {args.share} has nothing to do: the work is of {most} encoders, so {most} shares are the most")
+        print(f"share {args.share} has nothing to do: there are more shares than the work has parts")
     if cache is None or args.dry_run:
         _tell(bench, ours, args.share)
         return 0
@@ -108,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
                 refuse_beforehand(bench, ours, cache, pools, args.workers, _PRELOADED)
                 if not args.share:
                     keep(bench, facts, cells, args.out)
-                failed, ours = _pretrain_all(job, ours, args.workers, listed)
+                if not _only_helps(chosen, args.share):
+                    failed, ours = _pretrain_all(job, ours, args.workers, listed)
                 if not args.share:
                     keep(bench, facts, listed(), args.out)
                 failed += _measure_all(job, ours, args.workers)
@@ -126,6 +141,20 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in failed:
         print(f"error: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _move_away(runs: Sequence[Recorded], out: Path) -> None:
+    """Move runs into a new folder beside the others, each at its place."""
+    if not runs:
+        return
+    from agssd.run.directory import unused
+
+    aside = unused(out / "replaced")
+    for one in runs:
+        place = aside / one.folder.relative_to(out)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        one.folder.rename(place)
+    print(f"{len(runs)} runs of other settings are in {aside} now; nothing reads them there")
 
 
 def _interrupted(told: Sequence[int]) -> int:
@@ -176,14 +205,36 @@ def _chosen(bench: Bench, cells: Sequence[Cell], args: argparse.Namespace) -> li
 
 
 def _share(cells: Sequence[Cell], share: str | None) -> list[Cell]:
-    """Return the cells of a share: whole methods and seeds, so that no pretraining is wanted by two shares."""
+    """Return the cells of a share: whole encoders, so that no pretraining is wanted by two shares.
+
+    Where there are more shares than encoders, those beyond take part in the cells that are trained, which are dealt out
+    among the shares of an encoder; all probes of it, which compute its features once, are of its first.
+    """
     if share is None:
         return list(cells)
+    number, count = _parts(share)
+    encoders = _encoders(cells)
+    helpers = {one: range(index % count, count, len(encoders)) for index, one in enumerate(encoders)}
+    met: dict[tuple[str, int, int | None], int] = {}
+    found = []
+    for cell in cells:
+        its = helpers[_encoder(cell)]
+        turn = met[_encoder(cell)] = met.get(_encoder(cell), -1) + bool(cell.fit)
+        if number == its[turn % len(its) if cell.fit else 0]:
+            found.append(cell)
+    return found
+
+
+def _only_helps(cells: Sequence[Cell], share: str | None) -> bool:
+    """Return whether a share takes part in the cells of encoders that other shares pretrain."""
+    return share is not None and _parts(share)[0] >= len(_encoders(cells))
+
+
+def _parts(share: str) -> tuple[int, int]:
     number, _, count = share.partition("/")
     if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
         raise ValueError(f"--share is {share!r}; give I/N with I from 0 to N - 1")
-    place = {one: index % int(count) for index, one in enumerate(_encoders(cells))}
-    return [cell for cell in cells if place[_encoder(cell)] == int(number)]
+    return int(number), int(count)
 
 
 def _encoder(cell: Cell) -> tuple[str, int, int | None]:
@@ -196,6 +247,7 @@ def _encoders(cells: Sequence[Cell]) -> list[tuple[str, int, int | None]]:
 
 
 def _tell(bench: Bench, cells: Sequence[Cell], share: str | None) -> None:
+    from agssd.commands.bench.before import of_other_settings
     from agssd.commands.bench.records import is_done
 
     pretrainings = _pretrainings(cells)
@@ -203,6 +255,9 @@ def _tell(bench: Bench, cells: Sequence[Cell], share: str | None) -> None:
         f"{len(pretrainings)} pretrainings ({sum(map(is_done, pretrainings))} done) and {len(cells)} cells "
         f"({sum(map(is_done, cells))} done){'' if share is None else f' in share {share}'}"
     )
+    if changed := of_other_settings(cells):
+        told = f"{len(changed)} runs were made with other settings, such as {changed[0].folder}"
+        print(f"{told}; nothing is run beside them, and --redo moves them away and makes them again")
     if left := _time_left(cells):
         print(left)
     for one in pretrainings:
@@ -311,7 +366,7 @@ def _tables(
     if rows:
         write_rows(rows, args.out)
         text = "\n\n".join([markdown(bench, rows), *(f"{name.capitalize()}: {value}." for name, value in notes)])
-        command = " ".join(["agssd", *sys.argv[1:]]) if sys.argv else "agssd bench"
+        command = " ".join(["agssd", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])])
         with whole_file(args.out / "tables.md") as path:
             path.write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")
         if classes := by_class(bench, rows):

@@ -11,11 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from agssd.commands.bench.architectures import PLACES, same_encoder, without_places
 from agssd.commands.bench.cells import Cell
 from agssd.commands.bench.leaks import labelled
 from agssd.commands.bench.probes import try_probe
 from agssd.commands.bench.processes import Task, said_to, side_by_side
-from agssd.commands.bench.records import is_done
+from agssd.commands.bench.records import OTHER, Recorded, is_done, state_of
 from agssd.commands.bench.settings import Bench, amount
 from agssd.data_modules.agreement import cache_contract
 from agssd.data_modules.cache import VolumeCache
@@ -23,8 +24,6 @@ from agssd.data_modules.leakage import check_leakage, seen_record
 from agssd.data_modules.probe_set import ProbeSet
 from agssd.evaluation.contract import check_contract
 from agssd.tasks.encoders import encoder_file
-
-_FOLDER, _ENCODER = "--trainer.default_root_dir", "--model.encoder"
 
 
 def refuse_beforehand(
@@ -53,9 +52,16 @@ def refuse_beforehand(
     """
     data = labelled(bench, cache)
     _refuse_amounts(bench, cells, data)
+    _refuse_classes(bench, cells, data)
     if pools:
-        _refuse_pools(data, pools)
+        _refuse_pools(data, pools, ("--data.leakage", "warn") in pairwise(bench.fit_common))
+    if changed := of_other_settings(cells):
+        raise ValueError(
+            f"{len(changed)} runs were made with other settings, and nothing is trained beside them: "
+            f"{OTHER.format(changed[0].folder)}, or give --redo to have all of them moved away and made again"
+        )
     tasks: dict[str, Task] = {}
+    pretrained: dict[tuple[str, str], Cell] = {}
     for cell in cells:
         before = cell.pretraining
         elsewhere = before is not None and before.elsewhere
@@ -63,6 +69,7 @@ def refuse_beforehand(
             raise ValueError(f"methods.{before.method}.encoders names {before.folder}, where there is no encoder")
         if before is not None and before.command and not is_done(before):
             tasks.setdefault(f"settings of the pretraining {before.method}", (build, before.command))
+            pretrained.setdefault((cell.method, cell.readout), cell)
         if is_done(cell):
             continue
         who = cell.method if bench.methods[cell.method].fit else "every method"
@@ -73,12 +80,21 @@ def refuse_beforehand(
             tasks.setdefault(f"settings of {cell.readout} for {who}, labels {cell.labels}", task)
         elif elsewhere or before is None:
             tasks.setdefault(f"settings of {cell.readout} for {who}", (try_probe, cell, bench, str(cache.path)))
+    if pretrained:
+        tasks["one encoder for pretraining and readouts"] = (same_encoder, list(pretrained.values()), bench.backbone)
     reasons: dict[str, list[str]] = {}
     for name, reason in side_by_side(tasks, workers, preload):
         reasons.setdefault(reason, []).append(name)
     if reasons:
         told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
         raise ValueError(f"nothing is trained, since some of it cannot work: {told}")
+
+
+def of_other_settings(cells: Sequence[Cell]) -> list[Recorded]:
+    """Return the pretrainings and cells that were made, or begun, with other settings."""
+    own = [cell.pretraining for cell in cells if cell.pretraining is not None and not cell.pretraining.elsewhere]
+    runs: list[Recorded] = [*dict.fromkeys(own), *cells]
+    return [one for one in runs if state_of(one) == "other"]
 
 
 def shares_in_subjects(bench: Bench, cache: VolumeCache) -> list[tuple[str, str]]:
@@ -110,8 +126,7 @@ def build(words: Sequence[str], with_encoder: bool = False) -> dict[str, Any]:
         ValueError: for what module and data refuse; with the traceback for anything else that goes wrong.
     """
     started = time.perf_counter()
-    gone = (_FOLDER,) if with_encoder else (_FOLDER, _ENCODER)
-    kept = [word for before, word in pairwise(words) if before not in gone and word not in gone]
+    kept = without_places(words[1:], PLACES[:1] if with_encoder else PLACES)
     with tempfile.TemporaryDirectory() as folder, said_to(Path(folder) / "log.txt"):
         try:
             fit = import_module("agssd.lightning_cli").ParsedFit(kept, Path(folder))
@@ -125,8 +140,33 @@ def build(words: Sequence[str], with_encoder: bool = False) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started}
 
 
-def _refuse_pools(data: ProbeSet, pools: Sequence[VolumeCache]) -> None:
-    """Refuse to pretrain on whom the bench measures, or on what was prepared differently; every run checks it again."""
+def _refuse_classes(bench: Bench, cells: Sequence[Cell], data: ProbeSet) -> None:
+    """Refuse probes of more classes than what is trained beside them has."""
+    probed = [cell.readout for cell in cells if not cell.fit]
+    if probed and bench.figure == "dice" and bench.num_classes is not None:
+        if data.num_label_classes > bench.num_classes:
+            raise ValueError(
+                f"num_classes is {bench.num_classes}, but the labels of {data.cache.path}, which {probed[0]} takes as "
+                f"they are stored, hold {data.num_label_classes} with background; make them equal, or group labels by "
+                "`agssd prepare --label-groups`"
+            )
+
+
+def _refuse_pools(data: ProbeSet, pools: Sequence[VolumeCache], knowingly: bool) -> None:
+    """Refuse to pretrain on whom the bench measures, or on what was prepared differently; every run checks it again.
+
+    Args:
+        data: who is learnt from and measured on.
+        pools: what is pretrained on.
+        knowingly: accept subject keys that cannot be compared.
+    """
+    salts = {one.salt_fingerprint for one in (data.cache, *pools)}
+    if len(salts) > 1 and not knowingly:
+        raise ValueError(
+            f"{data.cache.path} and --pretrain-cache {' '.join(str(one.path) for one in pools)} were prepared with "
+            "different salts, so whether a subject is in both cannot be told; prepare them with one salt file "
+            "(`agssd prepare --salt FILE`), or accept it knowingly with fit_common: [--data.leakage, warn]"
+        )
     rows = [(number, row) for number, one in enumerate(pools) for row in one.select(split="train")]
     measured = {subject for fold in data.folds for subject in fold.held_out}
     held = [(0, row) for row in data.rows if data.cache.cases[row].subject in measured]

@@ -89,7 +89,9 @@ class Pool:
         return self.caches[0] if len(self.caches) == 1 else f"[{','.join(self.caches)}]"
 
 
-def list_cells(bench: Bench, cache: str, out: Path, data: str = "", pool: Pool | None = None) -> list[Cell]:
+def list_cells(
+    bench: Bench, cache: str, out: Path, data: str = "", pool: Pool | None = None, images: str | None = None
+) -> list[Cell]:
     """Return every cell in the order of the tables: readout, budget, labels, draw, seed, fold, method.
 
     Args:
@@ -98,10 +100,11 @@ def list_cells(bench: Bench, cache: str, out: Path, data: str = "", pool: Pool |
         out: directory of the bench.
         data: mark of the cache, see ``agssd.commands.bench.marks.cache_mark``.
         pool: what is pretrained on; None for the labelled cache without test subjects and folds.
+        images: mark of the cache without its labels, for pretraining; None is ``data``.
     """
     folds = [None] if bench.num_folds is None else list(range(bench.num_folds))
     before = {
-        (method, seed, fold): _pretraining(bench, cache, out, data, method, seed, fold)
+        (method, seed, fold): _pretraining(bench, cache, out, data if images is None else images, method, seed, fold)
         if pool is None
         else _pretraining(bench, pool.word, out, pool.mark, method, seed, None)
         for method in bench.methods
@@ -295,6 +298,7 @@ def row_of(cell: Cell, job: Job, measured: Measured, leakage: str) -> dict[str, 
         "pretraining_steps": before.get("steps", 0),
         "pretraining_seconds": before.get("seconds", 0.0),
         "pretraining_commit": before.get("commit"),
+        "pretraining_machine": before.get("machine"),
         "leakage": leakage,
     }
 

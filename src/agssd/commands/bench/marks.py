@@ -34,12 +34,19 @@ def with_contents(value: Any) -> Any:
     return contents(Path(value)) if names_yaml(value) else value
 
 
-def cache_mark(cache: VolumeCache) -> str:
+def cache_mark(cache: VolumeCache, with_labels: bool = True) -> str:
     """Return 12 hex digits that change with the cases of a cache, their splits and preparation; not with its place.
 
-    Of label maps only the values count: a map corrected in place, with the values it had, changes nothing here.
+    Without labels they change with what pretraining reads alone, so that labels can be corrected after it.
+
+    Of label maps in caches of early versions only the values count: a map corrected with the values it had changes
+    nothing here.
     """
-    return fingerprint([[case.to_json() for case in cache.cases], list(cache.class_names)])
+    cases = [case.to_json() for case in cache.cases]
+    for case in cases:
+        if not with_labels or case["label_sha256"] is None:  # an early cache keeps the mark that it had
+            del case["label_sha256"]
+    return fingerprint([cases, list(cache.class_names)])
 
 
 def contents(path: Path) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import yaml
 
+from agssd.commands.bench.architectures import refuse_another
 from agssd.commands.bench.cells import Cell, Measured, measured_guesses, row_of
 from agssd.commands.bench.leaks import labelled, leakage
 from agssd.commands.bench.records import Job, once, state_of
@@ -102,6 +103,8 @@ class _Frozen:
         if contract["channels"] != encoder.in_channels:
             raise ValueError(f"{cache.path} has {contract['channels']} channel(s), {told} takes {encoder.in_channels}")
         check_contract(encoder.contract, contract, told, None)
+        if cell.pretraining is not None:
+            refuse_another(encoder.config, cell.pretraining.folder, Path(str(self.bench.backbone)))
         return encoder.eval().to(self.device), leakage(encoder.contract, told, self.data, cell.fold, "error")
 
     @property

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -184,6 +184,12 @@ class Bench:
             )
         if self.backbone is None:
             raise ValueError(f"readouts.{name} is a probe; name the encoder of scratch by backbone: YAML")
+        trained = [self.fit_common, *(one.fit for one in self.readouts.values())]
+        if any("--data.label_groups" in words for words in trained):
+            raise ValueError(
+                f"readouts.{name} is a probe, which takes labels as they are stored, but --data.label_groups is given "
+                "to fit; group them by `agssd prepare --label-groups` instead"
+            )
         if users := [method for method, its in self.methods.items() if name in its.fit]:
             raise ValueError(f"methods.{users[0]}.fit names {name}, which is a probe and trains no network")
 
@@ -265,7 +271,7 @@ def read_settings(path: Path, quick: bool) -> Bench:
     smaller = found.pop("quick", None)
     if quick and smaller is None:
         raise ValueError(f"{path} says nothing under 'quick'")
-    settings = _over(found, smaller) if quick else found
+    settings = _laid(found, smaller) if quick else found
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Bench)
     try:
@@ -286,7 +292,7 @@ def _loaded(path: Path) -> dict[str, Any]:
     below: dict[str, Any] = {}
     for above in [*map(_loaded, map(Path, [bases] if isinstance(bases, str) else bases)), found]:
         smaller = _over(below.pop("quick", None), above.pop("quick", None) or {}, keep_none=True)
-        below = _over(below, above) | ({"quick": smaller} if smaller else {})
+        below = _laid(below, above) | ({"quick": smaller} if smaller else {})
     return below
 
 
@@ -295,6 +301,16 @@ def bench_of(plain: dict[str, Any]) -> Bench:
     methods = {name: Method(**entry) for name, entry in plain.pop("methods").items()}
     readouts = {name: Readout(**entry) for name, entry in plain.pop("readouts").items()}
     return Bench(methods, readouts, **plain)
+
+
+def _laid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return settings laid over others; a readout that is taken out is taken out of ``scratch`` too."""
+    joined = cast(dict[str, Any], _over(below, above))
+    own = ((joined.get("methods") or {}).get("scratch") or {}).get("fit")
+    gone = [name for name, one in (above.get("readouts") or {}).items() if one is None]
+    if isinstance(own, dict):
+        joined["methods"]["scratch"]["fit"] = {name: words for name, words in own.items() if name not in gone}
+    return joined
 
 
 def _over(below: Any, above: Any, keep_none: bool = False) -> Any:

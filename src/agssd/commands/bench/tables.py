@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from agssd.commands.bench.results import (
+    FOLD,
+    MACHINE,
     Place,
     class_figures,
     figures,
@@ -131,8 +133,18 @@ def _other_steps(bench: Bench, rows: Sequence[dict[str, Any]]) -> str:
         steps = sorted({row["pretraining_steps"] for row in rows if row["method"] == name and method.pretrain})
         if steps and steps != [bench.pretrain_steps]:
             why = "" if method.time_of is None else f", the time of {bench.equal_time}"
+            why += " on another kind of machine" * _timed_on_another(rows, method.time_of, bench.equal_time)
             told.append(f"{name} {' to '.join(map(str, dict.fromkeys((steps[0], steps[-1]))))}{why}")
     return f"; {'; '.join(told)}" if told else ""
+
+
+def _timed_on_another(rows: Sequence[dict[str, Any]], *methods: str | None) -> bool:
+    """Return whether methods whose speeds were compared ran on different kinds of machine for one seed and fold."""
+    found: dict[tuple[int, int | None], set[str]] = {}
+    for row in rows:
+        if row["method"] in methods and row.get(MACHINE):
+            found.setdefault((row["seed"], row.get(FOLD, row["fold"])), set()).add(row[MACHINE])
+    return any(len(machines) > 1 for machines in found.values())
 
 
 def of_place(bench: Bench, rows: Sequence[dict[str, Any]], place: Place) -> _Figures:

@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from agssd.commands.report.write import Options, write_report
 
     try:
+        if not is_bench(args.run) and (args.run / "cells").is_dir():
+            raise ValueError(f"{args.run} holds shares of a bench; make its tables first by `agssd bench ... --tables`")
         if is_bench(args.run):
             _refuse_of_runs(args)
             print(write_bench(args.run, args.out, args.title))

@@ -133,7 +133,7 @@ def _glance(found: tuple[Interval, float] | None) -> tuple[str, str]:
         return "", ""
     interval, p = found
     told = "corrected" if p < ALPHA else "single" if interval.excludes_zero else "neither"
-    kind = "note" if told == "neither" else "good" if interval.mean > 0 else "error"
+    kind = "note" if told != "corrected" else "good" if interval.mean > 0 else "error"
     return kind, f"{interval.mean:+.3f} <small>{told}</small>"
 
 
